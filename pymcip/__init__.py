@@ -1,0 +1,57 @@
+"""pymcip: fine-tune CLIP models for image search without breaking text search (MCIP).
+
+Stages, in the order in which data flows: `embed` -> `mine_captions` -> `train` -> `evaluate` ->
+`export`. Each takes its options as keywords (or a ready config) and can be used alone.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pymcip.config import (
+        DemoConfig,
+        EmbedConfig,
+        EvaluateConfig,
+        ExportConfig,
+        MineConfig,
+        TrainConfig,
+    )
+    from pymcip.embedding import EmbeddingFolder, embed
+    from pymcip.evaluation import EvaluateResult, evaluate
+    from pymcip.exporting import ExportResult, export
+    from pymcip.mining import CaptionTable, MineResult, mine_captions
+    from pymcip.model import ClipModel, load
+    from pymcip.training import TrainResult, train
+
+try:
+    __version__ = metadata.version("pymcip")
+except metadata.PackageNotFoundError:  # the bare source folder
+    __version__ = "0+unknown"
+
+_WHERE = {
+    "train": "pymcip.training", "TrainResult": "pymcip.training",
+    "embed": "pymcip.embedding", "EmbeddingFolder": "pymcip.embedding",
+    "mine_captions": "pymcip.mining", "CaptionTable": "pymcip.mining", "MineResult": "pymcip.mining",
+    "evaluate": "pymcip.evaluation", "EvaluateResult": "pymcip.evaluation",
+    "export": "pymcip.exporting", "ExportResult": "pymcip.exporting",
+    "load": "pymcip.model", "ClipModel": "pymcip.model",
+    "EmbedConfig": "pymcip.config", "MineConfig": "pymcip.config", "TrainConfig": "pymcip.config",
+    "EvaluateConfig": "pymcip.config", "ExportConfig": "pymcip.config",
+    "DemoConfig": "pymcip.config",
+}  # fmt: skip
+__all__ = [*_WHERE, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a stage when it is first used: `import pymcip` stays quick and needs no torch."""
+    if name not in _WHERE:
+        raise AttributeError(f"module 'pymcip' has no attribute {name!r}")
+    value = getattr(import_module(_WHERE[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

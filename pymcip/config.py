@@ -1,0 +1,410 @@
+"""One frozen dataclass per stage. The command line is generated from them (`pymcip.cli`).
+
+A config is checked as a whole when it is made: every problem is reported at once, before any work
+starts. Only what needs no file and no torch is checked here; data and models are checked by the
+stage that opens them, still before it does any work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from pymcip.errors import ConfigError
+
+Method = Literal["gpr", "2sft", "mcip", "mcip+rea", "rea"]
+Precision = Literal["fp32", "amp_bf16"]
+Projector = Literal["keep", "lock", "discard"]
+Continuation = Literal["linear", "none", "easy"]
+Source = str | os.PathLike[str]
+Sources = Source | tuple[Source, ...]
+ConfigType = TypeVar("ConfigType", bound="Config")
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with the one-line help that docs and command line show."""
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+def required(help: str) -> Any:
+    return field(metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Base of the stage configs: construction checks everything and reports all problems."""
+
+    AT_LEAST: ClassVar[dict[str, float]] = {}
+    MORE_THAN: ClassVar[dict[str, float]] = {}
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        problems: list[str] = []
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, list):
+                value = tuple(value)
+                object.__setattr__(self, item.name, value)
+            problem = _type_problem(item.name, value, hints[item.name])
+            if problem:
+                problems.append(problem)
+        if not problems:  # ranges are only meaningful for values of the right type
+            for name, bound in self.AT_LEAST.items():
+                problems += _range_problem(name, getattr(self, name), bound, strict=False)
+            for name, bound in self.MORE_THAN.items():
+                problems += _range_problem(name, getattr(self, name), bound, strict=True)
+            problems += self.problems()
+        if problems:
+            raise ConfigError(problems)
+
+    def problems(self) -> list[str]:
+        """Problems that a type or a single range can't express; stages extend it."""
+        return []
+
+    @classmethod
+    def make(cls: type[ConfigType], config: ConfigType | None, options: dict[str, Any]) -> ConfigType:
+        """A config from either a ready one (changed by `options`) or from options alone."""
+        known = [item.name for item in dataclasses.fields(cls)]
+        problems = [
+            f"unknown option {name!r}; allowed: {', '.join(sorted(known))}"
+            for name in options
+            if name not in known
+        ]
+        if config is None:
+            problems += [
+                f"{item.name} is required: {item.metadata['help']}"
+                for item in dataclasses.fields(cls)
+                if item.default is dataclasses.MISSING
+                and item.default_factory is dataclasses.MISSING
+                and item.name not in options
+            ]
+        if problems:
+            raise ConfigError(problems)
+        return dataclasses.replace(config, **options) if config is not None else cls(**options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; paths become strings."""
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, os.PathLike):
+                return os.fspath(value)
+            if isinstance(value, (tuple, list)):
+                return [plain(item) for item in value]
+            if isinstance(value, dict):
+                return {key: plain(item) for key, item in value.items()}
+            return value
+
+        return {item.name: plain(getattr(self, item.name)) for item in dataclasses.fields(self)}
+
+
+def _allowed_types(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(repr(choice) for choice in get_args(hint))
+    if get_args(hint) and get_origin(hint) is not tuple and get_origin(hint) is not dict:
+        names = [_allowed_types(part) for part in get_args(hint)]
+        return " or ".join(dict.fromkeys(names))
+    if hint is type(None):
+        return "None"
+    if get_origin(hint) is tuple:
+        return "a list of " + _allowed_types(get_args(hint)[0])
+    origin = get_origin(hint) or hint
+    return str(getattr(origin, "__name__", origin))
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin is Literal:
+        return any(value == choice and type(value) is type(choice) for choice in arguments)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_matches(item, arguments[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict)
+    if origin is os.PathLike:
+        return isinstance(value, os.PathLike)
+    if arguments:  # a union
+        return any(_matches(value, part) for part in arguments)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _type_problem(name: str, value: Any, hint: Any) -> str | None:
+    if _matches(value, hint):
+        return None
+    return f"{name}={value!r} is not allowed; allowed: {_allowed_types(hint)}"
+
+
+def _range_problem(name: str, value: Any, bound: float, *, strict: bool) -> list[str]:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return []  # None or a word such as "auto"
+    if (value > bound) if strict else (value >= bound):
+        return []
+    return [f"{name}={value!r} is not allowed; it must be {'>' if strict else '>='} {bound:g}"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(Config):
+    """Which open_clip model, and where it runs. Shared by every stage that runs a model."""
+
+    model: str = required(
+        "what open_clip takes: a name (ViT-L-14-336), hf-hub:org/name, local-dir:/path; "
+        "or the folder of a pymcip run"
+    )
+    pretrained: str | None = option(None, "open_clip's pretrained tag or a checkpoint's path")
+    image_size: int | None = option(None, "input size in pixels; default: the model's own")
+    device: str | None = option(None, "cpu, cuda, cuda:1, …; default: a GPU if there is one")
+    precision: Precision = option("amp_bf16", "bf16 autocast, or plain fp32")
+
+    AT_LEAST: ClassVar[dict[str, float]] = {"image_size": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedConfig(ModelOptions):
+    """Options of `pymcip.embed`: images and captions into a clip-retrieval folder."""
+
+    out: Source = required("folder to write: img_emb/, text_emb/, metadata/")
+    images: Sources | None = option(None, "image sources: ImageFolder, CSV/TSV/parquet, tar shards")
+    captions: Sources | None = option(None, "caption sources: text, TSV, parquet, tar shards")
+    batch_size: int = option(64, "images (and 4x as many captions) per forward pass")
+    part_size: int = option(100_000, "rows per part file")
+    workers: int = option(0, "decoding processes; 0 decodes in the main process")
+    overwrite: bool = option(False, "replace what is in `out`")
+
+    AT_LEAST: ClassVar[dict[str, float]] = {
+        **ModelOptions.AT_LEAST, "batch_size": 1, "part_size": 1, "workers": 0,
+    }  # fmt: skip
+
+    def problems(self) -> list[str]:
+        if self.images is None and self.captions is None:
+            return ["nothing to embed: give images=, captions=, or both"]
+        return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class MineConfig(Config):
+    """Options of `pymcip.mine_captions`: an embedding folder into a caption table."""
+
+    images: Source = required("embedding folder that holds img_emb/ (from `pymcip.embed`)")
+    captions: Source | None = option(
+        None, "embedding folder that holds text_emb/; default: the same as `images`"
+    )
+    out: Source = required("folder to write: caption_table.npz, .parquet, sample.tsv, report.json")
+    k: int = option(10, "captions per image, at most")
+    threshold: float | Literal["auto"] = option(
+        0.27, "lowest cosine of a pseudo-caption (0.27: OpenAI's CLIP), or auto"
+    )
+    backend: str = option("auto", "back end of the top-k op; see pymcip.ops.explain('topk')")
+    threads: int | None = option(None, "CPU threads; default: all")
+    seed: int = option(0, "seed of the threshold's sample and of the readable sample")
+    overwrite: bool = option(False, "replace what is in `out`")
+
+    AT_LEAST: ClassVar[dict[str, float]] = {"k": 1, "threads": 1}
+
+    def problems(self) -> list[str]:
+        if isinstance(self.threshold, (int, float)) and not -1 <= self.threshold <= 1:
+            return [f"threshold={self.threshold!r} is not a cosine; allowed: -1 to 1, or 'auto'"]
+        return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(ModelOptions):
+    """Options of `pymcip.train`."""
+
+    train_data: Sources = required("labelled image sources; each source's labels are its own")
+    out: Source = required("run folder to write")
+    method: Method = option("mcip", "gpr, 2sft, mcip, mcip+rea or rea")
+    captions: Sources | None = option(None, "caption corpus to mine pseudo-captions from")
+    val_data: Sources | None = option(None, "labelled images, evaluated after every epoch")
+    train_weights: tuple[float, ...] | None = option(
+        None, "one weight per source of train_data: expected share of its images per epoch"
+    )
+    class_balanced: bool = option(False, "draw classes uniformly instead of images")
+
+    epochs: int = option(3, "passes over the training images (image stage)")
+    batch_size: int = option(64, "images per step and device")
+    lr: float = option(1e-5, "peak learning rate of the image tower")
+    wd: float = option(0.05, "weight decay (not on norms, biases and scalars)")
+    beta1: float = option(0.9, "AdamW beta1")
+    beta2: float = option(0.98, "AdamW beta2")
+    eps: float = option(1e-6, "AdamW epsilon")
+    warmup: int = option(100, "steps of linear warm-up; cosine decay to 0 follows")
+    grad_clip_norm: float | None = option(1.0, "clip the gradient's norm; None: don't")
+    accum_freq: int = option(1, "micro-batches per optimizer step")
+    grad_checkpointing: bool = option(False, "recompute activations to save memory")
+    workers: int = option(0, "decoding processes; 0 decodes in the main process")
+    seed: int = option(0, "seed of everything random")
+    aug_cfg: dict[str, Any] = option(
+        {}, "open_clip's augmentation (AugmentationCfg), e.g. scale=(0.5,1.0) color_jitter=0.2"
+    )
+
+    projector: Projector = option(
+        "keep", "image projector: keep (train it), lock, or discard (gpr, 2sft: drop it)"
+    )
+    unlock_layers: int | None = option(
+        None, "train only the last n layer groups of the image tower; default: all"
+    )
+    freeze_bn_stats: bool = option(False, "keep batch-norm statistics as they are")
+
+    scale: float = option(30.0, "s of both margin losses")
+    margin: float = option(0.3, "m of ArcMargin, radians")
+    caption_margin: float = option(0.0, "m of MCArcMargin, radians")
+    continuation: Continuation = option("linear", "what happens where theta + m > pi")
+    lambda_class: float = option(0.5, "weight of ArcMargin in mcip")
+    lambda_caption: float = option(0.5, "weight of MCArcMargin in mcip")
+    lr_classes: float | None = option(None, "learning rate of the class matrix; default: 10 x lr")
+    class_init: Literal["mean", "random"] = option(
+        "mean", "class rows start at the class's mean embedding, or at random"
+    )
+    threshold: float | Literal["auto"] = option(0.27, "lowest cosine of a pseudo-caption, or auto")
+    k: int = option(10, "pseudo-captions per image, at most")
+    negatives: Literal["mined", "bank"] | int = option(
+        "mined", "caption rows beside an image's own: mined by any image, whole bank, or a sample"
+    )
+    loss_chunk: int = option(8192, "columns of the class or caption matrix handled at a time")
+
+    rea_data: Sources | None = option(
+        None, "image-caption pairs for re-alignment; default: train_data with its pseudo-captions"
+    )
+    rea_epochs: int = option(2, "passes of the re-alignment (text) stage")
+    rea_batch_size: int = option(256, "pairs per step of re-alignment")
+    rea_lr: float = option(1e-5, "peak learning rate of the text tower")
+    rea_warmup: int = option(50, "warm-up steps of re-alignment")
+
+    save_steps: int = option(500, "steps between checkpoints (one is also written every epoch)")
+    log_steps: int = option(20, "steps between lines of metrics.jsonl")
+    resume: Literal["latest"] | None = option(None, "go on with the run in `out`")
+    overwrite: bool = option(False, "replace what is in `out`")
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = option(
+        (), "also log to these (imported only then)"
+    )
+
+    AT_LEAST: ClassVar[dict[str, float]] = {
+        **ModelOptions.AT_LEAST,
+        "epochs": 1, "batch_size": 1, "wd": 0, "warmup": 0, "accum_freq": 1, "workers": 0,
+        "unlock_layers": 0, "margin": 0, "caption_margin": 0, "lambda_class": 0,
+        "lambda_caption": 0, "lr_classes": 0, "k": 1, "negatives": 1, "loss_chunk": 1,
+        "rea_epochs": 1, "rea_batch_size": 2, "rea_warmup": 0, "save_steps": 1, "log_steps": 1,
+        "seed": 0, "beta1": 0, "beta2": 0,
+    }  # fmt: skip
+    MORE_THAN: ClassVar[dict[str, float]] = {
+        "lr": 0, "rea_lr": 0, "scale": 0, "eps": 0, "grad_clip_norm": 0,
+    }  # fmt: skip
+
+    @property
+    def trains_images(self) -> bool:
+        return self.method != "rea"
+
+    @property
+    def uses_captions_for_images(self) -> bool:
+        return self.method in ("mcip", "mcip+rea")
+
+    @property
+    def realigns(self) -> bool:
+        return self.method in ("2sft", "mcip+rea", "rea")
+
+    @property
+    def needs_captions(self) -> bool:
+        return self.uses_captions_for_images or (self.realigns and self.rea_data is None)
+
+    def problems(self) -> list[str]:
+        problems = []
+        if self.needs_captions and self.captions is None:
+            problems.append(
+                f"method={self.method!r} needs captions=: a text file, TSV, parquet or tar shards"
+                + ("" if self.uses_captions_for_images else "; or rea_data= with image-caption pairs")
+            )
+        if self.projector == "discard" and self.method not in ("gpr", "2sft"):
+            problems.append(
+                f"projector='discard' is not allowed with method={self.method!r}, whose captions "
+                "live in the joint space; allowed: keep, lock; or method gpr or 2sft"
+            )
+        if self.overwrite and self.resume:
+            problems.append("overwrite=True and resume='latest' exclude each other; give one")
+        if self.beta1 >= 1 or self.beta2 >= 1:
+            problems.append(f"beta1={self.beta1}, beta2={self.beta2}: each must be below 1")
+        if isinstance(self.threshold, (int, float)) and not -1 <= self.threshold <= 1:
+            problems.append(f"threshold={self.threshold!r} is not a cosine; allowed: -1 to 1, 'auto'")
+        sources = self.train_data if isinstance(self.train_data, tuple) else (self.train_data,)
+        if not sources:
+            problems.append("train_data is empty; give at least one source")
+        if self.train_weights is not None:
+            if len(self.train_weights) != len(sources):
+                problems.append(
+                    f"train_weights has {len(self.train_weights)} values for {len(sources)} sources "
+                    "of train_data; give one per source"
+                )
+            if any(weight <= 0 for weight in self.train_weights):
+                problems.append(f"train_weights={self.train_weights}: each must be above 0")
+        if self.uses_captions_for_images and self.lambda_class + self.lambda_caption == 0:
+            problems.append("lambda_class and lambda_caption are both 0; nothing would be trained")
+        return problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(ModelOptions):
+    """Options of `pymcip.evaluate`."""
+
+    data: Sources = required("labelled images; captions (title, txt) are used where there are any")
+    out: Source | None = option(None, "folder for metrics.json and table.md; default: don't write")
+    baseline: str | None = option(
+        None, "model to put beside it in the same table (before/after); takes what `model` takes"
+    )
+    baseline_pretrained: str | None = option(None, "the baseline's pretrained tag or checkpoint")
+    class_names: Source | None = option(
+        None, "TSV label<TAB>name[<TAB>description]; default: the data's own class names"
+    )
+    templates: tuple[str, ...] = option(
+        ("a photo of a {}.", "{}"), "zero-shot prompts; {} stands for the class name"
+    )
+    knn_data: Sources | None = option(
+        None, "labelled images to vote in k-NN; default: the other images of `data`"
+    )
+    knn_k: int = option(21, "neighbours that vote")
+    recall_at: tuple[int, ...] = option((1, 5, 10), "the k of text-to-image and image-to-text R@k")
+    batch_size: int = option(64, "images per forward pass")
+    workers: int = option(0, "decoding processes; 0 decodes in the main process")
+    overwrite: bool = option(False, "replace what is in `out`")
+
+    AT_LEAST: ClassVar[dict[str, float]] = {
+        **ModelOptions.AT_LEAST, "knn_k": 1, "batch_size": 1, "workers": 0,
+    }  # fmt: skip
+
+    def problems(self) -> list[str]:
+        problems = []
+        if not self.templates or any("{}" not in template for template in self.templates):
+            problems.append(f"templates={self.templates!r}: each must hold {{}} for the class name")
+        if not self.recall_at or any(k < 1 for k in self.recall_at):
+            problems.append(f"recall_at={self.recall_at!r}: give ranks of 1 or more")
+        return problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(ModelOptions):
+    """Options of `pymcip.export`."""
+
+    out: Source = required("folder to write: state_dict.pt, hub/, and index.faiss if asked for")
+    index: Source | None = option(
+        None, "embedding folder whose images go into a faiss index (needs pymcip[faiss])"
+    )
+    overwrite: bool = option(False, "replace what is in `out`")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig(Config):
+    """Options of `pymcip demo`."""
+
+    out: Source = option(Path("runs/demo"), "folder to write: report.md, report.json, pictures")
+    seeds: int = option(1, "how many seeds to run and average over")
+    smoke: bool = option(False, "a tiny world: shows that everything runs, not the pattern")
+    overwrite: bool = option(False, "replace what is in `out`")
+
+    AT_LEAST: ClassVar[dict[str, float]] = {"seeds": 1}

@@ -1,0 +1,53 @@
+"""Errors that pymcip raises on purpose. Each message says what was received, what is allowed, and
+the next step."""
+
+from __future__ import annotations
+
+
+class PymcipError(Exception):
+    """Base of every error that pymcip raises on purpose."""
+
+
+class ConfigError(PymcipError, ValueError):
+    """A configuration is wrong. All problems found are reported at once (`problems`)."""
+
+    def __init__(self, problems: str | list[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        if len(self.problems) == 1:
+            message = self.problems[0]
+        else:
+            lines = "\n".join(f"  - {problem}" for problem in self.problems)
+            message = f"{len(self.problems)} problems with the configuration:\n{lines}"
+        super().__init__(message)
+
+
+class DataError(PymcipError, ValueError):
+    """Input data are missing, empty, malformed or unsafe."""
+
+
+class DecodeError(DataError):
+    """One image can't be decoded (truncated, not an image, or a decompression bomb)."""
+
+
+class StaleEmbeddingsError(DataError):
+    """An embedding folder was made from another model, transform or data than asked for."""
+
+
+class OutputExistsError(PymcipError, FileExistsError):
+    """An output folder is not empty, and neither `overwrite` nor `resume` was given."""
+
+
+class BackendError(PymcipError, RuntimeError):
+    """A back end was asked for by name and can't run here."""
+
+
+class CheckpointError(PymcipError, RuntimeError):
+    """A checkpoint is missing, damaged, or belongs to another run or model."""
+
+
+class TrainingDivergedError(PymcipError, RuntimeError):
+    """The loss was not finite for too many steps in a row."""
+
+
+class MissingDependencyError(PymcipError, ImportError):
+    """An optional package is needed; the message names the extra that installs it."""

@@ -1,0 +1,124 @@
+"""The losses of the MCIP method as modules. The arithmetic is in `pymcip.ops.margin_softmax`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pymcip.ops.margin_softmax import margin_softmax
+
+
+class ArcMargin(nn.Module):
+    """ArcFace (arXiv 1801.07698) over a trainable class matrix `weight` [C, D], fp32.
+
+        L = -log( e^{s cos(t_y + m)} / ( e^{s cos(t_y + m)} + sum over j != y of e^{s cos t_j} ) )
+
+    The loss runs over the whole class matrix in chunks; memory does not grow with B x C.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        dim: int,
+        *,
+        scale: float = 30.0,
+        margin: float = 0.3,
+        continuation: str = "linear",
+        chunk: int = 8192,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_classes, dim))
+        nn.init.normal_(self.weight, std=dim**-0.5)
+        self.scale, self.margin, self.continuation = scale, margin, continuation
+        self.chunk, self.backend = chunk, backend
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Per-image losses [B], fp32, of embeddings x [B, D] (any norm) with labels int64 [B]."""
+        return margin_softmax(
+            x,
+            self.weight,
+            torch.arange(len(labels) + 1, device=labels.device),
+            labels,
+            scale=self.scale,
+            margin=self.margin,
+            continuation=self.continuation,
+            chunk=self.chunk,
+            backend=self.backend,
+        )
+
+
+class MCArcMargin(nn.Module):
+    """ArcMargin with several positives per image, over a frozen bank of caption rows [M, D].
+
+    With an image's positives P (its pseudo-captions) and all other rows as negatives:
+
+        Z = sum over j not in P of e^{s cos t_j}
+        L = (1/|P|) sum over p in P of softplus(log Z - s cos(t_p + m))
+
+    An image's own positives never act as negatives for each other. The MCIP paper (arXiv 2409.01936)
+    names this loss; its text was not at hand when this was written, so the closed form is this
+    project's. For |P| = 1 it is ArcMargin.
+    """
+
+    bank: Tensor
+
+    def __init__(
+        self,
+        bank: Tensor,
+        *,
+        scale: float = 30.0,
+        margin: float = 0.0,
+        continuation: str = "linear",
+        chunk: int = 8192,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.register_buffer("bank", bank, persistent=False)
+        self.scale, self.margin, self.continuation = scale, margin, continuation
+        self.chunk, self.backend = chunk, backend
+
+    def forward(
+        self, x: Tensor, indptr: Tensor, indices: Tensor, weights: Tensor | None = None
+    ) -> Tensor:
+        """Per-image losses [B], fp32; 0 for an image without pseudo-captions.
+
+        x: [B, D], any norm. indptr: int64 [B + 1] and indices: int64 [nnz], the positives in CSR form.
+        weights: [nnz], for example from the captions' cosines; default 1/|P|.
+        """
+        return margin_softmax(
+            x,
+            self.bank,
+            indptr,
+            indices,
+            weights=weights,
+            scale=self.scale,
+            margin=self.margin,
+            continuation=self.continuation,
+            chunk=self.chunk,
+            backend=self.backend,
+        )
+
+
+def info_nce(
+    images: Tensor,
+    texts: Tensor,
+    scale: float,
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+) -> Tensor:
+    """InfoNCE in both directions (CLIP, arXiv 2103.00020) over unit embeddings [B, D] -> scalar.
+
+    Row i of `images` belongs to row i of `texts`. `scale` is CLIP's exp(logit_scale). Pairs i != j of
+    the same image or the same caption (equal `image_ids` or `text_ids`, int64 [B]) are not negatives.
+    """
+    logits = scale * (images.float() @ texts.float().T)
+    same = torch.zeros_like(logits, dtype=torch.bool)
+    for ids in (image_ids, text_ids):
+        if ids is not None:
+            same |= ids[:, None] == ids[None, :]
+    same.fill_diagonal_(False)
+    logits = logits.masked_fill(same, float("-inf"))
+    target = torch.arange(len(logits), device=logits.device)
+    loss = nn.functional.cross_entropy
+    return 0.5 * (loss(logits, target) + loss(logits.T, target))

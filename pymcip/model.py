@@ -1,0 +1,295 @@
+"""Any open_clip model, with what belongs to it: transforms, tokenizer, config, fingerprint."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from torch import Tensor, nn
+
+from pymcip.errors import CheckpointError, ConfigError
+from pymcip.files import fingerprint
+
+HUB_FOLDER = Path("exported") / "hub"  # inside a run folder
+
+# open_clip reports through the root logger what pymcip's own messages already say.
+_log = logging.getLogger("pymcip.model")
+
+
+@dataclass
+class ClipModel:
+    """An open_clip model and everything needed to run, fingerprint and export it.
+
+    `model` is open_clip's own module (fp32 weights); `model_cfg` and `preprocess_cfg` are what its
+    hub-style `open_clip_config.json` would hold, `quick_gelu` and a forced image size included.
+    """
+
+    name: str
+    model: nn.Module
+    preprocess_train: Callable[[Any], Tensor]
+    preprocess_val: Callable[[Any], Tensor]
+    tokenizer: Callable[[list[str]], Tensor]
+    model_cfg: dict[str, Any]
+    preprocess_cfg: dict[str, Any]
+    device: torch.device
+    precision: str
+
+    @property
+    def embed_dim(self) -> int:
+        return int(self.model_cfg["embed_dim"])
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return autocast(self.device, self.precision)
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Unit fp32 embeddings [B, D] of preprocessed images [B, 3, H, W]; keeps the graph."""
+        with self.autocast():
+            features = self.model.encode_image(images)  # type: ignore[operator]
+        return nn.functional.normalize(features.float(), dim=-1)
+
+    def text_features(self, tokens: Tensor) -> Tensor:
+        """Unit fp32 embeddings [B, D] of token ids [B, L]; keeps the graph."""
+        with self.autocast():
+            features = self.model.encode_text(tokens)  # type: ignore[operator]
+        return nn.functional.normalize(features.float(), dim=-1)
+
+    @torch.inference_mode()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Unit fp32 embeddings [B, D] on the CPU of preprocessed images [B, 3, H, W]."""
+        with evaluation_mode(self.model):
+            images = images.to(self.device, non_blocking=True)
+            if is_convolutional(self.model):
+                images = images.contiguous(memory_format=torch.channels_last)
+            return self.image_features(images).cpu()
+
+    @torch.inference_mode()
+    def encode_texts(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
+        """Unit fp32 embeddings [len(texts), D] on the CPU."""
+        with evaluation_mode(self.model):
+            parts = [
+                self.text_features(self.tokenizer(list(texts[i : i + batch_size])).to(self.device))
+                for i in range(0, len(texts), batch_size)
+            ]
+        return torch.cat(parts).cpu() if parts else torch.empty(0, self.embed_dim)
+
+    def fingerprint(self, part: str = "model") -> str:
+        """SHA-256 of weights and of what decides an embedding beside them.
+
+        `part`: "image" (image tower + transform), "text" (text tower + tokenizer) or "model".
+        """
+        state = self.model.state_dict()
+        if part == "image":
+            state = {name: value for name, value in state.items() if name.startswith("visual.")}
+        elif part == "text":
+            state = {name: value for name, value in state.items() if not name.startswith("visual.")}
+        described: dict[str, Any] = {"weights": weights_fingerprint(state), "precision": self.precision}
+        if part != "text":
+            described["vision"] = self.model_cfg["vision_cfg"]
+            described["transform"] = repr(self.preprocess_val)
+        if part != "image":
+            described["text"] = self.model_cfg["text_cfg"]
+        described["quick_gelu"] = bool(self.model_cfg.get("quick_gelu", False))
+        return fingerprint(json.loads(json.dumps(described, default=str)))
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    if precision == "amp_bf16":
+        return torch.autocast(device_type=device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Put the module into eval mode and give every submodule its own mode back afterwards."""
+    modes = [(child, child.training) for child in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, mode in modes:
+            child.training = mode
+
+
+def weights_fingerprint(state: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        value = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def is_convolutional(model: nn.Module) -> bool:
+    """Whether the image tower gains from channels-last: more convolutions than a patch embedding."""
+    visual = model.visual
+    return sum(isinstance(layer, nn.Conv2d) for layer in visual.modules()) > 4  # type: ignore[union-attr]
+
+
+def default_device(device: str | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"device={device!r} can't be used here ({str(error).splitlines()[0]}); "
+            "allowed: cpu, or cuda[:n] where torch sees a GPU"
+        ) from error
+    return chosen
+
+
+def resolve_name(model: str) -> str:
+    """The name open_clip knows: a run folder or a hub-style folder becomes `local-dir:…`."""
+    if ":" not in model and Path(model).is_dir():
+        for folder in (Path(model) / HUB_FOLDER, Path(model) / "hub", Path(model)):
+            if (folder / "open_clip_config.json").is_file():
+                return f"local-dir:{folder}"
+        raise ConfigError(
+            f"model={model!r} is a folder without {HUB_FOLDER}/open_clip_config.json; give a finished "
+            "pymcip run, a hub-style folder, or a name that open_clip knows"
+        )
+    return model
+
+
+def _check_source(name: str, pretrained: str | None) -> bool:
+    """Refuse what can't be loaded, before anything is; returns whether QuickGELU must be forced."""
+    schema, identifier = open_clip.factory.parse_model_name(name)
+    if schema == "local-dir" and not (Path(identifier) / "open_clip_config.json").is_file():
+        raise ConfigError(
+            f"model={name!r}: there is no open_clip_config.json in {identifier}; a hub-style folder "
+            "holds that file and open_clip_model.safetensors"
+        )
+    if schema is not None:
+        if pretrained:
+            raise ConfigError(
+                f"pretrained={pretrained!r} does not go with model={name!r}, which names its own "
+                "weights; leave pretrained out"
+            )
+        return False
+    if open_clip.get_model_config(name) is None:
+        close = [known for known in open_clip.list_models() if known.lower()[:5] == name.lower()[:5]]
+        raise ConfigError(
+            f"model={name!r} is not known to open_clip {open_clip.__version__}; allowed: hf-hub:…, "
+            f"local-dir:…, a run folder, or a name such as {', '.join(close[:6] or ['ViT-B-32'])}"
+        )
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained is None:
+        raise ConfigError(
+            f"model={name!r} without pretrained= would start from random weights; give a tag "
+            f"({', '.join(tags) or 'there is none for this model'}), a checkpoint's path, or "
+            "pretrained='random' if that is meant"
+        )
+    if pretrained == "random" or Path(pretrained).is_file():
+        return False
+    tag = open_clip.get_pretrained_cfg(name, pretrained)
+    if not tag:
+        raise ConfigError(
+            f"pretrained={pretrained!r} is neither a file nor a tag of {name}; allowed: "
+            f"{', '.join(tags) or 'a checkpoint path'}"
+        )
+    return bool(tag.get("quick_gelu", False))
+
+
+def load(
+    model: str,
+    pretrained: str | None = None,
+    *,
+    image_size: int | None = None,
+    device: str | None = None,
+    precision: str = "amp_bf16",
+    aug_cfg: dict[str, Any] | None = None,
+) -> ClipModel:
+    """Load a model the way open_clip does, and refuse what open_clip would let pass in silence.
+
+    Args:
+        model: an open_clip name, `hf-hub:…`, `local-dir:…`, or the folder of a pymcip run.
+        pretrained: open_clip's tag or a checkpoint's path (read with `weights_only=True`);
+            `"random"` for random weights.
+        image_size: input size in pixels, if not the model's own.
+        device: torch's name of a device; default: a GPU if there is one.
+        precision: `"amp_bf16"` (bf16 autocast) or `"fp32"`. Weights are fp32 in both.
+        aug_cfg: open_clip's `AugmentationCfg` as a dict, for `preprocess_train`.
+
+    Returns:
+        A `ClipModel`, in evaluation mode.
+
+    Raises:
+        ConfigError: unknown model, tag or augmentation; no weights named.
+        CheckpointError: the checkpoint is damaged or of another model.
+    """
+    name = resolve_name(model)
+    quick_gelu = _check_source(name, pretrained)
+    _check_augmentation(aug_cfg)
+    chosen = default_device(device)
+    config = open_clip.get_model_config(name)
+    try:
+        module, preprocess_train, preprocess_val = open_clip.create_model_and_transforms(
+            name,
+            pretrained=None if pretrained == "random" else pretrained,
+            precision="fp32",
+            device=chosen,
+            force_quick_gelu=quick_gelu,
+            force_image_size=image_size,
+            aug_cfg=aug_cfg or None,
+            weights_only=True,
+        )
+    except (RuntimeError, ValueError, KeyError, OSError, EOFError) as error:
+        raise CheckpointError(
+            f"open_clip can't load model={model!r}, pretrained={pretrained!r}: "
+            f"{_short(error)}\nA checkpoint must hold the state dict of just this architecture; check "
+            "that the name and the file belong together."
+        ) from error
+    except Exception as error:  # pickle and safetensors have no common base of their errors
+        if type(error).__module__.split(".")[0] not in ("pickle", "_pickle", "safetensors_rust", "zipfile"):
+            raise
+        raise CheckpointError(
+            f"the weights of model={model!r}, pretrained={pretrained!r} are damaged or are no plain "
+            f"state dict: {_short(error)}"
+        ) from error
+    module.eval()
+    vision = dict(config["vision_cfg"])
+    if image_size is not None:
+        vision["image_size"] = image_size
+    if "timm_model_name" in vision:
+        vision["timm_model_pretrained"] = False
+    config = {**config, "vision_cfg": vision, "text_cfg": dict(config["text_cfg"])}
+    if quick_gelu:
+        config["quick_gelu"] = True
+    if is_convolutional(module):
+        module.visual.to(memory_format=torch.channels_last)
+    return ClipModel(
+        name=name,
+        model=module,
+        preprocess_train=preprocess_train,
+        preprocess_val=preprocess_val,
+        tokenizer=open_clip.get_tokenizer(name),
+        model_cfg=config,
+        preprocess_cfg=dict(module.visual.preprocess_cfg),
+        device=chosen,
+        precision=precision,
+    )
+
+
+def _short(error: BaseException, limit: int = 600) -> str:
+    text = str(error)
+    return text if len(text) <= limit else text[:limit] + " […]"
+
+
+def _check_augmentation(aug_cfg: dict[str, Any] | None) -> None:
+    allowed = {item.name for item in dataclasses.fields(open_clip.AugmentationCfg)}
+    unknown = sorted(set(aug_cfg or {}) - allowed)
+    if unknown:
+        raise ConfigError(
+            f"aug_cfg has unknown keys {unknown}; allowed (open_clip's AugmentationCfg): "
+            f"{', '.join(sorted(allowed))}"
+        )
