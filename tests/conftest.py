@@ -1,0 +1,188 @@
+"""Fixtures shared by the tests: a tiny random CLIP, and writers of small data sets of each kind."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+from pymcip.model import ClipModel, load
+
+TINY_MODEL = {
+    "embed_dim": 16,
+    "vision_cfg": {
+        "image_size": 32,
+        "layers": 1,
+        "width": 32,
+        "head_width": 16,
+        "patch_size": 16,
+    },
+    "text_cfg": {
+        "context_length": 16,
+        "vocab_size": 49408,
+        "width": 32,
+        "heads": 2,
+        "layers": 1,
+    },
+}
+TINY_PREPROCESSING = {
+    "size": 32,
+    "mode": "RGB",
+    "mean": list(open_clip.OPENAI_DATASET_MEAN),
+    "std": list(open_clip.OPENAI_DATASET_STD),
+    "interpolation": "bicubic",
+    "resize_mode": "shortest",
+    "fill_color": 0,
+}
+CAPTIONS = [
+    "a photo of a red square",
+    "a green square on a plain ground",
+    "the blue square",
+    "a drawing of something yellow",
+    "grey noise, nothing else",
+    "two dogs run over wet grass",
+    "a city at night seen from above",
+    "fresh apples in a wooden box",
+]
+COLOURS = [(200, 40, 40), (40, 180, 60), (40, 70, 210), (210, 200, 40), (150, 60, 190)]
+
+
+def write_hub_folder(folder: Path, seed: int = 0, **changes: Any) -> Path:
+    """Write a hub-style folder of the tiny model, random weights; `changes` update its config."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"model_cfg": {**TINY_MODEL, **changes}, "preprocess_cfg": TINY_PREPROCESSING}
+    (folder / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+    safetensors.torch.save_file(weights, folder / "open_clip_model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give the hub-style folder of a random CLIP: D = 16, 32 px images, 16 tokens."""
+    return write_hub_folder(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def tiny_clip(tiny_model_dir: Path) -> ClipModel:
+    """Load the tiny model afresh, on the CPU in fp32."""
+    return load(f"local-dir:{tiny_model_dir}", device="cpu", precision="fp32")
+
+
+def picture(seed: int, colour: Sequence[int] = (128, 128, 128), size: int = 40) -> Image.Image:
+    """Make a noisy RGB picture with a square in `colour`; the seed decides noise and place."""
+    generator = np.random.default_rng(seed)
+    pixels = generator.integers(90, 166, (size, size, 3), dtype=np.uint8)
+    top, left = generator.integers(0, size // 2, 2)
+    pixels[top : top + size // 2, left : left + size // 2] = colour
+    return Image.fromarray(pixels)
+
+
+def encoded(image: Image.Image, file_format: str = "JPEG") -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, file_format)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def tiny_images(tmp_path: Path) -> Callable[..., Path]:
+    """Make ImageFolders: `tiny_images(name="images", classes=3, per_class=4, size=40)` -> path.
+
+    Writes `name/class{c}/{i}.jpg`; pictures of a class share the colour of a square.
+    """
+
+    def make(name: str = "images", classes: int = 3, per_class: int = 4, size: int = 40) -> Path:
+        for label in range(classes):
+            folder = tmp_path / name / f"class{label}"
+            folder.mkdir(parents=True)
+            for index in range(per_class):
+                image = picture(label * 1000 + index, COLOURS[label % len(COLOURS)], size)
+                image.save(folder / f"{index}.jpg")
+        return tmp_path / name
+
+    return make
+
+
+def write_shard(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
+    """Write a tar file of members in the order given; names are written as they are."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+def sample_members(key: str, sample: Mapping[str, Any]) -> list[tuple[str, bytes]]:
+    """Tar members of one sample: images and bytes as they are, dicts as JSON, the rest as text."""
+    members = []
+    for extension, value in sample.items():
+        if isinstance(value, Image.Image):
+            file_format = {"jpg": "JPEG", "jpeg": "JPEG"}.get(extension, extension.upper())
+            content = encoded(value, file_format)
+        elif isinstance(value, bytes):
+            content = value
+        elif isinstance(value, Mapping):
+            content = json.dumps(value).encode()
+        else:
+            content = str(value).encode()
+        members.append((f"{key}.{extension}", content))
+    return members
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Callable[..., list[Path]]:
+    """Writer of webdataset shards: `shards(samples, name="shards", per_shard=4)` -> tar paths.
+
+    A sample is a dict extension -> content, for example
+    `{"jpg": picture(0), "cls": 3, "txt": "a caption", "json": {"caption": "…"}}`. Without samples
+    it writes 12: classes 0 to 2, each with a caption of its own.
+    """
+
+    def write(
+        samples: Sequence[Mapping[str, Any]] | None = None, name: str = "shards", per_shard: int = 4
+    ) -> list[Path]:
+        if samples is None:
+            samples = [
+                {
+                    "jpg": picture(index, COLOURS[index % 3]),
+                    "cls": index % 3,
+                    "txt": f"{CAPTIONS[index % 3]}, number {index}",
+                }
+                for index in range(12)
+            ]
+        paths = []
+        for number, start in enumerate(range(0, len(samples), per_shard)):
+            members = []
+            for offset, sample in enumerate(samples[start : start + per_shard]):
+                members += sample_members(f"{start + offset:06d}", sample)
+            paths.append(write_shard(tmp_path / name / f"{number:06d}.tar", members))
+        return paths
+
+    return write
+
+
+@pytest.fixture
+def captions_file(tmp_path: Path) -> Callable[..., Path]:
+    """Writer of caption text files, a line each: `captions_file(lines=CAPTIONS, name="c.txt")`."""
+
+    def write(lines: Sequence[str] = CAPTIONS, name: str = "captions.txt") -> Path:
+        path = tmp_path / name
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        return path
+
+    return write
