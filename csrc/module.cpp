@@ -1,2 +1,140 @@
+// The Python module pymcip._core: pointers, shapes and strides in, so that it links neither libtorch
+// nor NumPy. Values are validated by the Python functions that call it (pymcip/ops).
+
+#include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
-PYBIND11_MODULE(_core, m) { m.doc() = "pymcip's compiled core"; }
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <exception>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "topk.hpp"
+#ifdef PYMCIP_WITH_CUDA
+#include "cuda_info.hpp"
+#endif
+
+namespace py = pybind11;
+
+#define PYMCIP_STRING_OF(x) #x
+#define PYMCIP_STRING(x) PYMCIP_STRING_OF(x)
+
+namespace {
+
+// address, dtype, rows, columns, row stride, column stride (strides in elements)
+using MatrixTuple = std::tuple<std::uintptr_t, std::string, std::int64_t, std::int64_t,
+                               std::int64_t, std::int64_t>;
+
+pymcip::Matrix to_matrix(const MatrixTuple& tuple) {
+    const auto& [address, dtype, rows, columns, row_stride, column_stride] = tuple;
+    pymcip::Scalar scalar;
+    if (dtype == "float32") {
+        scalar = pymcip::Scalar::float32;
+    } else if (dtype == "float16") {
+        scalar = pymcip::Scalar::float16;
+    } else if (dtype == "bfloat16") {
+        scalar = pymcip::Scalar::bfloat16;
+    } else {
+        throw std::invalid_argument("dtype '" + dtype +
+                                    "' is not one of float32, float16, bfloat16");
+    }
+    if (rows < 0 || columns < 1 || (rows > 0 && address == 0))
+        throw std::invalid_argument("a matrix needs rows >= 0, columns >= 1 and an address");
+    return {reinterpret_cast<const void*>(address), scalar, rows, columns, row_stride,
+            column_stride};
+}
+
+void topk(const MatrixTuple& queries_tuple, const MatrixTuple& bank_tuple, std::int64_t k,
+          float threshold, int threads, const std::string& kernel, std::uintptr_t ids,
+          std::uintptr_t scores, const py::object& progress) {
+    const pymcip::Matrix queries = to_matrix(queries_tuple);
+    const pymcip::Matrix bank = to_matrix(bank_tuple);
+    if (queries.columns != bank.columns)
+        throw std::invalid_argument("queries and bank differ in their number of columns");
+    if (k < 1) throw std::invalid_argument("k must be at least 1");
+
+    // Signals (Ctrl-C) and the caller's progress function are served between blocks of work; what
+    // they raise stops the search first and is then passed on.
+    std::exception_ptr raised;
+    const pymcip::Progress watch = [&](std::int64_t done, std::int64_t total) {
+        const py::gil_scoped_acquire gil;
+        try {
+            if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+            if (!progress.is_none()) progress(done, total);
+            return true;
+        } catch (...) {
+            raised = std::current_exception();
+            return false;
+        }
+    };
+    {
+        const py::gil_scoped_release release;
+        pymcip::topk_cpu(queries, bank, k, threshold, threads, kernel,
+                         reinterpret_cast<std::int64_t*>(ids), reinterpret_cast<float*>(scores),
+                         watch);
+    }
+    if (raised) std::rethrow_exception(raised);
+}
+
+py::dict build_info() {
+    py::dict info;
+#if defined(__clang__)
+    info["compiler"] = std::string("Clang ") + __clang_version__;
+#elif defined(__GNUC__)
+    info["compiler"] = std::string("GCC ") + __VERSION__;
+#endif
+    info["pybind11"] = PYMCIP_STRING(PYBIND11_VERSION_MAJOR) "." PYMCIP_STRING(
+        PYBIND11_VERSION_MINOR) "." PYMCIP_STRING(PYBIND11_VERSION_PATCH);
+#ifdef PYMCIP_WITH_CUDA
+    info["cuda"] = PYMCIP_WITH_CUDA;
+#else
+    info["cuda"] = py::none();
+#endif
+    return info;
+}
+
+#ifdef PYMCIP_WITH_CUDA
+py::dict cuda_info() {
+    const pymcip::CudaInfo found = pymcip::cuda_info();
+    const auto version = [](int number) {
+        return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
+    };
+    py::list devices;
+    for (const pymcip::CudaDevice& device : found.devices) {
+        py::dict row;
+        row["name"] = device.name;
+        row["capability"] = std::to_string(device.capability_major) + "." +
+                            std::to_string(device.capability_minor);
+        row["multiprocessors"] = device.multiprocessors;
+        row["memory_bytes"] = device.memory_bytes;
+        row["l2_bytes"] = device.l2_bytes;
+        devices.append(row);
+    }
+    py::dict info;
+    info["runtime"] = version(found.runtime_version);
+    info["driver"] = found.driver_version ? py::object(py::str(version(found.driver_version)))
+                                          : py::object(py::none());
+    info["error"] =
+        found.error.empty() ? py::object(py::none()) : py::object(py::str(found.error));
+    info["devices"] = devices;
+    return info;
+}
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+    m.doc() = "Compiled core of pymcip. Call pymcip.ops instead: nothing is validated here.";
+    m.def("topk", &topk, py::arg("queries"), py::arg("bank"), py::arg("k"), py::arg("threshold"),
+          py::arg("threads"), py::arg("kernel"), py::arg("ids"), py::arg("scores"),
+          py::arg("progress") = py::none());
+    m.def("topk_kernels", &pymcip::topk_cpu_kernels);
+    m.def("build_info", &build_info);
+#ifdef PYMCIP_WITH_CUDA
+    m.def("cuda_info", &cuda_info);
+#else
+    m.def("cuda_info", [] { return py::none(); });
+#endif
+}

@@ -1,0 +1,7 @@
+"""Ops with several back ends: contracts in each op's module, back ends in `dispatch`."""
+
+from pymcip.ops.dispatch import backends, explain
+from pymcip.ops.margin_softmax import margin_softmax
+from pymcip.ops.topk import topk
+
+__all__ = ["backends", "explain", "margin_softmax", "topk"]

@@ -1,0 +1,180 @@
+"""The one table of back ends, and how one is chosen.
+
+A public op validates its inputs, asks `select` for a back end and calls it. `auto` takes the first
+row of the table that fits the device and the dtype and whose probe finds nothing amiss. A back end
+asked for by name is used or refused, never replaced. `explain` tells what `auto` would take here
+and why the other rows lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from pymcip.errors import BackendError, ConfigError
+
+ANY_DEVICE = ("any",)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run an op. Functions are named `module:function` and imported when first used."""
+
+    op: str
+    name: str
+    devices: tuple[str, ...]  # torch device types, or ANY_DEVICE
+    dtypes: tuple[str, ...]  # of the inputs, torch's names without "torch."
+    function: str
+    probe: str | None = None  # () -> None, or the reason why this back end can't run here
+
+    def load(self) -> Callable[..., Any]:
+        function: Callable[..., Any] = _resolve(self.function)
+        return function
+
+    def unavailable(self) -> str | None:
+        """Why this back end can't run on this machine; None if it can."""
+        if self.probe is None:
+            return None
+        reason: str | None = _resolve(self.probe)()
+        return reason
+
+    def obstacle(self, device: str, dtype: str) -> str | None:
+        """Why this back end can't take these inputs here; None if it can."""
+        if self.devices != ANY_DEVICE and device not in self.devices:
+            return f"runs on {' or '.join(self.devices)}, not on {device}"
+        if dtype not in self.dtypes:
+            return f"takes {', '.join(self.dtypes)}, not {dtype}"
+        return self.unavailable()
+
+
+FLOATS = ("float32", "float16", "bfloat16")
+
+# In order of preference within an op; measured, see bench/bench_<op>.py.
+BACKENDS: tuple[Backend, ...] = (
+    Backend(
+        op="topk",
+        name="cpp",
+        devices=("cpu",),
+        dtypes=FLOATS,
+        function="pymcip.ops.topk:topk_cpp",
+        probe="pymcip.ops.topk:probe_cpp",
+    ),
+    Backend(
+        op="topk",
+        name="torch",
+        devices=ANY_DEVICE,
+        dtypes=FLOATS,
+        function="pymcip.ops.topk:topk_torch",
+    ),
+    Backend(
+        op="margin_softmax",
+        name="torch",
+        devices=ANY_DEVICE,
+        dtypes=("float64", *FLOATS),
+        function="pymcip.ops.margin_softmax:margin_softmax_torch",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The back end that `select` takes for these inputs, and what became of the others."""
+
+    op: str
+    device: str
+    dtype: str
+    backend: str
+    chosen: str | None
+    verdicts: tuple[tuple[str, str], ...]  # (back end, what became of it), in order of preference
+
+    def __str__(self) -> str:
+        chosen = self.chosen or "no back end"
+        head = (
+            f"{self.op} on {self.device} with {self.dtype}, backend={self.backend!r}: {chosen}"
+        )
+        return "\n".join([head, *(f"  {name}: {verdict}" for name, verdict in self.verdicts)])
+
+
+def ops() -> tuple[str, ...]:
+    """Names of the ops that have back ends."""
+    return tuple(dict.fromkeys(row.op for row in BACKENDS))
+
+
+def backends(op: str) -> tuple[Backend, ...]:
+    """Back ends of one op, in order of preference."""
+    rows = tuple(row for row in BACKENDS if row.op == op)
+    if not rows:
+        raise ConfigError(f"op={op!r} is not known; allowed: {', '.join(ops())}")
+    return rows
+
+
+def select(op: str, backend: str = "auto", *, device: str = "cpu", dtype: str) -> Backend:
+    """The back end to run; `BackendError` if the one asked for can't, or if none can."""
+    device, dtype = _device_kind(device), _dtype_name(dtype)
+    rows = _candidates(op, backend)
+    obstacles = []
+    for row in rows:
+        obstacle = row.obstacle(device, dtype)
+        if obstacle is None:
+            return row
+        obstacles.append((row.name, obstacle))
+    reasons = "; ".join(f"{name} {obstacle}" for name, obstacle in obstacles)
+    if backend == "auto":
+        raise BackendError(
+            f"{op}: no back end takes device={device}, dtype={dtype}: {reasons}. "
+            "Move the inputs to another device or convert them to float32"
+        )
+    working = [row.name for row in backends(op) if row.obstacle(device, dtype) is None]
+    raise BackendError(
+        f"{op}: backend={backend!r} was asked for and can't run with device={device}, "
+        f"dtype={dtype}: {reasons}. Allowed for these inputs: {', '.join(['auto', *working])}. "
+        "'pymcip env' lists the back ends of this machine"
+    )
+
+
+def explain(
+    op: str, device: str = "cpu", dtype: str = "float32", backend: str = "auto"
+) -> Explanation:
+    """Which back end `select` takes for these inputs, and why the others lost."""
+    device, dtype = _device_kind(device), _dtype_name(dtype)
+    candidates = _candidates(op, backend)
+    chosen: str | None = None
+    verdicts = []
+    for row in backends(op):
+        obstacle = row.obstacle(device, dtype)
+        if obstacle is not None:
+            verdict = obstacle
+        elif row not in candidates:
+            verdict = f"not asked for (backend={backend!r})"
+        elif chosen is None:
+            chosen, verdict = row.name, "chosen"
+        else:
+            verdict = f"would work, but {chosen} is preferred"
+        verdicts.append((row.name, verdict))
+    return Explanation(op, device, dtype, backend, chosen, tuple(verdicts))
+
+
+def _candidates(op: str, backend: str) -> tuple[Backend, ...]:
+    rows = backends(op)
+    if backend == "auto":
+        return rows
+    named = tuple(row for row in rows if row.name == backend)
+    if not named:
+        allowed = ", ".join(["auto", *(row.name for row in rows)])
+        raise ConfigError(f"{op}: backend={backend!r} is not known; allowed: {allowed}")
+    return named
+
+
+def _device_kind(device: Any) -> str:
+    return str(device).split(":", maxsplit=1)[0]
+
+
+def _dtype_name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _resolve(where: str) -> Any:
+    module, _, name = where.partition(":")
+    return getattr(import_module(module), name)
