@@ -45,7 +45,11 @@ __attribute__((always_inline)) inline void score_tile(const float* __restrict qu
                                                       const float* __restrict rows,
                                                       std::int64_t depth, float* __restrict out) {
     typedef float Vector __attribute__((vector_size(Lanes * sizeof(float))));
-    Vector sum[Queries][Vectors] = {};
+    Vector sum[Queries][Vectors];
+#pragma GCC unroll 16
+    for (int query = 0; query < Queries; ++query)
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; ++v) sum[query][v] = Vector{};
     for (std::int64_t d = 0; d < depth; ++d) {
         const Vector* row = reinterpret_cast<const Vector*>(rows + d * Vectors * Lanes);
 #pragma GCC unroll 16
@@ -55,7 +59,9 @@ __attribute__((always_inline)) inline void score_tile(const float* __restrict qu
             for (int v = 0; v < Vectors; ++v) sum[query][v] += value * row[v];
         }
     }
+#pragma GCC unroll 16
     for (int query = 0; query < Queries; ++query)
+#pragma GCC unroll 4
         for (int v = 0; v < Vectors; ++v)
             reinterpret_cast<Vector*>(out)[query * Vectors + v] = sum[query][v];
 }
