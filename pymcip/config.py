@@ -254,8 +254,9 @@ class TrainConfig(ModelOptions):
     )
     freeze_bn_stats: bool = option(False, "keep batch-norm statistics as they are")
 
-    scale: float = option(30.0, "s of both margin losses")
+    scale: float = option(30.0, "s of ArcMargin")
     margin: float = option(0.3, "m of ArcMargin, radians")
+    caption_scale: float = option(30.0, "s of MCArcMargin")
     caption_margin: float = option(0.0, "m of MCArcMargin, radians")
     continuation: Continuation = option("linear", "what happens where theta + m > pi")
     lambda_class: float = option(0.5, "weight of ArcMargin in mcip")
@@ -268,6 +269,13 @@ class TrainConfig(ModelOptions):
     k: int = option(10, "pseudo-captions per image, at most")
     negatives: Literal["mined", "bank"] | int = option(
         "mined", "caption rows beside an image's own: mined by any image, whole bank, or a sample"
+    )
+    mine_model: str | None = option(
+        None, "model that mines the pseudo-captions; default: `model` before training"
+    )
+    mine_pretrained: str | None = option(None, "that model's pretrained tag or checkpoint")
+    cache: Source | None = option(
+        None, "folder for embeddings, shared between runs; default: embeddings/ in `out`"
     )
     loss_chunk: int = option(8192, "columns of the class or caption matrix handled at a time")
 
@@ -296,7 +304,7 @@ class TrainConfig(ModelOptions):
         "seed": 0, "beta1": 0, "beta2": 0,
     }  # fmt: skip
     MORE_THAN: ClassVar[dict[str, float]] = {
-        "lr": 0, "rea_lr": 0, "scale": 0, "eps": 0, "grad_clip_norm": 0,
+        "lr": 0, "rea_lr": 0, "scale": 0, "caption_scale": 0, "eps": 0, "grad_clip_norm": 0,
     }  # fmt: skip
 
     @property

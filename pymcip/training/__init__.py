@@ -1,0 +1,425 @@
+"""`pymcip.train`: the five methods of MCIP (arXiv 2409.01936) on one training loop.
+
+| method     | trains                                | loss                             |
+|------------|---------------------------------------|----------------------------------|
+| `gpr`      | image tower                           | ArcMargin on class labels        |
+| `mcip`     | image tower                           | + MCArcMargin on pseudo-captions |
+| `rea`      | text tower, on cached image embeddings| InfoNCE, both directions         |
+| `2sft`     | `gpr`, then `rea`                     |                                  |
+| `mcip+rea` | `mcip`, then `rea`                    |                                  |
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pymcip.config import TrainConfig
+from pymcip.data import Captions, ImageData, load_captions, load_images
+from pymcip.embedding import EmbeddingFolder, embed_captions, embed_images
+from pymcip.errors import CheckpointError, ConfigError, DataError
+from pymcip.evaluation import evaluate_model
+from pymcip.exporting import write_export
+from pymcip.files import fingerprint, prepare_output, read_json, write_json
+from pymcip.mining import CaptionTable, mine_table
+from pymcip.model import ClipModel, load
+from pymcip.training.checkpoints import (
+    checkpoint_files,
+    load_checkpoint,
+    mark_best,
+    remove_leftovers,
+)
+from pymcip.training.logs import MetricsLog, forget_after, log_file
+from pymcip.training.loop import Interruption, Position, Run, fit, position_of, restore
+from pymcip.training.stages import ImageStage, Pairs, Stage, TextStage, caption_bank
+from pymcip.training.towers import discard_projector
+
+__all__ = ["TrainResult", "train"]
+
+PART_SIZE = 20_000  # rows per embedding part: what a kill while embedding can cost
+EMBED_BATCH = 64
+# Options that may differ when a run is resumed: they don't change what is computed.
+RESUMABLE = ("resume", "overwrite", "workers", "save_steps", "log_steps", "report_to", "cache", "device")
+
+_log = logging.getLogger("pymcip.training")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What `train` returns, and writes as `result.json`.
+
+    `metrics`: last evaluation on `val_data` in percent, `before`: the same before training (both {}
+    without `val_data`). `interrupted`: "SIGINT" or "SIGTERM" if the run stopped early with a
+    checkpoint, else None; `hub` and `state_dict` are None then.
+    """
+
+    out: Path
+    method: str
+    metrics: dict[str, float]
+    before: dict[str, float]
+    checkpoint: Path
+    best_checkpoint: Path | None
+    state_dict: Path | None
+    hub: Path | None
+    steps: int
+    skipped_steps: int
+    seconds: float
+    interrupted: str | None
+
+
+def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
+    """Fine-tune an open_clip model for image search; `pymcip.TrainConfig` lists the options.
+
+    Writes a run folder: `config.json`, `out.log`, `metrics.jsonl`, `embeddings/` and `mined/` (the
+    pseudo-captions), `checkpoints/`, `exported/` (plain open_clip weights), `result.json`.
+
+    With `resume="latest"` a run that was killed goes on from its last checkpoint, on the CPU to the
+    same bits as if it had not been.
+
+    Raises:
+        ConfigError, DataError: something is wrong with options or data; nothing was written.
+        OutputExistsError: `out` holds something.
+        StaleEmbeddingsError: the embeddings in `out` or `cache` are of other data or another model.
+        CheckpointError: a checkpoint is damaged or of another run or model.
+        TrainingDivergedError: ten steps in a row without a finite loss.
+    """
+    config = TrainConfig.make(config, options)
+    data = load_images(config.train_data)
+    captions = load_captions(config.captions) if config.captions is not None else None
+    validation = load_images(config.val_data) if config.val_data is not None else None
+    pair_data = load_images(config.rea_data, labelled=False) if config.rea_data is not None else None
+    if config.realigns and pair_data is not None and not _has_titles(pair_data):
+        raise DataError(
+            f"rea_data={config.rea_data!r} has images but no captions; give a title column, .txt "
+            "members or json with a caption, or leave rea_data out to use pseudo-captions"
+        )
+    clip = load(
+        config.model,
+        config.pretrained,
+        image_size=config.image_size,
+        device=config.device,
+        precision=config.precision,
+        aug_cfg=config.aug_cfg,
+    )
+    if config.resume:
+        finished = _check_resumable(config)
+        if finished is not None:
+            return finished
+    out = prepare_output(config.out, overwrite=config.overwrite, resume=config.resume is not None)
+    write_json(out / "config.json", config.to_dict())
+    (out / "checkpoints").mkdir(exist_ok=True)
+    remove_leftovers(out / "checkpoints")
+    trainer = _Trainer(config, out, clip, data, captions, validation, pair_data)
+    with Interruption().installed() as interruption, log_file(out / "out.log"):
+        return trainer.run(interruption)
+
+
+def _check_resumable(config: TrainConfig) -> TrainResult | None:
+    """Refuse to resume another run; return the result of one that is already finished."""
+    out = Path(config.out)
+    if not (out / "config.json").is_file():
+        return None
+    before, now = read_json(out / "config.json"), config.to_dict()
+    changed = [
+        f"{name}: was {before.get(name)!r}, now {now[name]!r}"
+        for name in now
+        if name not in RESUMABLE and before.get(name) != now[name]
+    ]
+    if changed:
+        raise ConfigError(
+            f"resume='latest': the run in {out} was started with other options: {'; '.join(changed)}. "
+            "Give the same ones, or another folder"
+        )
+    if not (out / "result.json").is_file():
+        return None
+    _log.info("the run in %s is finished; nothing to resume", out)
+    values = read_json(out / "result.json")
+    paths = ("out", "checkpoint", "best_checkpoint", "state_dict", "hub")
+    return TrainResult(
+        **{name: Path(v) if name in paths and v is not None else v for name, v in values.items()}
+    )
+
+
+def _has_titles(data: ImageData) -> bool:
+    return any(data.titles(i) for i in range(len(data)))
+
+
+class _Trainer:
+    """One call of `train`: embed, mine, the stages in order, export."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        out: Path,
+        clip: ClipModel,
+        data: ImageData,
+        captions: Captions | None,
+        validation: ImageData | None,
+        pair_data: ImageData | None,
+    ) -> None:
+        self.config, self.out, self.clip = config, out, clip
+        self.captions, self.validation, self.pair_data = captions, validation, pair_data
+        self.cache = Path(config.cache) if config.cache is not None else out / "embeddings"
+        self.all_data = data
+        self.metrics: dict[str, float] = {}
+        self.before: dict[str, float] = {}
+
+    def run(self, interruption: Interruption) -> TrainResult:
+        started = time.perf_counter()
+        config = self.config
+        self._embed_and_mine()
+        if config.grad_checkpointing:
+            self.clip.model.set_grad_checkpointing(True)  # type: ignore[operator]
+        if config.projector == "discard":
+            discard_projector(self.clip, config.seed)
+        files = checkpoint_files(self.out / "checkpoints")
+        state = load_checkpoint(files[-1]) if config.resume and files else None
+        position = Position() if state is None else position_of(state)
+        if state is not None:
+            self._load_weights(state["model"], files[-1])
+            forget_after(self.out / "metrics.jsonl", position.global_step)
+            _log.info("resuming from %s", files[-1])
+        else:
+            _seed_everything(config.seed)
+        with MetricsLog(self.out, config.report_to, config.to_dict()) as log:
+            run = Run(
+                self.clip, config, self.out, log, interruption, position, self._end_of_epoch,
+                checkpoint=files[-1] if state is not None else None,
+            )  # fmt: skip
+            if self.validation is not None:
+                self._evaluate_before(run)
+            names = (["image"] if config.trains_images else []) + (["text"] if config.realigns else [])
+            while position.stage < len(names) and not interruption.requested:
+                stage = self._image_stage() if names[position.stage] == "image" else self._text_stage()
+                if state is not None:
+                    restore(state, stage)
+                    state = None
+                fit(run, stage)
+                if not interruption.requested:
+                    position.stage, position.epoch, position.step = position.stage + 1, 0, 0
+                    run.save(None)
+        assert run.checkpoint is not None
+        best = self.out / "checkpoints" / "best.pt"
+        exported = None if interruption.requested else write_export(self.clip, self.out / "exported")
+        result = TrainResult(
+            out=self.out,
+            method=config.method,
+            metrics=self.metrics,
+            before=self.before,
+            checkpoint=run.checkpoint,
+            best_checkpoint=best if best.exists() else None,
+            state_dict=exported.state_dict if exported else None,
+            hub=exported.hub if exported else None,
+            steps=position.global_step,
+            skipped_steps=position.skipped_steps,
+            seconds=time.perf_counter() - started,
+            interrupted=interruption.requested,
+        )
+        if exported:
+            plain = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(result).items()}
+            write_json(self.out / "result.json", plain)
+        return result
+
+    # --- data -------------------------------------------------------------------------------
+
+    def _embed_and_mine(self) -> None:
+        """Embed training images (undecodable ones are dropped here) and mine their captions."""
+        config = self.config
+        miner = self.clip
+        if config.mine_model is not None:
+            miner = load(
+                config.mine_model,
+                config.mine_pretrained,
+                device=config.device,
+                precision=config.precision,
+            )
+        self.embedded = self._embed_images(miner, self.all_data)
+        rows = self.embedded.rows("img")
+        self.data = self.all_data.select(rows)
+        empty = np.setdiff1d(np.arange(self.data.num_classes), self.data.labels)
+        if len(empty):
+            names = [self.data.class_names[i] for i in empty[:5]]
+            raise DataError(
+                f"{len(empty)} classes have no image that can be decoded (first: {names}); see "
+                f"{self.embedded.path / 'skipped.tsv'}, and mend or remove them"
+            )
+        self.table: CaptionTable | None = None
+        if not config.needs_captions:
+            return
+        assert self.captions is not None
+        self.caption_vectors = self._embed_captions(miner, self.captions)
+        self.table, report = mine_table(
+            self.embedded.parts("img"),
+            self.caption_vectors.parts("text"),
+            k=config.k,
+            threshold=config.threshold,
+            seed=config.seed,
+        )
+        mined = self.out / "mined"
+        mined.mkdir(exist_ok=True)
+        self.table.save(mined)
+        write_json(mined / "report.json", report)
+
+    def _embed_images(self, clip: ClipModel, data: ImageData) -> EmbeddingFolder:
+        name = fingerprint([clip.fingerprint("image"), data.fingerprint()])[:16]
+        config = self.config
+        return embed_images(
+            clip,
+            data,
+            self.cache / f"images-{name}",
+            batch_size=EMBED_BATCH,
+            part_size=PART_SIZE,
+            workers=config.workers,
+        )
+
+    def _embed_captions(self, clip: ClipModel, captions: Captions) -> EmbeddingFolder:
+        name = fingerprint([clip.fingerprint("text"), captions.fingerprint()])[:16]
+        return embed_captions(
+            clip,
+            captions,
+            self.cache / f"captions-{name}",
+            batch_size=4 * EMBED_BATCH,
+            part_size=PART_SIZE,
+        )
+
+    # --- stages -----------------------------------------------------------------------------
+
+    def _image_stage(self) -> Stage:
+        config = self.config
+        bank = positives = None
+        if config.uses_captions_for_images:
+            assert self.table is not None
+            vectors = self.caption_vectors.vectors("text")
+            bank, positives = caption_bank(self.table, vectors, config.negatives, config.seed)
+        return ImageStage(
+            self.clip,
+            self.data,
+            config,
+            class_rows=self._class_means() if config.class_init == "mean" else None,
+            bank=bank,
+            positives=positives,
+        )
+
+    def _class_means(self) -> Tensor:
+        """[C, D]: mean of the unit embeddings of every class's images, by the untrained tower."""
+        embedded = self.embedded
+        if self.config.projector == "discard" or self.config.mine_model is not None:
+            embedded = self._embed_images(self._untrained(), self.data)
+        vectors = torch.from_numpy(np.asarray(embedded.vectors("img"), dtype=np.float32))
+        sums = torch.zeros(self.data.num_classes, vectors.shape[1])
+        return nn.functional.normalize(
+            sums.index_add_(0, torch.from_numpy(self.data.labels), vectors), dim=1
+        )
+
+    def _untrained(self) -> ClipModel:
+        """The model as it was before training (a resumed run has trained weights in `clip`)."""
+        config = self.config
+        clip = load(
+            config.model, config.pretrained, image_size=config.image_size, device=config.device,
+            precision=config.precision,
+        )  # fmt: skip
+        if config.projector == "discard":
+            discard_projector(clip, config.seed)
+        return clip
+
+    def _text_stage(self) -> Stage:
+        """Pairs of training images (embedded anew, by the tower as it is now) and captions."""
+        data = self.data if self.pair_data is None else self.pair_data
+        embedded = self._embed_images(self.clip, data)
+        rows = embedded.rows("img")
+        texts: list[str] = []
+        number: dict[str, int] = {}
+        ids: list[int] = []
+        counts = []
+        for row in rows.tolist():
+            own = list(data.titles(row))
+            if self.pair_data is None and self.table is not None and self.captions is not None:
+                own += [self.captions[int(i)] for i in self.table[row][0]]
+            own = list(dict.fromkeys(own))
+            counts.append(len(own))
+            for text in own:
+                if text not in number:
+                    number[text] = len(texts)
+                    texts.append(text)
+                ids.append(number[text])
+        if not ids:
+            raise DataError("re-alignment found no image with a caption; lower threshold")
+        pairs = Pairs(
+            vectors=torch.from_numpy(np.array(embedded.vectors("img"))),
+            indptr=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+            ids=np.array(ids, dtype=np.int64),
+            texts=texts,
+        )
+        return TextStage(self.clip, pairs, self.config)
+
+    def _load_weights(self, state: dict[str, Tensor], path: Path) -> None:
+        try:
+            self.clip.model.load_state_dict(state, strict=True)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{path} holds another model than {self.config.model!r}: {str(error)[:300]}\n"
+                "Resume with the model that the run was started with."
+            ) from error
+
+    # --- evaluation -------------------------------------------------------------------------
+
+    def _evaluate(self) -> dict[str, float]:
+        assert self.validation is not None
+        config = self.config
+        return evaluate_model(
+            self.clip,
+            self.validation,
+            batch_size=EMBED_BATCH,
+            workers=config.workers,
+        )
+
+    def _evaluate_before(self, run: Run) -> None:
+        before = self.out / "before.json"
+        if not before.is_file():
+            if run.position.global_step > 0:
+                return  # the untrained model is gone; a killed run lost its first evaluation
+            write_json(before, self._evaluate())
+        self.before = read_json(before)
+        if run.position.global_step == 0:
+            run.log.write({"evaluation": self.before, "global_step": 0})
+
+    def _end_of_epoch(self, run: Run, stage: Stage) -> None:
+        if self.validation is None:
+            return
+        self.metrics = self._evaluate()
+        position = run.position
+        run.log.write(
+            {
+                "evaluation": self.metrics,
+                "stage": stage.name,
+                "epoch": position.epoch,
+                "global_step": position.global_step,
+            }
+        )
+        score = _score(self.metrics)
+        _log.info("epoch %d: %s (score %.2f)", position.epoch + 1, self.metrics, score)
+        if score > position.best_score and run.checkpoint is not None:
+            position.best_score = score
+            mark_best(run.checkpoints, run.checkpoint)
+
+
+def _score(metrics: dict[str, float]) -> float:
+    """What "best" means: the mean of image search (mAP) and of each text metric that was measured."""
+    names = ("i2i_map", "zero_shot", "t2i_r5")
+    return float(np.mean([metrics[name] for name in names if name in metrics]))
+
+
+def _seed_everything(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    random.seed(seed)
+
+

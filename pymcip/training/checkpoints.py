@@ -1,0 +1,95 @@
+"""Checkpoints: complete or absent, the last two and the best, loaded with `weights_only=True`."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pymcip.errors import CheckpointError
+from pymcip.files import TEMPORARY_SUFFIX, atomic_path
+
+FORMAT = 1
+KEPT = 2
+
+
+def random_states() -> dict[str, Any]:
+    """Every generator that a training step may draw from, as tensors and plain numbers."""
+    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
+    version, internal, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [
+            str(name),
+            torch.from_numpy(keys.astype(np.int64)),
+            int(position),
+            int(has_gauss),
+            float(cached),
+        ],
+        "python": [version, list(internal), gauss],
+    }
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+    name, keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state(  # noqa: NPY002
+        (name, keys.numpy().astype(np.uint32), position, has_gauss, cached)
+    )
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+
+
+def save_checkpoint(folder: Path, state: dict[str, Any]) -> Path:
+    """Write `step_<global step>.pt`, then drop all but the last two (and the best)."""
+    path = folder / f"step_{state['global_step']:08d}.pt"
+    with atomic_path(path) as temporary:
+        torch.save({"format": FORMAT, **state}, temporary)
+    for old in checkpoint_files(folder)[:-KEPT]:
+        old.unlink()
+    return path
+
+
+def mark_best(folder: Path, checkpoint: Path) -> Path:
+    """Make `best.pt` the same file as `checkpoint` (a hard link: no second copy on disk)."""
+    best = folder / "best.pt"
+    with atomic_path(best) as temporary:
+        os.link(checkpoint, temporary)
+    return best
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """Step checkpoints in `folder`, oldest first. Leftovers of a killed write don't count."""
+    return sorted(folder.glob("step_*.pt"))
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files that a killed process left behind."""
+    for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
+        path.unlink()
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint with `weights_only=True`; raises CheckpointError if it can't be used."""
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"{path} can't be read as a pymcip checkpoint: {str(error)[:300]}\nMove it away to resume "
+            "from the one before it, or train anew with overwrite=True."
+        ) from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise CheckpointError(
+            f"{path} has checkpoint format {found!r}, this pymcip reads {FORMAT}; resume with the "
+            "pymcip version that wrote it, or train anew."
+        )
+    return state

@@ -1,0 +1,273 @@
+"""The training loop, shared by all stages: steps, checkpoints, interruption, bad losses."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pymcip.config import TrainConfig
+from pymcip.errors import CheckpointError, TrainingDivergedError
+from pymcip.model import ClipModel
+from pymcip.progress import progress
+from pymcip.training.checkpoints import (
+    checkpoint_files,
+    random_states,
+    restore_random_states,
+    save_checkpoint,
+)
+from pymcip.training.logs import MetricsLog
+from pymcip.training.optim import cosine_with_warmup
+from pymcip.training.stages import Stage
+
+MAX_BAD_STEPS_IN_A_ROW = 10
+
+_log = logging.getLogger("pymcip.training")
+
+
+@dataclass
+class Position:
+    """How far the run is. All of it goes into a checkpoint."""
+
+    stage: int = 0
+    epoch: int = 0
+    step: int = 0  # within the epoch
+    global_step: int = 0
+    skipped_steps: int = 0
+    bad_steps_in_a_row: int = 0
+    best_score: float = -math.inf
+    sums: dict[str, float] = field(default_factory=dict)  # since the last logged line
+    steps_in_sums: int = 0
+
+
+class Interruption:
+    """Turns SIGINT and SIGTERM into a request that the loop honours after the current step.
+
+    Outside of the loop (while embedding or mining, where finished parts are on disk) the first
+    signal ends the work at once, as the second one does everywhere.
+    """
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
+        self.deferring = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        first = self.requested is None
+        self.requested = signal.Signals(number).name
+        if not (first and self.deferring):
+            raise KeyboardInterrupt(self.requested)
+        _log.info("%s: writing a checkpoint after this step", self.requested)
+
+    @contextmanager
+    def installed(self) -> Iterator[Interruption]:
+        if threading.current_thread() is not threading.main_thread():
+            yield self  # only the main thread may set handlers
+            return
+        before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+        for name in before:
+            signal.signal(name, self._handle)
+        try:
+            yield self
+        finally:
+            for name, handler in before.items():
+                signal.signal(name, handler)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        self.deferring = True
+        try:
+            yield
+        finally:
+            self.deferring = False
+
+
+@dataclass
+class Run:
+    """What `fit` shares between the stages of one run."""
+
+    clip: ClipModel
+    config: TrainConfig
+    out: Path
+    log: MetricsLog
+    interruption: Interruption
+    position: Position
+    end_of_epoch: Callable[[Run, Stage], None]  # evaluation; may raise position.best_score
+    checkpoint: Path | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.out / "checkpoints"
+
+    def save(self, stage: Stage | None) -> Path:
+        state = {
+            **asdict(self.position),
+            "model": self.clip.model.state_dict(),
+            "heads": stage.heads.state_dict() if stage else {},
+            "optimizer": stage.optimizer.state_dict() if stage else {},
+            "random": random_states(),
+        }
+        self.checkpoint = save_checkpoint(self.checkpoints, state)
+        return self.checkpoint
+
+
+def position_of(state: dict[str, Any]) -> Position:
+    """The position that a checkpoint was written at."""
+    return Position(**{name: state[name] for name in Position.__dataclass_fields__})
+
+
+def restore(state: dict[str, Any], stage: Stage) -> None:
+    """Put optimizer, heads and random states of a checkpoint back (the model is loaded before)."""
+    try:
+        if state["optimizer"]:
+            stage.heads.load_state_dict(state["heads"])
+            stage.optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"the checkpoint does not belong to this run's {stage.name} stage: {error}"
+        ) from error
+    restore_random_states(state["random"])
+
+
+def fit(run: Run, stage: Stage) -> None:
+    """Run `stage` from `run.position` to its end, or until an interruption is requested.
+
+    A checkpoint is written before the first step (so that there is always one to name), every
+    `save_steps`, at every epoch's last step (before its evaluation), and on interruption.
+    """
+    position = run.position
+    if position.epoch == 0 and position.step == 0:
+        run.save(stage)
+    _log.info(
+        "%s stage: %d epochs of %d steps, %d samples a step",
+        stage.name, stage.epochs, stage.steps_per_epoch, stage.samples_per_step,
+    )  # fmt: skip
+    while position.epoch < stage.epochs:
+        with run.interruption.deferred():
+            _epoch(run, stage)
+            run.save(stage)
+        if run.interruption.requested:
+            return
+        run.end_of_epoch(run, stage)
+        position.epoch, position.step = position.epoch + 1, 0
+
+
+def _epoch(run: Run, stage: Stage) -> None:
+    position, config = run.position, run.config
+    total = stage.epochs * stage.steps_per_epoch
+    stage.train_mode()
+    clock = time.perf_counter()
+    bar = progress(
+        total=stage.steps_per_epoch,
+        initial=position.step,
+        description=f"{stage.name} epoch {position.epoch + 1}/{stage.epochs}",
+        unit="step",
+    )
+    with bar:
+        for micro_batches in stage.steps(position.epoch, position.step):
+            done = position.epoch * stage.steps_per_epoch + position.step
+            share = cosine_with_warmup(done, warmup=stage.warmup, total=total)
+            for group in stage.optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * share
+            values = _step(run, stage, micro_batches)
+            position.step += 1
+            position.global_step += 1
+            for name, value in values.items():
+                position.sums[name] = position.sums.get(name, 0.0) + value
+            position.steps_in_sums += bool(values)
+            bar.update()
+            if position.global_step % config.log_steps == 0 or position.step == stage.steps_per_epoch:
+                _log_line(run, stage, time.perf_counter() - clock)
+                clock = time.perf_counter()
+            if position.bad_steps_in_a_row >= MAX_BAD_STEPS_IN_A_ROW:
+                _stop_diverged(run)
+            if run.interruption.requested:
+                return
+            unfinished = position.step < stage.steps_per_epoch
+            if unfinished and position.global_step % config.save_steps == 0:
+                run.save(stage)
+
+
+def _step(run: Run, stage: Stage, micro_batches: list[Any]) -> dict[str, float]:
+    """One optimizer step; {} if it was skipped because loss or gradient was not finite."""
+    statistics = _running_statistics(run.clip.model)
+    stage.optimizer.zero_grad(set_to_none=True)
+    values = stage.backward(micro_batches)
+    parameters = [
+        p for group in stage.optimizer.param_groups for p in group["params"] if p.grad is not None
+    ]
+    heads = {id(p) for p in stage.heads.parameters()}
+    tower = [p for p in parameters if id(p) not in heads]
+    limit = run.config.grad_clip_norm or math.inf
+    values["grad_norm"] = torch.nn.utils.clip_grad_norm_(tower, limit, foreach=True)
+    for p in parameters:
+        if id(p) in heads:
+            values["loss"] = values["loss"] + 0 * p.grad.sum()  # not finite if the gradient is not
+    read = torch.stack([value.float() for value in values.values()]).tolist()  # one synchronisation
+    numbers = dict(zip(values, read, strict=True))
+    if all(map(math.isfinite, numbers.values())):
+        stage.optimizer.step()
+        run.position.bad_steps_in_a_row = 0
+        return numbers
+    for buffer, before in statistics:
+        buffer.copy_(before)
+    run.position.skipped_steps += 1
+    run.position.bad_steps_in_a_row += 1
+    _log.warning(
+        "step %d skipped: loss or gradient is not finite (%s)", run.position.global_step, numbers
+    )
+    return {}
+
+
+@torch.no_grad()
+def _running_statistics(model: torch.nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Buffers that a forward pass in train mode changes (batch norm), with copies of them."""
+    return [
+        (buffer, buffer.clone())
+        for module in model.modules()
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.training
+        for buffer in module.buffers(recurse=False)
+    ]
+
+
+def _log_line(run: Run, stage: Stage, seconds: float) -> None:
+    position = run.position
+    steps = max(1, position.steps_in_sums)
+    record: dict[str, Any] = {
+        "stage": stage.name,
+        "epoch": position.epoch,
+        "step": position.step,
+        "global_step": position.global_step,
+        **{name: value / steps for name, value in position.sums.items()},
+        "lr": stage.optimizer.param_groups[0]["lr"],
+        "skipped_steps": position.skipped_steps,
+        "samples_per_second": steps * stage.samples_per_step / max(seconds, 1e-9),
+    }
+    run.log.write(record)
+    if "loss" in record:
+        _log.info(
+            "%s epoch %d step %d/%d: loss %.4f, %.1f samples/s",
+            stage.name, position.epoch + 1, position.step, stage.steps_per_epoch, record["loss"],
+            record["samples_per_second"],
+        )  # fmt: skip
+    position.sums.clear()
+    position.steps_in_sums = 0
+
+
+def _stop_diverged(run: Run) -> None:
+    files = checkpoint_files(run.checkpoints)
+    raise TrainingDivergedError(
+        f"loss or gradient was not finite in {MAX_BAD_STEPS_IN_A_ROW} steps in a row (up to step "
+        f"{run.position.global_step}; {run.position.skipped_steps} skipped in all). The last good "
+        f"checkpoint is {files[-1] if files else 'none'}. Lower lr, or train with precision='fp32'."
+    )

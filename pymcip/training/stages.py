@@ -1,0 +1,289 @@
+"""The two things that can be trained: the image tower (gpr, mcip) and the text tower (rea).
+
+A stage says what its batches are and how a step's gradients come about; `loop.fit` does the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pymcip.config import TrainConfig
+from pymcip.data import ImageData
+from pymcip.losses import ArcMargin, MCArcMargin, info_nce
+from pymcip.mining import CaptionTable
+from pymcip.model import ClipModel, is_convolutional
+from pymcip.training.batches import AugmentedImages, image_batches
+from pymcip.training.optim import make_optimizer, parameter_groups
+from pymcip.training.sampling import epoch_order, random_generator
+from pymcip.training.towers import (
+    image_parameters,
+    image_tower_to_train_mode,
+    text_parameters,
+    unlock_image_tower,
+    unlock_text_tower,
+)
+
+
+class Stage(Protocol):
+    """What `loop.fit` needs to know. A step is one optimizer update."""
+
+    name: str
+    epochs: int
+    steps_per_epoch: int
+    samples_per_step: int
+    warmup: int
+    optimizer: torch.optim.Optimizer
+    heads: nn.ModuleDict  # trained beside the model, and saved with it
+
+    def train_mode(self) -> None: ...
+
+    def steps(self, epoch: int, first_step: int) -> Iterator[list[Any]]:
+        """The micro-batches of each remaining step of the epoch."""
+
+    def backward(self, micro_batches: list[Any]) -> dict[str, Tensor]:
+        """Add the step's gradients; return its detached scalars, "loss" among them."""
+
+
+@dataclass
+class Positives:
+    """CSR rows of positives on the CPU, looked up per batch."""
+
+    indptr: np.ndarray
+    indices: np.ndarray
+
+    def batch(self, rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+        """indptr int64 [B + 1] and indices int64 [nnz] of the given rows."""
+        starts, counts = self.indptr[rows], np.diff(self.indptr)[rows]
+        indptr = np.concatenate([[0], np.cumsum(counts)])
+        flat = np.arange(indptr[-1]) + np.repeat(starts - indptr[:-1], counts)
+        return (
+            torch.from_numpy(indptr.astype(np.int64)).to(device),
+            torch.from_numpy(self.indices[flat].astype(np.int64)).to(device),
+        )
+
+
+def caption_bank(
+    table: CaptionTable, vectors: np.ndarray, negatives: str | int, seed: int
+) -> tuple[np.ndarray, Positives]:
+    """The caption rows that MCArcMargin runs over, and every image's positives among them.
+
+    `negatives`: "mined" (rows that are a pseudo-caption of some image), "bank" (all of `vectors`), or
+    n: the mined rows and a sample of the others, n rows in all (or more, if more are mined).
+    """
+    if negatives == "bank":
+        return vectors, Positives(table.indptr, table.ids)
+    rows = np.unique(table.ids)
+    if isinstance(negatives, int) and negatives > len(rows):
+        others = np.setdiff1d(np.arange(len(vectors)), rows, assume_unique=True)
+        extra = min(negatives - len(rows), len(others))
+        drawn = random_generator(seed, 3).choice(others, extra, replace=False)
+        rows = np.sort(np.concatenate([rows, drawn]))
+    return vectors[rows], Positives(table.indptr, np.searchsorted(rows, table.ids))
+
+
+class ImageStage:
+    """gpr: ArcMargin on class labels. mcip: ArcMargin and MCArcMargin on pseudo-captions.
+
+    Rows of `data` and `positives` correspond; `class_rows` [C, D] starts the class matrix.
+    """
+
+    name = "image"
+
+    def __init__(
+        self,
+        clip: ClipModel,
+        data: ImageData,
+        config: TrainConfig,
+        *,
+        class_rows: Tensor | None,
+        bank: np.ndarray | None = None,
+        positives: Positives | None = None,
+    ) -> None:
+        self.clip, self.data, self.config, self.positives = clip, data, config, positives
+        self.epochs, self.warmup = config.epochs, config.warmup
+        self.samples_per_step = config.batch_size * config.accum_freq
+        self.steps_per_epoch = max(1, len(data) // self.samples_per_step)
+        unlock_image_tower(clip, projector=config.projector, unlock_layers=config.unlock_layers)
+        classes = ArcMargin(
+            data.num_classes,
+            clip.embed_dim,
+            scale=config.scale,
+            margin=config.margin,
+            continuation=config.continuation,
+            chunk=config.loss_chunk,
+        )
+        start = class_rows
+        if start is None:
+            generator = torch.Generator().manual_seed(config.seed)
+            start = torch.randn(classes.weight.shape, generator=generator)
+        with torch.no_grad():
+            classes.weight.copy_(nn.functional.normalize(start, dim=1))
+        self.classes = classes.to(clip.device)
+        self.heads = nn.ModuleDict({"classes": self.classes})
+        self.captions: MCArcMargin | None = None
+        if bank is not None:
+            self.captions = MCArcMargin(
+                torch.from_numpy(np.array(bank)).to(clip.device),
+                scale=config.caption_scale,
+                margin=config.caption_margin,
+                continuation=config.continuation,
+                chunk=config.loss_chunk,
+            )
+        tower = parameter_groups(image_parameters(clip.model), lr=config.lr, wd=config.wd)
+        lr_classes = 10 * config.lr if config.lr_classes is None else config.lr_classes
+        matrix = {"params": [self.classes.weight], "weight_decay": 0.0, "peak_lr": lr_classes}
+        self.optimizer = make_optimizer([*tower, matrix], config)
+        self.convolutional = is_convolutional(clip.model)
+        self.images = AugmentedImages(data, clip.preprocess_train, config.seed)
+
+    def train_mode(self) -> None:
+        image_tower_to_train_mode(self.clip.model, self.config.freeze_bn_stats)
+
+    def steps(self, epoch: int, first_step: int) -> Iterator[list[Any]]:
+        config, accumulate = self.config, self.config.accum_freq
+        order = epoch_order(
+            self.data.labels,
+            self.data.source_ids,
+            generator=random_generator(config.seed, 1, epoch),
+            class_balanced=config.class_balanced,
+            source_weights=config.train_weights,
+        )
+        batches = image_batches(
+            self.images,
+            order,
+            epoch=epoch,
+            batch_size=config.batch_size,
+            first_batch=first_step * accumulate,
+            num_batches=self.steps_per_epoch * accumulate,
+            workers=config.workers,
+            pin_memory=self.clip.device.type == "cuda",
+        )
+        step = []
+        for batch in batches:
+            step.append(batch)
+            if len(step) == accumulate:
+                yield step
+                step = []
+        if step:  # fewer images than one step takes: a single short step
+            yield step
+
+    def backward(self, micro_batches: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        """Mean losses over the whole step, whichever way it is cut into micro-batches.
+
+        ArcMargin is averaged over all images, MCArcMargin over those that have pseudo-captions.
+        """
+        config, device = self.config, self.clip.device
+        all_rows = [rows.numpy() for _, rows in micro_batches]
+        images_in_step = sum(map(len, all_rows))
+        captioned = 0
+        if self.positives is not None:
+            counts = np.diff(self.positives.indptr)
+            captioned = max(1, sum(int((counts[rows] > 0).sum()) for rows in all_rows))
+        totals: dict[str, Tensor] = {}
+        for (pixels, _), rows in zip(micro_batches, all_rows, strict=True):
+            pixels = pixels.to(device, non_blocking=True)
+            if self.convolutional:
+                pixels = pixels.contiguous(memory_format=torch.channels_last)
+            features = self.clip.image_features(pixels)
+            labels = torch.from_numpy(self.data.labels[rows]).to(device)
+            parts = {"arc_margin": self.classes(features, labels).sum() / images_in_step}
+            loss = parts["arc_margin"]
+            if self.captions is not None and self.positives is not None:
+                indptr, indices = self.positives.batch(rows, device)
+                parts["caption_margin"] = self.captions(features, indptr, indices).sum() / captioned
+                loss = (
+                    config.lambda_class * parts["arc_margin"]
+                    + config.lambda_caption * parts["caption_margin"]
+                )
+            loss.backward()  # type: ignore[no-untyped-call]
+            for name, value in {"loss": loss, **parts}.items():
+                totals[name] = totals.get(name, 0) + value.detach()
+        return totals
+
+
+@dataclass
+class Pairs:
+    """Image-caption pairs for re-alignment: per image the captions that it may be shown with.
+
+    vectors: float [N, D], embeddings of the locked image tower. indptr/ids: CSR into `texts`.
+    """
+
+    vectors: Tensor
+    indptr: np.ndarray
+    ids: np.ndarray
+    texts: list[str]
+
+
+class TextStage:
+    """rea: InfoNCE between locked, cached image embeddings and the text tower.
+
+    Every epoch shows each image once, with one of its captions drawn at random.
+    """
+
+    name = "text"
+
+    def __init__(self, clip: ClipModel, pairs: Pairs, config: TrainConfig) -> None:
+        self.clip, self.config, self.pairs = clip, config, pairs
+        self.epochs, self.warmup = config.rea_epochs, config.rea_warmup
+        self.samples_per_step = config.rea_batch_size * config.accum_freq
+        self.rows = np.flatnonzero(np.diff(pairs.indptr) > 0)
+        self.steps_per_epoch = max(1, len(self.rows) // self.samples_per_step)
+        unlock_text_tower(clip)
+        groups = parameter_groups(text_parameters(clip.model), lr=config.rea_lr, wd=config.wd)
+        self.optimizer = make_optimizer(groups, config)
+        self.heads = nn.ModuleDict()
+        model: Any = clip.model
+        self.scale = min(100.0, float(model.logit_scale.detach().exp()))
+
+    def train_mode(self) -> None:
+        self.clip.model.train()
+        self.clip.model.visual.eval()  # type: ignore[union-attr,operator]
+
+    def steps(self, epoch: int, first_step: int) -> Iterator[list[Any]]:
+        generator = random_generator(self.config.seed, 2, epoch)
+        rows = generator.permutation(self.rows)
+        starts, counts = self.pairs.indptr[rows], np.diff(self.pairs.indptr)[rows]
+        captions = self.pairs.ids[starts + (generator.random(len(rows)) * counts).astype(np.int64)]
+        size, step_size = self.config.rea_batch_size, self.samples_per_step
+        for step in range(first_step, self.steps_per_epoch):
+            begin, end = step * step_size, min((step + 1) * step_size, len(rows))
+            yield [
+                (rows[i : min(i + size, end)], captions[i : min(i + size, end)])
+                for i in range(begin, end, size)
+            ]
+
+    def _texts(self, captions: np.ndarray) -> Tensor:
+        tokens = self.clip.tokenizer([self.pairs.texts[i] for i in captions])
+        return self.clip.text_features(tokens.to(self.clip.device))
+
+    def backward(self, micro_batches: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Tensor]:
+        """The loss of the whole step: with several micro-batches all of it acts as negatives.
+
+        Text features are first computed without a graph; each micro-batch is then run again with the
+        gradient that the loss of the whole step has at its features (open_clip's accumulation).
+        """
+        device = self.clip.device
+        rows = np.concatenate([rows for rows, _ in micro_batches])
+        captions = np.concatenate([captions for _, captions in micro_batches])
+        images = self.pairs.vectors[torch.from_numpy(rows)].to(device, torch.float32)
+        ids = torch.from_numpy(rows).to(device), torch.from_numpy(captions).to(device)
+        if len(micro_batches) == 1:
+            loss = info_nce(images, self._texts(captions), self.scale, *ids)
+            loss.backward()  # type: ignore[no-untyped-call]
+            return {"loss": loss.detach()}
+        with torch.no_grad():
+            features = torch.cat([self._texts(part) for _, part in micro_batches])
+        features.requires_grad_()
+        loss = info_nce(images, features, self.scale, *ids)
+        (slope,) = torch.autograd.grad(loss, features)
+        start = 0
+        for _, part in micro_batches:
+            (self._texts(part) * slope[start : start + len(part)]).sum().backward()  # type: ignore[no-untyped-call]
+            start += len(part)
+        return {"loss": loss.detach()}

@@ -1,0 +1,457 @@
+"""`pymcip.train` as users call it: methods, run folder, resuming, bad losses, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+import pymcip
+from pymcip.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    OutputExistsError,
+    TrainingDivergedError,
+)
+from pymcip.training import loop
+from pymcip.training.checkpoints import checkpoint_files, load_checkpoint, save_checkpoint
+from pymcip.training.stages import ImageStage
+
+METHODS = ["gpr", "2sft", "mcip", "mcip+rea", "rea"]
+
+
+@pytest.fixture
+def options(
+    tmp_path: Path,
+    tiny_model_dir: Path,
+    tiny_images: Callable[..., Path],
+    captions_file: Callable[..., Path],
+) -> dict[str, Any]:
+    """Options of a run of 2 x 3 image steps and 2 x 2 text steps."""
+    return {
+        "model": f"local-dir:{tiny_model_dir}",
+        "train_data": str(tiny_images("train")),
+        "captions": str(captions_file()),
+        "threshold": -1.0,
+        "out": str(tmp_path / "run"),
+        "device": "cpu",
+        "precision": "fp32",
+        "epochs": 2,
+        "batch_size": 4,
+        "lr": 1e-3,
+        "warmup": 2,
+        "rea_epochs": 2,
+        "rea_batch_size": 6,
+        "rea_lr": 1e-3,
+        "log_steps": 1,
+        "save_steps": 2,
+    }
+
+
+def lines_of(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def state_of(path: Path) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = torch.load(path, weights_only=True)
+    return state
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods(method: str, options: dict[str, Any], tiny_model_dir: Path) -> None:
+    result = pymcip.train(**options, method=method)
+    before = open_clip.create_model(f"local-dir:{tiny_model_dir}").state_dict()
+    after = state_of(result.state_dict)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    trains_image, trains_text = method != "rea", method in ("2sft", "mcip+rea", "rea")
+    image = {name for name in before if name.startswith("visual.")}
+    text = set(before) - image - {"logit_scale", "attn_mask"}
+    assert changed & image == (image if trains_image else set())
+    # token rows that no caption uses stay; the matrix as a whole changes
+    assert changed & text == (text if trains_text else set())
+    assert result.steps == 6 * trains_image + 4 * trains_text
+    assert result.skipped_steps == 0
+    assert result.interrupted is None
+    records = [record for record in lines_of(result.out) if "loss" in record]
+    assert [record["global_step"] for record in records] == list(range(1, result.steps + 1))
+    stages = ["image"] * (6 * trains_image) + ["text"] * (4 * trains_text)
+    assert [record["stage"] for record in records] == stages
+    assert ("caption_margin" in records[0]) == (method in ("mcip", "mcip+rea"))
+    names = {path.name for path in result.out.iterdir()}
+    assert {"config.json", "out.log", "metrics.jsonl", "checkpoints", "exported"} <= names
+    loaded = pymcip.load(str(result.out), device="cpu", precision="fp32")
+    for name, value in loaded.model.state_dict().items():
+        assert torch.equal(value, after[name])
+
+
+def test_loss_falls_and_embeddings_separate(options: dict[str, Any]) -> None:
+    result = pymcip.train(**{**options, "epochs": 15, "val_data": options["train_data"]}, method="gpr")
+    losses = [record["loss"] for record in lines_of(result.out) if "loss" in record]
+    assert np.mean(losses[-6:]) < 0.7 * np.mean(losses[:6])
+    assert result.metrics["i2i_map"] > result.before["i2i_map"]
+
+
+def test_discarded_projector_is_realigned_and_loads(options: dict[str, Any]) -> None:
+    result = pymcip.train(**options, method="2sft", projector="discard")
+    model = open_clip.create_model(f"local-dir:{result.hub}")
+    assert model.visual.proj.shape[0] == model.visual.proj.shape[1] == 32
+    assert torch.equal(model.visual.proj, torch.eye(32))
+    assert model.encode_text(torch.zeros(1, 16, dtype=torch.int64)).shape == (1, 32)
+
+
+def test_several_sources_have_their_own_classes(
+    options: dict[str, Any], tiny_images: Callable[..., Path]
+) -> None:
+    second = tiny_images("second", classes=2)
+    sources = [options["train_data"], str(second)]
+    result = pymcip.train(
+        **{**options, "train_data": sources, "train_weights": (1.0, 2.0), "class_balanced": True},
+        method="gpr",
+    )
+    state = load_checkpoint(checkpoint_files(result.checkpoint.parent)[0])
+    assert state["heads"]["classes.weight"].shape == (5, 16)
+
+
+def test_validation_marks_the_best_checkpoint(options: dict[str, Any]) -> None:
+    result = pymcip.train(**{**options, "val_data": options["train_data"]}, method="mcip")
+    evaluations = [record for record in lines_of(result.out) if "evaluation" in record]
+    assert [record["global_step"] for record in evaluations] == [0, 3, 6]
+    assert result.metrics == evaluations[-1]["evaluation"]
+    assert result.before == evaluations[0]["evaluation"]
+    assert result.best_checkpoint is not None
+    scores = [
+        np.mean([r["evaluation"][k] for k in ("i2i_map", "zero_shot", "t2i_r5") if k in r["evaluation"]])
+        for r in evaluations[1:]
+    ]
+    best = load_checkpoint(result.best_checkpoint)
+    assert best["global_step"] == (3, 6)[int(np.argmax(scores))]
+
+
+# --- resuming -----------------------------------------------------------------------------------
+
+KILLED = """
+import json, os, signal, sys
+import pymcip
+from pymcip.training import loop
+
+step, options = int(sys.argv[1]), json.loads(sys.argv[2])
+inner = loop._step
+
+def killed(run, stage, micro_batches):
+    values = inner(run, stage, micro_batches)
+    if run.position.global_step + 1 == step:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return values
+
+loop._step = killed
+pymcip.train(**options)
+"""
+
+
+def final_states(out: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    state = load_checkpoint(checkpoint_files(out / "checkpoints")[-1])
+    return state, state_of(out / "exported" / "state_dict.pt")
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    """Weights, class matrix, optimizer, random states and logged numbers, bit for bit."""
+    for one, other in zip(final_states(first), final_states(second), strict=True):
+        assert_equal(one, other)
+    ignored = {"samples_per_second"}
+    one_log, other_log = (
+        [{k: v for k, v in record.items() if k not in ignored} for record in lines_of(out)]
+        for out in (first, second)
+    )
+    assert one_log == other_log
+
+
+def assert_equal(one: Any, other: Any) -> None:
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_equal(one[key], other[key])
+    elif isinstance(one, (list, tuple)):
+        for a, b in zip(one, other, strict=True):
+            assert_equal(a, b)
+    else:
+        assert one == other
+
+
+def test_resumed_after_sigkill_gives_the_same_bits(options: dict[str, Any], tmp_path: Path) -> None:
+    """Killed at three random steps, in either stage, and resumed each time."""
+    options = {**options, "method": "mcip+rea", "epochs": 3, "precision": "amp_bf16", "workers": 0}
+    whole = pymcip.train(**options)
+    assert whole.steps == 13
+    generator = random.Random(os.getpid())
+    points = sorted(generator.sample(range(1, 14), 3))
+    killed = {**options, "out": str(tmp_path / "killed"), "resume": "latest"}
+    for point in points:
+        child = subprocess.run(
+            [sys.executable, "-c", KILLED, str(point), json.dumps(killed)],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        assert child.returncode == -signal.SIGKILL, f"{points}: {child.stderr}"
+    resumed = pymcip.train(**killed)
+    assert resumed.steps == whole.steps, points
+    assert_same_run(whole.out, resumed.out)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_signals_write_a_checkpoint_and_end_cleanly(
+    name: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**options, "method": "mcip", "save_steps": 1000}
+    whole = pymcip.train(**options)
+    stopped = {**options, "out": str(tmp_path / "stopped")}
+    inner = loop._step
+
+    def signalled(run: Any, stage: Any, micro_batches: Any) -> dict[str, float]:
+        if run.position.global_step == 1:
+            os.kill(os.getpid(), getattr(signal, name))
+        return inner(run, stage, micro_batches)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_step", signalled)
+        result = pymcip.train(**stopped)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert result.interrupted == name
+    assert result.hub is None
+    assert load_checkpoint(result.checkpoint)["global_step"] == 2
+    resumed = pymcip.train(**stopped, resume="latest")
+    assert resumed.interrupted is None
+    assert_same_run(whole.out, resumed.out)
+
+
+def test_resuming_a_finished_run_returns_its_result(options: dict[str, Any]) -> None:
+    result = pymcip.train(**options, method="gpr")
+    again = pymcip.train(**options, method="gpr", resume="latest")
+    assert again == result
+
+
+def test_resume_refuses_other_options_and_other_models(options: dict[str, Any]) -> None:
+    result = pymcip.train(**options, method="gpr")
+    with pytest.raises(ConfigError, match=r"lr: was 0\.001, now 0\.002"):
+        pymcip.train(**{**options, "lr": 2e-3}, method="gpr", resume="latest")
+    (result.out / "result.json").unlink()
+    path = checkpoint_files(result.out / "checkpoints")[-1]
+    state = load_checkpoint(path)
+    state["model"].pop("visual.proj")
+    save_checkpoint(path.parent, state)
+    with pytest.raises(CheckpointError, match="holds another model"):
+        pymcip.train(**options, method="gpr", resume="latest")
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="can't be read"):
+        pymcip.train(**options, method="gpr", resume="latest")
+
+
+def test_checkpoints_are_pruned_and_hold_no_code(options: dict[str, Any]) -> None:
+    result = pymcip.train(**{**options, "save_steps": 1}, method="gpr")
+    folder = result.out / "checkpoints"
+    assert len(checkpoint_files(folder)) == 2
+    assert not list(folder.glob(".*"))
+    for path in checkpoint_files(folder):
+        torch.load(path, weights_only=True)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = torch.save
+    calls = []
+
+    def full(state: Any, path: Any, **rest: Any) -> None:
+        calls.append(path)
+        if len(calls) == 3:
+            Path(path).write_bytes(b"half of a checkpoint")
+            raise OSError(28, "No space left on device")
+        inner(state, path, **rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(OSError, match="No space left"):
+            pymcip.train(**options, method="gpr")
+    folder = Path(options["out"]) / "checkpoints"
+    files = checkpoint_files(folder)
+    assert len(files) == 2
+    assert len(list(folder.iterdir())) == 2
+    for path in files:
+        load_checkpoint(path)
+    resumed = pymcip.train(**options, method="gpr", resume="latest")
+    assert resumed.steps == 6
+
+
+# --- bad losses ---------------------------------------------------------------------------------
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, bad_steps: set[int], what: str) -> None:
+    """Make the loss or the gradient of some global steps (counted from 1) NaN."""
+    original = ImageStage.backward
+    count = [0]
+
+    def backward(self: ImageStage, micro_batches: list[Any]) -> dict[str, torch.Tensor]:
+        values = original(self, micro_batches)
+        count[0] += 1
+        if count[0] in bad_steps:
+            if what == "loss":
+                values["loss"] = values["loss"] * float("nan")
+            elif what == "tower":
+                self.clip.model.visual.proj.grad[0, 0] = float("inf")
+            else:
+                self.classes.weight.grad[0, 0] = float("nan")
+        return values
+
+    monkeypatch.setattr(ImageStage, "backward", backward)
+
+
+@pytest.mark.parametrize("what", ["loss", "tower", "classes"])
+def test_steps_with_bad_numbers_are_skipped_and_counted(
+    what: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, {2, 4}, what)
+    result = pymcip.train(**options, method="gpr")
+    assert result.skipped_steps == 2
+    for value in state_of(result.state_dict).values():
+        assert torch.isfinite(value).all()
+    assert [record["skipped_steps"] for record in lines_of(result.out)] == [0, 1, 1, 2, 2, 2]
+
+
+def test_ten_bad_steps_in_a_row_stop_the_run_and_name_a_checkpoint(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, set(range(4, 40)), "loss")
+    with pytest.raises(TrainingDivergedError, match=r"10 steps in a row.*step_0+\d+\.pt") as caught:
+        pymcip.train(**{**options, "epochs": 9}, method="gpr")
+    named = next(word for word in str(caught.value).split() if word.endswith(".pt."))
+    for value in load_checkpoint(Path(named.rstrip(".")))["model"].values():
+        assert torch.isfinite(value).all()
+
+
+def test_batch_norm_statistics_survive_a_skipped_step() -> None:
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(3))
+    before = loop._running_statistics(model)
+    model(torch.full((4, 3), float("nan")))
+    assert not torch.isfinite(model[0].running_mean).all()
+    for buffer, copy in before:
+        buffer.copy_(copy)
+    assert torch.isfinite(model[0].running_mean).all()
+    assert int(model[0].num_batches_tracked) == 0
+
+
+# --- bad input ----------------------------------------------------------------------------------
+
+
+def test_a_filled_output_folder_is_refused(options: dict[str, Any]) -> None:
+    out = Path(options["out"])
+    out.mkdir()
+    (out / "precious.txt").write_text("mine")
+    with pytest.raises(OutputExistsError, match="not empty"):
+        pymcip.train(**options, method="gpr")
+    assert (out / "precious.txt").read_text() == "mine"
+    pymcip.train(**options, method="gpr", overwrite=True)
+    assert not (out / "precious.txt").exists()
+
+
+def test_bad_input_writes_nothing(options: dict[str, Any], tmp_path: Path) -> None:
+    cases: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"train_data": str(tmp_path / "absent")}, DataError, "absent"),
+        ({"captions": str(tmp_path / "absent.txt")}, DataError, "absent"),
+        ({"model": "local-dir:/absent"}, ConfigError, "open_clip_config.json"),
+        ({"model": "ViT-B-32", "pretrained": None}, ConfigError, "random weights"),
+        ({"aug_cfg": {"zoom": 2}}, ConfigError, "zoom"),
+        ({"device": "cuda:77"}, ConfigError, "cuda:77"),
+        ({"rea_data": options["train_data"], "method": "rea"}, DataError, "no captions"),
+    ]
+    for change, kind, message in cases:
+        with pytest.raises(kind, match=message):
+            pymcip.train(**{"method": "mcip", **options, **change})
+        assert not Path(options["out"]).exists()
+
+
+def test_zero_captions_over_the_threshold(options: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match="threshold"):
+        pymcip.train(**{**options, "threshold": 1.0}, method="mcip")
+
+
+def test_undecodable_images_are_left_out_and_listed(options: dict[str, Any]) -> None:
+    broken = Path(options["train_data"]) / "class1" / "0.jpg"
+    broken.write_bytes(broken.read_bytes()[:200])
+    result = pymcip.train(**options, method="mcip")
+    skipped = list(result.out.glob("embeddings/images-*/skipped.tsv"))
+    assert "class1/0.jpg" in skipped[0].read_text()
+
+
+def test_a_class_that_loses_all_its_images_is_named(options: dict[str, Any]) -> None:
+    for path in (Path(options["train_data"]) / "class1").iterdir():
+        path.write_bytes(b"not an image")
+    with pytest.raises(DataError, match="class1"):
+        pymcip.train(**options, method="gpr")
+
+
+def test_realignment_on_given_pairs(options: dict[str, Any], shards: Callable[..., list[Path]]) -> None:
+    pairs = shards()
+    result = pymcip.train(
+        **{**options, "captions": None, "rea_data": str(pairs[0].parent)}, method="2sft"
+    )
+    assert result.steps == 6 + 4
+
+
+def test_gradient_checkpointing_and_accumulation_run(options: dict[str, Any]) -> None:
+    result = pymcip.train(
+        **{**options, "grad_checkpointing": True, "accum_freq": 2, "batch_size": 3, "rea_batch_size": 3},
+        method="mcip+rea",
+    )
+    assert result.steps == 2 * 2 + 2 * 2
+
+
+def test_convolutional_tower_with_batch_norm(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    """A timm tower: its running statistics change in training and stay with freeze_bn_stats."""
+    from conftest import write_hub_folder
+
+    vision = {
+        "timm_model_name": "test_efficientnet",
+        "timm_model_pretrained": False,
+        "timm_pool": "avg",
+        "timm_proj": "linear",
+        "image_size": 32,
+    }
+    folder = write_hub_folder(tmp_path / "timm", vision_cfg=vision)
+    before = open_clip.create_model(f"local-dir:{folder}").state_dict()
+    for freeze in (False, True):
+        result = pymcip.train(
+            **{**options, "model": f"local-dir:{folder}", "out": str(tmp_path / f"run{freeze}")},
+            method="gpr",
+            freeze_bn_stats=freeze,
+        )
+        after = state_of(result.state_dict)
+        names = [name for name in before if name.endswith("running_mean")]
+        assert names
+        assert all(torch.equal(before[name], after[name]) == freeze for name in names)
+
+
+def test_image_size_can_be_changed(options: dict[str, Any]) -> None:
+    result = pymcip.train(**options, method="gpr", image_size=48)
+    clip = pymcip.load(str(result.out), device="cpu", precision="fp32")
+    pixels = clip.preprocess_val(Image.new("RGB", (60, 60)))
+    assert pixels.shape == (3, 48, 48)
+    assert clip.encode_images(pixels[None]).shape == (1, 16)

@@ -1,0 +1,282 @@
+"""The pieces of the trainer: order of images, batches, schedule, groups, banks, towers."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pymcip.config import TrainConfig
+from pymcip.data import load_images
+from pymcip.errors import ConfigError
+from pymcip.mining import CaptionTable
+from pymcip.model import ClipModel
+from pymcip.training.batches import AugmentedImages, image_batches, random_state
+from pymcip.training.optim import cosine_with_warmup, parameter_groups
+from pymcip.training.sampling import epoch_order, random_generator
+from pymcip.training.stages import ImageStage, Pairs, TextStage, caption_bank
+from pymcip.training.towers import (
+    discard_projector,
+    image_parameters,
+    image_projector,
+    text_parameters,
+    unlock_image_tower,
+    unlock_text_tower,
+)
+
+
+def table_of(rows: list[list[int]]) -> CaptionTable:
+    counts = np.cumsum([0] + [len(row) for row in rows])
+    ids = np.array([i for row in rows for i in row], dtype=np.int64)
+    cosines = np.full(len(ids), 0.5, dtype=np.float32)
+    return CaptionTable(indptr=counts.astype(np.int64), ids=ids, cosines=cosines, num_captions=10)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    sizes=st.lists(st.integers(1, 12), min_size=1, max_size=6),
+    seed=st.integers(0, 10**6),
+    balanced=st.booleans(),
+    weighted=st.booleans(),
+)
+def test_epoch_order_draws_what_was_asked(
+    sizes: list[int], seed: int, balanced: bool, weighted: bool
+) -> None:
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    source_ids = (labels >= len(sizes) // 2).astype(np.int64)
+    present = np.unique(source_ids)
+    weights = (1.0, 3.0) if weighted else None
+    order = epoch_order(
+        labels,
+        source_ids,
+        generator=random_generator(seed),
+        class_balanced=balanced,
+        source_weights=weights,
+    )
+    n = len(labels)
+    assert len(order) == n
+    if not balanced and not weighted:
+        assert sorted(order) == list(range(n))
+    if weighted:
+        total = sum((1.0, 3.0)[source] for source in present)
+        for source in present:
+            expected = n * (1.0, 3.0)[source] / total
+            groups = len(np.unique(labels[source_ids == source])) if balanced else 1
+            assert abs((source_ids[order] == source).sum() - expected) <= groups
+    if balanced and not weighted:
+        for source in present:
+            classes = np.unique(labels[source_ids == source])
+            counts = np.bincount(labels[order], minlength=len(sizes))[classes]
+            assert counts.max() - counts.min() <= 1
+    # within a class no image is drawn a second time before all were drawn once
+    for label in np.unique(labels):
+        repeats = np.bincount(order, minlength=n)[labels == label]
+        if balanced:
+            assert repeats.max() - repeats.min() <= 1
+
+
+def test_epoch_order_depends_on_the_epoch_and_nothing_else() -> None:
+    labels = np.arange(50) % 5
+    zeros = np.zeros(50, dtype=np.int64)
+    first = epoch_order(labels, zeros, generator=random_generator(1, 1, 0))
+    again = epoch_order(labels, zeros, generator=random_generator(1, 1, 0))
+    second = epoch_order(labels, zeros, generator=random_generator(1, 1, 1))
+    assert first.tolist() == again.tolist()
+    assert first.tolist() != second.tolist()
+
+
+def test_schedule() -> None:
+    shares = [cosine_with_warmup(step, warmup=4, total=20) for step in range(20)]
+    assert shares[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert shares[4] == 1.0
+    assert shares[12] == pytest.approx(0.5)
+    assert all(a >= b for a, b in zip(shares[4:], shares[5:], strict=False))
+    assert shares[-1] == pytest.approx(0.5 * (1 + math.cos(math.pi * 15 / 16)))
+    assert cosine_with_warmup(0, warmup=0, total=1) == 1.0
+    assert cosine_with_warmup(0, warmup=100, total=1) == 1.0
+
+
+def test_batches_do_not_depend_on_workers_or_on_where_they_start(
+    tiny_images: Callable[..., Path], tiny_clip: ClipModel
+) -> None:
+    images = AugmentedImages(load_images(tiny_images()), tiny_clip.preprocess_train, seed=5)
+    order = np.random.default_rng(0).permutation(12)
+
+    def run(first: int, workers: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return list(
+            image_batches(
+                images,
+                order,
+                epoch=2,
+                batch_size=4,
+                first_batch=first,
+                num_batches=3,
+                workers=workers,
+                pin_memory=False,
+            )
+        )
+
+    state = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    whole = run(0, 0)
+    assert torch.equal(torch.get_rng_state(), state[0])
+    assert random.getstate() == state[1]
+    assert np.random.get_state()[1].tolist() == state[2]
+    for other, offset in ((run(0, 2), 0), (run(1, 0), 1)):
+        for (pixels, rows), (expected_pixels, expected_rows) in zip(
+            other, whole[offset:], strict=True
+        ):
+            assert torch.equal(pixels, expected_pixels)
+            assert torch.equal(rows, expected_rows)
+    assert torch.cat([rows for _, rows in whole]).tolist() == order.tolist()
+
+
+def test_random_state_is_restored_after_an_error() -> None:
+    before = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="boom"), random_state(1):
+        torch.rand(3)
+        raise RuntimeError("boom")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_parameter_groups_exempt_vectors(tiny_clip: ClipModel) -> None:
+    groups = parameter_groups(image_parameters(tiny_clip.model), lr=0.1, wd=0.2)
+    decay = {group["weight_decay"]: group["params"] for group in groups}
+    assert all(p.ndim >= 2 for p in decay[0.2])  # type: ignore[attr-defined]
+    count = sum(len(group["params"]) for group in groups)  # type: ignore[arg-type]
+    assert count == sum(1 for _ in image_parameters(tiny_clip.model))
+
+
+def test_towers_split_the_model_without_rest(tiny_clip: ClipModel) -> None:
+    image = {name for name, _ in image_parameters(tiny_clip.model)}
+    text = {name for name, _ in text_parameters(tiny_clip.model)}
+    every = {name for name, _ in tiny_clip.model.named_parameters()}
+    assert image & text == set()
+    assert every - image - text == {"logit_scale"}
+
+
+def test_unlocking(tiny_clip: ClipModel) -> None:
+    model = tiny_clip.model
+    unlock_image_tower(tiny_clip, projector="lock", unlock_layers=None)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {name for name, _ in image_parameters(model)} - {"visual.proj"}
+    unlock_image_tower(tiny_clip, projector="keep", unlock_layers=1)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"visual.proj"}
+    with pytest.raises(ConfigError, match="nothing to train"):
+        unlock_image_tower(tiny_clip, projector="lock", unlock_layers=1)
+    unlock_text_tower(tiny_clip)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {name for name, _ in text_parameters(model)}
+
+
+def test_discarded_projector_leaves_the_towers_own_features(tiny_clip: ClipModel) -> None:
+    pixels = torch.randn(2, 3, 32, 32)
+    width = tiny_clip.model.visual.proj.shape[0]
+    features: list[torch.Tensor] = []
+    proj = tiny_clip.model.visual.proj
+    tiny_clip.model.visual.proj = None
+    with torch.no_grad():
+        features.append(tiny_clip.image_features(pixels))
+    tiny_clip.model.visual.proj = proj
+    discard_projector(tiny_clip, seed=0)
+    with torch.no_grad():
+        features.append(tiny_clip.image_features(pixels))
+        texts = tiny_clip.encode_texts(["a", "b"])
+    assert torch.allclose(features[0], features[1], atol=1e-6)
+    assert tiny_clip.embed_dim == width
+    assert texts.shape == (2, width)
+    assert len(image_projector(tiny_clip.model)) == 1
+
+
+def test_caption_banks() -> None:
+    table = table_of([[4, 2], [], [2, 7]])
+    vectors = np.arange(10, dtype=np.float16)[:, None]
+    bank, positives = caption_bank(table, vectors, "mined", 0)
+    assert bank.ravel().tolist() == [2, 4, 7]
+    assert positives.indices.tolist() == [1, 0, 0, 2]
+    bank, positives = caption_bank(table, vectors, "bank", 0)
+    assert len(bank) == 10
+    assert positives.indices.tolist() == [4, 2, 2, 7]
+    bank, positives = caption_bank(table, vectors, 6, 0)
+    assert len(bank) == 6
+    assert bank.ravel()[positives.indices].tolist() == [4, 2, 2, 7]
+    indptr, indices = positives.batch(np.array([2, 1, 0]), torch.device("cpu"))
+    assert indptr.tolist() == [0, 2, 2, 4]
+    assert bank.ravel()[indices.numpy()].tolist() == [2, 7, 4, 2]
+
+
+def config_for(**changes: object) -> TrainConfig:
+    options = {"model": "m", "train_data": "d", "captions": "c", "out": "o", **changes}
+    return TrainConfig(**options)  # type: ignore[arg-type]
+
+
+def test_accumulated_gradients_are_those_of_one_large_batch(
+    tiny_images: Callable[..., Path], tiny_clip: ClipModel
+) -> None:
+    """12 images as one batch or as 4 + 5 + 3: the same mean losses, gradients equal to rounding."""
+    data = load_images(tiny_images())
+    table = table_of([[i % 7, (i + 3) % 7] if i % 3 else [] for i in range(12)])
+    vectors = np.random.default_rng(0).standard_normal((10, 16)).astype(np.float16)
+    bank, positives = caption_bank(table, vectors, "bank", 0)
+    stage = ImageStage(
+        tiny_clip, data, config_for(), class_rows=None, bank=bank, positives=positives
+    )
+    pixels = torch.randn(12, 3, 32, 32)
+    rows = torch.arange(12)
+    stage.train_mode()
+    gradients, losses = [], []
+    for cut in ([12], [4, 5, 3]):
+        stage.optimizer.zero_grad()
+        values = stage.backward(list(zip(pixels.split(cut), rows.split(cut), strict=True)))
+        losses.append({name: float(value) for name, value in values.items()})
+        gradients.append(
+            [p.grad.clone() for group in stage.optimizer.param_groups for p in group["params"]]
+        )
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0]["loss"] == pytest.approx(
+        0.5 * losses[0]["arc_margin"] + 0.5 * losses[0]["caption_margin"], rel=1e-5
+    )
+    for whole, parts in zip(*gradients, strict=True):
+        # sums of 12 fp32 terms in another order: a few units in the last place of the largest
+        assert torch.allclose(whole, parts, rtol=0, atol=1e-5 * max(1.0, whole.abs().max()))
+
+
+def test_accumulated_text_gradients_are_those_of_one_large_batch(tiny_clip: ClipModel) -> None:
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.nn.functional.normalize(torch.randn(8, 16, generator=generator), dim=1)
+    pairs = Pairs(vectors, np.arange(9), np.arange(8) % 6, [f"caption {i}" for i in range(6)])
+    stage = TextStage(tiny_clip, pairs, config_for())
+    stage.train_mode()
+    gradients = []
+    rows, captions = np.arange(8), np.arange(8) % 6
+    for cut in ([slice(0, 8)], [slice(0, 3), slice(3, 8)]):
+        stage.optimizer.zero_grad()
+        stage.backward([(rows[part], captions[part]) for part in cut])
+        gradients.append(
+            [p.grad.clone() for group in stage.optimizer.param_groups for p in group["params"]]
+        )
+    for whole, parts in zip(*gradients, strict=True):
+        assert torch.allclose(whole, parts, rtol=0, atol=1e-5 * max(1.0, whole.abs().max()))
+
+
+def test_text_stage_shows_each_image_once_with_one_of_its_captions(tiny_clip: ClipModel) -> None:
+    indptr, ids = np.array([0, 2, 2, 3, 6]), np.array([0, 1, 2, 3, 4, 5])
+    pairs = Pairs(torch.eye(4, 16), indptr, ids, [f"caption {i}" for i in range(6)])
+    config = config_for(rea_batch_size=2, rea_epochs=2)
+    stage = TextStage(tiny_clip, pairs, config)
+    assert stage.steps_per_epoch == 1  # three images have captions; a step takes two
+    drawn = set()
+    for epoch in range(60):
+        for ((rows, captions),) in stage.steps(epoch, 0):
+            assert len(set(rows)) == 2
+            for row, caption in zip(rows, captions, strict=True):
+                assert caption in ids[indptr[row] : indptr[row + 1]]
+                drawn.add((row, caption))
+    assert drawn == {(0, 0), (0, 1), (2, 2), (3, 3), (3, 4), (3, 5)}
