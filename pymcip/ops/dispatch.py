@@ -91,9 +91,7 @@ class Explanation:
 
     def __str__(self) -> str:
         chosen = self.chosen or "no back end"
-        head = (
-            f"{self.op} on {self.device} with {self.dtype}, backend={self.backend!r}: {chosen}"
-        )
+        head = f"{self.op} on {self.device} with {self.dtype}, backend={self.backend!r}: {chosen}"
         return "\n".join([head, *(f"  {name}: {verdict}" for name, verdict in self.verdicts)])
 
 

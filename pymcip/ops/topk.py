@@ -227,7 +227,8 @@ def _fp32_products(device: torch.device) -> Iterator[None]:
     """Matrix products in true fp32, whatever autocast or precision the caller has set."""
     with torch.autocast(device.type, enabled=False):
         if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch >= 2.9
-            settings: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+            back_ends: list[Any] = [torch.backends.cuda, torch.backends.mkldnn]
+            settings = [back_end.matmul for back_end in back_ends]
             before = [setting.fp32_precision for setting in settings]
             try:
                 for setting in settings:

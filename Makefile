@@ -1,0 +1,84 @@
+# Everything happens in .venv; PYTHON is the interpreter it is made from.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# gpu-check builds in the Python that already holds torch with CUDA; it needs no network.
+GPU_PYTHON ?= $(PYTHON)
+GPU_VENV := .venv-gpu
+
+SOURCES := $(shell find csrc pymcip triton_kernels -type f ! -name '*.pyc' 2>/dev/null) \
+           CMakeLists.txt pyproject.toml
+
+.PHONY: help setup lint test demo bench gpu-check clean
+
+help:
+	@echo "make setup      .venv with the package, installed as a wheel, and all it needs"
+	@echo "make lint       ruff and mypy"
+	@echo "make test       lint, then the whole test suite against the installed wheel"
+	@echo "make demo       run 'pymcip demo'"
+	@echo "make bench      time the ops against their rivals on the CPU"
+	@echo "make gpu-check  build with CUDA, run the GPU tests and benches (GPU_PYTHON=python with torch)"
+	@echo "make clean      remove what the above made, .venv too"
+
+setup: $(VENV)/installed
+
+$(VENV)/created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "pymcip needs Python >= 3.10; $(PYTHON) is $$($(PYTHON) --version 2>&1). Choose another:" \
+	       "make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { \
+	  echo "$(PYTHON) can't make virtual environments; on Debian: apt install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip build
+	@touch $@
+
+dist/built: $(VENV)/created $(SOURCES)
+	rm -f dist/*.whl
+	$(BIN)/python -m build --wheel --outdir dist
+	@touch $@
+
+# A dependency is installed once; after that only the wheel itself is exchanged.
+$(VENV)/installed: dist/built
+	$(BIN)/python -m pip install --quiet "$$(ls dist/*.whl)[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps --force-reinstall dist/*.whl
+	@cd $(VENV) && bin/python -c 'import torch, torchvision, open_clip, pymcip._core' || { \
+	  echo "The packages installed into $(VENV) don't work together (see the error above). If it names" \
+	       "torchvision::nms, pip took torch and torchvision from different builds: look for" \
+	       "find-links or extra-index-url in 'pip config list', then 'make clean' and try again" \
+	       "without them."; exit 1; }
+	@touch $@
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest
+
+demo: setup
+	$(BIN)/pymcip demo
+
+bench: setup
+	$(BIN)/python bench/bench_topk.py
+
+gpu-check:
+	@$(GPU_PYTHON) -c 'import torch' || { \
+	  echo "$(GPU_PYTHON) has no torch; name one that has: make gpu-check GPU_PYTHON=/path/to/python3"; \
+	  exit 1; }
+	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else 2)' || { \
+	  echo "gpu-check needs a CUDA device, and torch sees none here: nothing was checked."; exit 2; }
+	$(GPU_PYTHON) -m venv $(GPU_VENV)
+	@# GPU_PYTHON may be a virtual environment itself, which --system-site-packages would not show.
+	@$(GPU_PYTHON) -c 'import site; print(*site.getsitepackages(), sep="\n")' \
+	  > $$($(GPU_VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])')/parent.pth
+	$(GPU_VENV)/bin/python -m pip install --quiet --no-build-isolation --no-deps --force-reinstall .
+	$(GPU_VENV)/bin/pymcip env
+	@# Not from the root: "python -m pytest" would import the source folder instead.
+	cd $(GPU_VENV) && bin/python -m pytest -c ../pyproject.toml --rootdir .. -m gpu \
+	  $$(grep -l 'mark\.gpu' ../tests/*.py)
+	$(GPU_VENV)/bin/python bench/bench_topk.py --device cuda --store
+
+clean:
+	rm -rf $(VENV) $(GPU_VENV) build dist
