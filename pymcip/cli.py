@@ -1,0 +1,322 @@
+"""The command line: one command per stage, its flags made from the stage's config dataclass."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import pymcip
+from pymcip.config import (
+    Config,
+    DemoConfig,
+    EmbedConfig,
+    EvaluateConfig,
+    ExportConfig,
+    MineConfig,
+    TrainConfig,
+)
+from pymcip.errors import ConfigError, PymcipError
+
+
+@dataclass(frozen=True)
+class Command:
+    """A stage: the config that its flags come from, and `module:function` to call with it."""
+
+    config: type[Config]
+    target: str
+    summary: str
+
+
+COMMANDS = {
+    "embed": Command(
+        EmbedConfig, "pymcip.embedding:embed", "images and captions into an embedding folder"
+    ),
+    "mine": Command(
+        MineConfig, "pymcip.mining:mine_captions", "nearest captions of each embedded image"
+    ),
+    "train": Command(TrainConfig, "pymcip.training:train", "fine-tune a model"),
+    "evaluate": Command(
+        EvaluateConfig, "pymcip.evaluation:evaluate", "image and text search, before and after"
+    ),
+    "export": Command(
+        ExportConfig, "pymcip.exporting:export", "weights for open_clip, an index for faiss"
+    ),
+    "demo": Command(
+        DemoConfig, "pymcip.demo:run_demo", "the whole way on a small world of pictures"
+    ),
+}
+ERROR_STATUS = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status.
+
+    0: done; 2: an error that pymcip raises on purpose, told in one message on stderr (with
+    `--debug` or PYMCIP_DEBUG=1 as a traceback); 130 or 143: interrupted by SIGINT or SIGTERM. What
+    goes to stdout ends with one line of JSON.
+    """
+    options = vars(build_parser().parse_args(arguments))
+    command = options.pop("command")
+    debug = options.pop("debug", False) or os.environ.get("PYMCIP_DEBUG", "0") not in ("", "0")
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("pymcip").setLevel(logging.INFO)
+    try:
+        if command == "env":
+            return _show_environment()
+        return _run(COMMANDS[command], options)
+    except PymcipError as error:
+        if debug:
+            raise
+        print(f"pymcip {command}: {error}", file=sys.stderr)
+        return ERROR_STATUS
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print(f"pymcip {command}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Make the parser of all commands; nothing but the configs is imported for it."""
+    parser = argparse.ArgumentParser(
+        prog="pymcip",
+        description="Fine-tune CLIP models for image search without breaking text search.",
+        epilog="pymcip COMMAND --help lists a command's options.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"pymcip {pymcip.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    shown = commands.add_parser("env", help="what a bug report needs", allow_abbrev=False)
+    _add_debug(shown)
+    for name, command in COMMANDS.items():
+        stage = commands.add_parser(
+            name,
+            usage=f"pymcip {name} [options]",
+            help=command.summary,
+            description=f"{command.summary[0].upper()}{command.summary[1:]}.",
+            allow_abbrev=False,
+        )
+        stage.add_argument(
+            "--config",
+            type=Path,
+            default=argparse.SUPPRESS,
+            metavar="FILE",
+            help="JSON file of options, such as a run's config.json; flags override it",
+        )
+        _add_debug(stage)
+        hints = get_type_hints(command.config)
+        for item in dataclasses.fields(command.config):
+            _add_option(stage, item, hints[item.name])
+    return parser
+
+
+def make_config(kind: type[Config], options: dict[str, Any]) -> Config:
+    """Make a stage's config from parsed flags; `config` among them names a JSON file."""
+    path = options.pop("config", None)
+    return kind.make(None, {**_read_config(path), **options} if path is not None else options)
+
+
+def _run(command: Command, options: dict[str, Any]) -> int:
+    config = make_config(command.config, options)
+    module, function = command.target.split(":")
+    result = getattr(import_module(module), function)(config)
+    if os.environ.get("RANK", "0") == "0":  # one voice when torchrun starts several processes
+        table = getattr(result, "table", None)
+        if isinstance(table, str):
+            print(table)
+        print(json.dumps(summary(result), ensure_ascii=False), flush=True)
+    interrupted = getattr(result, "interrupted", None)
+    return 0 if interrupted is None else 128 + signal.Signals[interrupted]
+
+
+def summary(result: Any) -> dict[str, Any]:
+    """Take what fits on a line of JSON from a stage's result: paths, numbers, texts and dicts."""
+    if dataclasses.is_dataclass(result):
+        values = {item.name: getattr(result, item.name) for item in dataclasses.fields(result)}
+        values.pop("table", None)
+    else:  # an embedding folder
+        values = {"out": result.path, "skipped": len(result.skipped)}
+        for kind in ("img", "text"):
+            values[kind] = sum(len(part) for part in result.parts(kind))
+    plain = (str, int, float, bool, dict, list, tuple, NoneType)
+    return {
+        name: str(value) if isinstance(value, os.PathLike) else value
+        for name, value in values.items()
+        if isinstance(value, (os.PathLike, *plain))
+    }
+
+
+def _show_environment() -> int:
+    environment = import_module("pymcip.environment")
+    print(environment.format_report(environment.environment_report()))
+    return 0
+
+
+def _add_debug(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks of errors"
+    )
+
+
+def _add_option(parser: argparse.ArgumentParser, item: dataclasses.Field[Any], hint: Any) -> None:
+    flag = "--" + item.name.replace("_", "-")
+    text = _help(item)
+    parts = _parts(hint)
+    if bool in parts:
+        action = argparse.BooleanOptionalAction
+        parser.add_argument(flag, action=action, default=argparse.SUPPRESS, help=text)
+        return
+    several = [part for part in parts if get_origin(part) is tuple]
+    single = [part for part in parts if part not in several]
+    mapping = any(get_origin(part) is dict for part in parts)
+    elements = [leaf for part in several for leaf in _parts(get_args(part)[0])] or single
+    if mapping:
+        parser.add_argument(
+            flag,
+            action=_Pairs,
+            nargs="+",
+            default=argparse.SUPPRESS,
+            metavar="KEY=VALUE",
+            help=text,
+        )
+        return
+    parser.add_argument(
+        flag,
+        action=_Tuple if several and str not in single else _Values,
+        nargs="+" if several else None,
+        type=_converter(elements),
+        default=argparse.SUPPRESS,
+        metavar=_metavar(elements),
+        help=text,
+    )
+
+
+class _Values(argparse.Action):
+    """Store one value as it is and several as a tuple."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if isinstance(values, list):
+            values = tuple(values) if len(values) > 1 else values[0]
+        setattr(namespace, self.dest, values)
+
+
+class _Tuple(argparse.Action):
+    """Store values as a tuple, one value too."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, tuple(values))
+
+
+class _Pairs(argparse.Action):
+    """Store `key=value` words as a dict; values are Python literals or else text."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        pairs = {}
+        for word in values:
+            key, equals, text = word.partition("=")
+            if not equals or not key:
+                parser.error(f"argument {option_string}: {word!r} is not of the form key=value")
+            try:
+                pairs[key] = ast.literal_eval(text)
+            except (ValueError, SyntaxError):
+                pairs[key] = text
+        setattr(namespace, self.dest, pairs)
+
+
+def _parts(hint: Any) -> list[Any]:
+    """Take a union apart, and a Literal into its choices; other types stand for themselves."""
+    origin = get_origin(hint)
+    if origin is Literal:
+        return list(get_args(hint))
+    if origin in (tuple, dict, os.PathLike) or not get_args(hint):
+        return [hint]
+    return [leaf for part in get_args(hint) for leaf in _parts(part)]
+
+
+def _converter(parts: Sequence[Any]) -> Callable[[str], Any]:
+    """Make the function that turns a word into the first of the types that takes it."""
+
+    def convert(word: str) -> Any:
+        if word in parts:  # a choice of a Literal
+            return word
+        if NoneType in parts and str not in parts and word.lower() == "none":
+            return None
+        for kind in (int, float):
+            if kind in parts:
+                try:
+                    return kind(word)
+                except ValueError:
+                    continue
+        if str in parts:
+            return word
+        raise argparse.ArgumentTypeError(f"{word!r} is not allowed; allowed: {_metavar(parts)}")
+
+    return convert
+
+
+def _metavar(parts: Sequence[Any]) -> str:
+    choices = [part for part in parts if isinstance(part, str)]
+    kinds = [kind.__name__.upper() for kind in (int, float) if kind in parts]
+    texts = ["TEXT"] if str in parts else []
+    none = ["none"] if NoneType in parts and (kinds or choices) and str not in parts else []
+    return "|".join([*choices, *kinds, *texts, *none])
+
+
+def _help(item: dataclasses.Field[Any]) -> str:
+    text = str(item.metadata["help"])
+    if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
+        text += " (required)"
+    elif isinstance(item.default, tuple):
+        if item.default:
+            text += f" (default: {' '.join(repr(value) for value in item.default)})"
+    elif item.default is not dataclasses.MISSING and not isinstance(item.default, (NoneType, bool)):
+        text += f" (default: {item.default})"
+    elif isinstance(item.default, bool):
+        text += f" (default: {'yes' if item.default else 'no'})"
+    return text.replace("%", "%%")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {path} can't be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"--config {path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config {path} holds {type(values).__name__}; needed: a JSON object")
+    return values
+
+
+if __name__ == "__main__":
+    sys.exit(main())

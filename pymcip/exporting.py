@@ -1,0 +1,183 @@
+"""Exports that need no pymcip: a plain state dict, a hub-style folder, a faiss index.
+
+`open_clip` loads both forms of the model alone; see `write_export`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from pymcip.config import ExportConfig
+from pymcip.errors import DataError, MissingDependencyError
+from pymcip.files import atomic_path, prepare_output, write_json
+from pymcip.model import ClipModel, load
+
+if TYPE_CHECKING:
+    from pymcip.embedding import EmbeddingFolder
+
+STATE_DICT = "state_dict.pt"
+HUB = "hub"
+INDEX = "index.faiss"
+
+_log = logging.getLogger("pymcip.exporting")
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """The files that an export wrote; `index` is None unless it was asked for."""
+
+    out: Path
+    state_dict: Path
+    hub: Path
+    index: Path | None = None
+
+
+def export(config: ExportConfig | None = None, /, **options: Any) -> ExportResult:
+    """Write a model so that open_clip, and faiss if asked for, can use it without pymcip.
+
+    Takes the fields of `ExportConfig` as keywords, or a ready config. See `write_export` for the
+    model's files and `write_index` for the index.
+
+    Raises:
+        ConfigError: the options or the model's name are wrong.
+        CheckpointError: the model's weights can't be loaded.
+        OutputExistsError: `out` is not empty, and `overwrite` was not given.
+        DataError: the embedding folder is missing, or was made by another model.
+        MissingDependencyError: `index` was asked for without faiss.
+    """
+    config = ExportConfig.make(config, options)
+    if config.index is not None:
+        _import_faiss()  # before any work
+    clip = load(
+        config.model,
+        config.pretrained,
+        image_size=config.image_size,
+        device=config.device,
+        precision=config.precision,
+    )
+    folder = None
+    if config.index is not None:
+        from pymcip.embedding import EmbeddingFolder
+
+        folder = EmbeddingFolder(config.index)
+        _check_width(folder, clip)
+    out = prepare_output(config.out, overwrite=config.overwrite)
+    result = write_export(clip, out)
+    if folder is None:
+        return result
+    index = write_index(folder, out / INDEX)
+    return ExportResult(result.out, result.state_dict, result.hub, index)
+
+
+def write_export(clip: ClipModel, out: str | os.PathLike[str]) -> ExportResult:
+    """Write the two forms that open_clip reads, each complete or absent.
+
+    - `out/state_dict.pt`: a plain dict of contiguous CPU tensors (floating-point ones in fp32),
+      readable with `weights_only=True`, for `model.load_state_dict(..., strict=True)`. The
+      architecture is not in it: for a QuickGELU model create open_clip's `...-quickgelu` one.
+    - `out/hub/`: `open_clip_model.safetensors` and `open_clip_config.json` (`quick_gelu`,
+      `custom_text`, a forced image size and the transform included), and the tokenizer's files
+      where it is a Hugging Face one; for `open_clip.create_model_and_transforms("local-dir:...")`
+      and for uploading.
+
+    Args:
+        clip: the model.
+        out: folder; made if missing, files of these names in it are replaced.
+
+    Returns:
+        The paths, with `index=None`.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    state = plain_state(clip.model)
+    with atomic_path(out / STATE_DICT) as temporary:
+        torch.save(state, temporary)
+    model_cfg = {**clip.model_cfg, "text_cfg": dict(clip.model_cfg["text_cfg"])}
+    save_tokenizer = getattr(clip.tokenizer, "save_pretrained", None)
+    if save_tokenizer is not None and not model_cfg["text_cfg"].get("hf_tokenizer_name"):
+        # open_clip reads the tokenizer beside the weights only where a name, any name, is given
+        model_cfg["text_cfg"]["hf_tokenizer_name"] = clip.name
+    with atomic_path(out / HUB) as temporary:
+        temporary.mkdir()
+        safetensors.torch.save_file(
+            state, temporary / "open_clip_model.safetensors", metadata={"format": "pt"}
+        )
+        write_json(
+            temporary / "open_clip_config.json",
+            {"model_cfg": model_cfg, "preprocess_cfg": clip.preprocess_cfg},
+        )
+        if save_tokenizer is not None:
+            save_tokenizer(temporary)
+    _log.info("exported %s to %s", clip.name, out)
+    return ExportResult(out=out, state_dict=out / STATE_DICT, hub=out / HUB)
+
+
+def plain_state(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Copy a module's state: contiguous CPU tensors, floating-point ones in fp32, none shared."""
+    state = {}
+    for name, value in model.state_dict().items():
+        dtype = torch.float32 if value.is_floating_point() else value.dtype
+        plain = torch.empty(value.shape, dtype=dtype)
+        state[name] = plain.copy_(value.detach())
+    return state
+
+
+def write_index(folder: EmbeddingFolder, path: str | os.PathLike[str]) -> Path:
+    """Write an exact inner-product faiss index over an embedding folder's images.
+
+    `IndexFlatIP` under an `IndexIDMap2`: the ids that a search returns are image numbers, as
+    `EmbeddingFolder.rows("img")` gives them (undecodable images are left out). The rows are
+    normalised in fp32, so that scores of unit queries are cosines.
+
+    Returns:
+        The path, as `Path`.
+
+    Raises:
+        DataError: the folder holds no image embeddings.
+        MissingDependencyError: faiss is not installed.
+    """
+    faiss = _import_faiss()
+    parts = folder.parts("img")
+    if not parts or not sum(len(part) for part in parts):
+        raise DataError(
+            f"{folder.path} holds no image embeddings; make them with pymcip embed --images"
+        )
+    rows = folder.rows("img")
+    index = faiss.IndexIDMap2(faiss.IndexFlatIP(parts[0].shape[1]))
+    start = 0
+    for part in parts:
+        vectors = np.array(part, dtype=np.float32)
+        faiss.normalize_L2(vectors)
+        index.add_with_ids(vectors, rows[start : start + len(part)])
+        start += len(part)
+    with atomic_path(path) as temporary:
+        faiss.write_index(index, str(temporary))
+    return Path(path)
+
+
+def _check_width(folder: EmbeddingFolder, clip: ClipModel) -> None:
+    parts = folder.parts("img")
+    if parts and parts[0].shape[1] != clip.embed_dim:
+        raise DataError(
+            f"the images in {folder.path} are embedded in {parts[0].shape[1]} dimensions, model "
+            f"{clip.name} has {clip.embed_dim}; embed them with this model"
+        )
+
+
+def _import_faiss() -> Any:
+    try:
+        import faiss
+    except ImportError as error:
+        raise MissingDependencyError(
+            'index= needs faiss, which is not installed; run: pip install "pymcip[faiss]"'
+        ) from error
+    return faiss

@@ -1,0 +1,452 @@
+"""Metrics against plain NumPy fp64 oracles (loops, no shared code) and cases computed by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pymcip import metrics
+from pymcip.errors import ConfigError, DataError
+
+Floats = npt.NDArray[np.floating[Any]]
+Ints = npt.NDArray[np.int64]
+
+# Directions whose inner products are exact in fp32 and in fp64 (every row has norm 1 and
+# entries 0, +-1/2, +-1), so that ties are real ties in both.
+EXACT = np.array(
+    [
+        [1, 0, 0, 0],
+        [0, 1, 0, 0],
+        [0.5, 0.5, 0.5, 0.5],
+        [0.5, -0.5, 0.5, 0.5],
+        [0.5, 0.5, -0.5, -0.5],
+        [-0.5, 0.5, 0.5, -0.5],
+        [0, 0, 0, -1],
+    ]
+)
+few_settings = settings(max_examples=40, deadline=None)
+
+
+def unit(rows: Floats) -> Floats:
+    rows = np.asarray(rows, dtype=np.float64)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def ranking(scores: Floats) -> list[int]:
+    return sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+
+
+def oracle_ap(scores: Floats, relevant: Sequence[bool]) -> float:
+    hits, total = 0, 0.0
+    for rank, column in enumerate(ranking(scores), start=1):
+        if relevant[column]:
+            hits += 1
+            total += hits / rank
+    return total / sum(relevant)
+
+
+def oracle_map(x: Floats, labels: Ints) -> float:
+    x = unit(x)
+    return 100 * float(np.mean([oracle_ap(x @ x[q], labels == labels[q]) for q in range(len(x))]))
+
+
+def oracle_r1(x: Floats, labels: Ints) -> float:
+    x = unit(x)
+    hits = []
+    for q in range(len(x)):
+        others = [i for i in ranking(x @ x[q]) if i != q]
+        hits.append(labels[others[0]] == labels[q])
+    return 100 * float(np.mean(hits))
+
+
+def oracle_knn(
+    bank: Floats, labels: Ints, queries: Floats, k: int, vote: str, leave_out: bool
+) -> list[int]:
+    bank, queries = unit(bank), unit(queries)
+    answers = []
+    for q in range(len(queries)):
+        scores = bank @ queries[q]
+        voters = [i for i in ranking(scores) if not (leave_out and i == q)][:k]
+        ballots = {}
+        for label in sorted({int(labels[i]) for i in voters}):
+            own = [float(scores[i]) for i in voters if labels[i] == label]
+            weighted = sum(math.exp(score / 0.07) for score in own)
+            ballots[label] = (weighted,) if vote == "weighted" else (len(own), sum(own))
+        best = max(ballots.values())
+        answers.append(min(label for label, ballot in ballots.items() if ballot == best))
+    return answers
+
+
+def oracle_recall(images: Floats, texts: Floats, owners: Ints, k: int) -> tuple[float, float]:
+    images, texts = unit(images), unit(texts)
+    t2i = [owners[t] in ranking(images @ texts[t])[:k] for t in range(len(texts))]
+    i2t = [
+        any(owners[t] == i for t in ranking(texts @ images[i])[:k])
+        for i in range(len(images))
+        if i in owners
+    ]
+    return 100 * float(np.mean(t2i)), 100 * float(np.mean(i2t))
+
+
+def random_case(seed: int, rows: int = 60, classes: int = 7, dim: int = 12) -> tuple[Floats, Ints]:
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(0, classes, rows)
+    centres = generator.normal(size=(classes, dim))
+    x = centres[labels] + 1.5 * generator.normal(size=(rows, dim))
+    return x.astype(np.float32), labels.astype(np.int64)
+
+
+exact_case = st.lists(
+    st.tuples(st.integers(0, len(EXACT) - 1), st.integers(0, 3)), min_size=2, max_size=24
+).map(lambda rows: (EXACT[[r for r, _ in rows]], np.array([label for _, label in rows])))
+
+
+@pytest.fixture(params=[7, 1 << 22])
+def chunked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "_SCORES_AT_ONCE", request.param)
+
+
+# Full-ranking mAP
+
+
+def test_map_by_hand() -> None:
+    # Image 0 ranks 0, 1, 2 (cosines 1, 0.8, 0.6): its class {0, 2} gives (1/1 + 2/3) / 2 = 5/6.
+    # Image 1 is alone in its class and first in its ranking: 1.
+    # Image 2 ranks 2, 1 (0.96), 0 (0.6): 5/6.
+    x = np.array([[1, 0], [0.8, 0.6], [0.6, 0.8]])
+    assert metrics.full_ranking_map(x, np.array([0, 1, 0])) == pytest.approx(100 * (5 / 3 + 1) / 3)
+
+
+def test_map_counts_the_query_and_breaks_ties_by_index() -> None:
+    # Four equal vectors: every query ranks 0, 1, 2, 3. Class 0 = {0, 3}: (1/1 + 2/4) / 2 = 3/4;
+    # class 1 = {1, 2}: (1/2 + 2/3) / 2 = 7/12.
+    x = np.ones((4, 3))
+    got = metrics.full_ranking_map(x, np.array([0, 1, 1, 0]))
+    assert got == pytest.approx(100 * (3 / 4 + 7 / 12) / 2)
+
+
+@pytest.mark.usefixtures("chunked")
+@pytest.mark.parametrize("seed", range(3))
+def test_map_and_r1_match_the_oracle(seed: int) -> None:
+    x, labels = random_case(seed)
+    assert metrics.full_ranking_map(x, labels) == pytest.approx(oracle_map(x, labels), abs=1e-9)
+    assert metrics.nearest_other_recall(x, labels) == pytest.approx(oracle_r1(x, labels), abs=1e-9)
+
+
+@given(exact_case)
+@few_settings
+def test_map_and_r1_with_ties_and_duplicates(case: tuple[Floats, Ints]) -> None:
+    x, labels = case
+    assert metrics.full_ranking_map(x, labels) == pytest.approx(oracle_map(x, labels), abs=1e-9)
+    assert metrics.nearest_other_recall(x, labels) == pytest.approx(oracle_r1(x, labels), abs=1e-9)
+
+
+def test_map_of_separated_classes_is_perfect_and_of_one_class_too() -> None:
+    labels = np.repeat(np.arange(4), 3)
+    assert metrics.full_ranking_map(np.eye(4)[labels], labels) == 100
+    assert metrics.full_ranking_map(np.ones((3, 2)), np.zeros(3, int)) == 100
+    assert metrics.full_ranking_map(np.ones((1, 2)), np.zeros(1, int)) == 100
+
+
+# R@1
+
+
+def test_r1_masks_the_query_not_a_duplicate_of_it() -> None:
+    # 0 and 1 are the same picture under two labels: each is the other's nearest, a miss. Taking
+    # the second column of a top-2 would give image 1 itself.
+    x = np.array([[1, 0], [1, 0], [0.6, 0.8], [0, 1]])
+    assert metrics.nearest_other_recall(x, np.array([0, 1, 2, 2])) == 50
+
+
+def test_r1_of_an_image_without_companions_is_a_miss() -> None:
+    x = np.array([[1, 0], [0.9, 0.1], [0, 1]])
+    assert metrics.nearest_other_recall(x, np.array([0, 0, 1])) == pytest.approx(200 / 3)
+
+
+def test_r1_needs_two_images() -> None:
+    with pytest.raises(DataError, match="at least 2 images"):
+        metrics.nearest_other_recall(np.ones((1, 2)), np.zeros(1, int))
+
+
+# k-NN
+
+
+@pytest.mark.usefixtures("chunked")
+@pytest.mark.parametrize("vote", ["weighted", "majority"])
+@pytest.mark.parametrize("leave_out", [False, True])
+@pytest.mark.parametrize("k", [1, 5, 21, 500])
+def test_knn_matches_the_oracle(vote: Any, leave_out: bool, k: int) -> None:
+    bank, labels = random_case(3)
+    labels = labels * 10 + 5  # not contiguous
+    queries = bank if leave_out else random_case(4, rows=9)[0]
+    got = metrics.knn_classify(bank, labels, queries, k, vote, leave_one_out=leave_out)
+    assert got.dtype == np.int64
+    assert got.tolist() == oracle_knn(bank, labels, queries, k, vote, leave_out)
+
+
+@given(exact_case, st.integers(1, 8), st.booleans())
+@few_settings
+def test_knn_majority_with_ties(case: tuple[Floats, Ints], k: int, leave_out: bool) -> None:
+    bank, labels = case
+    got = metrics.knn_classify(bank, labels, bank, k, "majority", leave_one_out=leave_out)
+    assert got.tolist() == oracle_knn(bank, labels, bank, k, "majority", leave_out)
+
+
+def test_knn_takes_the_first_of_equal_neighbours() -> None:
+    # Four equal cosines, k = 1: the lowest index votes. k = 3: 1, 0, 0 vote.
+    bank, labels = np.ones((4, 2)), np.array([1, 0, 0, 1])
+    assert metrics.knn_classify(bank, labels, np.ones((1, 2)), 1).tolist() == [1]
+    assert metrics.knn_classify(bank, labels, np.ones((1, 2)), 3).tolist() == [0]
+
+
+def test_knn_votes_differ_as_defined() -> None:
+    # One very near neighbour of class 1, two of class 0 further away.
+    bank, labels = np.array([[1, 0], [0.6, 0.8], [0.6, -0.8]]), np.array([1, 0, 0])
+    query = np.array([[1.0, 0.0]])
+    assert metrics.knn_classify(bank, labels, query, 3, "majority").tolist() == [0]
+    assert metrics.knn_classify(bank, labels, query, 3, "weighted").tolist() == [1]
+
+
+def test_knn_majority_ties_go_to_the_larger_similarity_then_the_lower_label() -> None:
+    bank = np.array([[1, 0, 0, 0], [0.5, 0.5, 0.5, 0.5], [0.5, 0.5, -0.5, -0.5], [0, 0, 0, 1]])
+    query = np.array([[1.0, 0, 0, 0]])  # cosines 1, 1/2, 1/2, 0
+    assert metrics.knn_classify(bank, [7, 2, 2, 7], query, 4, "majority").tolist() == [2]
+    assert metrics.knn_classify(bank, [7, 2, 2, 7], query, 3, "majority").tolist() == [2]
+    assert metrics.knn_classify(bank, [7, 2, 7, 2], query, 4, "majority").tolist() == [7]
+
+
+def test_knn_leave_one_out_drops_the_image_itself_not_its_duplicate() -> None:
+    bank, labels = np.array([[1, 0], [1, 0], [0, 1]]), np.array([0, 1, 2])
+    got = metrics.knn_classify(bank, labels, bank, 1, leave_one_out=True)
+    assert got.tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"k": 0}, ConfigError, "k=0"),
+        ({"vote": "loudest"}, ConfigError, "allowed: 'weighted', 'majority'"),
+        ({"queries": np.ones((3, 5))}, DataError, "same model"),
+        ({"queries": np.ones((3, 2)), "leave_one_out": True}, DataError, "own rows as queries"),
+        ({"bank_labels": np.array([0, -1])}, DataError, "negative"),
+        ({"bank_labels": np.zeros(3, int)}, DataError, "one per row"),
+        ({"bank": np.empty((0, 2)), "bank_labels": np.empty(0, int)}, DataError, "shape"),
+    ],
+)
+def test_knn_refuses(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    options: dict[str, Any] = {"bank": np.eye(2), "bank_labels": [0, 1], "queries": np.eye(2)}
+    with pytest.raises(error, match=message):
+        metrics.knn_classify(**{**options, **change})
+
+
+# Zero-shot
+
+
+class WordModel:
+    """Stands in for a ClipModel: each prompt's vector is looked up, of any norm."""
+
+    def __init__(self, vectors: dict[str, list[float]]) -> None:
+        self.vectors = vectors
+        self.calls: list[int] = []
+
+    def encode_texts(self, texts: Sequence[str], batch_size: int = 256) -> torch.Tensor:
+        self.calls.append(len(texts))
+        return torch.tensor([self.vectors[text] for text in texts])
+
+
+@pytest.mark.parametrize("batch_size", [1, 256])
+def test_zero_shot_classifier_normalises_before_and_after_the_mean(batch_size: int) -> None:
+    # Class "a": (3, 0) and (0, 5) count alike: (1, 1) / sqrt 2. Without the first normalisation
+    # the second prompt would win.
+    model: Any = WordModel(
+        {"a": [3.0, 0.0], "the a": [0.0, 5.0], "b": [-2.0, 0.0], "the b": [-1.0, 0.0]}
+    )
+    classifier = metrics.zero_shot_classifier(
+        model, ["a", "b"], ["{}", "the {}"], batch_size=batch_size
+    )
+    half = math.sqrt(0.5)
+    np.testing.assert_allclose(classifier, np.array([[half, half], [-1, 0]]), atol=1e-6)
+    assert classifier.dtype == torch.float32
+
+
+def test_zero_shot_classifier_fills_in_names_that_hold_braces() -> None:
+    model: Any = WordModel({"x a {b} {}": [1.0, 0.0]})
+    assert metrics.zero_shot_classifier(model, ["a {b} {}"], ["x {}"]).tolist() == [[1, 0]]
+
+
+@pytest.mark.parametrize(("names", "templates"), [([], ["{}"]), (["a"], []), (["a"], ["a photo"])])
+def test_zero_shot_classifier_refuses(names: list[str], templates: list[str]) -> None:
+    model: Any = WordModel({})
+    with pytest.raises(ConfigError):
+        metrics.zero_shot_classifier(model, names, templates)
+
+
+def test_zero_shot_accuracy_by_hand() -> None:
+    classifier = np.array([[1.0, 0], [0.8, 0.6], [0, 1]])
+    images = np.array([[1.0, 0], [1, 0], [1, 0], [0, 2]])  # rank 0, 1, 2 for [1, 0]; 2, 1, 0
+    got = metrics.zero_shot_accuracy(images, classifier, np.array([0, 1, 2, 2]), top=(1, 2, 5))
+    assert got == {1: 50, 2: 75, 5: 100}
+
+
+def test_zero_shot_accuracy_gives_equal_scores_to_the_lower_label() -> None:
+    got = metrics.zero_shot_accuracy(np.ones((2, 2)), np.ones((3, 2)), np.array([0, 1]), (1, 2))
+    assert got == {1: 50, 2: 100}
+
+
+@pytest.mark.usefixtures("chunked")
+def test_zero_shot_accuracy_matches_the_oracle() -> None:
+    images, labels = random_case(5)
+    classifier = np.random.default_rng(0).normal(size=(7, 12))
+    scores = unit(images) @ unit(classifier).T
+    for k, got in metrics.zero_shot_accuracy(images, classifier, labels, (1, 3)).items():
+        hits = [label in ranking(row)[:k] for row, label in zip(scores, labels, strict=True)]
+        assert got == pytest.approx(100 * np.mean(hits), abs=1e-9)
+
+
+def test_zero_shot_accuracy_refuses_labels_without_a_class() -> None:
+    with pytest.raises(DataError, match="classifier has 2 rows"):
+        metrics.zero_shot_accuracy(np.eye(2), np.eye(2), np.array([0, 2]))
+
+
+# Cross-modal recall
+
+
+def test_recall_by_hand() -> None:
+    # Image 2 has no caption. Texts 0 and 1 belong to image 0, text 2 to image 1.
+    images = np.array([[1.0, 0], [0, 1], [0.6, 0.8]])
+    texts = np.array([[1.0, 0], [0.5, 0.9], [0.6, 0.8]])
+    got = metrics.cross_modal_recall(images, texts, np.array([0, 0, 1]), (1, 2, 3))
+    # T2I: text 0 finds image 0 first; text 1 ranks 2, 1, 0; text 2 ranks 2, 1.
+    # I2T: image 0 finds text 0 first; image 1 ranks texts 1, 2.
+    assert got == {
+        "t2i_r1": pytest.approx(100 / 3),
+        "t2i_r2": pytest.approx(200 / 3),
+        "t2i_r3": 100,
+        "i2t_r1": 50,
+        "i2t_r2": 100,
+        "i2t_r3": 100,
+    }
+
+
+@pytest.mark.usefixtures("chunked")
+def test_recall_matches_the_oracle() -> None:
+    generator = np.random.default_rng(6)
+    images = generator.normal(size=(20, 8)).astype(np.float32)
+    owners = generator.integers(0, 17, 50)
+    texts = (images[owners] + 1.5 * generator.normal(size=(50, 8))).astype(np.float32)
+    got = metrics.cross_modal_recall(images, texts, owners, (1, 5, 100))
+    for k in (1, 5, 100):
+        wanted = pytest.approx(oracle_recall(images, texts, owners, k), abs=1e-9)
+        assert (got[f"t2i_r{k}"], got[f"i2t_r{k}"]) == wanted
+
+
+@given(exact_case, st.data())
+@few_settings
+def test_recall_with_ties(case: tuple[Floats, Ints], data: st.DataObject) -> None:
+    images, _ = case
+    picks = data.draw(st.lists(st.integers(0, len(EXACT) - 1), min_size=1, max_size=20))
+    owners = np.array([data.draw(st.integers(0, len(images) - 1)) for _ in picks])
+    got = metrics.cross_modal_recall(images, EXACT[picks], owners, (1, 3))
+    for k in (1, 3):
+        wanted = pytest.approx(oracle_recall(images, EXACT[picks], owners, k), abs=1e-9)
+        assert (got[f"t2i_r{k}"], got[f"i2t_r{k}"]) == wanted
+
+
+def test_recall_refuses_captions_of_no_image() -> None:
+    with pytest.raises(DataError, match="image row 2"):
+        metrics.cross_modal_recall(np.eye(2), np.eye(2), np.array([0, 2]))
+
+
+# Class descriptions
+
+
+def test_class_text_map_by_hand() -> None:
+    # Text 0 ranks images 0, 1, 2; its class is {0, 2}: (1 + 2/3) / 2. Text 1 ranks 2, 1, 0; its
+    # class is {1}: 1/2. Class 2 has no image and is left out.
+    images = np.array([[1.0, 0], [0.8, 0.6], [0, 1]])
+    texts = np.array([[1.0, 0], [0, 1], [1, 1]])
+    got = metrics.class_text_map(images, np.array([0, 1, 0]), texts)
+    assert got == pytest.approx(100 * (5 / 6 + 1 / 2) / 2)
+
+
+@pytest.mark.usefixtures("chunked")
+def test_class_text_map_matches_the_oracle() -> None:
+    images, labels = random_case(8)
+    texts = np.random.default_rng(1).normal(size=(9, 12))
+    scores = unit(texts) @ unit(images).T
+    wanted = np.mean([oracle_ap(scores[c], labels == c) for c in range(9) if c in labels])
+    assert metrics.class_text_map(images, labels, texts) == pytest.approx(100 * wanted, abs=1e-9)
+
+
+# What is common to all
+
+
+def test_inputs_of_any_kind_give_the_same() -> None:
+    x, labels = random_case(9)
+    wanted = metrics.full_ranking_map(x, labels)
+    half = x.astype(np.float16)
+    half.flags.writeable = False
+    assert metrics.full_ranking_map(torch.from_numpy(x), torch.from_numpy(labels)) == wanted
+    assert metrics.full_ranking_map(np.asfortranarray(x), labels.astype(np.int32)) == wanted
+    assert metrics.full_ranking_map(x * 7.5, labels.tolist()) == pytest.approx(wanted, abs=1e-6)
+    assert metrics.full_ranking_map(half, labels) == pytest.approx(wanted, abs=0.2)
+    assert metrics.full_ranking_map([[3, 0], [0, 1]], [0, 1]) == 100
+    graph = torch.from_numpy(x).requires_grad_()
+    assert metrics.full_ranking_map(graph, labels) == wanted
+
+
+def test_ranking_stays_in_fp32_whatever_the_caller_has_set() -> None:
+    # Cosines 1 - 2e-5 and 1 - 8e-5 are one value in bf16; image 0's nearest is 2, not 1.
+    x = np.array([[1, 0], [1, 0.0127], [1, 0.0063], [0, 1]])
+    labels = np.array([0, 1, 0, 1])
+    wanted = oracle_r1(x, labels)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert metrics.nearest_other_recall(x, labels) == wanted
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_memory_is_bounded_by_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = []
+    plain = metrics._average_precision
+
+    def watch(scores: torch.Tensor, relevant: torch.Tensor) -> torch.Tensor:
+        shapes.append(tuple(scores.shape))
+        return plain(scores, relevant)
+
+    monkeypatch.setattr(metrics, "_average_precision", watch)
+    monkeypatch.setattr(metrics, "_SCORES_AT_ONCE", 600)
+    x, labels = random_case(1)
+    metrics.full_ranking_map(x, labels)
+    assert shapes == [(10, 60)] * 6
+
+
+@pytest.mark.parametrize(
+    ("x", "labels", "message"),
+    [
+        (np.ones((3, 2)), [0, 1], "one per row"),
+        (np.ones(3), [0, 1, 2], "needed: .rows, dimensions"),
+        (np.ones((3, 0)), [0, 1, 2], "needed: .rows, dimensions"),
+        (np.ones((2, 2), dtype=complex), [0, 1], "real numbers"),
+        (np.array([[1.0, np.nan], [1, 1]]), [0, 1], "NaN or infinite values in 1 of 2"),
+        (np.ones((2, 2)), [0, -1], "negative"),
+        (np.ones((2, 2)), [0.0, 1.0], "integers"),
+        (np.ones((2, 2)), [[0], [1]], "integers"),
+    ],
+)
+def test_wrong_arrays_are_refused(x: Any, labels: Any, message: str) -> None:
+    for metric in (metrics.full_ranking_map, metrics.nearest_other_recall):
+        with pytest.raises(DataError, match=message):
+            metric(x, np.array(labels))
