@@ -1,6 +1,6 @@
-#include "cuda_info.hpp"
-
 #include <cuda_runtime_api.h>
+
+#include "cuda_info.hpp"
 
 namespace pymcip {
 

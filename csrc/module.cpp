@@ -1,5 +1,5 @@
-// The Python module pymcip._core: pointers, shapes and strides in, so that it links neither libtorch
-// nor NumPy. Values are validated by the Python functions that call it (pymcip/ops).
+// The Python module pymcip._core: pointers, shapes and strides in, so that it links neither
+// libtorch nor NumPy. Values are validated by the Python functions that call it (pymcip/ops).
 
 #include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
@@ -24,8 +24,8 @@ namespace py = pybind11;
 namespace {
 
 // address, dtype, rows, columns, row stride, column stride (strides in elements)
-using MatrixTuple = std::tuple<std::uintptr_t, std::string, std::int64_t, std::int64_t,
-                               std::int64_t, std::int64_t>;
+using MatrixTuple =
+    std::tuple<std::uintptr_t, std::string, std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
 
 pymcip::Matrix to_matrix(const MatrixTuple& tuple) {
     const auto& [address, dtype, rows, columns, row_stride, column_stride] = tuple;
@@ -42,8 +42,8 @@ pymcip::Matrix to_matrix(const MatrixTuple& tuple) {
     }
     if (rows < 0 || columns < 1 || (rows > 0 && address == 0))
         throw std::invalid_argument("a matrix needs rows >= 0, columns >= 1 and an address");
-    return {reinterpret_cast<const void*>(address), scalar, rows, columns, row_stride,
-            column_stride};
+    return {
+        reinterpret_cast<const void*>(address), scalar, rows, columns, row_stride, column_stride};
 }
 
 void topk(const MatrixTuple& queries_tuple, const MatrixTuple& bank_tuple, std::int64_t k,
@@ -105,8 +105,8 @@ py::dict cuda_info() {
     for (const pymcip::CudaDevice& device : found.devices) {
         py::dict row;
         row["name"] = device.name;
-        row["capability"] = std::to_string(device.capability_major) + "." +
-                            std::to_string(device.capability_minor);
+        row["capability"] =
+            std::to_string(device.capability_major) + "." + std::to_string(device.capability_minor);
         row["multiprocessors"] = device.multiprocessors;
         row["memory_bytes"] = device.memory_bytes;
         row["l2_bytes"] = device.l2_bytes;
@@ -116,8 +116,7 @@ py::dict cuda_info() {
     info["runtime"] = version(found.runtime_version);
     info["driver"] = found.driver_version ? py::object(py::str(version(found.driver_version)))
                                           : py::object(py::none());
-    info["error"] =
-        found.error.empty() ? py::object(py::none()) : py::object(py::str(found.error));
+    info["error"] = found.error.empty() ? py::object(py::none()) : py::object(py::str(found.error));
     info["devices"] = devices;
     return info;
 }

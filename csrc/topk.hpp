@@ -9,8 +9,8 @@
 // score -infinity.
 //
 // Shapes: ids int64 [N, k] and scores float [N, k], both contiguous; any N, M >= 0 and D, k >= 1;
-// rows and columns of the inputs may have any strides. Inputs are fp32, fp16 or bf16; the latter two
-// are widened to fp32 exactly, so nothing is rounded before the first product.
+// rows and columns of the inputs may have any strides. Inputs are fp32, fp16 or bf16; the latter
+// two are widened to fp32 exactly, so nothing is rounded before the first product.
 //
 // Every score is one chain over d with a single accumulator, whatever the number of threads, the
 // position of a row in its block or the size of a block. Hence equal rows have equal scores bit for

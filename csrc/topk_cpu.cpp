@@ -1,12 +1,10 @@
 // Portable back end of top-k on the CPU; the contract is in topk.hpp.
 //
-// A register tile is a few queries times a few vectors of bank rows. Both are packed with d outermost,
-// so that one step over d loads consecutive floats of the bank and broadcasts consecutive queries.
-// Queries are taken in blocks that stay in the L2 cache while the bank streams past once per block.
-// Scores never reach memory as a matrix: each tile is compared with its queries' cuts (the threshold,
-// or the k-th best so far) and thrown away.
-
-#include "topk.hpp"
+// A register tile is a few queries times a few vectors of bank rows. Both are packed with d
+// outermost, so that one step over d loads consecutive floats of the bank and broadcasts
+// consecutive queries. Queries are taken in blocks that stay in the L2 cache while the bank streams
+// past once per block. Scores never reach memory as a matrix: each tile is compared with its
+// queries' cuts (the threshold, or the k-th best so far) and thrown away.
 
 #include <algorithm>
 #include <atomic>
@@ -23,6 +21,8 @@
 #include <system_error>
 #include <thread>
 
+#include "topk.hpp"
+
 namespace pymcip {
 namespace {
 
@@ -33,9 +33,10 @@ constexpr std::int64_t kInlineProducts = 1 << 21;   // below this a thread costs
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // ------------------------------------------------------------------------------------------------
-// Kernels. Each is one function with its own instruction set; the rest of this file is baseline code.
-// They use the vector extension of GCC and Clang and nothing of the standard library, whose inline
-// functions, once compiled for a newer instruction set, could be the copies that the linker keeps.
+// Kernels. Each is one function with its own instruction set; the rest of this file is baseline
+// code. They use the vector extension of GCC and Clang and nothing of the standard library, whose
+// inline functions, once compiled for a newer instruction set, could be the copies that the linker
+// keeps.
 
 // out[query][row] = sum over d of queries[d][query] * rows[d][row]
 using ScoreTile = void (*)(const float* queries, const float* rows, std::int64_t depth, float* out);
@@ -129,8 +130,8 @@ float widen(const void* data, std::int64_t index) {
     if constexpr (scalar == Scalar::bfloat16) return from_bits(half << 16);
     const std::uint32_t sign = (half & 0x8000u) << 16;
     const std::uint32_t magnitude = (half & 0x7fffu) << 13;
-    // Rebias the exponent by 112. A subnormal half lacks the implicit one: give it one, and subtract
-    // it as a float, which is exact.
+    // Rebias the exponent by 112. A subnormal half lacks the implicit one: give it one, and
+    // subtract it as a float, which is exact.
     const std::uint32_t normal = magnitude + (112u << 23);
     const float subnormal = from_bits(magnitude + (113u << 23)) - from_bits(113u << 23);
     std::uint32_t subnormal_bits;
@@ -138,7 +139,8 @@ float widen(const void* data, std::int64_t index) {
     return from_bits(sign | ((half & 0x7c00u) != 0 ? normal : subnormal_bits));
 }
 
-// Rows first .. first + count - 1 as panels of `width` rows, d outermost; zeros fill the last panel.
+// Rows first .. first + count - 1 as panels of `width` rows, d outermost; zeros fill the last
+// panel.
 template <Scalar scalar>
 void pack_as(const Matrix& matrix, std::int64_t first, std::int64_t count, int width, float* out) {
     constexpr std::int64_t step = 16;  // a cache line of floats at a time from each row
@@ -179,13 +181,17 @@ bool better(const Hit& a, const Hit& b) {
     return a.score > b.score || (a.score == b.score && a.id < b.id);
 }
 
-// The best hits of a block of queries among the bank rows seen so far: per query a heap whose root is
-// the worst of the k. `cuts` screens: a score below a query's cut can't enter. The insertion decides.
+// The best hits of a block of queries among the bank rows seen so far: per query a heap whose root
+// is the worst of the k. `cuts` screens: a score below a query's cut can't enter. The insertion
+// decides.
 class Best {
   public:
     Best(std::int64_t queries, std::int64_t k, float threshold)
-        : k_(k), threshold_(threshold), hits_(new Hit[static_cast<std::size_t>(queries * k)]),
-          counts_(static_cast<std::size_t>(queries)), cuts_(static_cast<std::size_t>(queries)) {
+        : k_(k),
+          threshold_(threshold),
+          hits_(new Hit[static_cast<std::size_t>(queries * k)]),
+          counts_(static_cast<std::size_t>(queries)),
+          cuts_(static_cast<std::size_t>(queries)) {
         clear();
     }
 
@@ -196,7 +202,9 @@ class Best {
 
     const float* cuts() const { return cuts_.data(); }
     const Hit* hits(std::int64_t query) const { return hits_.get() + query * k_; }
-    std::int64_t count(std::int64_t query) const { return counts_[static_cast<std::size_t>(query)]; }
+    std::int64_t count(std::int64_t query) const {
+        return counts_[static_cast<std::size_t>(query)];
+    }
 
     void insert(std::int64_t query, const Hit& hit) {
         const auto index = static_cast<std::size_t>(query);
@@ -237,15 +245,22 @@ class Search {
   public:
     Search(const Matrix& queries, const Matrix& bank, std::int64_t k, float threshold, int threads,
            const Kernel& kernel, std::int64_t* ids, float* scores, const Progress& progress)
-        : queries_(queries), bank_(bank), k_(k), kept_(std::min(k, bank.rows)),
-          threshold_(threshold), kernel_(kernel), ids_(ids), scores_(scores), progress_(progress),
+        : queries_(queries),
+          bank_(bank),
+          k_(k),
+          kept_(std::min(k, bank.rows)),
+          threshold_(threshold),
+          kernel_(kernel),
+          ids_(ids),
+          scores_(scores),
+          progress_(progress),
           total_(queries.rows * bank.rows) {
         const std::int64_t row_bytes = bank.columns * static_cast<std::int64_t>(sizeof(float));
         const auto whole_tiles = [](std::int64_t count, int tile) {
             return std::max<std::int64_t>(count / tile, 1) * tile;
         };
-        block_ = whole_tiles(std::min(kQueryBlockBytes / row_bytes, kBlockHits / kept_),
-                             kernel.queries);
+        block_ =
+            whole_tiles(std::min(kQueryBlockBytes / row_bytes, kBlockHits / kept_), kernel.queries);
         chunk_ = whole_tiles(kChunkBytes / row_bytes, kernel.rows);
         const bool small = total_ < kInlineProducts / bank.columns;
         threads_ = small ? 1 : std::max(threads, 1);
@@ -311,30 +326,35 @@ class Search {
 
         constexpr std::int64_t batch = 16;
         std::atomic<std::int64_t> next_query{0};
-        in_parallel(static_cast<int>(std::min<std::int64_t>(workers, (count + batch - 1) / batch)), [&] {
-            std::vector<Hit> merged;
-            for (std::int64_t start; (start = next_query.fetch_add(batch)) < count;)
-                for (std::int64_t query = start; query < std::min(start + batch, count); ++query) {
-                    merged.clear();
-                    for (const auto& best : bests)
-                        merged.insert(merged.end(), best->hits(query),
-                                      best->hits(query) + best->count(query));
-                    write(first + query, merged);
-                }
-        });
+        in_parallel(static_cast<int>(std::min<std::int64_t>(workers, (count + batch - 1) / batch)),
+                    [&] {
+                        std::vector<Hit> merged;
+                        for (std::int64_t start; (start = next_query.fetch_add(batch)) < count;)
+                            for (std::int64_t query = start; query < std::min(start + batch, count);
+                                 ++query) {
+                                merged.clear();
+                                for (const auto& best : bests)
+                                    merged.insert(merged.end(), best->hits(query),
+                                                  best->hits(query) + best->count(query));
+                                write(first + query, merged);
+                            }
+                    });
     }
 
     // Offers a chunk of the bank to a block of packed queries.
-    void scan(const float* packed, std::int64_t count, std::int64_t first_row, float* rows, Best& best) {
+    void scan(const float* packed, std::int64_t count, std::int64_t first_row, float* rows,
+              Best& best) {
         const std::int64_t depth = bank_.columns;
         const std::int64_t row_count = std::min(chunk_, bank_.rows - first_row);
         pack(bank_, first_row, row_count, kernel_.rows, rows);
         alignas(64) float tile[kMostTileScores];
         for (std::int64_t query = 0; query < count; query += kernel_.queries) {
-            const std::int64_t tile_queries = std::min<std::int64_t>(kernel_.queries, count - query);
+            const std::int64_t tile_queries =
+                std::min<std::int64_t>(kernel_.queries, count - query);
             for (std::int64_t row = 0; row < row_count; row += kernel_.rows) {
                 kernel_.score(packed + query * depth, rows + row * depth, depth, tile);
-                const std::int64_t tile_rows = std::min<std::int64_t>(kernel_.rows, row_count - row);
+                const std::int64_t tile_rows =
+                    std::min<std::int64_t>(kernel_.rows, row_count - row);
                 for (std::int64_t i = 0; i < tile_queries; ++i) {
                     const float* line = tile + i * kernel_.rows;
                     const float cut = best.cuts()[query + i];
@@ -351,17 +371,20 @@ class Search {
     }
 
     void write(std::int64_t query, std::vector<Hit>& hits) const {
-        const std::int64_t count = std::min<std::int64_t>(kept_, static_cast<std::int64_t>(hits.size()));
+        const std::int64_t count =
+            std::min<std::int64_t>(kept_, static_cast<std::int64_t>(hits.size()));
         std::partial_sort(hits.begin(), hits.begin() + count, hits.end(), better);
         std::int64_t* ids = ids_ + query * k_;
         float* scores = scores_ + query * k_;
         for (std::int64_t place = 0; place < k_; ++place) {
             ids[place] = place < count ? hits[static_cast<std::size_t>(place)].id : -1;
-            scores[place] = place < count ? hits[static_cast<std::size_t>(place)].score : -kInfinity;
+            scores[place] =
+                place < count ? hits[static_cast<std::size_t>(place)].score : -kInfinity;
         }
     }
 
-    // Runs `work` on `count` threads while this one reports progress; rethrows what one of them threw.
+    // Runs `work` on `count` threads while this one reports progress; rethrows what one of them
+    // threw.
     template <class Work>
     void in_parallel(int count, const Work& work) {
         if (inline_) return work();
