@@ -86,7 +86,7 @@ class EmbeddingFolder:
             folder = self.path / METADATA["img"]  # clip-retrieval's own folders pair the two
         return sorted(folder.glob("metadata_*.parquet"), key=natural)
 
-    def fingerprint(self, kind: Kind | str) -> dict[str, Any]:
+    def fingerprint(self, kind: str) -> dict[str, Any]:
         """Return what the embeddings were made from; empty if another program wrote them."""
         path = self.path / f"{kind}_fingerprint.json"
         return dict(read_json(path)) if path.is_file() else {}
@@ -95,7 +95,7 @@ class EmbeddingFolder:
         """Return plain values that change whenever the embeddings do."""
         made_from = self.fingerprint(kind)
         if made_from:
-            return [made_from]
+            return [value for name, value in sorted(made_from.items()) if name != "model"]
         return [file_fingerprint(path) for path in self._part_files(kind)]
 
     def parts(self, kind: Kind) -> list[Matrix]:
@@ -120,6 +120,10 @@ class EmbeddingFolder:
         parts = self.parts(kind)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
+    def has_metadata(self, kind: Kind) -> bool:
+        """Tell whether the rows of this kind are described."""
+        return bool(self._metadata_files(kind))
+
     def metadata(self, kind: Kind) -> pa.Table:
         """Return what describes the rows: `index`, `image_path`, `label`, `caption` if present.
 
@@ -142,7 +146,7 @@ class EmbeddingFolder:
 
     def rows(self, kind: Kind) -> npt.NDArray[np.int64]:
         """Return the index, in the data, of each embedded row: int64 [N], ascending."""
-        if self._metadata_files(kind):
+        if self.has_metadata(kind):
             table = self.metadata(kind)
             if "index" in table.column_names:
                 return table["index"].to_numpy().astype(np.int64)

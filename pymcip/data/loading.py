@@ -96,5 +96,6 @@ def iterate_batches(
         batch_size=batch_size,
         num_workers=workers,
         collate_fn=collate,
+        generator=torch.Generator(),  # its own: reading data must not move the global one
     )
     yield from loader
