@@ -30,18 +30,46 @@ try:
 except metadata.PackageNotFoundError:  # the bare source folder
     __version__ = "0+unknown"
 
-_WHERE = {
-    "train": "pymcip.training", "TrainResult": "pymcip.training",
-    "embed": "pymcip.embedding", "EmbeddingFolder": "pymcip.embedding",
-    "mine_captions": "pymcip.mining", "CaptionTable": "pymcip.mining", "MineResult": "pymcip.mining",
-    "evaluate": "pymcip.evaluation", "EvaluateResult": "pymcip.evaluation",
-    "export": "pymcip.exporting", "ExportResult": "pymcip.exporting",
-    "load": "pymcip.model", "ClipModel": "pymcip.model",
-    "EmbedConfig": "pymcip.config", "MineConfig": "pymcip.config", "TrainConfig": "pymcip.config",
-    "EvaluateConfig": "pymcip.config", "ExportConfig": "pymcip.config",
-    "DemoConfig": "pymcip.config",
-}  # fmt: skip
-__all__ = [*_WHERE, "__version__"]
+_MODULES = {
+    "config": [
+        "DemoConfig",
+        "EmbedConfig",
+        "EvaluateConfig",
+        "ExportConfig",
+        "MineConfig",
+        "TrainConfig",
+    ],
+    "embedding": ["EmbeddingFolder", "embed"],
+    "evaluation": ["EvaluateResult", "evaluate"],
+    "exporting": ["ExportResult", "export"],
+    "mining": ["CaptionTable", "MineResult", "mine_captions"],
+    "model": ["ClipModel", "load"],
+    "training": ["TrainResult", "train"],
+}
+_WHERE = {name: f"pymcip.{module}" for module, names in _MODULES.items() for name in names}
+
+__all__ = [
+    "CaptionTable",
+    "ClipModel",
+    "DemoConfig",
+    "EmbedConfig",
+    "EmbeddingFolder",
+    "EvaluateConfig",
+    "EvaluateResult",
+    "ExportConfig",
+    "ExportResult",
+    "MineConfig",
+    "MineResult",
+    "TrainConfig",
+    "TrainResult",
+    "__version__",
+    "embed",
+    "evaluate",
+    "export",
+    "load",
+    "mine_captions",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -67,7 +67,9 @@ class Config:
         return []
 
     @classmethod
-    def make(cls: type[ConfigType], config: ConfigType | None, options: dict[str, Any]) -> ConfigType:
+    def make(
+        cls: type[ConfigType], config: ConfigType | None, options: dict[str, Any]
+    ) -> ConfigType:
         """A config from either a ready one (changed by `options`) or from options alone."""
         known = [item.name for item in dataclasses.fields(cls)]
         problems = [
@@ -243,7 +245,7 @@ class TrainConfig(ModelOptions):
     workers: int = option(0, "decoding processes; 0 decodes in the main process")
     seed: int = option(0, "seed of everything random")
     aug_cfg: dict[str, Any] = option(
-        {}, "open_clip's augmentation (AugmentationCfg), e.g. scale=(0.5,1.0) color_jitter=0.2"
+        {}, "open_clip's augmentation (AugmentationCfg): scale=(0.5,1.0) use_timm=True color_jitter=0.2"
     )
 
     projector: Projector = option(
@@ -328,7 +330,11 @@ class TrainConfig(ModelOptions):
         if self.needs_captions and self.captions is None:
             problems.append(
                 f"method={self.method!r} needs captions=: a text file, TSV, parquet or tar shards"
-                + ("" if self.uses_captions_for_images else "; or rea_data= with image-caption pairs")
+                + (
+                    ""
+                    if self.uses_captions_for_images
+                    else "; or rea_data= with image-caption pairs"
+                )
             )
         if self.projector == "discard" and self.method not in ("gpr", "2sft"):
             problems.append(
@@ -340,7 +346,9 @@ class TrainConfig(ModelOptions):
         if self.beta1 >= 1 or self.beta2 >= 1:
             problems.append(f"beta1={self.beta1}, beta2={self.beta2}: each must be below 1")
         if isinstance(self.threshold, (int, float)) and not -1 <= self.threshold <= 1:
-            problems.append(f"threshold={self.threshold!r} is not a cosine; allowed: -1 to 1, 'auto'")
+            problems.append(
+                f"threshold={self.threshold!r} is not a cosine; allowed: -1 to 1, 'auto'"
+            )
         sources = self.train_data if isinstance(self.train_data, tuple) else (self.train_data,)
         if not sources:
             problems.append("train_data is empty; give at least one source")

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +73,37 @@ def file_fingerprint(path: str | os.PathLike[str]) -> list[Any]:
     return [path.name, status.st_size, status.st_mtime_ns]
 
 
-def prepare_output(out: str | os.PathLike[str], *, overwrite: bool = False, resume: bool = False) -> Path:
-    """Make the output folder; refuse one that holds anything unless told what to do with it."""
+def prepare_output(
+    out: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    inputs: Iterable[str | os.PathLike[str] | None] = (),
+) -> Path:
+    """Make the output folder; refuse one that holds anything unless told what to do with it.
+
+    Args:
+        out: the folder.
+        overwrite: remove what is in it.
+        resume: keep what is in it.
+        inputs: what the caller reads (paths; None and names that are no paths are passed over):
+            none of it may lie in a folder that is overwritten.
+
+    Raises:
+        OutputExistsError: `out` is a file, is not empty, or holds one of the inputs.
+    """
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise OutputExistsError(f"{out} is a file; give a folder that is new or empty.")
     if out.is_dir() and any(out.iterdir()):
         if overwrite:
+            for source in inputs:
+                path = Path(os.fspath(source or "").removeprefix("local-dir:"))
+                if source and path.exists() and path.resolve().is_relative_to(out.resolve()):
+                    raise OutputExistsError(
+                        f"overwrite would remove {source}, which is read from the output folder "
+                        f"{out}; give another output folder"
+                    )
             shutil.rmtree(out)
         elif not resume:
             raise OutputExistsError(

@@ -91,7 +91,10 @@ class ClipModel:
             state = {name: value for name, value in state.items() if name.startswith("visual.")}
         elif part == "text":
             state = {name: value for name, value in state.items() if not name.startswith("visual.")}
-        described: dict[str, Any] = {"weights": weights_fingerprint(state), "precision": self.precision}
+        described: dict[str, Any] = {
+            "weights": weights_fingerprint(state),
+            "precision": self.precision,
+        }
         if part != "text":
             described["vision"] = self.model_cfg["vision_cfg"]
             described["transform"] = repr(self.preprocess_val)
@@ -158,11 +161,14 @@ def resolve_name(model: str) -> str:
             f"model={model!r} is a folder without {HUB_FOLDER}/open_clip_config.json; give a finished "
             "pymcip run, a hub-style folder, or a name that open_clip knows"
         )
-    return model
+    plain = model.replace("/", "-")  # ViT-B/32, as open_clip takes it too
+    return plain if plain in open_clip.list_models() else model
 
 
 def _check_source(name: str, pretrained: str | None) -> bool:
     """Refuse what can't be loaded, before anything is; returns whether QuickGELU must be forced."""
+    if name in ("local-dir:", "hf-hub:"):
+        raise ConfigError(f"model={name!r} names nothing after the colon; give a folder or a repo")
     schema, identifier = open_clip.factory.parse_model_name(name)
     if schema == "local-dir" and not (Path(identifier) / "open_clip_config.json").is_file():
         raise ConfigError(
@@ -177,7 +183,9 @@ def _check_source(name: str, pretrained: str | None) -> bool:
             )
         return False
     if open_clip.get_model_config(name) is None:
-        close = [known for known in open_clip.list_models() if known.lower()[:5] == name.lower()[:5]]
+        close = [
+            known for known in open_clip.list_models() if known.lower()[:5] == name.lower()[:5]
+        ]
         raise ConfigError(
             f"model={name!r} is not known to open_clip {open_clip.__version__}; allowed: hf-hub:…, "
             f"local-dir:…, a run folder, or a name such as {', '.join(close[:6] or ['ViT-B-32'])}"
@@ -228,11 +236,11 @@ def load(
         CheckpointError: the checkpoint is damaged or of another model.
     """
     name = resolve_name(model)
-    quick_gelu = _check_source(name, pretrained)
     _check_augmentation(aug_cfg)
     chosen = default_device(device)
-    config = open_clip.get_model_config(name)
     try:
+        quick_gelu = _check_source(name, pretrained)
+        config = open_clip.get_model_config(name)
         module, preprocess_train, preprocess_val = open_clip.create_model_and_transforms(
             name,
             pretrained=None if pretrained == "random" else pretrained,
@@ -241,20 +249,18 @@ def load(
             force_quick_gelu=quick_gelu,
             force_image_size=image_size,
             aug_cfg=aug_cfg or None,
+            pretrained_text=False,
+            require_pretrained=pretrained != "random",
             weights_only=True,
         )
-    except (RuntimeError, ValueError, KeyError, OSError, EOFError) as error:
+        tokenizer = open_clip.get_tokenizer(name)
+    except ConfigError:
+        raise
+    except Exception as error:  # open_clip, torch, pickle, safetensors, the hub: no common base
         raise CheckpointError(
             f"open_clip can't load model={model!r}, pretrained={pretrained!r}: "
-            f"{_short(error)}\nA checkpoint must hold the state dict of just this architecture; check "
-            "that the name and the file belong together."
-        ) from error
-    except Exception as error:  # pickle and safetensors have no common base of their errors
-        if type(error).__module__.split(".")[0] not in ("pickle", "_pickle", "safetensors_rust", "zipfile"):
-            raise
-        raise CheckpointError(
-            f"the weights of model={model!r}, pretrained={pretrained!r} are damaged or are no plain "
-            f"state dict: {_short(error)}"
+            f"{type(error).__name__}: {_short(error)}\nWeights must be an undamaged plain state dict "
+            "of just this architecture; check that the name and the file belong together."
         ) from error
     module.eval()
     vision = dict(config["vision_cfg"])
@@ -272,7 +278,7 @@ def load(
         model=module,
         preprocess_train=preprocess_train,
         preprocess_val=preprocess_val,
-        tokenizer=open_clip.get_tokenizer(name),
+        tokenizer=tokenizer,
         model_cfg=config,
         preprocess_cfg=dict(module.visual.preprocess_cfg),
         device=chosen,
@@ -292,4 +298,15 @@ def _check_augmentation(aug_cfg: dict[str, Any] | None) -> None:
         raise ConfigError(
             f"aug_cfg has unknown keys {unknown}; allowed (open_clip's AugmentationCfg): "
             f"{', '.join(sorted(allowed))}"
+        )
+    # without timm, open_clip takes these in with no more than a warning and does not apply them
+    ignored: list[str] = [
+        name for name in ("ratio", "re_prob", "re_count") if name in (aug_cfg or {})
+    ]
+    if aug_cfg and "color_jitter" in aug_cfg and not aug_cfg.get("color_jitter_prob"):
+        ignored.append("color_jitter")
+    if aug_cfg and ignored and not aug_cfg.get("use_timm"):
+        raise ConfigError(
+            f"aug_cfg: open_clip applies {', '.join(ignored)} only with use_timm=True; add it"
+            + (", or color_jitter_prob" if "color_jitter" in ignored else "")
         )

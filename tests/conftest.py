@@ -77,6 +77,16 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def hub_folder(tmp_path: Path) -> Callable[..., Path]:
+    """Write another such folder: `hub_folder("name", vision_cfg=...)` changes its config."""
+
+    def write(name: str, **changes: Any) -> Path:
+        return write_hub_folder(tmp_path / name, **changes)
+
+    return write
+
+
+@pytest.fixture
 def tiny_clip(tiny_model_dir: Path) -> ClipModel:
     """Load the tiny model afresh, on the CPU in fp32."""
     return load(f"local-dir:{tiny_model_dir}", device="cpu", precision="fp32")

@@ -98,7 +98,9 @@ def test_methods(method: str, options: dict[str, Any], tiny_model_dir: Path) -> 
 
 
 def test_loss_falls_and_embeddings_separate(options: dict[str, Any]) -> None:
-    result = pymcip.train(**{**options, "epochs": 15, "val_data": options["train_data"]}, method="gpr")
+    result = pymcip.train(
+        **{**options, "epochs": 15, "val_data": options["train_data"]}, method="gpr"
+    )
     losses = [record["loss"] for record in lines_of(result.out) if "loss" in record]
     assert np.mean(losses[-6:]) < 0.7 * np.mean(losses[:6])
     assert result.metrics["i2i_map"] > result.before["i2i_map"]
@@ -133,7 +135,9 @@ def test_validation_marks_the_best_checkpoint(options: dict[str, Any]) -> None:
     assert result.before == evaluations[0]["evaluation"]
     assert result.best_checkpoint is not None
     scores = [
-        np.mean([r["evaluation"][k] for k in ("i2i_map", "zero_shot", "t2i_r5") if k in r["evaluation"]])
+        np.mean(
+            [r["evaluation"][k] for k in ("i2i_map", "zero_shot", "t2i_r5") if k in r["evaluation"]]
+        )
         for r in evaluations[1:]
     ]
     best = load_checkpoint(result.best_checkpoint)
@@ -406,7 +410,9 @@ def test_a_class_that_loses_all_its_images_is_named(options: dict[str, Any]) -> 
         pymcip.train(**options, method="gpr")
 
 
-def test_realignment_on_given_pairs(options: dict[str, Any], shards: Callable[..., list[Path]]) -> None:
+def test_realignment_on_given_pairs(
+    options: dict[str, Any], shards: Callable[..., list[Path]]
+) -> None:
     pairs = shards()
     result = pymcip.train(
         **{**options, "captions": None, "rea_data": str(pairs[0].parent)}, method="2sft"
@@ -416,18 +422,22 @@ def test_realignment_on_given_pairs(options: dict[str, Any], shards: Callable[..
 
 def test_gradient_checkpointing_and_accumulation_run(options: dict[str, Any]) -> None:
     result = pymcip.train(
-        **{**options, "grad_checkpointing": True, "accum_freq": 2, "batch_size": 3, "rea_batch_size": 3},
+        **{
+            **options,
+            "grad_checkpointing": True,
+            "accum_freq": 2,
+            "batch_size": 3,
+            "rea_batch_size": 3,
+        },
         method="mcip+rea",
     )
     assert result.steps == 2 * 2 + 2 * 2
 
 
 def test_convolutional_tower_with_batch_norm(
-    options: dict[str, Any], tmp_path: Path
+    options: dict[str, Any], tmp_path: Path, hub_folder: Callable[..., Path]
 ) -> None:
     """A timm tower: its running statistics change in training and stay with freeze_bn_stats."""
-    from conftest import write_hub_folder
-
     vision = {
         "timm_model_name": "test_efficientnet",
         "timm_model_pretrained": False,
@@ -435,7 +445,7 @@ def test_convolutional_tower_with_batch_norm(
         "timm_proj": "linear",
         "image_size": 32,
     }
-    folder = write_hub_folder(tmp_path / "timm", vision_cfg=vision)
+    folder = hub_folder("timm", vision_cfg=vision)
     before = open_clip.create_model(f"local-dir:{folder}").state_dict()
     for freeze in (False, True):
         result = pymcip.train(

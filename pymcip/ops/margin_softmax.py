@@ -161,7 +161,15 @@ def margin_softmax_torch(
         share = 1 / counts.clamp_min(1).to(dtype)
         weights = share.repeat_interleave(counts)
     loss: Tensor = _MarginSoftmax.apply(
-        x.to(dtype), w, indptr, indices, weights.detach().to(dtype), scale, margin, continuation, chunk
+        x.to(dtype),
+        w,
+        indptr,
+        indices,
+        weights.detach().to(dtype),
+        scale,
+        margin,
+        continuation,
+        chunk,
     )  # type: ignore[no-untyped-call]
     return loss
 

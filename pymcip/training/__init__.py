@@ -47,7 +47,16 @@ __all__ = ["TrainResult", "train"]
 PART_SIZE = 20_000  # rows per embedding part: what a kill while embedding can cost
 EMBED_BATCH = 64
 # Options that may differ when a run is resumed: they don't change what is computed.
-RESUMABLE = ("resume", "overwrite", "workers", "save_steps", "log_steps", "report_to", "cache", "device")
+RESUMABLE = (
+    "resume",
+    "overwrite",
+    "workers",
+    "save_steps",
+    "log_steps",
+    "report_to",
+    "cache",
+    "device",
+)
 
 _log = logging.getLogger("pymcip.training")
 
@@ -95,7 +104,9 @@ def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
     data = load_images(config.train_data)
     captions = load_captions(config.captions) if config.captions is not None else None
     validation = load_images(config.val_data) if config.val_data is not None else None
-    pair_data = load_images(config.rea_data, labelled=False) if config.rea_data is not None else None
+    pair_data = (
+        load_images(config.rea_data, labelled=False) if config.rea_data is not None else None
+    )
     if config.realigns and pair_data is not None and not _has_titles(pair_data):
         raise DataError(
             f"rea_data={config.rea_data!r} has images but no captions; give a title column, .txt "
@@ -196,9 +207,13 @@ class _Trainer:
             )  # fmt: skip
             if self.validation is not None:
                 self._evaluate_before(run)
-            names = (["image"] if config.trains_images else []) + (["text"] if config.realigns else [])
+            names = (["image"] if config.trains_images else []) + (
+                ["text"] if config.realigns else []
+            )
             while position.stage < len(names) and not interruption.requested:
-                stage = self._image_stage() if names[position.stage] == "image" else self._text_stage()
+                stage = (
+                    self._image_stage() if names[position.stage] == "image" else self._text_stage()
+                )
                 if state is not None:
                     restore(state, stage)
                     state = None
@@ -208,7 +223,9 @@ class _Trainer:
                     run.save(None)
         assert run.checkpoint is not None
         best = self.out / "checkpoints" / "best.pt"
-        exported = None if interruption.requested else write_export(self.clip, self.out / "exported")
+        exported = (
+            None if interruption.requested else write_export(self.clip, self.out / "exported")
+        )
         result = TrainResult(
             out=self.out,
             method=config.method,
@@ -421,5 +438,3 @@ def _seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002
     random.seed(seed)
-
-

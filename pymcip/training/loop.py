@@ -186,7 +186,10 @@ def _epoch(run: Run, stage: Stage) -> None:
                 position.sums[name] = position.sums.get(name, 0.0) + value
             position.steps_in_sums += bool(values)
             bar.update()
-            if position.global_step % config.log_steps == 0 or position.step == stage.steps_per_epoch:
+            if (
+                position.global_step % config.log_steps == 0
+                or position.step == stage.steps_per_epoch
+            ):
                 _log_line(run, stage, time.perf_counter() - clock)
                 clock = time.perf_counter()
             if position.bad_steps_in_a_row >= MAX_BAD_STEPS_IN_A_ROW:

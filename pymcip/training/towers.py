@@ -40,9 +40,7 @@ def image_projector(model: nn.Module) -> list[nn.Parameter]:
     return []
 
 
-def unlock_image_tower(
-    clip: ClipModel, *, projector: str, unlock_layers: int | None
-) -> None:
+def unlock_image_tower(clip: ClipModel, *, projector: str, unlock_layers: int | None) -> None:
     """Let gradients into the image tower only, or into its last groups (open_clip's `lock`)."""
     model = clip.model
     for parameter in model.parameters():
