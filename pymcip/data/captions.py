@@ -11,7 +11,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute
-import pyarrow.parquet
 
 from pymcip.config import Source, Sources
 from pymcip.data import shards
@@ -21,6 +20,7 @@ from pymcip.data.sources import (
     find,
     folder_files,
     open_text,
+    parquet_columns,
     read_table,
     some,
     suffix,
@@ -141,7 +141,7 @@ def _files(source: Source) -> list[Path]:
 def _has_captions(path: Path) -> bool:
     if suffix(path) != ".parquet":
         return False
-    return _caption_column(pa.parquet.read_schema(path).names) is not None
+    return _caption_column(parquet_columns(path)) is not None
 
 
 def _caption_column(names: Iterable[str]) -> str | None:
@@ -165,10 +165,7 @@ def _read(path: Path) -> pa.Array:
 
 def _table_captions(path: Path) -> pa.Array:
     if suffix(path) == ".parquet":
-        try:
-            names = pa.parquet.read_schema(path).names
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"{path} can't be read as PARQUET: {error}") from error
+        names = parquet_columns(path)
     else:
         first = next(_lines(path), [""])
         delimiter = DELIMITERS[suffix(path)]

@@ -29,6 +29,7 @@ from pymcip.data.sources import (
     as_list,
     find,
     folder_files,
+    parquet_columns,
     read_table,
     some,
     suffix,
@@ -420,9 +421,10 @@ def _index_tables(paths: list[Path], labelled: bool) -> tuple[Store, list[str | 
         wanted = ("filepath", "label") if labelled else ("filepath",)
         absent = [name for name in wanted if name not in table.column_names]
         if absent:
+            names = parquet_columns(path) if suffix(path) == ".parquet" else table.column_names
             raise DataError(
                 f"{path} has no column {' and no column '.join(absent)}; it has "
-                f"{', '.join(table.column_names) or 'none'}. Expected a header with filepath, "
+                f"{', '.join(names) or 'none'}. Expected a header with filepath, "
                 "label and optionally title"
             )
         files = _texts(table, "filepath")

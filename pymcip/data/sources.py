@@ -123,6 +123,19 @@ def open_text(path: Path) -> pa.NativeFile:
     return pa.input_stream(str(path), compression="detect", buffer_size=1 << 20)
 
 
+def parquet_columns(path: Path) -> list[str]:
+    """Return the names of a parquet file's columns.
+
+    Raises:
+        DataError: it is no parquet file.
+    """
+    try:
+        names: list[str] = pyarrow.parquet.read_schema(path).names
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path} can't be read as PARQUET: {error}") from error
+    return names
+
+
 def read_table(path: Path, text_columns: Iterable[str]) -> pa.Table:
     """Read a CSV or TSV file (with a header and CSV quoting) or a parquet file.
 
@@ -135,10 +148,7 @@ def read_table(path: Path, text_columns: Iterable[str]) -> pa.Table:
     text_columns = list(text_columns)
     try:
         if suffix(path) == ".parquet":
-            names = pyarrow.parquet.read_schema(path).names
-            wanted = [name for name in names if name in text_columns]
-            if not wanted:
-                return pa.table({name: pa.array([], pa.string()) for name in names})
+            wanted = [name for name in parquet_columns(path) if name in text_columns]
             return pyarrow.parquet.read_table(path, columns=wanted)
         with open_text(path) as stream:
             return pyarrow.csv.read_csv(
