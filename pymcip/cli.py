@@ -136,6 +136,9 @@ def _run(command: Command, options: dict[str, Any]) -> int:
         table = getattr(result, "table", None)
         if isinstance(table, str):
             print(table)
+        elif getattr(result, "before", None) and getattr(result, "metrics", None):
+            compare = import_module("pymcip.evaluation").comparison_table
+            print(compare(["before", "after"], [result.before, result.metrics]))
         print(json.dumps(summary(result), ensure_ascii=False), flush=True)
     interrupted = getattr(result, "interrupted", None)
     return 0 if interrupted is None else 128 + signal.Signals[interrupted]
@@ -148,8 +151,9 @@ def summary(result: Any) -> dict[str, Any]:
         values.pop("table", None)
     else:  # an embedding folder
         values = {"out": result.path, "skipped": len(result.skipped)}
-        for kind in ("img", "text"):
-            values[kind] = sum(len(part) for part in result.parts(kind))
+        for kind, name in (("img", "images"), ("text", "captions")):
+            if result.has(kind):
+                values[name] = sum(len(part) for part in result.parts(kind))
     plain = (str, int, float, bool, dict, list, tuple, NoneType)
     return {
         name: str(value) if isinstance(value, os.PathLike) else value

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pymcip import metrics as measure
-from pymcip.config import EvaluateConfig
+from pymcip.config import EvaluateConfig, Source
 from pymcip.data import ImageData, load_images
 from pymcip.data.loading import iterate_batches
 from pymcip.errors import DataError
@@ -82,12 +82,15 @@ def evaluate(config: EvaluateConfig | None = None, /, **options: Any) -> Evaluat
     knn_data = None if config.knn_data is None else load_images(config.knn_data)
     names = None if config.class_names is None else read_class_names(config.class_names)
     _check_data(data, knn_data, names)
-    models = [(config.model, config.pretrained)]
+    models: list[tuple[str, str | None]] = [(config.model, config.pretrained)]
     if config.baseline is not None:
         models.insert(0, (config.baseline, config.baseline_pretrained))
     out = None
     if config.out is not None:
-        out = prepare_output(config.out, overwrite=config.overwrite)
+        inputs: list[Source | None] = [name for model in models for name in model]
+        for sources in (config.data, config.knn_data, config.class_names):
+            inputs.extend(sources if isinstance(sources, tuple) else [sources])
+        out = prepare_output(config.out, overwrite=config.overwrite, inputs=inputs)
     results = []
     counts: dict[str, int] = {}
     for name, pretrained in models:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -17,12 +17,10 @@ import torch
 from torch import Tensor
 
 from pymcip.config import ExportConfig
-from pymcip.errors import DataError, MissingDependencyError
+from pymcip.embedding import EmbeddingFolder
+from pymcip.errors import DataError, MissingDependencyError, StaleEmbeddingsError
 from pymcip.files import atomic_path, prepare_output, write_json
 from pymcip.model import ClipModel, load
-
-if TYPE_CHECKING:
-    from pymcip.embedding import EmbeddingFolder
 
 STATE_DICT = "state_dict.pt"
 HUB = "hub"
@@ -51,7 +49,8 @@ def export(config: ExportConfig | None = None, /, **options: Any) -> ExportResul
         ConfigError: the options or the model's name are wrong.
         CheckpointError: the model's weights can't be loaded.
         OutputExistsError: `out` is not empty, and `overwrite` was not given.
-        DataError: the embedding folder is missing, or was made by another model.
+        DataError: the embedding folder is missing or holds no images.
+        StaleEmbeddingsError: the embedding folder was made with another model.
         MissingDependencyError: `index` was asked for without faiss.
     """
     config = ExportConfig.make(config, options)
@@ -66,11 +65,13 @@ def export(config: ExportConfig | None = None, /, **options: Any) -> ExportResul
     )
     folder = None
     if config.index is not None:
-        from pymcip.embedding import EmbeddingFolder
-
         folder = EmbeddingFolder(config.index)
-        _check_width(folder, clip)
-    out = prepare_output(config.out, overwrite=config.overwrite)
+        _check_index(folder, clip)
+    out = prepare_output(
+        config.out,
+        overwrite=config.overwrite,
+        inputs=(config.model, config.pretrained, config.index),
+    )
     result = write_export(clip, out)
     if folder is None:
         return result
@@ -147,7 +148,7 @@ def write_index(folder: EmbeddingFolder, path: str | os.PathLike[str]) -> Path:
     """
     faiss = _import_faiss()
     parts = folder.parts("img")
-    if not parts or not sum(len(part) for part in parts):
+    if not any(len(part) for part in parts):
         raise DataError(
             f"{folder.path} holds no image embeddings; make them with pymcip embed --images"
         )
@@ -164,12 +165,17 @@ def write_index(folder: EmbeddingFolder, path: str | os.PathLike[str]) -> Path:
     return Path(path)
 
 
-def _check_width(folder: EmbeddingFolder, clip: ClipModel) -> None:
-    parts = folder.parts("img")
-    if parts and parts[0].shape[1] != clip.embed_dim:
-        raise DataError(
-            f"the images in {folder.path} are embedded in {parts[0].shape[1]} dimensions, model "
-            f"{clip.name} has {clip.embed_dim}; embed them with this model"
+def _check_index(folder: EmbeddingFolder, clip: ClipModel) -> None:
+    """Refuse to put another model's embeddings beside this one; bf16 or fp32 does not matter."""
+    width = folder.parts("img")[0].shape[1]
+    made_from = folder.fingerprint("img")  # empty if another program wrote the folder
+    precision = made_from.get("precision", clip.precision)
+    same = replace(clip, precision=precision).fingerprint("image")
+    if width != clip.embed_dim or made_from.get("model_fingerprint", same) != same:
+        raise StaleEmbeddingsError(
+            f"index={str(folder.path)!r} was embedded ({width} dimensions) with another model or "
+            f"transform ({made_from.get('model', 'unknown')}) than {clip.name}; embed the images "
+            "with this model"
         )
 
 

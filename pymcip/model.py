@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import hashlib
 import json
 import logging
@@ -183,12 +184,10 @@ def _check_source(name: str, pretrained: str | None) -> bool:
             )
         return False
     if open_clip.get_model_config(name) is None:
-        close = [
-            known for known in open_clip.list_models() if known.lower()[:5] == name.lower()[:5]
-        ]
+        close = difflib.get_close_matches(name, open_clip.list_models(), n=6, cutoff=0.5)
         raise ConfigError(
             f"model={name!r} is not known to open_clip {open_clip.__version__}; allowed: hf-hub:…, "
-            f"local-dir:…, a run folder, or a name such as {', '.join(close[:6] or ['ViT-B-32'])}"
+            f"local-dir:…, a run folder, or a name such as {', '.join(close or ['ViT-B-32'])}"
         )
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained is None:

@@ -1,0 +1,385 @@
+"""Loading models as open_clip does, and refusing what it would let pass in silence."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+import shutil
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+from conftest import TINY_MODEL, picture, write_hub_folder
+from pymcip.errors import CheckpointError, ConfigError
+from pymcip.model import ClipModel, evaluation_mode, is_convolutional, load, weights_fingerprint
+
+TINY_TIMM = {
+    **TINY_MODEL,
+    "vision_cfg": {
+        "timm_model_name": "test_efficientnet",
+        "timm_model_pretrained": False,
+        "timm_pool": "avg",
+        "timm_proj": "linear",
+        "image_size": 64,
+    },
+    "custom_text": True,
+}
+
+
+@pytest.fixture
+def known_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, Any]]:
+    """Make "tiny" a name that open_clip knows, with a tag of each kind and no downloads."""
+    path = tmp_path / "tiny.pt"
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", TINY_MODEL)
+    tags = {
+        "plain": {"url": "https://example.invalid/plain.pt", "quick_gelu": False},
+        "quick": {"url": "https://example.invalid/quick.pt", "quick_gelu": True},
+    }
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny", tags)
+    downloads: list[Any] = []
+
+    def download(tag: dict[str, Any], **options: Any) -> str:
+        downloads.append(tag["url"])
+        return str(path)
+
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", download)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = open_clip.create_model("tiny")
+    torch.save(model.state_dict(), path)
+    yield {"path": path, "downloads": downloads, "model": model}
+
+
+def images(count: int = 3, size: int = 32) -> torch.Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+# What a loaded model gives
+
+
+def test_hub_folder_gives_what_open_clip_gives(tiny_model_dir: Path) -> None:
+    clip = load(f"local-dir:{tiny_model_dir}", device="cpu", precision="fp32")
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tiny_model_dir}")
+    model.eval()
+    pixels = torch.stack([clip.preprocess_val(picture(seed)) for seed in range(3)])
+    torch.testing.assert_close(pixels[0], preprocess(picture(0)), rtol=0, atol=0)
+    with torch.no_grad():
+        wanted = model.encode_image(pixels, normalize=True)
+        wanted_text = model.encode_text(open_clip.tokenize(["a dog"], 16), normalize=True)
+    torch.testing.assert_close(clip.encode_images(pixels), wanted, rtol=0, atol=1e-6)
+    torch.testing.assert_close(clip.encode_texts(["a dog"]), wanted_text, rtol=0, atol=1e-6)
+    assert clip.embed_dim == 16
+    assert not clip.model.training
+    assert clip.encode_texts([]).shape == (0, 16)
+
+
+def test_embeddings_are_unit_fp32_in_either_precision(tiny_model_dir: Path) -> None:
+    exact = load(f"local-dir:{tiny_model_dir}", device="cpu", precision="fp32")
+    rough = load(f"local-dir:{tiny_model_dir}", device="cpu", precision="amp_bf16")
+    got = rough.encode_images(images())
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.norm(dim=1), torch.ones(3), rtol=0, atol=1e-6)
+    difference = (got - exact.encode_images(images())).abs().max()
+    assert 0 < difference < 0.05
+    assert {value.dtype for value in rough.model.parameters()} == {torch.float32}
+
+
+def test_features_keep_the_graph_and_encoding_keeps_the_mode(tiny_clip: ClipModel) -> None:
+    tiny_clip.model.train()
+    tiny_clip.model.visual.eval()  # type: ignore[union-attr]
+    assert tiny_clip.image_features(images()).requires_grad
+    assert not tiny_clip.encode_images(images()).requires_grad
+    assert tiny_clip.model.training
+    assert not tiny_clip.model.visual.training  # type: ignore[union-attr]
+    with pytest.raises(ZeroDivisionError), evaluation_mode(tiny_clip.model):
+        assert not tiny_clip.model.training
+        1 / 0  # noqa: B018
+    assert tiny_clip.model.training
+
+
+def test_texts_are_encoded_alike_in_any_batch_size(tiny_clip: ClipModel) -> None:
+    texts = [f"number {i}" for i in range(7)]
+    torch.testing.assert_close(
+        tiny_clip.encode_texts(texts, 2), tiny_clip.encode_texts(texts), rtol=0, atol=1e-6
+    )
+
+
+# Names
+
+
+def test_known_name_with_random_weights(known_model: dict[str, Any]) -> None:
+    clip = load("tiny", "random", device="cpu")
+    assert clip.model_cfg["embed_dim"] == 16
+    assert clip.preprocess_cfg["size"] in (32, (32, 32))
+    assert known_model["downloads"] == []
+
+
+def test_slash_of_openai_names_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny-16", TINY_MODEL)
+    assert load("tiny/16", "random", device="cpu").name == "tiny-16"
+
+
+def test_checkpoint_path_is_loaded(known_model: dict[str, Any]) -> None:
+    clip = load("tiny", str(known_model["path"]), device="cpu")
+    wanted = weights_fingerprint(known_model["model"].state_dict())
+    assert weights_fingerprint(clip.model.state_dict()) == wanted
+
+
+@pytest.mark.parametrize(("tag", "quick"), [("plain", False), ("quick", True)])
+def test_quick_gelu_follows_the_tag(known_model: dict[str, Any], tag: str, quick: bool) -> None:
+    clip = load("tiny", tag, device="cpu", precision="fp32")
+    assert known_model["downloads"] == [f"https://example.invalid/{tag}.pt"]
+    assert clip.model_cfg.get("quick_gelu", False) is quick
+    kinds = {type(module) for module in clip.model.modules()}
+    assert (open_clip.transformer.QuickGELU in kinds) is quick
+    assert (torch.nn.GELU in kinds) is not quick
+
+
+@pytest.mark.parametrize(
+    ("model", "pretrained", "words"),
+    [
+        ("tinny", None, ["model='tinny' is not known to open_clip", "tiny"]),
+        ("tiny", None, ["without pretrained=", "plain, quick", "pretrained='random'"]),
+        ("tiny", "fast", ["pretrained='fast' is neither a file nor a tag", "plain, quick"]),
+        ("local-dir:/nowhere", None, ["no open_clip_config.json in /nowhere"]),
+        ("local-dir:", None, ["names nothing"]),
+        ("local-dir:TINY", "plain", ["names its own weights"]),
+    ],
+)
+def test_names_that_are_wrong(
+    known_model: dict[str, Any],
+    tiny_model_dir: Path,
+    model: str,
+    pretrained: str | None,
+    words: list[str],
+) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load(model.replace("TINY", str(tiny_model_dir)), pretrained, device="cpu")
+    for word in words:
+        assert word in str(raised.value)
+
+
+def test_device_that_is_not_there(tiny_model_dir: Path) -> None:
+    with pytest.raises(ConfigError, match="device='abacus' can't be used here"):
+        load(f"local-dir:{tiny_model_dir}", device="abacus")
+
+
+# Folders
+
+
+@pytest.mark.parametrize("place", ["exported/hub", "hub", "."])
+def test_run_folder_is_resolved(tiny_model_dir: Path, tmp_path: Path, place: str) -> None:
+    shutil.copytree(tiny_model_dir, tmp_path / "run" / place, dirs_exist_ok=True)
+    clip = load(str(tmp_path / "run"), device="cpu")
+    assert clip.name == f"local-dir:{tmp_path / 'run' / place}"
+
+
+def test_folder_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"without exported/hub/open_clip_config\.json"):
+        load(str(tmp_path))
+
+
+# Damaged and foreign weights
+
+
+@pytest.fixture
+def model_copy(tiny_model_dir: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model_dir, tmp_path / "copy"))
+
+
+def test_folder_without_weights_is_not_a_random_model(model_copy: Path) -> None:
+    (model_copy / "open_clip_model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="could not be loaded"):
+        load(f"local-dir:{model_copy}", device="cpu")
+
+
+@pytest.mark.parametrize("keep", [0, 100, 5000])
+def test_truncated_safetensors(model_copy: Path, keep: int) -> None:
+    path = model_copy / "open_clip_model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match="undamaged plain state dict"):
+        load(f"local-dir:{model_copy}", device="cpu")
+
+
+def test_damaged_config(model_copy: Path) -> None:
+    (model_copy / "open_clip_config.json").write_text('{"model_cfg": {')
+    with pytest.raises(CheckpointError, match="JSONDecodeError"):
+        load(f"local-dir:{model_copy}", device="cpu")
+
+
+def test_weights_of_another_model(model_copy: Path) -> None:
+    path = model_copy / "open_clip_model.safetensors"
+    state = safetensors.torch.load_file(path)
+    state["visual.proj"] = torch.zeros(32, 8)
+    safetensors.torch.save_file(state, path)
+    with pytest.raises(CheckpointError, match=r"visual\.proj"):
+        load(f"local-dir:{model_copy}", device="cpu")
+
+
+class Trap:
+    def __reduce__(self) -> Any:
+        return exec, ("raise SystemExit('the checkpoint ran code')",)
+
+
+def write_trap(path: Path) -> None:
+    path.write_bytes(pickle.dumps({"state_dict": Trap()}))
+
+
+def write_garbage(path: Path) -> None:
+    path.write_bytes(b"not a checkpoint at all" * 50)
+
+
+def write_other_zip(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("hello.txt", "hello")
+
+
+def write_list(path: Path) -> None:
+    torch.save([torch.zeros(3)], path)
+
+
+def write_nothing(path: Path) -> None:
+    torch.save({}, path)
+
+
+@pytest.mark.parametrize(
+    "write", [write_trap, write_garbage, write_other_zip, write_list, write_nothing]
+)
+def test_files_that_are_no_state_dict(known_model: dict[str, Any], write: Any) -> None:
+    write(known_model["path"])
+    with pytest.raises(CheckpointError, match="belong together"):
+        load("tiny", str(known_model["path"]), device="cpu")
+
+
+# Image size
+
+
+def test_vit_at_another_size_keeps_weights_and_resizes_positions(tiny_model_dir: Path) -> None:
+    small = load(f"local-dir:{tiny_model_dir}", device="cpu", precision="fp32")
+    large = load(f"local-dir:{tiny_model_dir}", image_size=64, device="cpu", precision="fp32")
+    assert large.model_cfg["vision_cfg"]["image_size"] == 64
+    assert large.preprocess_cfg["size"] in (64, (64, 64))
+    assert large.preprocess_val(picture(0, size=90)).shape == (3, 64, 64)
+    assert large.encode_images(images(size=64)).shape == (3, 16)
+    before, after = small.model.state_dict(), large.model.state_dict()
+    changed = {name for name in before if before[name].shape != after[name].shape}
+    assert changed == {"visual.positional_embedding"}
+    assert after["visual.positional_embedding"].shape == (17, 32)
+    for name in before.keys() - changed:
+        assert torch.equal(before[name], after[name])
+
+
+def test_timm_at_another_size(tmp_path: Path) -> None:
+    folder = write_hub_folder(tmp_path / "timm", **TINY_TIMM)
+    clip = load(f"local-dir:{folder}", image_size=96, device="cpu", precision="fp32")
+    assert clip.preprocess_val(picture(0, size=120)).shape == (3, 96, 96)
+    assert clip.encode_images(images(size=96)).shape == (3, 16)
+    assert clip.model_cfg["custom_text"] is True
+    assert is_convolutional(clip.model)
+    kernel = next(value for value in clip.model.visual.parameters() if value.ndim == 4)  # type: ignore[union-attr]
+    assert kernel.is_contiguous(memory_format=torch.channels_last)
+
+
+# Augmentation
+
+
+def test_augmentation_reaches_the_training_transform(tiny_model_dir: Path) -> None:
+    name = f"local-dir:{tiny_model_dir}"
+    whole = load(name, device="cpu", aug_cfg={"scale": (1.0, 1.0)})
+    crops = load(name, device="cpu", aug_cfg={"scale": (0.1, 0.2)})
+    ramp = Image.fromarray(np.tile(np.arange(256, dtype=np.uint8), (256, 1))).convert("RGB")
+
+    def spread(clip: ClipModel) -> float:
+        pixels = clip.preprocess_train(ramp)
+        return float(pixels.max() - pixels.min())
+
+    assert spread(crops) < 0.7 * spread(whole)
+    torch.testing.assert_close(whole.preprocess_val(ramp), crops.preprocess_val(ramp))
+
+
+@pytest.mark.parametrize(
+    ("aug_cfg", "word"),
+    [
+        ({"zoom": 2}, "zoom"),
+        ({"color_jitter": 0.2}, "use_timm=True"),
+        ({"re_prob": 0.2}, "use_timm=True"),
+    ],
+)
+def test_augmentation_that_would_not_be_applied(
+    tiny_model_dir: Path, aug_cfg: dict[str, Any], word: str
+) -> None:
+    with pytest.raises(ConfigError, match=word):
+        load(f"local-dir:{tiny_model_dir}", device="cpu", aug_cfg=aug_cfg)
+
+
+def test_timm_augmentation_is_taken(tiny_model_dir: Path) -> None:
+    aug_cfg = {"use_timm": True, "scale": (0.5, 1.0), "color_jitter": 0.2}
+    clip = load(f"local-dir:{tiny_model_dir}", device="cpu", aug_cfg=aug_cfg)
+    assert clip.preprocess_train(picture(0)).shape == (3, 32, 32)
+
+
+# Fingerprints
+
+
+def test_fingerprint_is_the_same_for_the_same_model(tiny_model_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model_dir, tmp_path / "elsewhere")
+    one = load(f"local-dir:{tiny_model_dir}", device="cpu")
+    other = load(f"local-dir:{tmp_path / 'elsewhere'}", device="cpu")
+    for part in ("model", "image", "text"):
+        assert one.fingerprint(part) == other.fingerprint(part)
+    assert len({one.fingerprint(part) for part in ("model", "image", "text")}) == 3
+
+
+def test_fingerprint_changes_with_the_weights_of_its_tower(tiny_clip: ClipModel) -> None:
+    before = {part: tiny_clip.fingerprint(part) for part in ("model", "image", "text")}
+    with torch.no_grad():
+        tiny_clip.model.visual.proj[0, 0] += 1e-3  # type: ignore[union-attr,index,operator]
+    assert tiny_clip.fingerprint("image") != before["image"]
+    assert tiny_clip.fingerprint("model") != before["model"]
+    assert tiny_clip.fingerprint("text") == before["text"]
+    with torch.no_grad():
+        tiny_clip.model.text_projection[0, 0] += 1e-3  # type: ignore[index,operator]
+    assert tiny_clip.fingerprint("text") != before["text"]
+
+
+def test_fingerprint_changes_with_transform_precision_and_activation(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    name = f"local-dir:{tiny_model_dir}"
+    clip = load(name, device="cpu", precision="fp32")
+    quick = write_hub_folder(tmp_path / "quick", quick_gelu=True)
+    others = [
+        dataclasses.replace(clip, precision="amp_bf16"),
+        load(name, device="cpu", precision="fp32", image_size=64),
+        load(f"local-dir:{quick}", device="cpu", precision="fp32"),
+    ]
+    prints = {other.fingerprint("image") for other in [clip, *others]}
+    assert len(prints) == 4
+
+
+def test_weights_fingerprint_covers_names_shapes_and_types() -> None:
+    value = torch.arange(6, dtype=torch.float32)
+    states = [
+        {"a": value},
+        {"b": value},
+        {"a": value.view(2, 3)},
+        {"a": value.view(torch.int32)},
+        {"a": value, "b": torch.tensor(1.0)},
+        {"a": value, "b": torch.tensor(1)},
+    ]
+    assert len({weights_fingerprint(state) for state in states}) == len(states)
+    assert weights_fingerprint({"a": value.flip(0).flip(0)}) == weights_fingerprint({"a": value})
+
+
+def test_config_of_a_folder_is_kept_whole(tiny_model_dir: Path) -> None:
+    config = json.loads((tiny_model_dir / "open_clip_config.json").read_text())
+    assert load(f"local-dir:{tiny_model_dir}", device="cpu").model_cfg == config["model_cfg"]
