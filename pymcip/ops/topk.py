@@ -59,12 +59,9 @@ def topk(
             f"topk: queries have {queries.shape[1]} columns and the bank has {bank.shape[1]}; both "
             "must come from one model"
         )
-    try:
-        k = operator.index(k)
-    except TypeError:
-        k = 0
-    if k < 1:
+    if not hasattr(k, "__index__") or operator.index(k) < 1:
         raise ConfigError(f"topk: k={k!r} is not allowed; allowed: an integer of at least 1")
+    k = operator.index(k)
     if threads is not None and threads < 1:
         raise ConfigError(f"topk: threads={threads!r} is not allowed; allowed: None or at least 1")
     floor = -float("inf") if threshold is None else float(torch.tensor(float(threshold)).item())
