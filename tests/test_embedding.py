@@ -1,0 +1,449 @@
+"""Embedding folders: layout, resuming, refusing what is stale, skipping what can't be decoded."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import torch
+
+import pymcip
+from pymcip.data import Captions, ImageData, load_captions, load_images
+from pymcip.embedding import EmbeddingFolder, embed_captions, embed_images
+from pymcip.errors import (
+    ConfigError,
+    DataError,
+    DecodeError,
+    OutputExistsError,
+    StaleEmbeddingsError,
+)
+from pymcip.model import ClipModel, load
+from tests.conftest import CAPTIONS, picture, write_hub_folder
+
+FP16_STEP = 2.0**-11  # relative rounding error of float16
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture
+def ten_images(shards: Callable[..., list[Path]]) -> Path:
+    """Make ten labelled images in shards; the third can't be decoded."""
+    samples: list[dict[str, Any]] = [
+        {"jpg": picture(i), "cls": i % 3, "txt": f"picture {i}"} for i in range(10)
+    ]
+    samples[2]["jpg"] = b"\xff\xd8\xff broken\tand\nodd"
+    return shards(samples)[0].parent
+
+
+def expected_images(clip: ClipModel, data: ImageData, rows: list[int]) -> np.ndarray:
+    """The oracle: one image at a time through the bare open_clip model, in fp32."""
+    vectors = []
+    for row in rows:
+        with torch.no_grad():
+            vector = clip.model.encode_image(clip.preprocess_val(data.read(row))[None])[0]
+        vectors.append((vector / vector.norm()).numpy())
+    return np.stack(vectors)
+
+
+def test_images(tiny_clip: ClipModel, ten_images: Path, tmp_path: Path) -> None:
+    data = load_images(ten_images)
+    folder = embed_images(tiny_clip, data, tmp_path / "out", batch_size=3, part_size=4)
+    kept = [0, 1, 3, 4, 5, 6, 7, 8, 9]
+    assert [part.shape for part in folder.parts("img")] == [(3, 16), (4, 16), (2, 16)]
+    assert all(isinstance(part, np.memmap) for part in folder.parts("img"))
+    assert folder.vectors("img").dtype == np.float16
+    assert folder.rows("img").dtype == np.int64
+    assert folder.rows("img").tolist() == kept
+    expected = expected_images(tiny_clip, data, kept)
+    np.testing.assert_allclose(folder.vectors("img"), expected, atol=FP16_STEP, rtol=0)
+    norms = np.linalg.norm(folder.vectors("img").astype(np.float64), axis=1)
+    assert np.abs(norms - 1).max() < FP16_STEP
+    metadata = folder.metadata("img").to_pylist()
+    assert [row["index"] for row in metadata] == kept
+    assert metadata[2]["image_path"] == data.key(3)
+    assert metadata[3]["label"] == "1"
+    assert metadata[2]["caption"] == "picture 3"
+
+
+def test_captions(tiny_clip: ClipModel, tmp_path: Path) -> None:
+    captions = Captions([*CAPTIONS, "a caption " * 30])
+    folder = embed_captions(tiny_clip, captions, tmp_path / "out", batch_size=2, part_size=4)
+    assert [len(part) for part in folder.parts("text")] == [4, 4, 1]
+    assert folder.captions() == captions.texts
+    assert folder.rows("text").tolist() == list(range(9))
+    with torch.no_grad():
+        expected = tiny_clip.model.encode_text(tiny_clip.tokenizer(captions.texts))
+    expected /= expected.norm(dim=-1, keepdim=True)
+    np.testing.assert_allclose(folder.vectors("text"), expected, atol=FP16_STEP, rtol=0)
+
+
+def test_layout_is_clip_retrievals(
+    tiny_model_dir: Path,
+    tiny_images: Callable[..., Path],
+    captions_file: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    folder = pymcip.embed(
+        model=f"local-dir:{tiny_model_dir}",
+        images=tiny_images(),
+        captions=captions_file(),
+        out=tmp_path / "out",
+        device="cpu",
+        precision="fp32",
+    )
+    assert sorted(files(folder.path)) == [
+        "img_emb/img_emb_0.npy",
+        "img_fingerprint.json",
+        "metadata/metadata_0.parquet",
+        "text_emb/text_emb_0.npy",
+        "text_fingerprint.json",
+        "text_metadata/metadata_0.parquet",
+    ]
+    assert np.load(folder.path / "img_emb/img_emb_0.npy").shape == (12, 16)
+    assert isinstance(folder.vectors("img"), np.memmap)
+    assert folder.skipped == []
+    assert "images in 1 part(s), captions in 1 part(s)" in repr(folder)
+
+
+def test_part_names_sort_as_text(tiny_clip: ClipModel, tmp_path: Path) -> None:
+    captions = Captions([f"caption {number}" for number in range(11)])
+    folder = embed_captions(tiny_clip, captions, tmp_path, part_size=1)
+    names = sorted(path.name for path in (tmp_path / "text_emb").iterdir())
+    assert names[:2] == ["text_emb_00.npy", "text_emb_01.npy"]
+    assert names[-1] == "text_emb_10.npy"
+    assert folder.captions() == captions.texts
+
+
+def test_order_and_batches_do_not_matter(
+    tiny_clip: ClipModel, ten_images: Path, tmp_path: Path
+) -> None:
+    data = load_images(ten_images)
+    one = embed_images(tiny_clip, data, tmp_path / "1", batch_size=10, part_size=100)
+    two = embed_images(tiny_clip, data, tmp_path / "2", batch_size=1, part_size=3)
+    np.testing.assert_allclose(one.vectors("img"), two.vectors("img"), atol=FP16_STEP, rtol=0)
+    assert one.metadata("img").equals(two.metadata("img"))
+
+
+def test_worker_processes_give_the_same(
+    tiny_clip: ClipModel, ten_images: Path, tmp_path: Path
+) -> None:
+    data = load_images(ten_images)
+    embed_images(tiny_clip, data, tmp_path / "0", part_size=6, batch_size=3)
+    embed_images(tiny_clip, data, tmp_path / "1", part_size=6, batch_size=3, workers=1)
+    assert files(tmp_path / "0") == files(tmp_path / "1")
+
+
+# Undecodable images
+
+
+def test_skipped_images_are_listed(
+    tiny_clip: ClipModel, ten_images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = load_images(ten_images)
+    with caplog.at_level(logging.WARNING):
+        folder = embed_images(tiny_clip, data, tmp_path / "out", part_size=4)
+    (skipped,) = folder.skipped
+    assert skipped["index"] == 2
+    assert skipped["key"] == data.key(2)
+    assert "can't be decoded" in skipped["reason"]
+    assert "1 of 10 images can't be decoded and are left out; they are listed in" in caplog.text
+    lines = (tmp_path / "out" / "skipped.tsv").read_text().splitlines()
+    assert lines[0] == "index\tkey\treason"
+    assert len(lines) == 2
+
+
+def test_nothing_can_be_decoded(
+    tiny_clip: ClipModel, shards: Callable[..., list[Path]], tmp_path: Path
+) -> None:
+    data = load_images(shards([{"jpg": b"broken", "cls": i} for i in range(5)])[0].parent)
+    for _ in range(2):  # the second call finds the parts complete, and must say the same
+        with pytest.raises(DataError, match=r"not one of 5 images can be decoded: .*000000\.jpg"):
+            embed_images(tiny_clip, data, tmp_path / "out", part_size=2)
+    assert EmbeddingFolder(tmp_path / "out").vectors("img").shape == (0, 16)
+
+
+def test_vanished_file_is_no_undecodable_image(
+    tiny_clip: ClipModel, tiny_images: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tiny_images()
+    data = load_images(folder)
+    (folder / "class1" / "0.jpg").unlink()
+    with pytest.raises(DataError, match="can't be read any more") as caught:
+        embed_images(tiny_clip, data, tmp_path / "out")
+    assert not isinstance(caught.value, DecodeError)
+
+
+# Resuming
+
+
+class StoppedError(Exception):
+    pass
+
+
+def test_interrupted_run_goes_on(
+    tiny_clip: ClipModel, ten_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = load_images(ten_images)
+    whole = files(embed_images(tiny_clip, data, tmp_path / "whole", part_size=4).path)
+    out = tmp_path / "out"
+    read: list[int] = []
+    original = ImageData.read
+
+    def counting_read(self: ImageData, index: int) -> Any:
+        read.append(index)
+        if len(read) == 6:
+            raise StoppedError
+        return original(self, index)
+
+    monkeypatch.setattr(ImageData, "read", counting_read)
+    with pytest.raises(StoppedError):
+        embed_images(tiny_clip, data, out, part_size=4, batch_size=1)
+    with pytest.raises(DataError, match=r"holds 1 of 3 parts of images; run pymcip\.embed again"):
+        EmbeddingFolder(out).parts("img")
+    assert len(EmbeddingFolder(out).skipped) == 1
+    embed_images(tiny_clip, data, out, part_size=4)
+    assert read[6:] == [4, 5, 6, 7, 8, 9]  # the complete part is kept
+    assert files(out) == whole
+    embed_images(tiny_clip, data, out, part_size=4)
+    assert len(read) == 12  # nothing is left to do
+
+
+@pytest.mark.parametrize("lost", ["metadata/metadata_1.parquet", "img_emb/img_emb_0.npy"])
+def test_lost_file_is_made_again(
+    lost: str, tiny_clip: ClipModel, ten_images: Path, tmp_path: Path
+) -> None:
+    data = load_images(ten_images)
+    whole = files(embed_images(tiny_clip, data, tmp_path, part_size=4).path)
+    (tmp_path / lost).unlink()
+    embed_images(tiny_clip, data, tmp_path, part_size=4)
+    assert files(tmp_path) == whole
+
+
+@pytest.mark.parametrize("full", ["vectors", "metadata", "skipped"])
+def test_full_disk(
+    full: str,
+    tiny_clip: ClipModel,
+    ten_images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = load_images(ten_images).select([0, 1, 3, 4, 2, 5])  # the broken one in the second part
+    out = tmp_path / "out"
+    calls = []
+
+    def disk_full_at_second(write: Callable[..., Any]) -> Callable[..., Any]:
+        def writing(*arguments: Any, **options: Any) -> Any:
+            calls.append(arguments)
+            if len(calls) == 2:
+                if hasattr(arguments[0], "write"):
+                    arguments[0].write(b"half of it")
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return write(*arguments, **options)
+
+        return writing
+
+    with monkeypatch.context() as patch:
+        if full == "vectors":
+            patch.setattr(np, "save", disk_full_at_second(np.save))
+        elif full == "metadata":
+            write_table = disk_full_at_second(pa.parquet.write_table)
+            patch.setattr(pa.parquet, "write_table", write_table)
+        else:
+            # The first text written is the fingerprint.
+            patch.setattr(Path, "write_text", disk_full_at_second(Path.write_text))
+        with pytest.raises(OSError, match="No space left"):
+            embed_images(tiny_clip, data, out, part_size=4)
+    assert not [path for path in out.rglob("*") if path.name.endswith(".tmp")]
+    assert len(np.load(out / "img_emb" / "img_emb_0.npy")) == 4  # what was complete still is
+    assert (out / "metadata" / "metadata_0.parquet").is_file()
+    assert not (out / "metadata" / "metadata_1.parquet").exists()
+    whole = files(embed_images(tiny_clip, data, tmp_path / "whole", part_size=4).path)
+    assert files(embed_images(tiny_clip, data, out, part_size=4).path) == whole
+
+
+# Stale folders
+
+
+def test_other_weights_are_refused(
+    tiny_clip: ClipModel, tiny_images: Callable[..., Path], tmp_path: Path
+) -> None:
+    data = load_images(tiny_images())
+    before = files(embed_images(tiny_clip, data, tmp_path / "out").path)
+    with torch.no_grad():
+        tiny_clip.model.visual.proj[0, 0] += 1e-3  # type: ignore[union-attr,index,operator]
+    with pytest.raises(StaleEmbeddingsError, match=r"another model \(.*overwrite=True"):
+        embed_images(tiny_clip, data, tmp_path / "out")
+    assert files(tmp_path / "out") == before
+    embed_captions(tiny_clip, Captions(CAPTIONS), tmp_path / "out")
+    with torch.no_grad():
+        tiny_clip.model.visual.proj[0, 0] += 1e-3  # type: ignore[union-attr,index,operator]
+    embed_captions(tiny_clip, Captions(CAPTIONS), tmp_path / "out")  # the text tower is the same
+
+
+def test_other_transform_is_refused(
+    tiny_model_dir: Path, tiny_images: Callable[..., Path], tmp_path: Path
+) -> None:
+    data = load_images(tiny_images())
+    name = f"local-dir:{tiny_model_dir}"
+    clip = load(name, device="cpu", precision="fp32")
+    embed_images(clip, data, tmp_path / "out")
+    changed = dataclasses.replace(clip, preprocess_val=clip.preprocess_train)
+    with pytest.raises(StaleEmbeddingsError, match=r"another transform \(transform: Compose"):
+        embed_images(changed, data, tmp_path / "out")
+    with pytest.raises(StaleEmbeddingsError, match=r"another precision \(precision: fp32, now amp"):
+        embed_images(load(name, device="cpu"), data, tmp_path / "out")
+
+
+def test_other_data_are_refused(
+    tiny_clip: ClipModel, tiny_images: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tiny_images()
+    embed_images(tiny_clip, load_images(folder), tmp_path / "out")
+    with pytest.raises(StaleEmbeddingsError, match="another part_size"):
+        embed_images(tiny_clip, load_images(folder), tmp_path / "out", part_size=5)
+    picture(99).save(folder / "class0" / "0.jpg")
+    with pytest.raises(StaleEmbeddingsError, match=r"another images \(images: 12 rows"):
+        embed_images(tiny_clip, load_images(folder), tmp_path / "out")
+    embed_captions(tiny_clip, Captions(["a", "b"]), tmp_path / "out")
+    with pytest.raises(StaleEmbeddingsError, match=r"another captions \(captions: 2 rows"):
+        embed_captions(tiny_clip, Captions(["a", "c"]), tmp_path / "out")
+
+
+def test_overwrite(
+    tiny_model_dir: Path, captions_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    other = write_hub_folder(tmp_path / "other", seed=1)
+    options = {"captions": captions_file(), "out": tmp_path / "out", "device": "cpu"}
+    first = pymcip.embed(model=f"local-dir:{tiny_model_dir}", **options).vectors("text")
+    first = np.array(first)
+    with pytest.raises(StaleEmbeddingsError, match="another model"):
+        pymcip.embed(model=f"local-dir:{other}", **options)
+    second = pymcip.embed(model=f"local-dir:{other}", overwrite=True, **options).vectors("text")
+    assert np.abs(first - second).max() > 0.1
+
+
+def test_foreign_files_are_not_touched(
+    tiny_model_dir: Path, captions_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(OutputExistsError, match="not empty"):
+        pymcip.embed(
+            model=f"local-dir:{tiny_model_dir}",
+            captions=captions_file(),
+            out=tmp_path,
+            device="cpu",
+        )
+
+
+def test_embeddings_of_unknown_origin_are_refused(tiny_clip: ClipModel, tmp_path: Path) -> None:
+    embed_captions(tiny_clip, Captions(CAPTIONS), tmp_path)
+    (tmp_path / "text_fingerprint.json").unlink()
+    with pytest.raises(StaleEmbeddingsError, match="what they were made from is not known"):
+        embed_captions(tiny_clip, Captions(CAPTIONS), tmp_path)
+
+
+# Opening
+
+
+def test_folder_that_clip_retrieval_wrote(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    paths, texts = [f"{i}.jpg" for i in range(5)], [f"text {i}" for i in range(5)]
+    for folder in ("img_emb", "text_emb", "metadata"):
+        (tmp_path / folder).mkdir()
+    vectors = generator.standard_normal((5, 8)).astype(np.float16)
+    for number, rows in enumerate((slice(0, 3), slice(3, 5))):
+        np.save(tmp_path / "img_emb" / f"img_emb_{number}.npy", vectors[rows])
+        np.save(tmp_path / "text_emb" / f"text_emb_{number}.npy", -vectors[rows])
+        table = pa.table({"image_path": paths[rows], "caption": texts[rows]})
+        pa.parquet.write_table(table, tmp_path / "metadata" / f"metadata_{number}.parquet")
+    folder = EmbeddingFolder(tmp_path)
+    assert np.array_equal(folder.vectors("img"), vectors)
+    assert np.array_equal(folder.vectors("text"), -vectors)
+    assert folder.rows("img").tolist() == [0, 1, 2, 3, 4]
+    assert folder.captions() == texts
+    assert folder.metadata("img")["image_path"].to_pylist() == paths
+    assert folder.skipped == []
+
+
+def test_no_embedding_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no embedding folder"):
+        EmbeddingFolder(tmp_path)
+
+
+def test_missing_kind(tiny_clip: ClipModel, tmp_path: Path) -> None:
+    folder = embed_captions(tiny_clip, Captions(CAPTIONS), tmp_path)
+    with pytest.raises(DataError, match="0 of 0 parts of images"):
+        folder.parts("img")
+
+
+def test_damaged_parts(tiny_clip: ClipModel, tmp_path: Path) -> None:
+    folder = embed_captions(tiny_clip, Captions(CAPTIONS), tmp_path)
+    part = tmp_path / "text_emb" / "text_emb_0.npy"
+    np.save(part, np.load(part)[:5])
+    with pytest.raises(DataError, match="8 rows of metadata for 5 embeddings"):
+        folder.metadata("text")
+    part.write_bytes(part.read_bytes()[:30])
+    with pytest.raises(DataError, match="can't be read as a NumPy array"):
+        folder.parts("text")
+    np.save(part, np.zeros(3, np.int64))
+    with pytest.raises(DataError, match=r"is int64 \[3\]; expected float16"):
+        folder.parts("text")
+
+
+def test_embedding_that_is_not_finite(
+    tiny_clip: ClipModel, tiny_images: Callable[..., Path], tmp_path: Path
+) -> None:
+    with torch.no_grad():
+        tiny_clip.model.visual.proj[0, 0] = float("nan")  # type: ignore[union-attr,index,operator]
+    with pytest.raises(DataError, match=r"not finite for .*0\.jpg; its weights are damaged"):
+        embed_images(tiny_clip, load_images(tiny_images()), tmp_path / "out")
+
+
+def test_config_errors_come_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nothing to embed"):
+        pymcip.embed(model="ViT-B-32", out=tmp_path / "out")
+    with pytest.raises(DataError, match="there is nothing at"):
+        pymcip.embed(model="ViT-B-32", images=tmp_path / "absent", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_model_leaves_no_folder(captions_file: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not known to open_clip"):
+        pymcip.embed(model="ViT-nothing", captions=captions_file(), out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_fingerprint_is_readable(tiny_clip: ClipModel, tmp_path: Path) -> None:
+    embed_captions(tiny_clip, Captions(CAPTIONS), tmp_path, part_size=3)
+    stored = json.loads((tmp_path / "text_fingerprint.json").read_text())
+    assert stored["rows"] == 8
+    assert stored["parts"] == 3
+    assert stored["data"] == Captions(CAPTIONS).fingerprint()
+    assert stored["model_fingerprint"] == tiny_clip.fingerprint("text")
+
+
+def test_moved_folder_is_the_same_folder(
+    tiny_clip: ClipModel, captions_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    captions = load_captions(captions_file())
+    embed_captions(tiny_clip, captions, tmp_path / "a")
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    before = files(tmp_path / "b")
+    embed_captions(tiny_clip, captions, tmp_path / "b")
+    assert files(tmp_path / "b") == before

@@ -1,0 +1,400 @@
+"""Mining: compared with a brute-force oracle; thresholds, resuming, files, bad input."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pymcip
+from pymcip import mining
+from pymcip.data import Captions, load_captions, load_images
+from pymcip.embedding import EmbeddingFolder, embed_captions, embed_images
+from pymcip.errors import ConfigError, DataError, OutputExistsError, StaleEmbeddingsError
+from pymcip.mining import CaptionTable, auto_threshold, mine_table
+from pymcip.model import ClipModel, load
+from tests.conftest import CAPTIONS
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
+
+
+def clustered(seed: int, images: int, captions: int, dim: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    """Unit rows in which some captions lie near each image, and a few captions are equal."""
+    generator = np.random.default_rng(seed)
+    centres = generator.standard_normal((5, dim))
+    rows = centres[generator.integers(0, 5, images + captions)]
+    rows = unit(rows + 0.4 * generator.standard_normal(rows.shape))
+    bank = rows[images:]
+    bank[captions // 2] = bank[0]
+    return rows[:images], bank
+
+
+def oracle(
+    images: np.ndarray, captions: np.ndarray, k: int, threshold: float
+) -> list[tuple[list[int], np.ndarray]]:
+    """Sort everything in fp64; equal rows have equal cosines, and lower ids come first."""
+    cosines = images.astype(np.float64) @ captions.astype(np.float64).T
+    result = []
+    for row in cosines:
+        order = np.lexsort((np.arange(len(row)), -row.round(6)))[:k]
+        kept = [int(i) for i in order if row[i] >= threshold]
+        result.append((kept, row[kept]))
+    return result
+
+
+def split(rows: np.ndarray, sizes: list[int]) -> list[np.ndarray]:
+    return np.split(rows, np.cumsum(sizes))
+
+
+def check_against_oracle(
+    table: CaptionTable, images: np.ndarray, captions: np.ndarray, k: int, threshold: float
+) -> None:
+    assert table.indptr.dtype == table.ids.dtype == np.int64
+    assert table.cosines.dtype == np.float32
+    assert table.num_captions == len(captions)
+    assert len(table) == len(images)
+    for image, (ids, cosines) in enumerate(oracle(images, captions, k, threshold)):
+        assert table[image][0].tolist() == ids
+        np.testing.assert_allclose(table[image][1], cosines, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("k", [1, 4, 64])
+def test_equals_the_oracle(k: int, backend: str) -> None:
+    images, captions = clustered(0, 23, 41)
+    table, _ = mine_table(
+        split(images, [10, 0]), split(captions, [7, 20, 0]), k=k, threshold=0.9, backend=backend
+    )
+    check_against_oracle(table, images, captions, k, 0.9)
+    assert 0 < len(table.ids) < 23 * min(k, 41)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    seed=st.integers(0, 10_000),
+    images=st.integers(1, 9),
+    captions=st.integers(2, 25),
+    cuts=st.lists(st.integers(0, 10), max_size=4),
+    k=st.integers(1, 8),
+    threshold=st.sampled_from([-1.0, 0.0, 0.4]),
+)
+def test_parts_and_blocks_do_not_matter(
+    seed: int, images: int, captions: int, cuts: list[int], k: int, threshold: float
+) -> None:
+    rows, bank = clustered(seed, images, captions)
+    if not any(ids for ids, _ in oracle(rows, bank, k, threshold)):
+        return
+    whole, report = mine_table([rows], [bank], k=k, threshold=threshold)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mining, "BLOCK_ROWS", 3)
+        parts, same_report = mine_table(
+            split(rows, cuts[:1]), split(bank, cuts), k=k, threshold=threshold
+        )
+    assert np.array_equal(whole.indptr, parts.indptr)
+    assert np.array_equal(whole.ids, parts.ids)
+    assert np.array_equal(whole.cosines, parts.cosines)
+    assert report == same_report
+
+
+def test_equal_captions_are_ordered_by_id_across_parts() -> None:
+    images = unit(np.eye(1, 8))
+    captions = unit(np.repeat(np.eye(1, 8), 7, axis=0))
+    table, _ = mine_table([images], split(captions, [2, 3]), k=5, threshold=0.27)
+    assert table.ids.tolist() == [0, 1, 2, 3, 4]
+    assert table.cosines.tolist() == [1.0] * 5
+
+
+def test_threshold_is_inclusive() -> None:
+    images = unit(np.eye(1, 8))
+    captions = np.zeros((3, 8), np.float16)
+    captions[:, 0] = [0.25, 0.5, np.nextafter(np.float16(0.25), np.float16(0))]
+    table, _ = mine_table([images], [captions], k=3, threshold=0.25)
+    assert table.ids.tolist() == [1, 0]
+
+
+def test_images_without_captions() -> None:
+    images = unit(np.stack([np.eye(8)[0], np.eye(8)[1], np.eye(8)[0]]))
+    captions = unit(np.stack([np.eye(8)[0], np.eye(8)[0] + 0.1, np.eye(8)[5]]))
+    table, report = mine_table([images], [captions], k=2, threshold=0.9)
+    assert table.counts().tolist() == [2, 0, 2]
+    assert report["images_by_captions"] == [1, 0, 2]
+    assert len(table[1][0]) == 0
+    assert table[-1][0].tolist() == [0, 1]
+    with pytest.raises(IndexError, match="image 3 is not in a table of 3 images"):
+        table[3]
+
+
+def test_report() -> None:
+    images, captions = clustered(1, 30, 40)
+    table, report = mine_table([images], [captions], k=3, threshold=0.6)
+    assert (report["images"], report["captions"], report["k"]) == (30, 40, 3)
+    assert (report["threshold"], report["threshold_from"]) == (0.6, "given")
+    assert report["pairs"] == len(table.ids) == table.indptr[-1]
+    assert report["captions_used"] == len(set(table.ids.tolist()))
+    assert sum(report["images_by_captions"]) == 30
+    assert sum(n * count for n, count in enumerate(report["images_by_captions"])) == report["pairs"]
+    cosines = report["cosines"]
+    assert cosines["lowest"] == table.cosines.min() >= 0.6
+    assert sum(part["count"] for part in cosines["histogram"]) == report["pairs"]
+    for part in cosines["histogram"]:
+        inside = (table.cosines >= part["from"]) & (table.cosines < part["to"])
+        assert part["count"] == inside.sum()
+    json.dumps(report)
+
+
+# Thresholds
+
+
+def test_auto_threshold_of_known_distribution() -> None:
+    """Random unit vectors that share a direction: cosines are near normal around a known mean."""
+    generator = np.random.default_rng(0)
+    dim, shared = 256, np.sqrt(0.15)
+    common = generator.standard_normal(dim)
+    common /= np.linalg.norm(common)
+
+    def rows(count: int) -> np.ndarray:
+        noise = generator.standard_normal((count, dim))
+        noise -= noise @ common[:, None] * common
+        noise /= np.linalg.norm(noise, axis=1, keepdims=True)
+        return (shared * common + np.sqrt(1 - shared**2) * noise).astype(np.float16)
+
+    images, captions = rows(2000), rows(3000)
+    captions[:100] = images[:100]  # a few that match must not move it
+    auto = auto_threshold(split(images, [500]), split(captions, [100, 2000]), seed=1)
+    spread = 0.85 / np.sqrt(dim)
+    assert auto.pairs == 1024 * 1024
+    assert auto.median == pytest.approx(0.15, abs=0.003)
+    assert auto.spread == pytest.approx(spread, rel=0.03)
+    assert auto.value == pytest.approx(0.15 + 4 * spread, abs=0.01)
+    assert auto.above < 1e-3
+    assert auto == auto_threshold(split(images, [500]), split(captions, [100, 2000]), seed=1)
+    assert auto != auto_threshold([images], [captions], seed=2)
+
+
+def test_auto_threshold_is_used() -> None:
+    generator = np.random.default_rng(3)
+    images = unit(generator.standard_normal((50, 64)))
+    captions = unit(generator.standard_normal((200, 64)))
+    captions[:25] = unit(images[:25] + 0.05 * generator.standard_normal((25, 64)))
+    table, report = mine_table([images], [captions], k=4, threshold="auto")
+    assert report["threshold_from"] == "auto"
+    assert report["threshold"] == report["random_pairs"]["value"]
+    assert all(table[i][0][0] == i for i in range(25))
+    assert table.counts()[25:].mean() < 0.2
+
+
+def test_zero_captions_over_the_threshold() -> None:
+    images, captions = clustered(0, 5, 6, dim=64)
+    best = (images.astype(np.float64) @ captions.T.astype(np.float64)).max()
+    with pytest.raises(DataError) as caught:
+        mine_table([images], [captions], k=3, threshold=0.9999)
+    message = str(caught.value)
+    assert "no caption of any image has a cosine of 1.000 or more" in message
+    assert f"the best among 5 images is {best:.3f}" in message
+    assert "threshold='auto'" in message
+
+
+def test_low_threshold_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    images, captions = clustered(0, 5, 6)
+    with caplog.at_level(logging.WARNING):
+        mine_table([images], [captions], k=3, threshold=-1.0)
+    assert "not above the median cosine of random pairs" in caplog.text
+
+
+# Tables on disk
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    images, captions = clustered(0, 12, 20)
+    table, _ = mine_table([images], [captions], k=3, threshold=0.6)
+    table.save(tmp_path)
+    for path in (tmp_path, tmp_path / "caption_table.npz"):
+        again = CaptionTable.load(path)
+        assert np.array_equal(again.indptr, table.indptr)
+        assert np.array_equal(again.ids, table.ids)
+        assert np.array_equal(again.cosines, table.cosines)
+        assert again.num_captions == 20
+    rows = pyarrow.parquet.read_table(tmp_path / "caption_table.parquet").to_pylist()
+    assert len(rows) == len(table.ids)
+    for image in range(12):
+        expected = [
+            {"image": image, "caption": int(i), "cosine": float(c)}
+            for i, c in zip(*table[image], strict=True)
+        ]
+        assert [row for row in rows if row["image"] == image] == expected
+
+
+def test_broken_table(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"caption_table\.npz can't be read .*Mine it again"):
+        CaptionTable.load(tmp_path)
+    (tmp_path / "caption_table.npz").write_bytes(b"PK no")
+    with pytest.raises(DataError, match="can't be read as a caption table"):
+        CaptionTable.load(tmp_path)
+    np.savez(tmp_path / "x.npz", indptr=[0, 5], ids=[1], cosines=[0.5], num_captions=9)
+    with pytest.raises(DataError, match="don't fit together"):
+        CaptionTable.load(tmp_path / "x.npz")
+
+
+# The stage
+
+
+@pytest.fixture
+def embedded(
+    tiny_clip: ClipModel, shards: Callable[..., list[Path]], tmp_path: Path
+) -> EmbeddingFolder:
+    """Embed twelve images and eight captions with the tiny model into one folder."""
+    data = load_images(shards()[0].parent)
+    embed_images(tiny_clip, data, tmp_path / "embedded", part_size=5)
+    return embed_captions(tiny_clip, Captions(CAPTIONS), tmp_path / "embedded", part_size=3)
+
+
+def options(embedded: EmbeddingFolder, tmp_path: Path, **changes: Any) -> dict[str, Any]:
+    return {"images": embedded.path, "out": tmp_path / "out", "k": 3, "threshold": -1.0, **changes}
+
+
+def test_stage(embedded: EmbeddingFolder, tmp_path: Path) -> None:
+    result = pymcip.mine_captions(**options(embedded, tmp_path))
+    images, captions = embedded.vectors("img"), embedded.vectors("text")
+    check_against_oracle(result.table, images, captions, 3, -1.0)
+    assert sorted(path.name for path in result.out.iterdir()) == [
+        "caption_table.npz",
+        "caption_table.parquet",
+        "mine.json",
+        "report.json",
+        "sample.tsv",
+    ]
+    assert json.loads((result.out / "report.json").read_text()) == result.report
+    lines = [line.split("\t") for line in (result.out / "sample.tsv").read_text().splitlines()]
+    assert lines[0] == ["image", "label", "cosine", "caption"]
+    assert len(lines) == 1 + 12 * 3
+    ids, cosines = result.table[0]
+    path = embedded.metadata("img")["image_path"][0].as_py()
+    assert lines[1] == [path, "0", f"{cosines[0]:.4f}", CAPTIONS[ids[0]]]
+
+
+def test_images_without_captions_are_in_the_sample(
+    embedded: EmbeddingFolder, tmp_path: Path
+) -> None:
+    cosines = embedded.vectors("img").astype(np.float32) @ embedded.vectors("text").T
+    threshold = float(np.median(cosines.max(axis=1)))
+    result = pymcip.mine_captions(**options(embedded, tmp_path, threshold=threshold))
+    assert 0 < result.report["images_by_captions"][0] < 12
+    lines = [line.split("\t") for line in (result.out / "sample.tsv").read_text().splitlines()]
+    assert sum(line[2:] == ["", ""] for line in lines) == result.report["images_by_captions"][0]
+
+
+def test_captions_in_another_folder(
+    tiny_clip: ClipModel, embedded: EmbeddingFolder, tmp_path: Path
+) -> None:
+    other = embed_captions(tiny_clip, Captions(CAPTIONS[:4]), tmp_path / "captions")
+    result = pymcip.mine_captions(**options(embedded, tmp_path, captions=other.path))
+    assert result.table.num_captions == 4
+
+
+def test_interrupted_mining_goes_on(
+    embedded: EmbeddingFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = pymcip.mine_captions(**options(embedded, tmp_path, out=tmp_path / "whole"))
+    monkeypatch.setattr(mining, "BLOCK_ROWS", 2)
+    calls: list[int] = []
+    original = mining.topk
+
+    def stopping_topk(queries: Any, *arguments: Any, **named: Any) -> Any:
+        calls.append(len(queries))
+        if len(calls) == 8:  # three parts of captions each: in the third block of images
+            raise KeyboardInterrupt
+        return original(queries, *arguments, **named)
+
+    monkeypatch.setattr(mining, "topk", stopping_topk)
+    with pytest.raises(KeyboardInterrupt):
+        pymcip.mine_captions(**options(embedded, tmp_path))
+    assert len(list((tmp_path / "out" / "blocks").iterdir())) == 2
+    assert not (tmp_path / "out" / "report.json").exists()
+    result = pymcip.mine_captions(**options(embedded, tmp_path))
+    assert sum(calls[8:]) == 3 * (12 - 4)  # four images were done
+    assert np.array_equal(result.table.ids, whole.table.ids)
+    assert np.array_equal(result.table.cosines, whole.table.cosines)
+    assert result.report == whole.report
+    assert not (tmp_path / "out" / "blocks").exists()
+    calls.clear()
+    again = pymcip.mine_captions(**options(embedded, tmp_path))
+    assert not calls
+    assert again.report == result.report
+    assert np.array_equal(again.table.ids, whole.table.ids)
+
+
+def test_stale_result_is_refused(
+    tiny_clip: ClipModel, embedded: EmbeddingFolder, tmp_path: Path
+) -> None:
+    pymcip.mine_captions(**options(embedded, tmp_path))
+    with pytest.raises(StaleEmbeddingsError, match=r"another k \(3, now 2\).*overwrite=True"):
+        pymcip.mine_captions(**options(embedded, tmp_path, k=2))
+    other = embed_captions(tiny_clip, Captions(CAPTIONS[:4]), tmp_path / "captions")
+    with pytest.raises(StaleEmbeddingsError, match="another captions; mine into another folder"):
+        pymcip.mine_captions(**options(embedded, tmp_path, captions=other.path))
+    result = pymcip.mine_captions(**options(embedded, tmp_path, k=2, overwrite=True))
+    assert result.report["k"] == 2
+
+
+def test_foreign_folder_is_refused(embedded: EmbeddingFolder, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("precious")
+    with pytest.raises(OutputExistsError, match="not empty"):
+        pymcip.mine_captions(**options(embedded, tmp_path))
+
+
+def test_embeddings_without_metadata(tmp_path: Path) -> None:
+    images, captions = clustered(0, 5, 6)
+    for kind, rows in (("img", images), ("text", captions)):
+        (tmp_path / "e" / f"{kind}_emb").mkdir(parents=True)
+        np.save(tmp_path / "e" / f"{kind}_emb" / f"{kind}_emb_0.npy", rows)
+    result = pymcip.mine_captions(images=tmp_path / "e", out=tmp_path / "out", threshold=0.5)
+    check_against_oracle(result.table, images, captions, 10, 0.5)
+    assert (result.out / "sample.tsv").read_text().splitlines()[1].startswith("0\t")
+
+
+def test_bad_input(embedded: EmbeddingFolder, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"threshold=2\.0 is not a cosine"):
+        pymcip.mine_captions(**options(embedded, tmp_path, threshold=2.0))
+    with pytest.raises(DataError, match="no embedding folder"):
+        pymcip.mine_captions(**options(embedded, tmp_path, images=tmp_path / "absent"))
+    with pytest.raises(DataError, match=r"8 and 16 wide; .* with one model"):
+        mine_table(embedded.parts("img"), [clustered(0, 1, 3)[1]], k=1, threshold=0.0)
+    with pytest.raises(DataError, match="no embedded captions to mine"):
+        mine_table(embedded.parts("img"), [np.empty((0, 16), np.float16)], k=1, threshold=0.0)
+    with pytest.raises(DataError, match="no caption of any image"):
+        pymcip.mine_captions(**options(embedded, tmp_path, threshold=1.0))
+
+
+def test_incomplete_embeddings_are_refused(embedded: EmbeddingFolder, tmp_path: Path) -> None:
+    (embedded.path / "text_metadata" / "metadata_2.parquet").unlink()
+    with pytest.raises(DataError, match="holds 2 of 3 parts of captions"):
+        pymcip.mine_captions(**options(embedded, tmp_path))
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real model and data at {SHARED}")
+def test_real_photographs_get_fitting_captions(tmp_path: Path) -> None:
+    """With a real model, apples and pears find captions about fruit rather than about dogs."""
+    clip = load(f"local-dir:{SHARED / 'models' / 'lite0'}", device="cpu", precision="fp32")
+    data = load_images(SHARED / "data" / "grocery" / "grocery-val-000000.tar")
+    chosen = np.flatnonzero(np.isin(data.labels, [0, 1]))[:4]
+    captions = load_captions(SHARED / "data" / "captions" / "wordnet-nouns.txt.gz")
+    about = ["fruit", "apple", "dog", "church", "disease"]
+    texts = [next(text for text in captions if text.startswith(f"{word}:")) for word in about]
+    embed_images(clip, data.select(chosen), tmp_path)
+    folder = embed_captions(clip, Captions(texts), tmp_path)
+    table, _ = mine_table(folder.parts("img"), folder.parts("text"), k=2, threshold=-1.0)
+    first_two = {about[caption] for image in range(len(table)) for caption in table[image][0]}
+    assert first_two == {"fruit", "apple"}
