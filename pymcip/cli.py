@@ -63,9 +63,9 @@ ERROR_STATUS = 2
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status.
 
-    0: done; 2: an error that pymcip raises on purpose, told in one message on stderr (with
-    `--debug` or PYMCIP_DEBUG=1 as a traceback); 130 or 143: interrupted by SIGINT or SIGTERM. What
-    goes to stdout ends with one line of JSON.
+    0: done; 2: an error that pymcip raises on purpose; 1: one of the system (a full disk); both are
+    told in one message on stderr, or with `--debug` or PYMCIP_DEBUG=1 as a traceback. 130 or 143:
+    interrupted by SIGINT or SIGTERM. What a stage prints on stdout ends with one line of JSON.
     """
     options = vars(build_parser().parse_args(arguments))
     command = options.pop("command")
@@ -81,6 +81,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"pymcip {command}: {error}", file=sys.stderr)
         return ERROR_STATUS
+    except OSError as error:  # a full disk, a folder that may not be written
+        if debug:
+            raise
+        print(f"pymcip {command}: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         if debug:
             raise

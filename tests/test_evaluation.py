@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 import pymcip
-from conftest import CAPTIONS, COLOURS, picture, write_hub_folder
 from pymcip import evaluation, metrics
 from pymcip.data import ImageData, load_images
 from pymcip.errors import ConfigError, DataError, OutputExistsError
 from pymcip.evaluation import ClassNames, comparison_table, evaluate_model, read_class_names
 from pymcip.model import ClipModel
+from tests.conftest import CAPTIONS, COLOURS, picture, write_hub_folder
 
 Shards = Callable[..., list[Path]]
 LABEL_METRICS = {"i2i_map", "i2i_r1", "knn"}
@@ -104,9 +104,7 @@ def test_numbers_are_no_class_names(tiny_clip: ClipModel, shards: Shards) -> Non
 
 def test_captions_alone_are_enough(tiny_model_dir: Path, shards: Shards) -> None:
     samples = [{"jpg": picture(i), "txt": CAPTIONS[i]} for i in range(4)]
-    result = pymcip.evaluate(
-        **options(tiny_model_dir, shards(samples)[0].parent, recall_at=(1, 4))
-    )
+    result = pymcip.evaluate(**options(tiny_model_dir, shards(samples)[0].parent, recall_at=(1, 4)))
     assert result.metrics.keys() == {"t2i_r1", "t2i_r4", "i2t_r1", "i2t_r4"}
     assert result.metrics["t2i_r4"] == 100
     assert result.counts["labelled"] == 0
@@ -284,9 +282,7 @@ def test_labels_without_a_name_are_an_error(
 
 
 def test_class_names_need_labels(tiny_clip: ClipModel, shards: Shards) -> None:
-    data = load_images(
-        shards([{"jpg": picture(0), "txt": "a square"}])[0].parent, labelled=False
-    )
+    data = load_images(shards([{"jpg": picture(0), "txt": "a square"}])[0].parent, labelled=False)
     with pytest.raises(DataError, match="class_names need labelled images"):
         evaluate_model(tiny_clip, data, class_names=ClassNames(("0",), ("red",)))
 
@@ -296,8 +292,8 @@ def test_class_names_need_labels(tiny_clip: ClipModel, shards: Shards) -> None:
     [
         ("0\tred\n1\tgreen\n", ClassNames(("0", "1"), ("red", "green"))),
         (
-            "1\tgreen\tIs green.\n0\tred\tIs \"red\", it's said.",
-            ClassNames(("1", "0"), ("green", "red"), ("Is green.", "Is \"red\", it's said.")),
+            '1\tgreen\tIs green.\n0\tred\tIs "red", it\'s said.',
+            ClassNames(("1", "0"), ("green", "red"), ("Is green.", 'Is "red", it\'s said.')),
         ),
         (
             "Description\tname\tcoarse\tlabel\r\nlong\tPink-Lady\tApple\t2\r\n\r\n",
@@ -402,8 +398,8 @@ def test_problems_are_told_before_a_model_is_loaded(
         pymcip.evaluate(model="any", data=images, knn_k=0)
     with pytest.raises(DataError, match="nothing at"):
         pymcip.evaluate(model="any", data=tmp_path / "nowhere")
+    names = write_names(tmp_path / "names.tsv", "0\tred\n")
     with pytest.raises(DataError, match="no row for"):
-        names = write_names(tmp_path / "names.tsv", "0\tred\n")
         pymcip.evaluate(model="any", data=images, class_names=names)
     with pytest.raises(OutputExistsError, match="not empty"):
         pymcip.evaluate(model="any", data=images, out=tmp_path)

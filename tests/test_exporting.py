@@ -6,7 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ import safetensors.torch
 import torch
 
 import pymcip
-from conftest import TINY_MODEL, picture, write_hub_folder
 from pymcip.embedding import EmbeddingFolder
 from pymcip.errors import (
     DataError,
@@ -28,6 +27,7 @@ from pymcip.errors import (
 )
 from pymcip.exporting import plain_state, write_export, write_index
 from pymcip.model import ClipModel, load
+from tests.conftest import TINY_MODEL, picture, write_hub_folder
 
 READER = """
 import json, sys
@@ -55,8 +55,8 @@ for work in sys.argv[1:]:
     np.savez(work + "/found.npz", **found)
 assert not any(name.split(".")[0] == "pymcip" for name in sys.modules)
 """
-VIT = {**TINY_MODEL, "quick_gelu": True}
-TIMM = {
+VIT: dict[str, Any] = {**TINY_MODEL, "quick_gelu": True}
+TIMM: dict[str, Any] = {
     **TINY_MODEL,
     "vision_cfg": {
         "timm_model_name": "test_efficientnet",
@@ -69,7 +69,7 @@ TIMM = {
 }
 
 
-CASES = {
+CASES: dict[str, tuple[dict[str, Any], int | None]] = {
     "plain": (TINY_MODEL, None),
     "quick_gelu": (VIT, None),
     "other_size": (VIT, 48),
@@ -253,10 +253,10 @@ def test_output_folder_is_protected(tiny_model_dir: Path, tmp_path: Path) -> Non
 @pytest.fixture
 def embedded(
     tiny_model_dir: Path, tiny_images: Callable[..., Path], tmp_path: Path
-) -> Iterator[EmbeddingFolder]:
+) -> EmbeddingFolder:
     images = tiny_images(classes=3, per_class=4)
     (images / "class1" / "0.jpg").write_bytes(b"no picture")
-    yield pymcip.embed(
+    return pymcip.embed(
         model=str(tiny_model_dir), images=images, out=tmp_path / "emb", part_size=5, device="cpu"
     )
 

@@ -45,9 +45,14 @@ def test_file_appears_whole(tmp_path: Path) -> None:
 def test_failure_leaves_what_was_there(tmp_path: Path) -> None:
     target = tmp_path / "b.txt"
     target.write_text("old")
-    with pytest.raises(OSError, match="full"), atomic_path(target) as temporary:
-        temporary.write_text("half of it")
-        raise OSError("disk full")
+
+    def fail() -> None:
+        with atomic_path(target) as temporary:
+            temporary.write_text("half of it")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="full"):
+        fail()
     assert target.read_text() == "old"
     assert names(tmp_path) == ["b.txt"]
 
@@ -59,10 +64,15 @@ def test_folder_appears_whole_and_replaces_a_folder(tmp_path: Path) -> None:
             temporary.mkdir()
             (temporary / f"{content}.txt").write_text(content)
     assert names(target) == ["second.txt"]
-    with pytest.raises(RuntimeError), atomic_path(target) as temporary:
-        temporary.mkdir()
-        (temporary / "third.txt").write_text("third")
-        raise RuntimeError
+
+    def fail() -> None:
+        with atomic_path(target) as temporary:
+            temporary.mkdir()
+            (temporary / "third.txt").write_text("third")
+            raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        fail()
     assert names(target) == ["second.txt"]
     assert names(tmp_path) == ["hub"]
 
