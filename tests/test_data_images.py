@@ -8,8 +8,9 @@ import logging
 import os
 import pickle
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,11 +32,11 @@ def labels_of(data: ImageData) -> list[str]:
     return [data.class_names[label] for label in data.labels]
 
 
-def write_table(path: Path, rows: list[dict[str, object]]) -> Path:
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     """Write rows as the table that the path's ending asks for."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
-        pa.parquet.write_table(pa.Table.from_pylist(rows), path)
+        pa.parquet.write_table(pa.Table.from_pylist(list(rows)), path)
         return path
     separator = "\t" if path.suffix == ".tsv" else ","
     lines = [separator.join(rows[0])]
@@ -120,7 +121,7 @@ def test_integer_labels_are_ordered_by_value(tiny_images: Callable[..., Path]) -
 def test_shards(how: str, shards: Callable[..., list[Path]]) -> None:
     paths = shards()
     folder = paths[0].parent
-    sources = {
+    sources: dict[str, Any] = {
         "folder": folder,
         "braces": folder / "{000000..000002}.tar",
         "glob": str(folder / "*.tar"),
@@ -342,7 +343,8 @@ def test_modes_become_rgb(tmp_path: Path) -> None:
     for number, (name, image) in enumerate(images.items()):
         path = folder / f"class{number % 2}" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path, **({"transparency": bytes([0, 9, 9, 9])} if name == "palette.png" else {}))
+        extra: dict[str, Any] = {"transparency": bytes([0, 9, 9, 9])}
+        image.save(path, **(extra if name == "palette.png" else {}))
     data = load_images(folder)
     means = {
         Path(data.key(i)).name: np.asarray(data.read(i)).mean(axis=(0, 1)) for i in range(len(data))

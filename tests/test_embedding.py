@@ -53,10 +53,11 @@ def ten_images(shards: Callable[..., list[Path]]) -> Path:
 
 def expected_images(clip: ClipModel, data: ImageData, rows: list[int]) -> np.ndarray:
     """The oracle: one image at a time through the bare open_clip model, in fp32."""
+    model: Any = clip.model
     vectors = []
     for row in rows:
         with torch.no_grad():
-            vector = clip.model.encode_image(clip.preprocess_val(data.read(row))[None])[0]
+            vector = model.encode_image(clip.preprocess_val(data.read(row))[None])[0]
         vectors.append((vector / vector.norm()).numpy())
     return np.stack(vectors)
 
@@ -87,8 +88,9 @@ def test_captions(tiny_clip: ClipModel, tmp_path: Path) -> None:
     assert [len(part) for part in folder.parts("text")] == [4, 4, 1]
     assert folder.captions() == captions.texts
     assert folder.rows("text").tolist() == list(range(9))
+    model: Any = tiny_clip.model
     with torch.no_grad():
-        expected = tiny_clip.model.encode_text(tiny_clip.tokenizer(captions.texts))
+        expected = model.encode_text(tiny_clip.tokenizer(captions.texts))
     expected /= expected.norm(dim=-1, keepdim=True)
     np.testing.assert_allclose(folder.vectors("text"), expected, atol=FP16_STEP, rtol=0)
 
@@ -364,8 +366,8 @@ def test_embeddings_of_unknown_origin_are_refused(tiny_clip: ClipModel, tmp_path
 def test_folder_that_clip_retrieval_wrote(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     paths, texts = [f"{i}.jpg" for i in range(5)], [f"text {i}" for i in range(5)]
-    for folder in ("img_emb", "text_emb", "metadata"):
-        (tmp_path / folder).mkdir()
+    for name in ("img_emb", "text_emb", "metadata"):
+        (tmp_path / name).mkdir()
     vectors = generator.standard_normal((5, 8)).astype(np.float16)
     for number, rows in enumerate((slice(0, 3), slice(3, 5))):
         np.save(tmp_path / "img_emb" / f"img_emb_{number}.npy", vectors[rows])

@@ -13,9 +13,9 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,7 @@ IMAGE_SUFFIXES = (
 TITLE_COLUMNS = ("title", "caption")
 LABEL_KEYS = ("cls", "label", "class", "class_name")  # of a shard's json, if there is no .cls
 UNLABELLED = -1
+TITLES = pa.large_list(pa.large_string())
 
 _log = logging.getLogger("pymcip.data")
 Int64 = npt.NDArray[np.int64]
@@ -116,24 +117,28 @@ class _Descriptor:
             os.close(self.number)
 
 
+class ShardIndex(NamedTuple):
+    """The images of one shard: their bytes' places int64 [n], member names, lists of titles."""
+
+    offsets: Int64
+    sizes: Int64
+    names: pa.Array
+    titles: pa.Array
+
+
 class ShardStore:
     """Images inside tar shards, read by offset; the shards stay as they are."""
 
     MOST_OPEN = 64
 
-    def __init__(
-        self,
-        paths: list[Path],
-        shard_ids: Sequence[int],
-        members: Sequence[shards.Member],
-        titles: pa.Array | None,
-    ) -> None:
+    def __init__(self, paths: list[Path], indices: list[ShardIndex]) -> None:
+        counts = [len(index.offsets) for index in indices]
         self._paths = paths
-        self._shard_ids = np.array(shard_ids, np.int32)
-        self._offsets = np.array([member.offset for member in members], np.int64)
-        self._sizes = np.array([member.size for member in members], np.int64)
-        self._names = pa.array([member.name for member in members], pa.large_string())
-        self._titles = titles
+        self._shard_ids = np.repeat(np.arange(len(paths), dtype=np.int32), counts)
+        self._offsets = np.concatenate([index.offsets for index in indices])
+        self._sizes = np.concatenate([index.sizes for index in indices])
+        self._names = pa.concat_arrays([index.names for index in indices])
+        self._titles = pa.concat_arrays([index.titles for index in indices])
         self._open: dict[int, _Descriptor] = {}
         self._lock = threading.Lock()
 
@@ -157,7 +162,7 @@ class ShardStore:
         return f"{self._paths[self._shard_ids[row]]}/{self._names[row].as_py()}"
 
     def titles(self, row: int) -> tuple[str, ...]:
-        return () if self._titles is None else tuple(self._titles[row].as_py())
+        return tuple(self._titles[row].as_py())
 
     def read(self, row: int) -> bytes:
         size, offset = int(self._sizes[row]), int(self._offsets[row])
@@ -441,7 +446,7 @@ def _index_tables(paths: list[Path], labelled: bool) -> tuple[Store, list[str | 
         )
     if not names:
         raise DataError(f"{some(paths)}: the table has no rows")
-    return FileStore("table", base, names, _title_column(titles)), labels
+    return FileStore("table", base, names, pa.array(titles, TITLES)), labels
 
 
 def _texts(table: pa.Table, column: str) -> list[str | None]:
@@ -452,19 +457,14 @@ def _texts(table: pa.Table, column: str) -> list[str | None]:
     return [(value.strip() or None) if value is not None else None for value in values]
 
 
-def _title_column(titles: list[list[str]]) -> pa.Array | None:
-    if not any(titles):
-        return None
-    return pa.array(titles, pa.large_list(pa.large_string()))
-
-
 def _index_shards(paths: list[Path]) -> tuple[Store, list[str | None]]:
-    shard_ids: list[int] = []
-    members: list[shards.Member] = []
+    indices: list[ShardIndex] = []
     labels: list[str | None] = []
-    titles: list[list[str]] = []
+    seen: dict[str | None, str | None] = {}  # so that equal labels are one string in memory
     without = 0
-    for number, path in enumerate(progress(paths, description="indexing shards", unit="shard")):
+    for path in progress(paths, description="indexing shards", unit="shard"):
+        images: list[shards.Member] = []
+        titles: list[list[str]] = []
         with path.open("rb") as handle:
             for _, sample in shards.read_index(path):
                 image = next(
@@ -474,18 +474,25 @@ def _index_shards(paths: list[Path]) -> tuple[Store, list[str | None]]:
                     without += 1
                     continue
                 label, texts = _describe(path, handle, sample)
-                shard_ids.append(number)
-                members.append(image)
-                labels.append(label)
+                images.append(image)
+                labels.append(seen.setdefault(label, label))
                 titles.append(texts)
-    if not members:
+        indices.append(
+            ShardIndex(
+                np.array([image.offset for image in images], np.int64),
+                np.array([image.size for image in images], np.int64),
+                pa.array([image.name for image in images], pa.large_string()),
+                pa.array(titles, TITLES),
+            )
+        )
+    if not labels:
         raise DataError(
             f"{some(paths)}: no images; expected members named key.jpg (or "
             f"{', '.join(shards.IMAGE_EXTENSIONS[1:])}) with key.cls beside them"
         )
     if without:
         _log.warning("%s: %d keys have no image and are left out", some(paths), without)
-    return ShardStore(paths, shard_ids, members, _title_column(titles)), labels
+    return ShardStore(paths, indices), labels
 
 
 def _describe(
