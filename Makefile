@@ -64,9 +64,9 @@ bench: setup
 	$(BIN)/python bench/bench_topk.py
 
 gpu-check:
-	@$(GPU_PYTHON) -c 'import torch' || { \
-	  echo "$(GPU_PYTHON) has no torch; name one that has: make gpu-check GPU_PYTHON=/path/to/python3"; \
-	  exit 1; }
+	@$(GPU_PYTHON) -c 'import open_clip, pyarrow, pybind11, pytest, hypothesis, scikit_build_core, torch' \
+	|| { echo "gpu-check installs nothing but pymcip, and $(GPU_PYTHON) lacks what the error above names;" \
+	  "install it there, or name another: make gpu-check GPU_PYTHON=/path/to/python3"; exit 2; }
 	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else 2)' || { \
 	  echo "gpu-check needs a CUDA device, and torch sees none here: nothing was checked."; exit 2; }
 	$(GPU_PYTHON) -m venv $(GPU_VENV)
