@@ -5,7 +5,9 @@
 `--data` is a folder with `grocery/grocery-{train,test}-*.tar`, `grocery/classes.tsv`,
 `clothing/*.tar`, `clothing/classes.tsv` and `captions/*.txt.gz` under `data/`, and the base model
 under `models/lite0`. `base` evaluates the untrained model. The base, the seed and the schedule (3
-epochs, 160 px, lr 3e-4) are the same for every method. The last line of stdout is JSON.
+epochs, 160 px, lr 3e-4) are the same for every method. `2sft` and `mcip+rea` re-align the text tower of
+the runs `gpr` and `mcip` in `--out` (trained first if they are not there): what `pymcip.train` does for
+these methods in one go. The last line of stdout is JSON.
 """
 
 from __future__ import annotations
@@ -37,6 +39,13 @@ SCHEDULE: dict[str, Any] = {
     "rea_lr": 2e-5,
     "rea_warmup": 20,
 }
+STAGES = {
+    "base": [],
+    "gpr": ["gpr"],
+    "2sft": ["gpr", "rea"],
+    "mcip": ["mcip"],
+    "mcip+rea": ["mcip", "rea"],
+}
 COLUMNS = {
     "I2I mAP": ("grocery", "i2i_map"),
     "R@1": ("grocery", "i2i_r1"),
@@ -48,8 +57,7 @@ COLUMNS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    methods = ["base", "gpr", "2sft", "mcip", "mcip+rea"]
-    parser.add_argument("--method", choices=methods, required=True)
+    parser.add_argument("--method", choices=STAGES, required=True)
     parser.add_argument("--data", type=Path, default=Path("../shared"))
     parser.add_argument("--out", type=Path, default=Path("runs/photographs"))
     parser.add_argument("--split", choices=["val", "test"], default="test")
@@ -64,16 +72,17 @@ def main() -> None:
     base = f"local-dir:{arguments.data / 'models' / 'lite0'}"
     started = time.perf_counter()
     model = base
-    if arguments.method != "base":
+    for stage in STAGES[arguments.method]:
         result = pymcip.train(
-            model=base,
+            model=model,
+            mine_model=base if stage == "rea" else None,
             train_data=str(data / "grocery" / "grocery-train-*.tar"),
             captions=[str(path) for path in sorted((data / "captions").glob("*.txt.gz"))],
-            method=arguments.method,
-            out=arguments.out / f"{arguments.method}-{arguments.seed}",
+            method=stage,
+            out=arguments.out / f"{arguments.method if stage == 'rea' else stage}-{arguments.seed}",
             cache=arguments.out / "embeddings",
             seed=arguments.seed,
-            overwrite=True,
+            resume="latest",  # a finished run with these options is used as it is
             **{**SCHEDULE, **changes},
         )
         model = str(result.out)

@@ -226,6 +226,9 @@ class TrainConfig(ModelOptions):
     method: Method = option("mcip", "gpr, 2sft, mcip, mcip+rea or rea")
     captions: Sources | None = option(None, "caption corpus to mine pseudo-captions from")
     val_data: Sources | None = option(None, "labelled images, evaluated after every epoch")
+    val_class_names: Source | None = option(
+        None, "TSV label<TAB>name[<TAB>description] of val_data's classes, as for evaluate"
+    )
     train_weights: tuple[float, ...] | None = option(
         None, "one weight per source of train_data: expected share of its images per epoch"
     )

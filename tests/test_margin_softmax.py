@@ -286,3 +286,31 @@ def test_info_nce_by_hand_and_with_repeated_captions() -> None:
     masked = info_nce(images, texts, 2.0, text_ids=ids).item()
     two = math.log(math.exp(2) + 1) - 2
     assert masked == pytest.approx((2 * two + expected) / 3, rel=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gpu_matches_fp64(backend: str) -> None:
+    """Loss and both gradients of a problem of several chunks, against fp64 on the CPU."""
+    x, w, own = problem(64, 5000, 512, 7)
+    found, expected = [], []
+    for device, dtype, results in (
+        ("cuda", torch.float32, found),
+        ("cpu", torch.float64, expected),
+    ):
+        tensors = [torch.from_numpy(value).to(device, dtype).requires_grad_() for value in (x, w)]
+        indptr, indices = (value.to(device) for value in csr(own))
+        loss = margin_softmax(
+            *tensors,
+            indptr,
+            indices,
+            margin=0.3,
+            chunk=999,
+            backend=backend if device == "cuda" else "torch",
+        )
+        loss.sum().backward()
+        results += [loss.detach().cpu(), *(value.grad.cpu() for value in tensors)]
+    for one, other in zip(found, expected, strict=True):
+        # TF32 is off by default: fp32 products of 512 terms, a few hundred u of the largest value
+        assert torch.allclose(one.double(), other, rtol=0, atol=1e-4 * float(other.abs().max()))

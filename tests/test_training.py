@@ -465,3 +465,16 @@ def test_image_size_can_be_changed(options: dict[str, Any]) -> None:
     pixels = clip.preprocess_val(Image.new("RGB", (60, 60)))
     assert pixels.shape == (3, 48, 48)
     assert clip.encode_images(pixels[None]).shape == (1, 16)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_gpu_training_with_bf16(workers: int, options: dict[str, Any]) -> None:
+    options = {**options, "device": "cuda", "precision": "amp_bf16", "workers": workers}
+    result = pymcip.train(**{**options, "val_data": options["train_data"]}, method="mcip+rea")
+    assert result.steps == 6 + 4
+    assert result.skipped_steps == 0
+    on_cpu = pymcip.load(str(result.out), device="cpu", precision="fp32")
+    for value in on_cpu.model.state_dict().values():
+        assert torch.isfinite(value).all()

@@ -26,7 +26,7 @@ from pymcip.config import TrainConfig
 from pymcip.data import Captions, ImageData, load_captions, load_images
 from pymcip.embedding import EmbeddingFolder, embed_captions, embed_images
 from pymcip.errors import CheckpointError, ConfigError, DataError
-from pymcip.evaluation import evaluate_model
+from pymcip.evaluation import ClassNames, evaluate_model, read_class_names
 from pymcip.exporting import write_export
 from pymcip.files import fingerprint, prepare_output, read_json, write_json
 from pymcip.mining import CaptionTable, mine_table
@@ -104,6 +104,7 @@ def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
     data = load_images(config.train_data)
     captions = load_captions(config.captions) if config.captions is not None else None
     validation = load_images(config.val_data) if config.val_data is not None else None
+    names = read_class_names(config.val_class_names) if config.val_class_names else None
     pair_data = (
         load_images(config.rea_data, labelled=False) if config.rea_data is not None else None
     )
@@ -128,7 +129,7 @@ def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
     write_json(out / "config.json", config.to_dict())
     (out / "checkpoints").mkdir(exist_ok=True)
     remove_leftovers(out / "checkpoints")
-    trainer = _Trainer(config, out, clip, data, captions, validation, pair_data)
+    trainer = _Trainer(config, out, clip, data, captions, validation, names, pair_data)
     with Interruption().installed() as interruption, log_file(out / "out.log"):
         return trainer.run(interruption)
 
@@ -152,11 +153,10 @@ def _check_resumable(config: TrainConfig) -> TrainResult | None:
     if not (out / "result.json").is_file():
         return None
     _log.info("the run in %s is finished; nothing to resume", out)
-    values = read_json(out / "result.json")
+    values: dict[str, Any] = read_json(out / "result.json")
     paths = ("out", "checkpoint", "best_checkpoint", "state_dict", "hub")
-    return TrainResult(
-        **{name: Path(v) if name in paths and v is not None else v for name, v in values.items()}
-    )
+    values |= {name: Path(values[name]) for name in paths if values[name] is not None}
+    return TrainResult(**values)
 
 
 def _has_titles(data: ImageData) -> bool:
@@ -174,10 +174,12 @@ class _Trainer:
         data: ImageData,
         captions: Captions | None,
         validation: ImageData | None,
+        names: ClassNames | None,
         pair_data: ImageData | None,
     ) -> None:
         self.config, self.out, self.clip = config, out, clip
-        self.captions, self.validation, self.pair_data = captions, validation, pair_data
+        self.captions, self.pair_data = captions, pair_data
+        self.validation, self.names = validation, names
         self.cache = Path(config.cache) if config.cache is not None else out / "embeddings"
         self.all_data = data
         self.metrics: dict[str, float] = {}
@@ -394,6 +396,7 @@ class _Trainer:
         return evaluate_model(
             self.clip,
             self.validation,
+            class_names=self.names,
             batch_size=EMBED_BATCH,
             workers=config.workers,
         )

@@ -20,7 +20,8 @@ KEPT = 2
 
 def random_states() -> dict[str, Any]:
     """Every generator that a training step may draw from, as tensors and plain numbers."""
-    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
+    legacy: Any = np.random.get_state()  # noqa: NPY002
+    name, keys, position, has_gauss, cached = legacy
     version, internal, gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),

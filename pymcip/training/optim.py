@@ -15,7 +15,8 @@ def parameter_groups(
     named: Iterable[tuple[str, nn.Parameter]], *, lr: float, wd: float
 ) -> list[dict[str, object]]:
     """Two AdamW groups: no weight decay on vectors, scalars, norms and biases (open_clip's rule)."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in named:
         if not parameter.requires_grad:
             continue

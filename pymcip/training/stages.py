@@ -138,7 +138,7 @@ class ImageStage:
         tower = parameter_groups(image_parameters(clip.model), lr=config.lr, wd=config.wd)
         lr_classes = 10 * config.lr if config.lr_classes is None else config.lr_classes
         matrix = {"params": [self.classes.weight], "weight_decay": 0.0, "peak_lr": lr_classes}
-        self.optimizer = make_optimizer([*tower, matrix], config)
+        self.optimizer: torch.optim.Optimizer = make_optimizer([*tower, matrix], config)
         self.convolutional = is_convolutional(clip.model)
         self.images = AugmentedImages(data, clip.preprocess_train, config.seed)
 
@@ -236,7 +236,7 @@ class TextStage:
         self.steps_per_epoch = max(1, len(self.rows) // self.samples_per_step)
         unlock_text_tower(clip)
         groups = parameter_groups(text_parameters(clip.model), lr=config.rea_lr, wd=config.wd)
-        self.optimizer = make_optimizer(groups, config)
+        self.optimizer: torch.optim.Optimizer = make_optimizer(groups, config)
         self.heads = nn.ModuleDict()
         model: Any = clip.model
         self.scale = min(100.0, float(model.logit_scale.detach().exp()))
