@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import logging
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 
 import pymcip
 from pymcip.data import Captions, ImageData, load_captions, load_images
+from pymcip.data.loading import DecodedImages
 from pymcip.embedding import EmbeddingFolder, embed_captions, embed_images
 from pymcip.errors import (
     ConfigError,
@@ -149,6 +151,15 @@ def test_worker_processes_give_the_same(
     embed_images(tiny_clip, data, tmp_path / "0", part_size=6, batch_size=3)
     embed_images(tiny_clip, data, tmp_path / "1", part_size=6, batch_size=3, workers=1)
     assert files(tmp_path / "0") == files(tmp_path / "1")
+
+
+def test_data_set_can_be_sent_to_spawned_workers(tiny_clip: ClipModel, ten_images: Path) -> None:
+    data = load_images(ten_images)
+    items = DecodedImages(data, [4, 2], tiny_clip.preprocess_val)
+    sent = pickle.loads(pickle.dumps(items))
+    assert torch.equal(sent[0][1], items[0][1])
+    assert sent[1] == items[1]
+    assert sent[1][1].index == 2
 
 
 # Undecodable images
