@@ -248,7 +248,8 @@ class TrainConfig(ModelOptions):
     workers: int = option(0, "decoding processes; 0 decodes in the main process")
     seed: int = option(0, "seed of everything random")
     aug_cfg: dict[str, Any] = option(
-        {}, "open_clip's augmentation (AugmentationCfg): scale=(0.5,1.0) use_timm=True color_jitter=0.2"
+        {},
+        "open_clip's augmentation (AugmentationCfg): scale=(0.5,1.0) use_timm=True color_jitter=0.2",
     )
 
     projector: Projector = option(

@@ -29,7 +29,7 @@ from pymcip.errors import CheckpointError, ConfigError, DataError
 from pymcip.evaluation import ClassNames, evaluate_model, read_class_names
 from pymcip.exporting import write_export
 from pymcip.files import fingerprint, prepare_output, read_json, write_json
-from pymcip.mining import CaptionTable, mine_table
+from pymcip.mining import CaptionTable, mine_captions
 from pymcip.model import ClipModel, load
 from pymcip.training.checkpoints import (
     checkpoint_files,
@@ -257,6 +257,7 @@ class _Trainer:
             miner = load(
                 config.mine_model,
                 config.mine_pretrained,
+                image_size=config.image_size,
                 device=config.device,
                 precision=config.precision,
             )
@@ -275,17 +276,14 @@ class _Trainer:
             return
         assert self.captions is not None
         self.caption_vectors = self._embed_captions(miner, self.captions)
-        self.table, report = mine_table(
-            self.embedded.parts("img"),
-            self.caption_vectors.parts("text"),
+        self.table = mine_captions(
+            images=self.embedded.path,
+            captions=self.caption_vectors.path,
+            out=self.out / "mined",
             k=config.k,
             threshold=config.threshold,
             seed=config.seed,
-        )
-        mined = self.out / "mined"
-        mined.mkdir(exist_ok=True)
-        self.table.save(mined)
-        write_json(mined / "report.json", report)
+        ).table
 
     def _embed_images(self, clip: ClipModel, data: ImageData) -> EmbeddingFolder:
         name = fingerprint([clip.fingerprint("image"), data.fingerprint()])[:16]
