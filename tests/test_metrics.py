@@ -149,6 +149,13 @@ def test_map_and_r1_with_ties_and_duplicates(case: tuple[Floats, Ints]) -> None:
     assert metrics.nearest_other_recall(x, labels) == pytest.approx(oracle_r1(x, labels), abs=1e-9)
 
 
+def test_map_with_many_ties() -> None:
+    # A sort that is not stable keeps short rows in order by chance.
+    generator = np.random.default_rng(2)
+    x, labels = EXACT[generator.integers(0, len(EXACT), 300)], generator.integers(0, 9, 300)
+    assert metrics.full_ranking_map(x, labels) == pytest.approx(oracle_map(x, labels), abs=1e-9)
+
+
 def test_map_of_separated_classes_is_perfect_and_of_one_class_too() -> None:
     labels = np.repeat(np.arange(4), 3)
     assert metrics.full_ranking_map(np.eye(4)[labels], labels) == 100
