@@ -45,7 +45,7 @@ template <int Queries, int Vectors, int Lanes>
 __attribute__((always_inline)) inline void score_tile(const float* __restrict queries,
                                                       const float* __restrict rows,
                                                       std::int64_t depth, float* __restrict out) {
-    typedef float Vector __attribute__((vector_size(Lanes * sizeof(float))));
+    typedef float Vector __attribute__((vector_size(Lanes * sizeof(float)), may_alias));
     Vector sum[Queries][Vectors];
 #pragma GCC unroll 16
     for (int query = 0; query < Queries; ++query)
