@@ -332,7 +332,10 @@ def _notes(counts: dict[str, int], config: EvaluateConfig) -> str:
 def _embed(
     clip: ClipModel, data: ImageData, batch_size: int, workers: int
 ) -> tuple[npt.NDArray[np.int64], Tensor]:
-    """Embed every decodable image: its number (int64 [N]) and unit vector (float32 [N, D])."""
+    """Embed every decodable image: its number (int64 [N]) and unit vector (float32 [N, D]).
+
+    The vectors are on the model's device, where the metrics rank them.
+    """
     numbers, vectors = [], []
     batches = iterate_batches(
         data,
@@ -350,7 +353,7 @@ def _embed(
             vectors.append(clip.encode_images(batch.images))
     if not numbers:
         raise DataError(f"none of the {len(data)} images, such as {data.key(0)}, can be decoded")
-    return np.concatenate(numbers), torch.cat(vectors)
+    return np.concatenate(numbers), torch.cat(vectors).to(clip.device)
 
 
 def _check_data(

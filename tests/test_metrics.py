@@ -457,3 +457,28 @@ def test_wrong_arrays_are_refused(x: Any, labels: Any, message: str) -> None:
     for metric in (metrics.full_ranking_map, metrics.nearest_other_recall):
         with pytest.raises(DataError, match=message):
             metric(x, np.array(labels))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_metrics_on_a_gpu_are_those_on_the_cpu() -> None:
+    generator = np.random.default_rng(3)
+    x, labels = EXACT[generator.integers(0, len(EXACT), 300)], generator.integers(0, 9, 300)
+    texts = EXACT[generator.integers(0, len(EXACT), 400)]
+    owners = generator.integers(0, 300, 400)
+    images = torch.from_numpy(x).cuda()
+    for metric in (metrics.full_ranking_map, metrics.nearest_other_recall):
+        assert metric(images, labels) == pytest.approx(metric(x, labels), abs=1e-9)
+    for vote in ("weighted", "majority"):
+        got = metrics.knn_classify(images, labels, images, 5, vote, leave_one_out=True)  # type: ignore[arg-type]
+        wanted = metrics.knn_classify(x, labels, x, 5, vote, leave_one_out=True)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(got, wanted)
+    assert metrics.cross_modal_recall(images, texts, owners) == pytest.approx(
+        metrics.cross_modal_recall(x, texts, owners), abs=1e-9
+    )
+    assert metrics.zero_shot_accuracy(images, texts[:9], labels) == pytest.approx(
+        metrics.zero_shot_accuracy(x, texts[:9], labels), abs=1e-9
+    )
+    assert metrics.class_text_map(images, labels, texts[:9]) == pytest.approx(
+        metrics.class_text_map(x, labels, texts[:9]), abs=1e-9
+    )
