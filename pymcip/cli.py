@@ -81,6 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"pymcip {command}: {error}", file=sys.stderr)
         return ERROR_STATUS
+    except BrokenPipeError:  # `pymcip env | head`; nobody reads on, so say nothing
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:  # a full disk, a folder that may not be written
         if debug:
             raise
@@ -169,7 +172,7 @@ def summary(result: Any) -> dict[str, Any]:
 
 def _show_environment() -> int:
     environment = import_module("pymcip.environment")
-    print(environment.format_report(environment.environment_report()))
+    print(environment.format_report(environment.environment_report()), flush=True)
     return 0
 
 
