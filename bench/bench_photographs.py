@@ -7,7 +7,7 @@
 under `models/lite0`. `base` evaluates the untrained model. The base, the seed and the schedule (3
 epochs, 160 px, lr 3e-4) are the same for every method. `2sft` and `mcip+rea` re-align the text tower of
 the runs `gpr` and `mcip` in `--out` (trained first if they are not there): what `pymcip.train` does for
-these methods in one go. The last line of stdout is JSON.
+these methods in one go. Training is at 160 px, evaluation at 224 px. The last line of stdout is JSON.
 """
 
 from __future__ import annotations
@@ -46,6 +46,9 @@ STAGES = {
     "mcip": ["mcip"],
     "mcip+rea": ["mcip", "rea"],
 }
+IMAGE_SIZE = 224  # of the evaluation, the base model's own
+# Grocery names alone as prompts: what the base does best with.
+TEMPLATES = {"grocery": ["{}"], "clothing": ["a photo of a {}", "{}"]}
 COLUMNS = {
     "I2I mAP": ("grocery", "i2i_map"),
     "R@1": ("grocery", "i2i_r1"),
@@ -94,7 +97,8 @@ def main() -> None:
             model=model,
             data=str(data / name / shards),
             class_names=data / name / "classes.tsv",
-            image_size=SCHEDULE["image_size"],
+            image_size=IMAGE_SIZE,
+            templates=TEMPLATES[name],
         ).metrics
     row = {
         "method": arguments.method,

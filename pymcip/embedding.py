@@ -204,7 +204,12 @@ def embed(config: EmbedConfig | None = None, /, **options: Any) -> EmbeddingFold
         precision=config.precision,
     )
     ours = any((out / f"{kind}_fingerprint.json").is_file() for kind in METADATA)
-    prepare_output(out, overwrite=config.overwrite, resume=ours and not config.overwrite)
+    prepare_output(
+        out,
+        overwrite=config.overwrite,
+        resume=ours and not config.overwrite,
+        inputs=(config.model, config.pretrained, config.images, config.captions),
+    )
     if images is not None:
         embed_images(
             clip,

@@ -21,7 +21,6 @@ PACKAGES = (
     "pillow",
     "pyarrow",
     "safetensors",
-    "zstandard",
 )
 CPU_FLAGS = (  # /proc/cpuinfo's names, x86-64 then AArch64
     "avx2",

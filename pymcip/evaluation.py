@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pymcip import metrics as measure
-from pymcip.config import EvaluateConfig, Source
+from pymcip.config import EvaluateConfig
 from pymcip.data import ImageData, load_images
 from pymcip.data.loading import iterate_batches
 from pymcip.errors import DataError
@@ -87,9 +87,7 @@ def evaluate(config: EvaluateConfig | None = None, /, **options: Any) -> Evaluat
         models.insert(0, (config.baseline, config.baseline_pretrained))
     out = None
     if config.out is not None:
-        inputs: list[Source | None] = [name for model in models for name in model]
-        for sources in (config.data, config.knn_data, config.class_names):
-            inputs.extend(sources if isinstance(sources, tuple) else [sources])
+        inputs = [*models, config.data, config.knn_data, config.class_names]
         out = prepare_output(config.out, overwrite=config.overwrite, inputs=inputs)
     results = []
     counts: dict[str, int] = {}

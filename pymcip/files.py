@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -78,7 +79,7 @@ def prepare_output(
     *,
     overwrite: bool = False,
     resume: bool = False,
-    inputs: Iterable[str | os.PathLike[str] | None] = (),
+    inputs: Iterable[Any] = (),
 ) -> Path:
     """Make the output folder; refuse one that holds anything unless told what to do with it.
 
@@ -86,8 +87,8 @@ def prepare_output(
         out: the folder.
         overwrite: remove what is in it.
         resume: keep what is in it.
-        inputs: what the caller reads (paths; None and names that are no paths are passed over):
-            none of it may lie in a folder that is overwritten.
+        inputs: what the caller reads (paths, tuples of them; None and names that are no paths are
+            passed over): none of it may lie in a folder that is overwritten.
 
     Raises:
         OutputExistsError: `out` is a file, is not empty, or holds one of the inputs.
@@ -97,7 +98,8 @@ def prepare_output(
         raise OutputExistsError(f"{out} is a file; give a folder that is new or empty.")
     if out.is_dir() and any(out.iterdir()):
         if overwrite:
-            for source in inputs:
+            nested = (item if isinstance(item, tuple) else (item,) for item in inputs)
+            for source in itertools.chain.from_iterable(nested):
                 path = Path(os.fspath(source or "").removeprefix("local-dir:"))
                 if source and path.exists() and path.resolve().is_relative_to(out.resolve()):
                     raise OutputExistsError(

@@ -209,7 +209,12 @@ def mine_captions(config: MineConfig | None = None, /, **options: Any) -> MineRe
         "seed": config.seed,
     }
     ours = (out / "mine.json").is_file()
-    prepare_output(out, overwrite=config.overwrite, resume=ours and not config.overwrite)
+    prepare_output(
+        out,
+        overwrite=config.overwrite,
+        resume=ours and not config.overwrite,
+        inputs=(config.images, config.captions),
+    )
     if ours and not config.overwrite:
         _check_settings(out, settings)
     write_json(out / "mine.json", settings)

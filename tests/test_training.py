@@ -390,6 +390,13 @@ def test_bad_input_writes_nothing(options: dict[str, Any], tmp_path: Path) -> No
         assert not Path(options["out"]).exists()
 
 
+def test_overwrite_does_not_remove_what_is_read(options: dict[str, Any]) -> None:
+    images = Path(options["train_data"])
+    with pytest.raises(OutputExistsError, match="is read from the output folder"):
+        pymcip.train(**{**options, "out": str(images.parent), "overwrite": True}, method="gpr")
+    assert (images / "class0" / "0.jpg").exists()
+
+
 def test_zero_captions_over_the_threshold(options: dict[str, Any]) -> None:
     with pytest.raises(DataError, match="threshold"):
         pymcip.train(**{**options, "threshold": 1.0}, method="mcip")

@@ -125,7 +125,16 @@ def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
         finished = _check_resumable(config)
         if finished is not None:
             return finished
-    out = prepare_output(config.out, overwrite=config.overwrite, resume=config.resume is not None)
+    out = prepare_output(
+        config.out,
+        overwrite=config.overwrite,
+        resume=config.resume is not None,
+        inputs=(
+            (config.model, config.pretrained, config.mine_model, config.mine_pretrained),
+            *(config.train_data, config.captions, config.rea_data, config.cache),
+            *(config.val_data, config.val_class_names),
+        ),
+    )
     write_json(out / "config.json", config.to_dict())
     (out / "checkpoints").mkdir(exist_ok=True)
     remove_leftovers(out / "checkpoints")
