@@ -19,6 +19,7 @@ from pymcip.mining import CaptionTable
 from pymcip.model import ClipModel
 from pymcip.training.batches import AugmentedImages, image_batches, random_state
 from pymcip.training.checkpoints import random_states
+from pymcip.training.depthwise import speed_up_depthwise
 from pymcip.training.optim import cosine_with_warmup, parameter_groups
 from pymcip.training.sampling import epoch_order, random_generator
 from pymcip.training.stages import ImageStage, Pairs, TextStage, caption_bank
@@ -285,3 +286,35 @@ def test_text_stage_shows_each_image_once_with_one_of_its_captions(tiny_clip: Cl
                 assert caption in ids[indptr[row] : indptr[row + 1]]
                 drawn.add((row, caption))
     assert drawn == {(0, 0), (0, 1), (2, 2), (3, 3), (3, 4), (3, 5)}
+
+
+@pytest.mark.parametrize(("stride", "kernel", "padding"), [(1, 3, 1), (2, 5, 2), (2, 3, 0)])
+def test_depthwise_convolutions_have_autocasts_gradients(
+    stride: int, kernel: int, padding: int
+) -> None:
+    """Forward and input gradient: autocast's bits. Weight gradient: nearer to fp64 than autocast."""
+    layer = torch.nn.Conv2d(8, 8, kernel, stride, padding, groups=8, bias=False)
+    torch.manual_seed(0)
+    pixels, results = torch.randn(4, 8, 11, 13), []
+    for changed in (False, True):
+        assert speed_up_depthwise(layer) == 1 if changed else "forward" not in vars(layer)
+        x = pixels.clone().requires_grad_()
+        layer.weight.grad = None
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = layer(x)
+        y.float().square().sum().backward()
+        results.append((y.detach(), x.grad, layer.weight.grad))
+    (y, x_grad, w_grad), (new_y, new_x_grad, new_w_grad) = results
+    assert torch.equal(y, new_y)
+    assert x_grad is not None
+    assert torch.equal(x_grad, new_x_grad)
+    assert new_w_grad.dtype == torch.float32
+    rounded = [value.to(torch.bfloat16).double() for value in (pixels, layer.weight)]
+    exact = torch.nn.grad.conv2d_weight(
+        rounded[0], layer.weight.shape, (2 * y).double(), stride, padding, groups=8
+    )
+    assert (new_w_grad - exact).abs().max() <= (w_grad - exact).abs().max()
+    assert torch.allclose(new_w_grad.double(), exact, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():  # without autocast it is the plain layer
+        assert torch.equal(layer(pixels), type(layer).forward(layer, pixels))
+    assert set(layer.state_dict()) == {"weight"}

@@ -19,6 +19,7 @@ from pymcip.losses import ArcMargin, MCArcMargin, info_nce
 from pymcip.mining import CaptionTable
 from pymcip.model import ClipModel, is_convolutional
 from pymcip.training.batches import AugmentedImages, image_batches
+from pymcip.training.depthwise import speed_up_depthwise
 from pymcip.training.optim import make_optimizer, parameter_groups
 from pymcip.training.sampling import epoch_order, random_generator
 from pymcip.training.towers import (
@@ -140,6 +141,8 @@ class ImageStage:
         matrix = {"params": [self.classes.weight], "weight_decay": 0.0, "peak_lr": lr_classes}
         self.optimizer: torch.optim.Optimizer = make_optimizer([*tower, matrix], config)
         self.convolutional = is_convolutional(clip.model)
+        if clip.device.type == "cpu" and clip.precision == "amp_bf16":
+            speed_up_depthwise(clip.model)
         self.images = AugmentedImages(data, clip.preprocess_train, config.seed)
 
     def train_mode(self) -> None:
