@@ -28,8 +28,9 @@ from pymcip.config import TrainConfig
 from pymcip.data import load_images
 from pymcip.mining import CaptionTable
 from pymcip.model import ClipModel, load
+from pymcip.training.checkpoints import Position
 from pymcip.training.logs import MetricsLog
-from pymcip.training.loop import Interruption, Position, Run, _epoch
+from pymcip.training.loop import Interruption, Run, _epoch
 from pymcip.training.optim import make_optimizer, parameter_groups
 from pymcip.training.stages import ImageStage, caption_bank
 

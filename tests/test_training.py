@@ -267,6 +267,27 @@ def test_resume_refuses_other_options_and_other_models(options: dict[str, Any]) 
         pymcip.train(**options, method="gpr", resume="latest")
 
 
+def test_resume_refuses_a_folder_that_is_no_run(options: dict[str, Any]) -> None:
+    out = Path(options["out"])
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="no pymcip run"):
+        pymcip.train(**options, method="gpr", resume="latest")
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
+
+
+def test_a_run_killed_while_exporting_keeps_its_metrics(options: dict[str, Any]) -> None:
+    """Nothing is left to train or evaluate, so both come from what the run has written."""
+    options = {**options, "val_data": options["train_data"], "method": "gpr"}
+    result = pymcip.train(**options)
+    (result.out / "result.json").unlink()
+    log = (result.out / "metrics.jsonl").read_text()
+    resumed = pymcip.train(**options, resume="latest")
+    assert resumed.metrics == result.metrics
+    assert resumed.before == result.before
+    assert (result.out / "metrics.jsonl").read_text() == log
+
+
 def test_checkpoints_are_pruned_and_hold_no_code(options: dict[str, Any]) -> None:
     result = pymcip.train(**{**options, "save_steps": 1}, method="gpr")
     folder = result.out / "checkpoints"

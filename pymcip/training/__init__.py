@@ -28,17 +28,19 @@ from pymcip.embedding import EmbeddingFolder, embed_captions, embed_images
 from pymcip.errors import CheckpointError, ConfigError, DataError
 from pymcip.evaluation import ClassNames, evaluate_model, read_class_names
 from pymcip.exporting import write_export
-from pymcip.files import fingerprint, prepare_output, read_json, write_json
+from pymcip.files import TEMPORARY_SUFFIX, fingerprint, prepare_output, read_json, write_json
 from pymcip.mining import CaptionTable, mine_captions
 from pymcip.model import ClipModel, load
 from pymcip.training.checkpoints import (
+    Position,
     checkpoint_files,
     load_checkpoint,
     mark_best,
+    position_of,
     remove_leftovers,
 )
 from pymcip.training.logs import MetricsLog, forget_after, log_file
-from pymcip.training.loop import Interruption, Position, Run, fit, position_of, restore
+from pymcip.training.loop import Interruption, Run, fit, restore
 from pymcip.training.stages import ImageStage, Pairs, Stage, TextStage, caption_bank
 from pymcip.training.towers import discard_projector
 
@@ -147,6 +149,11 @@ def _check_resumable(config: TrainConfig) -> TrainResult | None:
     """Refuse to resume another run; return the result of one that is already finished."""
     out = Path(config.out)
     if not (out / "config.json").is_file():
+        if out.is_dir() and not all(p.name.endswith(TEMPORARY_SUFFIX) for p in out.iterdir()):
+            raise ConfigError(
+                f"resume='latest': {out} holds files but no config.json, so it is no pymcip run; "
+                "give the folder of a run, or one that is new or empty"
+            )
         return None
     before, now = read_json(out / "config.json"), config.to_dict()
     changed = [
@@ -207,10 +214,10 @@ class _Trainer:
         position = Position() if state is None else position_of(state)
         if state is not None:
             self._load_weights(state["model"], files[-1])
-            forget_after(self.out / "metrics.jsonl", position.global_step)
             _log.info("resuming from %s", files[-1])
         else:
             _seed_everything(config.seed)
+        self.metrics = forget_after(self.out / "metrics.jsonl", position)
         with MetricsLog(self.out, config.report_to, config.to_dict()) as log:
             run = Run(
                 self.clip, config, self.out, log, interruption, position, self._end_of_epoch,

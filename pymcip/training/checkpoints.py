@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import random
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,26 @@ from pymcip.files import TEMPORARY_SUFFIX, atomic_path
 
 FORMAT = 1
 KEPT = 2
+
+
+@dataclass
+class Position:
+    """How far the run is. All of it goes into a checkpoint."""
+
+    stage: int = 0
+    epoch: int = 0
+    step: int = 0  # within the epoch
+    global_step: int = 0
+    skipped_steps: int = 0
+    bad_steps_in_a_row: int = 0
+    best_score: float = -math.inf
+    sums: dict[str, float] = field(default_factory=dict)  # since the last logged line
+    steps_in_sums: int = 0
+
+
+def position_of(state: dict[str, Any]) -> Position:
+    """The position that a checkpoint was written at."""
+    return Position(**{name: state[name] for name in Position.__dataclass_fields__})
 
 
 def random_states() -> dict[str, Any]:

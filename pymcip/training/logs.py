@@ -12,6 +12,7 @@ from typing import Any
 
 from pymcip.errors import MissingDependencyError
 from pymcip.files import write_text
+from pymcip.training.checkpoints import Position
 
 
 @contextmanager
@@ -64,24 +65,28 @@ class MetricsLog:
             tracker.log(numbers, record["global_step"])
 
 
-def forget_after(path: Path, global_step: int) -> None:
-    """Drop the lines that a killed run wrote after the checkpoint it is resumed from.
+def forget_after(path: Path, position: Position) -> dict[str, float]:
+    """Drop the lines of metrics.jsonl that a killed run wrote after its last checkpoint.
 
-    A checkpoint at the end of an epoch is written before that epoch is evaluated, so an evaluation
-    at the same step is dropped too: it is done again.
+    A checkpoint at the end of an epoch (`step` > 0) is written before that epoch is evaluated: an
+    evaluation at its step is dropped too and done again. Returns the last evaluation that is kept.
     """
     if not path.exists():
-        return
-    kept = []
+        return {}
+    kept: list[str] = []
+    evaluation: dict[str, float] = {}
+    evaluated = position.step == 0 and position.global_step > 0
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             record = json.loads(line)
         except json.JSONDecodeError:  # the line being written when the run was killed
             continue
-        step = record["global_step"]
-        if step < global_step or (step == global_step and "evaluation" not in record):
+        behind = position.global_step - record["global_step"]
+        if behind > 0 or (behind == 0 and (evaluated or "evaluation" not in record)):
             kept.append(line + "\n")
+            evaluation = record.get("evaluation", evaluation)
     write_text(path, "".join(kept))
+    return evaluation
 
 
 class _TensorBoard:

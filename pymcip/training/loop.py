@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,6 +22,7 @@ from pymcip.errors import CheckpointError, TrainingDivergedError
 from pymcip.model import ClipModel
 from pymcip.progress import progress
 from pymcip.training.checkpoints import (
+    Position,
     checkpoint_files,
     random_states,
     restore_random_states,
@@ -34,21 +35,6 @@ from pymcip.training.stages import Stage
 MAX_BAD_STEPS_IN_A_ROW = 10
 
 _log = logging.getLogger("pymcip.training")
-
-
-@dataclass
-class Position:
-    """How far the run is. All of it goes into a checkpoint."""
-
-    stage: int = 0
-    epoch: int = 0
-    step: int = 0  # within the epoch
-    global_step: int = 0
-    skipped_steps: int = 0
-    bad_steps_in_a_row: int = 0
-    best_score: float = -math.inf
-    sums: dict[str, float] = field(default_factory=dict)  # since the last logged line
-    steps_in_sums: int = 0
 
 
 class Interruption:
@@ -119,11 +105,6 @@ class Run:
         }
         self.checkpoint = save_checkpoint(self.checkpoints, state)
         return self.checkpoint
-
-
-def position_of(state: dict[str, Any]) -> Position:
-    """The position that a checkpoint was written at."""
-    return Position(**{name: state[name] for name in Position.__dataclass_fields__})
 
 
 def restore(state: dict[str, Any], stage: Stage) -> None:
