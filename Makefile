@@ -62,6 +62,8 @@ demo: setup
 
 bench: setup
 	$(BIN)/python bench/bench_topk.py
+	$(BIN)/python bench/bench_train.py
+	$(BIN)/python bench/bench_depthwise.py
 
 gpu-check:
 	@$(GPU_PYTHON) -c 'import open_clip, pyarrow, pybind11, pytest, hypothesis, scikit_build_core, torch' \
@@ -79,6 +81,7 @@ gpu-check:
 	cd $(GPU_VENV) && bin/python -m pytest -c ../pyproject.toml --rootdir .. -m gpu \
 	  $$(grep -l 'mark\.gpu' ../tests/*.py)
 	$(GPU_VENV)/bin/python bench/bench_topk.py --device cuda --store
+	$(GPU_VENV)/bin/python bench/bench_train.py --device cuda --store
 
 clean:
 	rm -rf $(VENV) $(GPU_VENV) build dist

@@ -258,7 +258,7 @@ def embed_images(
         "model": clip.name,
         "model_fingerprint": clip.fingerprint("image"),
         "precision": clip.precision,
-        "transform": repr(clip.preprocess_val),
+        "transform": clip.transform,
         "data": data.fingerprint(),
     }
 

@@ -8,6 +8,7 @@ import difflib
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,11 @@ class ClipModel:
     @property
     def embed_dim(self) -> int:
         return int(self.model_cfg["embed_dim"])
+
+    @property
+    def transform(self) -> str:
+        """The evaluation transform in words, the same in every process (no memory addresses)."""
+        return re.sub(r" at 0x[0-9a-f]+", "", repr(self.preprocess_val))
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         return autocast(self.device, self.precision)
@@ -98,7 +104,7 @@ class ClipModel:
         }
         if part != "text":
             described["vision"] = self.model_cfg["vision_cfg"]
-            described["transform"] = repr(self.preprocess_val)
+            described["transform"] = self.transform
         if part != "image":
             described["text"] = self.model_cfg["text_cfg"]
         described["quick_gelu"] = bool(self.model_cfg.get("quick_gelu", False))

@@ -387,3 +387,19 @@ def test_weights_fingerprint_covers_names_shapes_and_types() -> None:
 def test_config_of_a_folder_is_kept_whole(tiny_model_dir: Path) -> None:
     config = json.loads((tiny_model_dir / "open_clip_config.json").read_text())
     assert load(f"local-dir:{tiny_model_dir}", device="cpu").model_cfg == config["model_cfg"]
+
+
+def test_fingerprint_is_the_same_in_every_process(tiny_clip: ClipModel) -> None:
+    """Transforms of older open_clip hold plain functions, whose repr has a memory address."""
+    before = tiny_clip.fingerprint("image")
+    steps = tiny_clip.preprocess_val.transforms  # type: ignore[attr-defined]
+    prints = []
+    for _ in range(2):
+
+        def convert(image: object) -> object:
+            return image
+
+        tiny_clip.preprocess_val = type(tiny_clip.preprocess_val)([convert, *steps])  # type: ignore[call-arg]
+        prints.append((tiny_clip.fingerprint("image"), tiny_clip.transform, convert))
+    assert prints[0][0] == prints[1][0] != before
+    assert "0x" not in prints[0][1]
