@@ -41,7 +41,7 @@ from pymcip.files import (
     write_json,
     write_text,
 )
-from pymcip.model import ClipModel, load
+from pymcip.model import ClipModel, load_configured
 from pymcip.progress import progress
 
 Kind = Literal["img", "text"]
@@ -196,13 +196,7 @@ def embed(config: EmbedConfig | None = None, /, **options: Any) -> EmbeddingFold
     out = Path(config.out)
     images = None if config.images is None else load_images(config.images, labelled=False)
     captions = None if config.captions is None else load_captions(config.captions)
-    clip = load(
-        config.model,
-        config.pretrained,
-        image_size=config.image_size,
-        device=config.device,
-        precision=config.precision,
-    )
+    clip = load_configured(config)
     ours = any((out / f"{kind}_fingerprint.json").is_file() for kind in METADATA)
     prepare_output(
         out,

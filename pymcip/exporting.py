@@ -20,7 +20,7 @@ from pymcip.config import ExportConfig
 from pymcip.embedding import EmbeddingFolder
 from pymcip.errors import DataError, MissingDependencyError, StaleEmbeddingsError
 from pymcip.files import atomic_path, prepare_output, write_json
-from pymcip.model import ClipModel, load
+from pymcip.model import ClipModel, load_configured
 
 STATE_DICT = "state_dict.pt"
 HUB = "hub"
@@ -56,13 +56,7 @@ def export(config: ExportConfig | None = None, /, **options: Any) -> ExportResul
     config = ExportConfig.make(config, options)
     if config.index is not None:
         _import_faiss()  # before any work
-    clip = load(
-        config.model,
-        config.pretrained,
-        image_size=config.image_size,
-        device=config.device,
-        precision=config.precision,
-    )
+    clip = load_configured(config)
     folder = None
     if config.index is not None:
         folder = EmbeddingFolder(config.index)

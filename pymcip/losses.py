@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from pymcip.ops.margin_softmax import margin_softmax
+from pymcip.ops.margin_softmax import MarginOptions, margin_softmax
 
 
 class ArcMargin(nn.Module):
@@ -13,7 +16,8 @@ class ArcMargin(nn.Module):
 
         L = -log( e^{s cos(t_y + m)} / ( e^{s cos(t_y + m)} + sum over j != y of e^{s cos t_j} ) )
 
-    The loss runs over the whole class matrix in chunks; memory does not grow with B x C.
+    The loss runs over the whole class matrix in chunks; memory does not grow with B x C. `options`
+    are the fields of `pymcip.ops.margin_softmax.MarginOptions`: scale, continuation, chunk.
     """
 
     def __init__(
@@ -21,17 +25,14 @@ class ArcMargin(nn.Module):
         num_classes: int,
         dim: int,
         *,
-        scale: float = 30.0,
         margin: float = 0.3,
-        continuation: str = "linear",
-        chunk: int = 8192,
         backend: str = "auto",
+        **options: Any,
     ) -> None:
         super().__init__()
+        self.options, self.backend = MarginOptions(margin=margin, **options), backend
         self.weight = nn.Parameter(torch.empty(num_classes, dim))
         nn.init.normal_(self.weight, std=dim**-0.5)
-        self.scale, self.margin, self.continuation = scale, margin, continuation
-        self.chunk, self.backend = chunk, backend
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         """Per-image losses [B], fp32, of embeddings x [B, D] (any norm) with labels int64 [B]."""
@@ -40,11 +41,8 @@ class ArcMargin(nn.Module):
             self.weight,
             torch.arange(len(labels) + 1, device=labels.device),
             labels,
-            scale=self.scale,
-            margin=self.margin,
-            continuation=self.continuation,
-            chunk=self.chunk,
             backend=self.backend,
+            **asdict(self.options),
         )
 
 
@@ -58,25 +56,16 @@ class MCArcMargin(nn.Module):
 
     An image's own positives never act as negatives for each other. The MCIP paper (arXiv 2409.01936)
     names this loss; its text was not at hand when this was written, so the closed form is this
-    project's. For |P| = 1 it is ArcMargin.
+    project's. For |P| = 1 it is ArcMargin. `options` are the fields of `MarginOptions`: scale,
+    margin, continuation, chunk.
     """
 
     bank: Tensor
 
-    def __init__(
-        self,
-        bank: Tensor,
-        *,
-        scale: float = 30.0,
-        margin: float = 0.0,
-        continuation: str = "linear",
-        chunk: int = 8192,
-        backend: str = "auto",
-    ) -> None:
+    def __init__(self, bank: Tensor, *, backend: str = "auto", **options: Any) -> None:
         super().__init__()
         self.register_buffer("bank", bank, persistent=False)
-        self.scale, self.margin, self.continuation = scale, margin, continuation
-        self.chunk, self.backend = chunk, backend
+        self.options, self.backend = MarginOptions(**options), backend
 
     def forward(
         self, x: Tensor, indptr: Tensor, indices: Tensor, weights: Tensor | None = None
@@ -92,11 +81,8 @@ class MCArcMargin(nn.Module):
             indptr,
             indices,
             weights=weights,
-            scale=self.scale,
-            margin=self.margin,
-            continuation=self.continuation,
-            chunk=self.chunk,
             backend=self.backend,
+            **asdict(self.options),
         )
 
 

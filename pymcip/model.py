@@ -18,6 +18,7 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
+from pymcip.config import ModelOptions
 from pymcip.errors import CheckpointError, ConfigError
 from pymcip.files import fingerprint
 
@@ -288,6 +289,18 @@ def load(
         preprocess_cfg=dict(module.visual.preprocess_cfg),
         device=chosen,
         precision=precision,
+    )
+
+
+def load_configured(config: ModelOptions, aug_cfg: dict[str, Any] | None = None) -> ClipModel:
+    """Load the model that a stage's config names; raises what `load` raises."""
+    return load(
+        config.model,
+        config.pretrained,
+        image_size=config.image_size,
+        device=config.device,
+        precision=config.precision,
+        aug_cfg=aug_cfg,
     )
 
 

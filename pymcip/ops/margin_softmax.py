@@ -19,6 +19,7 @@ The gradient is the exact one, psi'(cos t) = cos m + cos t sin m / sin t, with s
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,6 +34,28 @@ CONTINUATIONS = ("linear", "none", "easy")
 POSITIVE_BLOCK = 65_536
 
 
+@dataclass(frozen=True)
+class MarginOptions:
+    """What all back ends share: s > 0, 0 <= m < pi, the continuation, and columns at a time."""
+
+    scale: float = 30.0
+    margin: float = 0.0
+    continuation: str = "linear"
+    chunk: int = 8192
+
+    def __post_init__(self) -> None:
+        if not self.scale > 0 or not 0 <= self.margin < math.pi:
+            raise ValueError(
+                f"scale={self.scale}, margin={self.margin}: need scale > 0 and 0 <= margin < pi"
+            )
+        if self.continuation not in CONTINUATIONS:
+            raise ValueError(
+                f"continuation={self.continuation!r}; allowed: {', '.join(CONTINUATIONS)}"
+            )
+        if self.chunk < 1:
+            raise ValueError(f"chunk={self.chunk}; need at least 1")
+
+
 def margin_softmax(
     x: Tensor,
     w: Tensor,
@@ -40,24 +63,21 @@ def margin_softmax(
     indices: Tensor,
     *,
     weights: Tensor | None = None,
-    scale: float = 30.0,
-    margin: float = 0.0,
-    continuation: str = "linear",
-    chunk: int = 8192,
     backend: str = "auto",
+    **options: Any,
 ) -> Tensor:
     """Per-row loss L [B] (see the module's contract), differentiable in `x` and `w`.
 
     Args:
         x: [B, D] floating point, any norm (rows are normalised inside).
-        w: [C, D] floating point on the same device, any norm; fp16/bf16 banks are converted chunk by
-            chunk. Its gradient is only computed if `w.requires_grad`.
+        w: [C, D] floating point on the same device, any norm; fp16/bf16 banks are converted chunk
+            by chunk. Its gradient is only computed if `w.requires_grad`.
         indptr: int64 [B + 1], starts of the rows' positives in `indices`; indptr[0] = 0.
         indices: int64 [nnz], columns of the positives, distinct within a row.
         weights: [nnz] weights of the positives, >= 0; default 1/|P_i|.
-        scale: s > 0. margin: m in [0, pi). continuation: "linear", "none" or "easy".
-        chunk: columns handled at a time; extra memory is O(B * chunk + C), never B * C.
         backend: a name from `pymcip.ops.backends("margin_softmax")`, or "auto".
+        **options: fields of `MarginOptions`: scale (30), margin (0, radians), continuation
+            ("linear"), chunk (8192 columns at a time: extra memory is O(B * chunk), never B * C).
 
     Returns:
         Losses [B], fp32 (fp64 if `x` is fp64). Arithmetic is in that dtype, autocast or not.
@@ -66,33 +86,14 @@ def margin_softmax(
         ValueError: shapes, dtypes, indices or options don't fit.
         BackendError: the back end asked for can't run here.
     """
-    _check(x, w, indptr, indices, weights, scale, margin, continuation, chunk)
+    checked = MarginOptions(**options)
+    _check(x, w, indptr, indices, weights)
     chosen = select("margin_softmax", backend, device=x.device.type, dtype=str(x.dtype))
-    result: Tensor = chosen.load()(
-        x,
-        w,
-        indptr,
-        indices,
-        weights=weights,
-        scale=scale,
-        margin=margin,
-        continuation=continuation,
-        chunk=chunk,
-    )
+    result: Tensor = chosen.load()(x, w, indptr, indices, weights, checked)
     return result
 
 
-def _check(
-    x: Tensor,
-    w: Tensor,
-    indptr: Tensor,
-    indices: Tensor,
-    weights: Tensor | None,
-    scale: float,
-    margin: float,
-    continuation: str,
-    chunk: int,
-) -> None:
+def _check(x: Tensor, w: Tensor, indptr: Tensor, indices: Tensor, weights: Tensor | None) -> None:
     if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[1]:
         raise ValueError(f"x {tuple(x.shape)} and w {tuple(w.shape)}: need [B, D] and [C, D]")
     if not x.is_floating_point() or not w.is_floating_point():
@@ -109,16 +110,10 @@ def _check(
         raise ValueError(f"tensors are on {sorted(map(str, devices))}: need one device")
     if weights is not None and weights.shape != indices.shape:
         raise ValueError(f"weights {tuple(weights.shape)} for indices {tuple(indices.shape)}")
-    if not scale > 0 or not 0 <= margin < math.pi:
-        raise ValueError(f"scale={scale}, margin={margin}: need scale > 0 and 0 <= margin < pi")
-    if continuation not in CONTINUATIONS:
-        raise ValueError(f"continuation={continuation!r}; allowed: {', '.join(CONTINUATIONS)}")
-    if chunk < 1:
-        raise ValueError(f"chunk={chunk}; need at least 1")
     if x.device.type == "cpu":  # elsewhere the check would cost a synchronisation
-        starts, n = indptr, indices.numel()
-        if int(starts[0]) != 0 or int(starts[-1]) != n or bool((starts.diff() < 0).any()):
-            raise ValueError(f"indptr must rise from 0 to {n}; got {starts[:8].tolist()}…")
+        n = indices.numel()
+        if int(indptr[0]) != 0 or int(indptr[-1]) != n or bool((indptr.diff() < 0).any()):
+            raise ValueError(f"indptr must rise from 0 to {n}; got {indptr[:8].tolist()}…")
         if n and (int(indices.min()) < 0 or int(indices.max()) >= w.shape[0]):
             raise ValueError(
                 f"indices span {int(indices.min())}..{int(indices.max())}; "
@@ -147,12 +142,8 @@ def margin_softmax_torch(
     w: Tensor,
     indptr: Tensor,
     indices: Tensor,
-    *,
     weights: Tensor | None,
-    scale: float,
-    margin: float,
-    continuation: str,
-    chunk: int,
+    options: MarginOptions,
 ) -> Tensor:
     """The oracle: plain torch in fp32 (or fp64), one chunk of columns at a time, on any device."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -160,17 +151,8 @@ def margin_softmax_torch(
     if weights is None:
         share = 1 / counts.clamp_min(1).to(dtype)
         weights = share.repeat_interleave(counts)
-    loss: Tensor = _MarginSoftmax.apply(
-        x.to(dtype),
-        w,
-        indptr,
-        indices,
-        weights.detach().to(dtype),
-        scale,
-        margin,
-        continuation,
-        chunk,
-    )  # type: ignore[no-untyped-call]
+    weights = weights.detach().to(dtype)
+    loss: Tensor = _MarginSoftmax.apply(x.to(dtype), w, indptr, indices, weights, options)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -185,11 +167,9 @@ class _MarginSoftmax(torch.autograd.Function):
         indptr: Tensor,
         indices: Tensor,
         weights: Tensor,
-        scale: float,
-        margin: float,
-        continuation: str,
-        chunk: int,
+        options: MarginOptions,
     ) -> Tensor:
+        scale, chunk = options.scale, options.chunk
         with torch.autocast(x.device.type, enabled=False):
             norms = x.norm(dim=1, keepdim=True).clamp_min(MIN_NORM)
             unit = x / norms
@@ -202,7 +182,7 @@ class _MarginSoftmax(torch.autograd.Function):
             cosine = torch.empty_like(weights)
             for block, bank_rows in _positive_blocks(w, indices, x.dtype):
                 cosine[block] = (unit[rows[block]] * bank_rows).sum(1)
-            value, slope = margin_logit(cosine, margin, continuation)
+            value, slope = margin_logit(cosine, options.margin, options.continuation)
             gap = log_z[rows] - scale * value
             softplus = torch.logaddexp(gap, torch.zeros_like(gap))
             loss = torch.zeros_like(log_z).index_add_(0, rows, weights * softplus)
@@ -246,7 +226,7 @@ class _MarginSoftmax(torch.autograd.Function):
                     lengths = values.norm(dim=1, keepdim=True).clamp_min(MIN_NORM)
                     grad_w[part] = _through_norm(grad_w[part], values / lengths, lengths)
                 grad_w = grad_w.to(w.dtype)
-        return grad_x, grad_w, None, None, None, None, None, None, None
+        return grad_x, grad_w, None, None, None, None
 
 
 def _unit_chunks(w: Tensor, chunk: int, dtype: torch.dtype) -> Any:

@@ -30,7 +30,7 @@ from pymcip.evaluation import ClassNames, evaluate_model, read_class_names
 from pymcip.exporting import write_export
 from pymcip.files import TEMPORARY_SUFFIX, fingerprint, prepare_output, read_json, write_json
 from pymcip.mining import CaptionTable, mine_captions
-from pymcip.model import ClipModel, load
+from pymcip.model import ClipModel, load, load_configured
 from pymcip.training.checkpoints import (
     Position,
     checkpoint_files,
@@ -115,14 +115,7 @@ def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
             f"rea_data={config.rea_data!r} has images but no captions; give a title column, .txt "
             "members or json with a caption, or leave rea_data out to use pseudo-captions"
         )
-    clip = load(
-        config.model,
-        config.pretrained,
-        image_size=config.image_size,
-        device=config.device,
-        precision=config.precision,
-        aug_cfg=config.aug_cfg,
-    )
+    clip = load_configured(config, config.aug_cfg)
     if config.resume:
         finished = _check_resumable(config)
         if finished is not None:
@@ -355,10 +348,7 @@ class _Trainer:
     def _untrained(self) -> ClipModel:
         """The model as it was before training (a resumed run has trained weights in `clip`)."""
         config = self.config
-        clip = load(
-            config.model, config.pretrained, image_size=config.image_size, device=config.device,
-            precision=config.precision,
-        )  # fmt: skip
+        clip = load_configured(config)
         if config.projector == "discard":
             discard_projector(clip, config.seed)
         return clip
