@@ -32,6 +32,7 @@ SCHEDULE: dict[str, Any] = {
     "warmup": 30,
     "scale": 30.0,
     "margin": 0.3,
+    "freeze_bn_stats": True,
     "threshold": 0.27,
     "k": 10,
     "rea_epochs": 2,
