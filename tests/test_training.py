@@ -251,6 +251,14 @@ def test_resuming_a_finished_run_returns_its_result(options: dict[str, Any]) -> 
     assert again == result
 
 
+def test_a_run_folder_can_be_moved(options: dict[str, Any], tmp_path: Path) -> None:
+    result = pymcip.train(**options, method="gpr")
+    moved = result.out.rename(tmp_path / "moved")
+    again = pymcip.train(**{**options, "out": moved}, method="gpr", resume="latest")
+    assert again.hub == moved / "exported" / "hub"
+    assert again.checkpoint.is_file()
+
+
 def test_resume_refuses_other_options_and_other_models(options: dict[str, Any]) -> None:
     result = pymcip.train(**options, method="gpr")
     with pytest.raises(ConfigError, match=r"lr: was 0\.001, now 0\.002"):

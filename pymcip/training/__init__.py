@@ -50,6 +50,7 @@ PART_SIZE = 20_000  # rows per embedding part: what a kill while embedding can c
 EMBED_BATCH = 64
 # Options that may differ when a run is resumed: they don't change what is computed.
 RESUMABLE = (
+    "out",
     "resume",
     "overwrite",
     "workers",
@@ -59,6 +60,8 @@ RESUMABLE = (
     "cache",
     "device",
 )
+
+RESULT_PATHS = ("out", "checkpoint", "best_checkpoint", "state_dict", "hub")  # relative to `out`
 
 _log = logging.getLogger("pymcip.training")
 
@@ -163,8 +166,7 @@ def _check_resumable(config: TrainConfig) -> TrainResult | None:
         return None
     _log.info("the run in %s is finished; nothing to resume", out)
     values: dict[str, Any] = read_json(out / "result.json")
-    paths = ("out", "checkpoint", "best_checkpoint", "state_dict", "hub")
-    values |= {name: Path(values[name]) for name in paths if values[name] is not None}
+    values |= {name: out / values[name] for name in RESULT_PATHS if values[name] is not None}
     return TrainResult(**values)
 
 
@@ -252,7 +254,10 @@ class _Trainer:
             interrupted=interruption.requested,
         )
         if exported:
-            plain = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(result).items()}
+            plain = {
+                name: str(value.relative_to(self.out)) if isinstance(value, Path) else value
+                for name, value in asdict(result).items()
+            }
             write_json(self.out / "result.json", plain)
         return result
 
