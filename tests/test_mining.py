@@ -177,7 +177,7 @@ def test_auto_threshold_of_known_distribution() -> None:
     assert auto.pairs == 1024 * 1024
     assert auto.median == pytest.approx(0.15, abs=0.003)
     assert auto.spread == pytest.approx(spread, rel=0.03)
-    assert auto.value == pytest.approx(0.15 + 4 * spread, abs=0.01)
+    assert auto.value == pytest.approx(0.15 + 3.5 * spread, abs=0.01)
     assert auto.above < 1e-3
     assert auto == auto_threshold(split(images, [500]), split(captions, [100, 2000]), seed=1)
     assert auto != auto_threshold([images], [captions], seed=2)

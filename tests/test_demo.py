@@ -1,0 +1,206 @@
+"""The demo: its world, its base model, and a tiny run from end to end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from pymcip.config import DemoConfig
+from pymcip.data import load_captions, load_images
+from pymcip.demo import pretrain, run, run_demo, world
+from pymcip.errors import ConfigError, OutputExistsError
+
+SMALL = world.WorldConfig(
+    train_classes=6, train_images=3, test_classes=5, test_images=4, captions=50, shard_size=7
+)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> world.World:
+    return world.write_world(SMALL, tmp_path_factory.mktemp("world"))
+
+
+def test_names_are_distinct_and_pictures_too() -> None:
+    sprites = world.load_sprites()
+    assert len(sprites) > 3800
+    assert len({one.name for one in sprites.emoji}) == len(sprites)
+    assert sprites.large.shape == (len(sprites), 4, 48, 48)
+    assert sprites.small.shape == (len(sprites), 4, 24, 24)
+    clear = sprites.large[:, 3:] == 0
+    assert int((sprites.large[:, :3] * clear).max()) <= 16, "colours are premultiplied"
+
+
+def test_names_on_three_levels() -> None:
+    known = {one.name: one for one in world.load_sprites().emoji}
+    hand = known["waving hand with dark skin"]
+    assert (hand.concept, hand.noun) == ("waving hand", "hand")
+    assert known["flag of japan"].noun == "flag"
+    assert known["clock showing one o'clock"].noun == "clock"
+    assert known["woman lifting weights with light skin"].noun == "woman"
+
+
+def test_the_splits_share_no_thing_and_do_not_move() -> None:
+    emoji = world.load_sprites().emoji
+    train = world.split_indices(emoji, "train")
+    test = world.split_indices(emoji, "test")
+    assert not {emoji[i].concept for i in train} & {emoji[i].concept for i in test}
+    assert len(set(train) | set(test)) == len(train) + len(test)
+    assert len(train) > 2500
+    assert len(test) > 300
+    assert emoji[test[0]].name == "man white hair with medium skin"
+    few = world.split_indices(emoji, "test", 1)
+    assert len({emoji[i].concept for i in few}) == len(few)
+    with pytest.raises(ConfigError, match="'train' or 'test'"):
+        world.split_indices(emoji, "val")
+
+
+def test_scenes_are_a_function_of_the_seed() -> None:
+    def draw(seed: int) -> tuple[np.ndarray, list[str]]:
+        emoji = world.load_sprites().emoji
+        generator = np.random.default_rng(seed)
+        scenes = world.compose(generator, np.arange(40), np.arange(100))
+        return world.render(scenes, seed), world.describe_all(scenes, seed, emoji)
+
+    images, captions = draw(3)
+    again, same = draw(3)
+    assert images.shape == (40, 64, 64, 3)
+    assert images.dtype == np.uint8
+    np.testing.assert_array_equal(images, again)
+    assert captions == same
+    others, different = draw(4)
+    assert (images != others).any()
+    assert captions != different
+
+
+def test_the_batch_does_not_change_a_scene() -> None:
+    generator = np.random.default_rng(0)
+    scenes = world.compose(generator, np.arange(20), np.arange(100), world.SceneStyle(noise=0.0))
+    whole = world.render(scenes, 0).astype(np.int64)
+    parts = world.render(scenes, 0, batch=7).astype(np.int64)
+    assert np.abs(whole - parts).max() <= 1
+
+
+def test_a_caption_tells_what_is_in_the_scene() -> None:
+    emoji = world.load_sprites().emoji
+    scenes = world.compose(np.random.default_rng(0), np.arange(300), np.arange(300))
+    for row, caption in enumerate(world.describe_all(scenes, 0, emoji)):
+        one = emoji[scenes.main[row]]
+        assert one.noun in caption or one.concept in caption
+        if " background" in caption:
+            assert list(world.COLOURS)[scenes.colour[row]] in caption
+
+
+def test_a_written_world_is_read_back(written: world.World) -> None:
+    emoji = world.load_sprites().emoji
+    train = load_images(tuple(str(path) for path in written.train))
+    test = load_images(tuple(str(path) for path in written.test))
+    assert len(written.train) == 3
+    assert (len(train), len(test)) == (18, 20)
+    assert test.read(0).size == (64, 64)
+    assert all(len(test.titles(i)) == 1 for i in range(len(test)))
+    assert not any(train.titles(i) for i in range(len(train)))
+    names = dict(
+        line.split("\t") for line in written.test_names.read_text(encoding="utf-8").splitlines()
+    )
+    expected = [emoji[i].name for i in world.split_indices(emoji, "test", SMALL.tones)[:5]]
+    assert [names[str(label)] for label in range(5)] == expected
+    captions = load_captions(str(written.captions))
+    assert 30 <= len(captions) <= 50
+    assert not list(written.captions.parent.glob(".*")), "no temporary file is left"
+
+
+def test_a_written_world_is_the_same_to_the_byte(written: world.World, tmp_path: Path) -> None:
+    again = world.write_world(SMALL, tmp_path)
+    for before, after in zip(
+        (*written.train, *written.test, written.captions, written.test_names),
+        (*again.train, *again.test, again.captions, again.test_names),
+        strict=True,
+    ):
+        assert before.read_bytes() == after.read_bytes(), before.name
+
+
+def test_more_classes_than_there_are() -> None:
+    config = world.WorldConfig(test_classes=10_000)
+    with pytest.raises(ConfigError, match="test_classes=10000 is not allowed; allowed: 2 to"):
+        world.write_world(config, "unused")
+
+
+def test_no_training_scene_shows_a_test_emoji(written: world.World) -> None:
+    emoji = world.load_sprites().emoji
+    train = world.split_indices(emoji, "train", SMALL.tones)
+    scenes = world.compose(np.random.default_rng(0), train[:50], train)
+    shown = set(scenes.main) | set(scenes.other[scenes.other >= 0])
+    assert {world.split_of(emoji[i]) for i in shown} == {"train"}
+
+
+def test_the_base_model_loads_strictly_and_is_small() -> None:
+    weights = world.BASE_FOLDER / "open_clip_model.safetensors"
+    assert weights.stat().st_size <= 12_000_000
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{world.BASE_FOLDER}")
+    with safe_open(weights, "pt") as stored:
+        assert set(stored.keys()) == set(model.state_dict())
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(stored.get_tensor(name).to(tensor.dtype), tensor), name
+    assert transform(Image.new("RGB", (64, 64))).shape == (3, 64, 64)
+    record = json.loads((world.BASE_FOLDER / "pretrain.json").read_text(encoding="utf-8"))
+    assert record["command"] == "python -m pymcip.demo.pretrain"
+    assert record["metrics"]["t2i_r5"] > 0
+
+
+def test_a_tiny_run_from_end_to_end(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    result = run_demo(out=out, smoke=True)
+    assert list(result.table) == list(run.METHODS)
+    assert all(list(row) == list(run.METRICS) for row in result.table.values())
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    assert report["table"] == result.table
+    assert report["seeds"] == result.seeds == [0]
+    text = (out / "report.md").read_text(encoding="utf-8")
+    assert "CC-BY 4.0" in text
+    assert result.markdown in text
+    with Image.open(out / "retrieval.png") as picture:
+        assert picture.size[0] > 800
+    with pytest.raises(OutputExistsError):
+        run_demo(DemoConfig(out=out, smoke=True))
+
+
+def test_the_mean_of_seeds_and_the_pattern() -> None:
+    def table(shift: float) -> run.Table:
+        rows = {
+            "base": (20.0, 10.0, 30.0, 40.0),
+            "gpr": (30.0, 20.0, 20.0, 30.0),
+            "2sft": (30.0, 20.0, 25.0, 36.0),
+            "mcip": (29.0, 19.0, 30.0, 39.5),
+            "mcip+rea": (29.0, 19.0, 31.0, 41.0),
+        }
+        return {
+            method: {name: value + shift for name, value in zip(run.METRICS, row, strict=True)}
+            for method, row in rows.items()
+        }
+
+    mean = run.mean_table([table(0.0), table(2.0)])
+    assert mean == table(1.0)
+    assert all(run.check_pattern(mean).values())
+    mean["mcip"]["t2i_r5"] -= 0.1
+    assert [name for name, holds in run.check_pattern(mean).items() if not holds] == [
+        "mcip: T2I R@5 at most 0.5 points under the base"
+    ]
+    assert "30.0 (-10.0)" not in run.format_table(mean)
+    assert "31.0 (-10.0)" in run.format_table(mean)
+
+
+def test_words_are_tokenized_as_open_clip_does() -> None:
+    texts = world.corpus(0, 300, world.load_sprites().emoji)
+    texts += [one.name for one in world.load_sprites().emoji[::10]]
+    tokenizer = open_clip.SimpleTokenizer(context_length=28)
+    assert torch.equal(pretrain.Words(28)(texts), tokenizer(texts))
+    used = pretrain.known_tokens()
+    unknown = ~used[pretrain.Words(77)(texts)]
+    assert not unknown.any()
