@@ -167,7 +167,9 @@ def _run_seed(seed: int, folder: Path, recipe: Recipe, draw_to: Path) -> Table:
 
     def run(method: str, stage: str, **options: Any) -> None:
         result = train(
-            train_data=str(world.train[0].parent / "train-*.tar"),  # one source: shards share labels
+            train_data=str(
+                world.train[0].parent / "train-*.tar"
+            ),  # one source: shards share labels
             out=folder / "runs" / method,
             method=stage,
             cache=folder / "embeddings",
