@@ -141,7 +141,7 @@ def _run(command: Command, options: dict[str, Any]) -> int:
     module, function = command.target.split(":")
     result = getattr(import_module(module), function)(config)
     if os.environ.get("RANK", "0") == "0":  # one voice when torchrun starts several processes
-        table = getattr(result, "table", None)
+        table = getattr(result, "markdown", None) or getattr(result, "table", None)
         if isinstance(table, str):
             print(table)
         elif getattr(result, "before", None) and getattr(result, "metrics", None):
@@ -154,9 +154,10 @@ def _run(command: Command, options: dict[str, Any]) -> int:
 
 def summary(result: Any) -> dict[str, Any]:
     """Take what fits on a line of JSON from a stage's result: paths, numbers, texts and dicts."""
+    shown = ("markdown",) if hasattr(result, "markdown") else ("table",)  # printed above it
     if dataclasses.is_dataclass(result):
         values = {item.name: getattr(result, item.name) for item in dataclasses.fields(result)}
-        values.pop("table", None)
+        values = {name: value for name, value in values.items() if name not in shown}
     else:  # an embedding folder
         values = {"out": result.path, "skipped": len(result.skipped)}
         for kind, name in (("img", "images"), ("text", "captions")):

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
+from pymcip.cli import summary
 from pymcip.config import DemoConfig
 from pymcip.data import load_captions, load_images
 from pymcip.demo import pretrain, run, run_demo, world
@@ -204,3 +205,14 @@ def test_words_are_tokenized_as_open_clip_does() -> None:
     used = pretrain.known_tokens()
     unknown = ~used[pretrain.Words(77)(texts)]
     assert not unknown.any()
+
+
+def test_the_last_line_is_the_table_as_json(tmp_path: Path) -> None:
+    """What the command line prints of a demo: the table for people, then one line of JSON."""
+    row = {"i2i_map": 1.0, "knn": 2.0, "zero_shot": 3.0, "t2i_r5": 4.0}
+    result = run.DemoResult(tmp_path, [0], {"base": row}, 5.0, {"holds": True}, "| a table |\n")
+    found = summary(result)
+    assert found["table"] == {"base": row}
+    assert found["seeds"] == [0]
+    assert found["seconds"] == 5.0
+    assert "markdown" not in found
