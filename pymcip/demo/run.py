@@ -74,7 +74,7 @@ class Recipe:
             "lambda_class": 0.65,
             "lambda_caption": 0.35,
             "k": 3,
-            "threshold": "auto",
+            "threshold": 0.48,  # nine images of ten get a caption
         }
     )
     rea: dict[str, Any] = dataclasses.field(
