@@ -58,9 +58,13 @@ class Positives:
     indptr: np.ndarray
     indices: np.ndarray
 
+    def counts(self, rows: np.ndarray) -> np.ndarray:
+        """How many positives each of the rows has, without touching the other rows."""
+        return self.indptr[rows + 1] - self.indptr[rows]
+
     def batch(self, rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
         """indptr int64 [B + 1] and indices int64 [nnz] of the given rows."""
-        starts, counts = self.indptr[rows], np.diff(self.indptr)[rows]
+        starts, counts = self.indptr[rows], self.counts(rows)
         indptr = np.concatenate([[0], np.cumsum(counts)])
         flat = np.arange(indptr[-1]) + np.repeat(starts - indptr[:-1], counts)
         return (
@@ -186,8 +190,7 @@ class ImageStage:
         images_in_step = sum(map(len, all_rows))
         captioned = 0
         if self.positives is not None:
-            counts = np.diff(self.positives.indptr)
-            captioned = max(1, sum(int((counts[rows] > 0).sum()) for rows in all_rows))
+            captioned = max(1, sum(int((self.positives.counts(r) > 0).sum()) for r in all_rows))
         totals: dict[str, Tensor] = {}
         for (pixels, _), rows in zip(micro_batches, all_rows, strict=True):
             pixels = pixels.to(device, non_blocking=True)
