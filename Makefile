@@ -7,6 +7,10 @@ BIN := $(VENV)/bin
 GPU_PYTHON ?= $(PYTHON)
 GPU_VENV := .venv-gpu
 
+# A bench that takes longer is interrupted, and that is no failure.
+bounded = timeout --signal=INT --kill-after=20 $(1) $(GPU_VENV)/bin/python
+passed = || test $$? -eq 124
+
 SOURCES := $(shell find csrc pymcip triton_kernels -type f ! -name '*.pyc' 2>/dev/null) \
            CMakeLists.txt pyproject.toml
 
@@ -61,6 +65,7 @@ demo: setup
 	$(BIN)/pymcip demo
 
 bench: setup
+	$(BIN)/python bench/bench_margin_softmax.py
 	$(BIN)/python bench/bench_topk.py
 	$(BIN)/python bench/bench_train.py
 	$(BIN)/python bench/bench_depthwise.py
@@ -80,8 +85,10 @@ gpu-check:
 	@# Not from the root: "python -m pytest" would import the source folder instead.
 	cd $(GPU_VENV) && bin/python -m pytest -c ../pyproject.toml --rootdir .. -m gpu \
 	  $$(grep -l 'mark\.gpu' ../tests/*.py)
-	$(GPU_VENV)/bin/python bench/bench_topk.py --device cuda --store
-	$(GPU_VENV)/bin/python bench/bench_train.py --device cuda --store
+	@# At most 6 minutes; the first bench keeps the time itself, and when interrupted what it has.
+	$(call bounded,240) bench/bench_margin_softmax.py --device cuda --store --seconds 180 $(passed)
+	$(call bounded,45) bench/bench_topk.py --device cuda --store $(passed)
+	$(call bounded,75) bench/bench_train.py --device cuda --store $(passed)
 
 clean:
 	rm -rf $(VENV) $(GPU_VENV) build dist

@@ -15,7 +15,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,55 +28,118 @@ from pymcip.environment import environment_report
 RESULTS = Path(__file__).parent / "results"
 
 
+Accuracy = float | Mapping[str, float] | None
+
+
 @dataclass(frozen=True)
 class Rival:
-    """One way to do the work: `run` is timed; `check` turns its last result into a figure."""
+    """One way to do the work: `run` is timed; `check` turns its first result into figures."""
 
     name: str
     run: Callable[[], Any]
-    check: Callable[[Any], float] | None = None
+    check: Callable[[Any], float | Mapping[str, float]] | None = None
+    work: float | None = None  # of one run, if it differs from the others'
 
 
 @dataclass(frozen=True)
 class Timing:
     rival: str
     seconds: tuple[float, ...]
-    accuracy: float | None
+    accuracy: Accuracy
+    work: float | None = None
+    memory: int | None = None  # peak bytes above what was in use before, the result included
+    error: str | None = None  # why there are no seconds
 
     def quantile(self, share: float) -> float:
         return float(np.quantile(self.seconds, share))
 
 
 def compare(
-    rivals: Sequence[Rival], *, repetitions: int = 5, warmup: int = 1, device: str = "cpu"
+    rivals: Sequence[Rival],
+    *,
+    repetitions: int = 5,
+    warmup: int = 1,
+    device: str = "cpu",
+    seconds: float | None = None,
+    tolerant: bool = False,
 ) -> list[Timing]:
-    """Wall-clock seconds of each rival's runs, up to the end of its work on the device."""
+    """Wall-clock seconds of each rival's runs, up to the end of its work on the device.
+
+    seconds: what all repetitions may take together; slower rivals then get fewer, but at least 3.
+    tolerant: a rival that raises gets a `Timing` with its error, and the others go on.
+    """
     wait: Callable[[], object] = torch.cuda.synchronize if device == "cuda" else _nothing
-    accuracies: list[float | None] = []
+    found = []
+    turns = []
     for rival in rivals:
-        result = rival.run()
-        accuracies.append(rival.check(result) if rival.check else None)
-        for _ in range(warmup - 1):
-            rival.run()
-    seconds: list[list[float]] = [[] for _ in rivals]
-    gc.collect()
+        try:
+            timing, once = _first_runs(rival, warmup, device, wait)
+        except Exception as error:
+            if not tolerant:
+                raise
+            timing, once = Timing(rival.name, (), None, error=describe(error)), 0.0
+        share = repetitions if seconds is None else int(seconds / len(rivals) / max(once, 1e-9))
+        turns.append(0 if timing.error else min(repetitions, max(3, share)))
+        found.append(timing)
+        gc.collect()
+        if device == "cuda":
+            wait()  # raises if a kernel has broken the device's context: nothing can follow then
+            torch.cuda.empty_cache()
+    times: list[list[float]] = [[] for _ in rivals]
     gc.disable()
     try:
         for repetition in range(repetitions):
             for turn in range(len(rivals)):
                 index = (repetition + turn) % len(rivals)
+                if repetition >= turns[index]:
+                    continue
                 wait()
                 start = time.perf_counter()
-                result = rivals[index].run()
+                try:
+                    result = rivals[index].run()
+                except Exception as error:
+                    if not tolerant:
+                        raise
+                    found[index] = Timing(rivals[index].name, (), None, error=describe(error))
+                    turns[index] = 0
+                    times[index].clear()
+                    continue
                 wait()
-                seconds[index].append(time.perf_counter() - start)
+                times[index].append(time.perf_counter() - start)
                 del result
     finally:
         gc.enable()
-    return [
-        Timing(rival.name, tuple(times), accuracy)
-        for rival, times, accuracy in zip(rivals, seconds, accuracies, strict=True)
-    ]
+    return [replace(timing, seconds=tuple(own)) for timing, own in zip(found, times, strict=True)]
+
+
+def _first_runs(
+    rival: Rival, warmup: int, device: str, wait: Callable[[], object]
+) -> tuple[Timing, float]:
+    """Accuracy and peak memory of the untimed runs, and the seconds that the last of them took."""
+    memory = None
+    start = time.perf_counter()
+    result = rival.run()
+    wait()
+    once = time.perf_counter() - start
+    accuracy = rival.check(result) if rival.check else None
+    del result
+    for _ in range(warmup if device == "cuda" else warmup - 1):  # the first run tunes and compiles
+        if device == "cuda":
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        rival.run()
+        wait()
+        once = time.perf_counter() - start
+        if device == "cuda":
+            memory = torch.cuda.max_memory_allocated() - before
+    return Timing(rival.name, (), accuracy, rival.work, memory), once
+
+
+def describe(error: BaseException) -> str:
+    """Kind and first line of an error, cut to a table's width."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"[:200]
 
 
 def _nothing() -> None:
@@ -85,8 +149,12 @@ def _nothing() -> None:
 class Report:
     """Prints a table per case; at the end one line of JSON, and on request the rows in a file."""
 
-    def __init__(self, bench: str, *, device: str, dtype: str) -> None:
+    def __init__(
+        self, bench: str, *, device: str, dtype: str, packages: Sequence[str] = ()
+    ) -> None:
+        """`packages`: the rivals', whose versions go into the rows, too."""
         environment = environment_report()
+        versions = environment["versions"] | {name: _version(name) for name in packages}
         self.bench = bench
         self.rows: list[dict[str, Any]] = []
         self._common = {
@@ -96,9 +164,7 @@ class Report:
             else environment["cpu"]["model"],
             "threads": torch.get_num_threads(),
             "dtype": dtype,
-            "versions": {
-                name: version for name, version in environment["versions"].items() if version
-            },
+            "versions": {name: version for name, version in versions.items() if version},
             "core": environment["core"],
             "platform": platform.platform(),
             "commit": _commit(),
@@ -116,42 +182,71 @@ class Report:
         accuracy: str,
         ceiling: str | None = None,
     ) -> None:
-        """`work` per run in `unit` gives the rate; `ceiling` names the rival that bounds it."""
-        bound = next((work / row.quantile(0.5) for row in timings if row.rival == ceiling), None)
-        head = f"{'':<24}{'p50 ms':>10}{'p20':>10}{'p80':>10}{unit + '/s':>12}{'vs first':>10}"
+        """`work` per run in `unit` gives the rate; `ceiling` names the rival that bounds it.
+
+        `accuracy` names the figure of rivals whose check gives a single one.
+        """
+        done = [row for row in timings if row.seconds]
+        bound = next((row for row in done if row.rival == ceiling), None)
+        figures = {row.rival: _figures(row.accuracy, accuracy) for row in done}
+        columns = list(dict.fromkeys(name for own in figures.values() for name in own)) or [
+            accuracy
+        ]
+        remembers = any(row.memory is not None for row in done)
+        head = f"{'':<28}{'p50 ms':>10}{'p20':>10}{'p80':>10}{unit + '/s':>12}{'vs first':>10}"
+        if bound:
+            head += f"{'of ceiling':>12}{'x ceiling':>11}"
+        head += f"{'peak MiB':>10}" if remembers else ""
         print("\n" + ", ".join(f"{name} {value}" for name, value in case.items()))
-        print(head + (f"{'of ceiling':>12}" if bound else "") + f"{accuracy:>12}")
-        first = timings[0].quantile(0.5)
+        print(head + "".join(f"{name:>12}" for name in columns))
         for timing in timings:
+            row = {**self._common, "case": dict(case), "rival": timing.rival}
+            self.rows.append(row)
+            if not timing.seconds:
+                print(f"{timing.rival:<28}  {timing.error}")
+                row["error"] = timing.error
+                continue
             p20, p50, p80 = (timing.quantile(share) for share in (0.2, 0.5, 0.8))
-            rate = work / p50
-            figure = "" if timing.accuracy is None else f"{timing.accuracy:.4f}"
+            rate = (timing.work or work) / p50
+            line = f"{timing.rival:<28}{p50 * 1e3:>10.2f}{p20 * 1e3:>10.2f}{p80 * 1e3:>10.2f}"
+            line += f"{rate:>12.4g}{done[0].quantile(0.5) / p50:>9.2f}x"
+            row |= {
+                "repetitions": len(timing.seconds),
+                "seconds": {"p20": p20, "p50": p50, "p80": p80},
+                "rate": rate,
+                "unit": f"{unit}/s",
+                "of_ceiling": None,
+                "accuracy": figures[timing.rival] or {accuracy: None},
+            }
+            if bound:
+                share = rate / ((bound.work or work) / bound.quantile(0.5))
+                row |= {"of_ceiling": share, "times_ceiling": p50 / bound.quantile(0.5)}
+                line += f"{share:>12.1%}{row['times_ceiling']:>10.2f}x"
+            if timing.memory is not None:
+                row["peak_bytes"] = timing.memory
+            if remembers:
+                mebibytes = "" if timing.memory is None else f"{timing.memory / 2**20:.1f}"
+                line += f"{mebibytes:>10}"
+            shown = [figures[timing.rival].get(name) for name in columns]
             print(
-                f"{timing.rival:<24}{p50 * 1e3:>10.2f}{p20 * 1e3:>10.2f}{p80 * 1e3:>10.2f}"
-                f"{rate:>12.4g}{first / p50:>9.2f}x"
-                + (f"{rate / bound:>12.1%}" if bound else "")
-                + f"{figure:>12}"
-            )
-            self.rows.append(
-                {
-                    **self._common,
-                    "case": dict(case),
-                    "rival": timing.rival,
-                    "repetitions": len(timing.seconds),
-                    "seconds": {"p20": p20, "p50": p50, "p80": p80},
-                    "rate": rate,
-                    "unit": f"{unit}/s",
-                    "of_ceiling": rate / bound if bound else None,
-                    "accuracy": {accuracy: timing.accuracy},
-                }
+                line + "".join(f"{'' if value is None else _brief(value):>12}" for value in shown)
             )
 
     def record(self, figures: Mapping[str, Any]) -> None:
         """Add a row that is no timing: figures with device, versions, commit and command."""
         self.rows.append({**self._common, **figures})
 
-    def finish(self, *, store: bool, summary: Mapping[str, Any] | None = None) -> None:
-        """Store the rows if asked to; print `summary`, or all timings in brief, as the last line."""
+    def finish(
+        self,
+        *,
+        store: bool,
+        summary: Mapping[str, Any] | None = None,
+        notes: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Store the rows if asked to; print `summary`, or all timings in brief, as the last line.
+
+        `notes` go into that line, too, beside the timings.
+        """
         if store:
             RESULTS.mkdir(exist_ok=True)
             path = RESULTS / f"{self.bench}.jsonl"
@@ -161,12 +256,27 @@ class Report:
         if summary is not None:
             print(json.dumps(summary))
             return
-        brief = [
-            {"case": row["case"], "rival": row["rival"], "p50": row["seconds"]["p50"]}
-            | {"rate": row["rate"], **row["accuracy"]}
-            for row in self.rows
-        ]
-        print(json.dumps({"bench": self.bench, "device": self._common["device"], "rows": brief}))
+        brief = []
+        for row in self.rows:
+            line = {"case": row["case"], "rival": row["rival"]}
+            if "error" in row:
+                brief.append(line | {"error": row["error"]})
+                continue
+            line |= {"p50": row["seconds"]["p50"], "rate": row["rate"]}
+            extra = {name: row[name] for name in ("times_ceiling", "peak_bytes") if name in row}
+            brief.append(line | extra | row["accuracy"])
+        head = {"bench": self.bench, "device": self._common["device"], **(notes or {})}
+        print(json.dumps({**head, "rows": brief}))
+
+
+def _figures(accuracy: Accuracy, name: str) -> dict[str, float | None]:
+    if accuracy is None:
+        return {}
+    return dict(accuracy) if isinstance(accuracy, Mapping) else {name: accuracy}
+
+
+def _brief(value: float) -> str:
+    return f"{value:.4f}" if value == 0 or abs(value) >= 1e-2 else f"{value:.1e}"
 
 
 def common_arguments(description: str | None) -> argparse.ArgumentParser:
@@ -176,6 +286,13 @@ def common_arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--store", action="store_true", help=f"add the rows to {RESULTS.name}/")
     return parser
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _commit() -> str | None:

@@ -2,6 +2,7 @@
 
 from pymcip.ops.dispatch import backends, explain
 from pymcip.ops.margin_softmax import margin_softmax
+from pymcip.ops.ordering import order_bank
 from pymcip.ops.topk import topk
 
-__all__ = ["backends", "explain", "margin_softmax", "topk"]
+__all__ = ["backends", "explain", "margin_softmax", "order_bank", "topk"]

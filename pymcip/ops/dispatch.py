@@ -8,7 +8,6 @@ and why the other rows lost.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -26,12 +25,13 @@ class Backend:
     name: str
     devices: tuple[str, ...]  # torch device types, or ANY_DEVICE
     dtypes: tuple[str, ...]  # of the inputs, torch's names without "torch."
-    function: str
+    function: str  # or just "module", where a back end is several functions
     probe: str | None = None  # () -> None, or the reason why this back end can't run here
+    limits: str | None = None  # (device, **facts) -> None, or why it can't take such a problem
 
-    def load(self) -> Callable[..., Any]:
-        function: Callable[..., Any] = _resolve(self.function)
-        return function
+    def load(self) -> Any:
+        """The function, or the module."""
+        return _resolve(self.function)
 
     def unavailable(self) -> str | None:
         """Why this back end can't run on this machine; None if it can."""
@@ -40,13 +40,19 @@ class Backend:
         reason: str | None = _resolve(self.probe)()
         return reason
 
-    def obstacle(self, device: str, dtype: str) -> str | None:
-        """Why this back end can't take these inputs here; None if it can."""
+    def obstacle(self, device: str, dtype: str, **facts: Any) -> str | None:
+        """Why this back end can't take these inputs here; None if it can.
+
+        `facts`: what else the op tells of a problem, such as its width, for `limits`.
+        """
         if self.devices != ANY_DEVICE and device not in self.devices:
             return f"runs on {' or '.join(self.devices)}, not on {device}"
         if dtype not in self.dtypes:
             return f"takes {', '.join(self.dtypes)}, not {dtype}"
-        return self.unavailable()
+        reason = self.unavailable()
+        if reason is None and self.limits is not None and facts:
+            reason = _resolve(self.limits)(device, **facts)
+        return reason
 
 
 FLOATS = ("float32", "float16", "bfloat16")
@@ -70,10 +76,26 @@ BACKENDS: tuple[Backend, ...] = (
     ),
     Backend(
         op="margin_softmax",
+        name="triton",
+        devices=("cuda", "cpu"),  # the latter under Triton's interpreter
+        dtypes=("bfloat16", "float16"),
+        function="pymcip.triton_kernels.margin_softmax",
+        probe="pymcip.ops.margin_softmax:probe_triton",
+        limits="pymcip.triton_kernels.margin_softmax:limits",
+    ),
+    Backend(
+        op="margin_softmax",
+        name="cpu",
+        devices=("cpu",),
+        dtypes=("float32", "bfloat16"),
+        function="pymcip.ops.margin_softmax_cpu",
+    ),
+    Backend(
+        op="margin_softmax",
         name="torch",
         devices=ANY_DEVICE,
         dtypes=("float64", *FLOATS),
-        function="pymcip.ops.margin_softmax:margin_softmax_torch",
+        function="pymcip.ops.margin_softmax_torch",
     ),
 )
 
@@ -108,13 +130,15 @@ def backends(op: str) -> tuple[Backend, ...]:
     return rows
 
 
-def select(op: str, backend: str = "auto", *, device: str = "cpu", dtype: str) -> Backend:
+def select(
+    op: str, backend: str = "auto", *, device: str = "cpu", dtype: str, **facts: Any
+) -> Backend:
     """The back end to run; `BackendError` if the one asked for can't, or if none can."""
     device, dtype = _device_kind(device), _dtype_name(dtype)
     rows = _candidates(op, backend)
     obstacles = []
     for row in rows:
-        obstacle = row.obstacle(device, dtype)
+        obstacle = row.obstacle(device, dtype, **facts)
         if obstacle is None:
             return row
         obstacles.append((row.name, obstacle))
@@ -124,7 +148,7 @@ def select(op: str, backend: str = "auto", *, device: str = "cpu", dtype: str) -
             f"{op}: no back end takes device={device}, dtype={dtype}: {reasons}. "
             "Move the inputs to another device or convert them to float32"
         )
-    working = [row.name for row in backends(op) if row.obstacle(device, dtype) is None]
+    working = [row.name for row in backends(op) if row.obstacle(device, dtype, **facts) is None]
     raise BackendError(
         f"{op}: backend={backend!r} was asked for and can't run with device={device}, "
         f"dtype={dtype}: {reasons}. Allowed for these inputs: {', '.join(['auto', *working])}. "
@@ -133,15 +157,19 @@ def select(op: str, backend: str = "auto", *, device: str = "cpu", dtype: str) -
 
 
 def explain(
-    op: str, device: str = "cpu", dtype: str = "float32", backend: str = "auto"
+    op: str, device: str = "cpu", dtype: str = "float32", backend: str = "auto", **facts: Any
 ) -> Explanation:
-    """Which back end `select` takes for these inputs, and why the others lost."""
+    """Which back end `select` takes for these inputs, and why the others lost.
+
+    `facts`: what the op's back ends may ask beside device and dtype; margin_softmax: dim=D (its
+    dtype is that of the products, see `MarginOptions.compute`).
+    """
     device, dtype = _device_kind(device), _dtype_name(dtype)
     candidates = _candidates(op, backend)
     chosen: str | None = None
     verdicts = []
     for row in backends(op):
-        obstacle = row.obstacle(device, dtype)
+        obstacle = row.obstacle(device, dtype, **facts)
         if obstacle is not None:
             verdict = obstacle
         elif row not in candidates:
@@ -175,4 +203,4 @@ def _dtype_name(dtype: Any) -> str:
 
 def _resolve(where: str) -> Any:
     module, _, name = where.partition(":")
-    return getattr(import_module(module), name)
+    return getattr(import_module(module), name) if name else import_module(module)

@@ -14,13 +14,29 @@ MCArcMargin (arXiv 2409.01936; the closed form is this project's, see `pymcip.lo
 Where t + m > pi, cos(t + m) would rise again; `continuation` says what stands there instead:
 "linear": cos t - m sin m; "none": cos(t + m) all the same; "easy": margin only where cos t > 0.
 The gradient is the exact one, psi'(cos t) = cos m + cos t sin m / sin t, with sin^2 t >= 1e-6.
+
+What a back end does. Everything that is O(B + nnz) is done here, once for all back ends. The loss
+needs two things of size B x C from them, both without a B x C matrix:
+
+    sums       log Z_i [B] over the negatives, and cos_ip [nnz] of the positives
+    gradients  from n_i (B numbers) and q_ip (nnz numbers) with
+                   dL/dcos_ij = n_i exp(s cos_ij - log Z_i)  for negatives,   q_ip  for positives:
+               the gradients with respect to the unit rows x_i and to W_j
+
+They are two opaque operators of torch (`pymcip::margin_softmax_sums`, `…_gradients`), so that
+torch.compile keeps them whole.
+
+The certified filter. The softmax mass of row i in a cell of 256 columns is its share of Z_i. With
+`delta` > 0, every block of 128 rows leaves out of its gradients the lightest cells, as long as no
+row loses more than `delta` of its mass: |error of dL_i/dx_i| <= s * delta * sum_p a_ip for unit
+x_i. Losses stay exact, and so do the positives' own terms.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,18 +46,35 @@ from pymcip.ops.dispatch import select
 MIN_SIN_SQUARED = 1e-6
 MIN_NORM = 1e-12
 CONTINUATIONS = ("linear", "none", "easy")
-# Positives are gathered in blocks of this many rows: [block, D] is the largest copy of bank rows.
-POSITIVE_BLOCK = 65_536
+COMPUTE = ("auto", "float64", "float32", "bfloat16", "float16")
+CELL_ROWS, CELL_COLUMNS = 128, 256  # the filter's granularity
 
 
 @dataclass(frozen=True)
 class MarginOptions:
-    """What all back ends share: s > 0, 0 <= m < pi, the continuation, and columns at a time."""
+    """What all back ends share.
+
+    Attributes:
+        scale: s > 0.
+        margin: m, radians, 0 <= m < pi.
+        continuation: "linear", "none" or "easy".
+        compute: dtype of the operands of the matrix products; they are summed in fp32 (fp64 for
+            float64). "auto": float64 for fp64 rows; on a GPU float16 for a float16 bank and
+            bfloat16 otherwise; elsewhere float32.
+        chunk: columns at a time, where a back end works by chunks.
+        scratch: bytes that a back end may use for parts of the B x C matrix, at least one chunk of
+            256 columns. With 2 B C <= scratch the Triton back end keeps exp(s cos) for the backward
+            pass (three products for loss, dX and dW instead of four).
+        delta: the certified filter's bound; 0 is exact.
+    """
 
     scale: float = 30.0
     margin: float = 0.0
     continuation: str = "linear"
+    compute: str = "auto"
     chunk: int = 8192
+    scratch: int = 1 << 30
+    delta: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.scale > 0 or not 0 <= self.margin < math.pi:
@@ -52,8 +85,81 @@ class MarginOptions:
             raise ValueError(
                 f"continuation={self.continuation!r}; allowed: {', '.join(CONTINUATIONS)}"
             )
-        if self.chunk < 1:
-            raise ValueError(f"chunk={self.chunk}; need at least 1")
+        if self.compute not in COMPUTE:
+            raise ValueError(f"compute={self.compute!r}; allowed: {', '.join(COMPUTE)}")
+        if self.chunk < 1 or self.scratch < 1:
+            raise ValueError(f"chunk={self.chunk}, scratch={self.scratch}; need at least 1")
+        if not 0 <= self.delta < 1:
+            raise ValueError(f"delta={self.delta}; need 0 <= delta < 1")
+
+    def compute_dtype(self, x: Tensor, w: Tensor) -> torch.dtype:
+        """The dtype that `compute` means for these operands."""
+        if self.compute != "auto":
+            dtype: torch.dtype = getattr(torch, self.compute)
+            return dtype
+        if x.dtype == torch.float64:
+            return torch.float64
+        if x.device.type != "cuda":
+            return torch.float32
+        return torch.float16 if w.dtype == torch.float16 else torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This process's part of the columns: `w` holds rows first .. first + C of the whole matrix.
+
+    Column indices stay those of the whole matrix. All processes of `group` (None: the default
+    group) call the op with the same x, indptr and indices; three small all-reduces in the forward
+    pass give each of them the whole loss, one in the backward pass the whole dX. dW is the shard's.
+    """
+
+    first: int
+    group: Any = None
+
+
+class Skipped(NamedTuple):
+    """What the certified filter left out of the gradients."""
+
+    mass: Tensor  # [B] fp32, the share of each row's softmax mass that was dropped
+    cells: Tensor  # int64 scalar, cells (128 rows x 256 columns) dropped by this process
+    of: int  # cells in all
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a back end is given: unit rows, and the positives within the columns it holds.
+
+    x: [B, D] unit rows, fp32 or fp64. w: [C, D] any norm, with `w_norms` [C] if they are known.
+    rows, indices: int64 [nnz], the positives, ordered by row; indptr: int64 [B + 1].
+    """
+
+    x: Tensor
+    w: Tensor
+    w_norms: Tensor | None
+    indptr: Tensor
+    indices: Tensor
+    rows: Tensor
+    scale: float
+    dtype: torch.dtype  # of the products' operands
+    chunk: int
+    scratch: int
+
+    @property
+    def cells(self) -> int:
+        return -(-self.w.shape[0] // CELL_COLUMNS)
+
+
+class Sums(NamedTuple):
+    """What `sums` returns; tensors that were not asked for or not kept are empty.
+
+    log_z: [B]. cosine: [nnz]. shares: [B, cells], each cell's share of Z, in [0, 1].
+    kept: what the back end hands to its own `gradients`.
+    """
+
+    log_z: Tensor
+    cosine: Tensor
+    shares: Tensor
+    kept: list[Tensor]
 
 
 def margin_softmax(
@@ -63,6 +169,8 @@ def margin_softmax(
     indices: Tensor,
     *,
     weights: Tensor | None = None,
+    w_norms: Tensor | None = None,
+    shard: Shard | None = None,
     backend: str = "auto",
     **options: Any,
 ) -> Tensor:
@@ -75,25 +183,62 @@ def margin_softmax(
         indptr: int64 [B + 1], starts of the rows' positives in `indices`; indptr[0] = 0.
         indices: int64 [nnz], columns of the positives, distinct within a row.
         weights: [nnz] weights of the positives, >= 0; default 1/|P_i|.
+        w_norms: [C] norms of the rows of a frozen `w`, to save the pass that finds them.
+        shard: which part of the columns `w` is, if not all of them.
         backend: a name from `pymcip.ops.backends("margin_softmax")`, or "auto".
-        **options: fields of `MarginOptions`: scale (30), margin (0, radians), continuation
-            ("linear"), chunk (8192 columns at a time: extra memory is O(B * chunk), never B * C).
+        **options: fields of `MarginOptions`.
 
     Returns:
-        Losses [B], fp32 (fp64 if `x` is fp64). Arithmetic is in that dtype, autocast or not.
+        Losses [B], fp32 (fp64 if `x` is fp64), under autocast too.
 
     Raises:
         ValueError: shapes, dtypes, indices or options don't fit.
         BackendError: the back end asked for can't run here.
     """
+    loss, _ = margin_softmax_filtered(
+        x, w, indptr, indices, weights=weights, w_norms=w_norms, shard=shard, backend=backend,
+        **options,
+    )  # fmt: skip
+    return loss
+
+
+def margin_softmax_filtered(
+    x: Tensor,
+    w: Tensor,
+    indptr: Tensor,
+    indices: Tensor,
+    *,
+    weights: Tensor | None = None,
+    w_norms: Tensor | None = None,
+    shard: Shard | None = None,
+    backend: str = "auto",
+    **options: Any,
+) -> tuple[Tensor, Skipped]:
+    """`margin_softmax`, and what the certified filter (`delta` > 0) leaves out of its gradients."""
     checked = MarginOptions(**options)
-    _check(x, w, indptr, indices, weights)
-    chosen = select("margin_softmax", backend, device=x.device.type, dtype=str(x.dtype))
-    result: Tensor = chosen.load()(x, w, indptr, indices, weights, checked)
-    return result
+    _check(x, w, indptr, indices, weights, w_norms, shard)
+    dtype = checked.compute_dtype(x, w)
+    chosen = select(
+        "margin_softmax",
+        backend,
+        device=x.device.type,
+        dtype=str(dtype),
+        dim=x.shape[1],
+    )
+    return _margin_softmax(
+        x, w, indptr, indices, weights, w_norms, shard, chosen.name, dtype, checked
+    )
 
 
-def _check(x: Tensor, w: Tensor, indptr: Tensor, indices: Tensor, weights: Tensor | None) -> None:
+def _check(
+    x: Tensor,
+    w: Tensor,
+    indptr: Tensor,
+    indices: Tensor,
+    weights: Tensor | None,
+    w_norms: Tensor | None,
+    shard: Shard | None,
+) -> None:
     if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[1]:
         raise ValueError(f"x {tuple(x.shape)} and w {tuple(w.shape)}: need [B, D] and [C, D]")
     if not x.is_floating_point() or not w.is_floating_point():
@@ -105,20 +250,27 @@ def _check(x: Tensor, w: Tensor, indptr: Tensor, indices: Tensor, weights: Tenso
             f"indptr {tuple(indptr.shape)}, indices {tuple(indices.shape)} for {x.shape[0]} rows: "
             f"need [{x.shape[0] + 1}] and [nnz]"
         )
-    devices = {tensor.device for tensor in (x, w, indptr, indices)}
+    given = [tensor for tensor in (x, w, indptr, indices, weights, w_norms) if tensor is not None]
+    devices = {tensor.device for tensor in given}
     if len(devices) > 1:
         raise ValueError(f"tensors are on {sorted(map(str, devices))}: need one device")
     if weights is not None and weights.shape != indices.shape:
         raise ValueError(f"weights {tuple(weights.shape)} for indices {tuple(indices.shape)}")
-    if x.device.type == "cpu":  # elsewhere the check would cost a synchronisation
-        n = indices.numel()
-        if int(indptr[0]) != 0 or int(indptr[-1]) != n or bool((indptr.diff() < 0).any()):
-            raise ValueError(f"indptr must rise from 0 to {n}; got {indptr[:8].tolist()}…")
-        if n and (int(indices.min()) < 0 or int(indices.max()) >= w.shape[0]):
-            raise ValueError(
-                f"indices span {int(indices.min())}..{int(indices.max())}; "
-                f"w has the rows 0..{w.shape[0] - 1}"
-            )
+    if w_norms is not None and (w_norms.shape != w.shape[:1] or w.requires_grad):
+        raise ValueError(
+            f"w_norms {tuple(w_norms.shape)} for w {tuple(w.shape)}, requires_grad={w.requires_grad}"
+            ": need [C], and a frozen w"
+        )
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return  # elsewhere the checks below would cost a synchronisation
+    n = indices.numel()
+    if int(indptr[0]) != 0 or int(indptr[-1]) != n or bool((indptr.diff() < 0).any()):
+        raise ValueError(f"indptr must rise from 0 to {n}; got {indptr[:8].tolist()}…")
+    if n and (int(indices.min()) < 0 or (shard is None and int(indices.max()) >= w.shape[0])):
+        raise ValueError(
+            f"indices span {int(indices.min())}..{int(indices.max())}; "
+            f"w has the rows 0..{w.shape[0] - 1}"
+        )
 
 
 def margin_logit(cosine: Tensor, margin: float, continuation: str) -> tuple[Tensor, Tensor]:
@@ -137,118 +289,308 @@ def margin_logit(cosine: Tensor, margin: float, continuation: str) -> tuple[Tens
     return torch.where(inside, value, other), torch.where(inside, slope, torch.ones_like(slope))
 
 
-def margin_softmax_torch(
+# --- the part that all back ends share -------------------------------------------------------
+
+
+def _margin_softmax(
     x: Tensor,
     w: Tensor,
     indptr: Tensor,
     indices: Tensor,
     weights: Tensor | None,
+    w_norms: Tensor | None,
+    shard: Shard | None,
+    backend: str,
+    dtype: torch.dtype,
     options: MarginOptions,
-) -> Tensor:
-    """The oracle: plain torch in fp32 (or fp64), one chunk of columns at a time, on any device."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+) -> tuple[Tensor, Skipped]:
+    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
     counts = indptr.diff()
+    rows = torch.repeat_interleave(counts, output_size=indices.shape[0])
     if weights is None:
-        share = 1 / counts.clamp_min(1).to(dtype)
-        weights = share.repeat_interleave(counts)
-    weights = weights.detach().to(dtype)
-    loss: Tensor = _MarginSoftmax.apply(x.to(dtype), w, indptr, indices, weights, options)  # type: ignore[no-untyped-call]
-    return loss
+        weights = (1 / counts.clamp_min(1).to(exact))[rows]
+    norms = x.detach().to(exact).norm(dim=1).clamp_min(MIN_NORM)
+    loss, mass, cells = _MarginSoftmax.apply(  # type: ignore[no-untyped-call]
+        x, w, w_norms, norms, indptr, indices, rows, weights.detach().to(exact), shard, backend,
+        dtype, options,
+    )  # fmt: skip
+    blocks = -(-x.shape[0] // CELL_ROWS)
+    return loss, Skipped(mass, cells, blocks * -(-w.shape[0] // CELL_COLUMNS))
 
 
 class _MarginSoftmax(torch.autograd.Function):
-    """Forward keeps O(B + nnz) beside its inputs; backward computes the logits anew."""
+    """Saves O(B + nnz) beside its inputs and what the back end keeps."""
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any,
         x: Tensor,
         w: Tensor,
+        w_norms: Tensor | None,
+        norms: Tensor,
         indptr: Tensor,
         indices: Tensor,
+        rows: Tensor,
         weights: Tensor,
+        shard: Shard | None,
+        backend: str,
+        dtype: torch.dtype,
         options: MarginOptions,
-    ) -> Tensor:
-        scale, chunk = options.scale, options.chunk
-        with torch.autocast(x.device.type, enabled=False):
-            norms = x.norm(dim=1, keepdim=True).clamp_min(MIN_NORM)
-            unit = x / norms
-            rows = torch.repeat_interleave(indptr.diff())
-            log_z = x.new_full((x.shape[0],), -math.inf)
-            for start, columns in _unit_chunks(w, chunk, x.dtype):
-                logits = (unit @ columns.T).mul_(scale)
-                _mask_positives(logits, start, rows, indices, -math.inf)
-                log_z = torch.logaddexp(log_z, logits.logsumexp(1))
-            cosine = torch.empty_like(weights)
-            for block, bank_rows in _positive_blocks(w, indices, x.dtype):
-                cosine[block] = (unit[rows[block]] * bank_rows).sum(1)
-            value, slope = margin_logit(cosine, options.margin, options.continuation)
-            gap = log_z[rows] - scale * value
-            softplus = torch.logaddexp(gap, torch.zeros_like(gap))
-            loss = torch.zeros_like(log_z).index_add_(0, rows, weights * softplus)
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        need_x, need_w = ctx.needs_input_grad[:2]
+        own: Tensor | None = None
+        if shard is not None:  # from here on, only the positives among this process's columns
+            own = (indices >= shard.first) & (indices < shard.first + w.shape[0])
+            local_rows, local = rows[own], indices[own] - shard.first
+            local_ptr = torch.searchsorted(
+                local_rows, torch.arange(x.shape[0] + 1, device=x.device)
+            )
+        else:
+            local_rows, local, local_ptr = rows, indices, indptr
+        problem = (
+            _unit(x, norms), w, w_norms, local_ptr, local, local_rows, options.scale, dtype,
+            options.chunk, options.scratch, backend,
+        )  # fmt: skip
+        filters = options.delta > 0 and (need_x or need_w)
+        log_z, found, shares, kept = torch.ops.pymcip.margin_softmax_sums(
+            *problem, need_x, need_w, filters
+        )
+        cosine = found
+        processes = 1
+        if shard is not None:
+            local_log_z = log_z
+            log_z, cosine, processes = _over_shards(log_z, found, own, shard.group)
+            if filters:
+                shares = shares * (local_log_z - log_z).exp().nan_to_num(0.0)[:, None]
+        value, slope = margin_logit(cosine, options.margin, options.continuation)
+        gap = log_z[rows] - options.scale * value
+        softplus = torch.logaddexp(gap, torch.zeros_like(gap))
+        loss = torch.zeros_like(log_z).index_add_(0, rows, weights * softplus)
         pull = weights * torch.sigmoid(gap)
-        ctx.save_for_backward(unit, norms, w, rows, indices, log_z, pull, slope)
-        ctx.scale, ctx.chunk = scale, chunk
-        return loss
+        if filters:
+            shares = shares * (indptr.diff() > 0)[:, None]
+            active, mass = _choose_cells(shares, options.delta / processes)
+            if need_w:  # dW takes the positives' terms from their cells
+                active[local_rows // CELL_ROWS, local // CELL_COLUMNS] = True
+                mass = _mass_outside(shares, active)
+            skipped = active.numel() - active.sum()
+        else:
+            active = torch.empty(0, dtype=torch.bool, device=x.device)
+            mass, skipped = torch.zeros_like(log_z), torch.zeros_like(indptr[0])
+        ctx.save_for_backward(
+            x, w, w_norms, norms, local_ptr, local, local_rows, rows, log_z, pull, slope, own,
+            active, *kept,
+        )  # fmt: skip
+        ctx.shard, ctx.backend, ctx.dtype, ctx.options = shard, backend, dtype, options
+        ctx.mark_non_differentiable(mass, skipped)
+        return loss, mass, skipped
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        unit, norms, w, rows, indices, log_z, pull, slope = ctx.saved_tensors
-        scale, chunk = ctx.scale, ctx.chunk
+        (
+            x, w, w_norms, norms, local_ptr, local, local_rows, rows, log_z, pull, slope, own,
+            active, *kept,
+        ) = ctx.saved_tensors  # fmt: skip
+        options = ctx.options
         need_x, need_w = ctx.needs_input_grad[:2]
-        with torch.autocast(unit.device.type, enabled=False):
-            pull = pull * grad_outputs[0].to(unit.dtype)[rows]
-            push = torch.zeros_like(log_z).index_add_(0, rows, pull)
-            # dL/dcos of the positives, and of the negatives (chunk by chunk below).
-            pull = -scale * slope * pull
-            grad_unit = torch.zeros_like(unit)
-            grad_w = torch.zeros(w.shape, dtype=unit.dtype, device=w.device) if need_w else None
-            for start, columns in _unit_chunks(w, chunk, unit.dtype):
-                logits = (unit @ columns.T).mul_(scale)
-                _mask_positives(logits, start, rows, indices, -math.inf)
-                # A row whose columns are all positives has log_z = -inf, and no negatives.
-                grad = (logits - log_z.clamp_min(torch.finfo(unit.dtype).min)[:, None]).exp_()
-                grad.mul_(scale * push[:, None])
-                if need_x:
-                    grad_unit.addmm_(grad, columns)
-                if grad_w is not None:
-                    torch.mm(grad.T, unit, out=grad_w[start : start + columns.shape[0]])
-            for block, bank_rows in _positive_blocks(w, indices, unit.dtype):
-                if need_x:
-                    grad_unit.index_add_(0, rows[block], pull[block, None] * bank_rows)
-                if grad_w is not None:
-                    grad_w.index_add_(0, indices[block], pull[block, None] * unit[rows[block]])
-            grad_x = _through_norm(grad_unit, unit, norms) if need_x else None
-            if grad_w is not None:
-                for start in range(0, w.shape[0], chunk):
-                    part = slice(start, start + chunk)
-                    values = w[part].to(unit.dtype)
-                    lengths = values.norm(dim=1, keepdim=True).clamp_min(MIN_NORM)
-                    grad_w[part] = _through_norm(grad_w[part], values / lengths, lengths)
-                grad_w = grad_w.to(w.dtype)
-        return grad_x, grad_w, None, None, None, None
+        unit = _unit(x, norms)
+        pull = pull * grad_outputs[0].to(pull.dtype)[rows]
+        negative = options.scale * torch.zeros_like(log_z).index_add_(0, rows, pull)
+        positive = -options.scale * slope * pull
+        grad_unit, grad_w = torch.ops.pymcip.margin_softmax_gradients(
+            unit, w, w_norms, local_ptr, local, local_rows, options.scale, ctx.dtype,
+            options.chunk, options.scratch, ctx.backend, log_z, negative,
+            positive if own is None else positive[own], active, kept, need_x, need_w,
+        )  # fmt: skip
+        grad_x = None
+        if need_x:
+            if ctx.shard is not None:
+                torch.distributed.all_reduce(grad_unit, group=ctx.shard.group)
+            grad_x = through_norm(grad_unit, unit, norms[:, None]).to(x.dtype)
+        return grad_x, grad_w if need_w else None, *[None] * 10
 
 
-def _unit_chunks(w: Tensor, chunk: int, dtype: torch.dtype) -> Any:
-    for start in range(0, w.shape[0], chunk):
-        part = w[start : start + chunk].to(dtype)
-        yield start, part / part.norm(dim=1, keepdim=True).clamp_min(MIN_NORM)
+def _unit(x: Tensor, norms: Tensor) -> Tensor:
+    return x.to(norms.dtype) / norms[:, None]
 
 
-def _positive_blocks(w: Tensor, indices: Tensor, dtype: torch.dtype) -> Any:
-    for start in range(0, indices.numel(), POSITIVE_BLOCK):
-        block = slice(start, start + POSITIVE_BLOCK)
-        part = w[indices[block]].to(dtype)
-        yield block, part / part.norm(dim=1, keepdim=True).clamp_min(MIN_NORM)
-
-
-def _mask_positives(
-    logits: Tensor, start: int, rows: Tensor, indices: Tensor, value: float
-) -> None:
-    here = (indices >= start) & (indices < start + logits.shape[1])
-    logits[rows[here], indices[here] - start] = value
-
-
-def _through_norm(grad: Tensor, unit: Tensor, norms: Tensor) -> Tensor:
+def through_norm(grad: Tensor, unit: Tensor, norms: Tensor) -> Tensor:
     """Gradient with respect to v of a function of v/|v|: project out v's direction, divide by |v|."""
     return (grad - (grad * unit).sum(1, keepdim=True) * unit) / norms
+
+
+def _over_shards(
+    log_z: Tensor, found: Tensor, own: Tensor | None, group: Any
+) -> tuple[Tensor, Tensor, int]:
+    """log Z over all shards, the cosines of all positives, and how many processes there are."""
+    from torch import distributed
+
+    assert own is not None
+    highest = log_z.clone()
+    distributed.all_reduce(highest, distributed.ReduceOp.MAX, group=group)
+    finite = highest.clamp_min(torch.finfo(log_z.dtype).min)
+    total = (log_z - finite).exp()
+    distributed.all_reduce(total, group=group)
+    cosine = torch.zeros(own.shape, dtype=found.dtype, device=found.device)
+    cosine[own] = found
+    distributed.all_reduce(cosine, group=group)
+    return total.log() + finite, cosine, distributed.get_world_size(group)
+
+
+def _choose_cells(shares: Tensor, delta: float) -> tuple[Tensor, Tensor]:
+    """Which cells to keep, bool [row blocks, cells], and the mass [B] that goes with the others.
+
+    A cell weighs what the row that needs it most has there, so the sum of the weights of the cells
+    left out bounds what any row of the block loses.
+    """
+    count, cells = shares.shape
+    blocks = -(-count // CELL_ROWS)
+    padded = torch.nn.functional.pad(shares, (0, 0, 0, blocks * CELL_ROWS - count))
+    weight = padded.view(blocks, CELL_ROWS, cells).amax(1)
+    ordered, order = weight.sort(dim=1, stable=True)
+    # cumsum's own rounding: at most (cells) u of the sum
+    fits = ordered.cumsum(1) * (1 + cells * 2.0**-24) <= delta
+    active = torch.zeros_like(fits).scatter_(1, order, ~fits)
+    return active, _mass_outside(shares, active)
+
+
+def _mass_outside(shares: Tensor, active: Tensor) -> Tensor:
+    dropped = (~active).repeat_interleave(CELL_ROWS, dim=0)[: shares.shape[0]]
+    return (shares * dropped).sum(1)
+
+
+def probe_triton() -> str | None:
+    """Why the Triton kernels can't run on this machine; None if they can."""
+    try:
+        from pymcip.triton_kernels import margin_softmax as kernels
+    except ImportError as error:
+        return f"Triton is missing or too old ({error}); pip install 'triton>=3.4'"
+    return kernels.probe()
+
+
+# --- the two operators ------------------------------------------------------------------------
+
+
+def _load(backend: str) -> Any:
+    from pymcip.ops.dispatch import backends
+
+    (row,) = (row for row in backends("margin_softmax") if row.name == backend)
+    return row.load()
+
+
+@torch.library.custom_op("pymcip::margin_softmax_sums", mutates_args=())
+def _sums(
+    x: Tensor,
+    w: Tensor,
+    w_norms: Tensor | None,
+    indptr: Tensor,
+    indices: Tensor,
+    rows: Tensor,
+    scale: float,
+    dtype: torch.dtype,
+    chunk: int,
+    scratch: int,
+    backend: str,
+    need_x: bool,
+    need_w: bool,
+    need_shares: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    problem = Problem(x, w, w_norms, indptr, indices, rows, scale, dtype, chunk, scratch)
+    with torch.autocast(x.device.type, enabled=False):
+        result = _load(backend).sums(problem, need_x, need_w, need_shares)
+    return result.log_z, result.cosine, result.shares, list(result.kept)
+
+
+@_sums.register_fake
+def _(
+    x: Tensor,
+    w: Tensor,
+    w_norms: Tensor | None,
+    indptr: Tensor,
+    indices: Tensor,
+    rows: Tensor,
+    scale: float,
+    dtype: torch.dtype,
+    chunk: int,
+    scratch: int,
+    backend: str,
+    need_x: bool,
+    need_w: bool,
+    need_shares: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    problem = Problem(x, w, w_norms, indptr, indices, rows, scale, dtype, chunk, scratch)
+    kept = [
+        x.new_empty(shape, dtype=kind)
+        for shape, kind in _load(backend).kept(problem, need_x, need_w, need_shares)
+    ]
+    cells = problem.cells if need_shares else 0
+    return x.new_empty(x.shape[0]), x.new_empty(indices.shape), x.new_empty(x.shape[0], cells), kept
+
+
+@torch.library.custom_op("pymcip::margin_softmax_gradients", mutates_args=())
+def _gradients(
+    x: Tensor,
+    w: Tensor,
+    w_norms: Tensor | None,
+    indptr: Tensor,
+    indices: Tensor,
+    rows: Tensor,
+    scale: float,
+    dtype: torch.dtype,
+    chunk: int,
+    scratch: int,
+    backend: str,
+    log_z: Tensor,
+    negative: Tensor,
+    positive: Tensor,
+    active: Tensor,
+    kept: list[Tensor],
+    need_x: bool,
+    need_w: bool,
+) -> tuple[Tensor, Tensor]:
+    problem = Problem(x, w, w_norms, indptr, indices, rows, scale, dtype, chunk, scratch)
+    coefficients = Coefficients(log_z, negative, positive, active if active.numel() else None)
+    with torch.autocast(x.device.type, enabled=False):
+        grad_x, grad_w = _load(backend).gradients(problem, coefficients, kept, need_x, need_w)
+    return grad_x, grad_w
+
+
+@_gradients.register_fake
+def _(
+    x: Tensor,
+    w: Tensor,
+    w_norms: Tensor | None,
+    indptr: Tensor,
+    indices: Tensor,
+    rows: Tensor,
+    scale: float,
+    dtype: torch.dtype,
+    chunk: int,
+    scratch: int,
+    backend: str,
+    log_z: Tensor,
+    negative: Tensor,
+    positive: Tensor,
+    active: Tensor,
+    kept: list[Tensor],
+    need_x: bool,
+    need_w: bool,
+) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty_like(x) if need_x else x.new_empty(0),
+        torch.empty_like(w) if need_w else w.new_empty(0),
+    )
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """dL/dcos_ij = negative_i exp(s cos_ij - log_z_i) of negatives, `positive` [nnz] of positives.
+
+    `active`: bool [row blocks, cells], the cells that the filter keeps; None keeps all.
+    """
+
+    log_z: Tensor
+    negative: Tensor
+    positive: Tensor
+    active: Tensor | None

@@ -1,0 +1,137 @@
+"""The oracle of `margin_softmax`: plain torch, one chunk of columns at a time, on any device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from pymcip.ops.margin_softmax import (
+    CELL_COLUMNS,
+    CELL_ROWS,
+    MIN_NORM,
+    Coefficients,
+    Problem,
+    Sums,
+    through_norm,
+)
+
+# Positives are gathered in blocks of this many: [block, D] is the largest copy of bank rows.
+POSITIVE_BLOCK = 65_536
+
+
+def kept(
+    problem: Problem, need_x: bool, need_w: bool, need_shares: bool
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and dtypes of what `sums` keeps for `gradients`: nothing."""
+    return []
+
+
+def sums(problem: Problem, need_x: bool, need_w: bool, need_shares: bool) -> Sums:
+    """log Z, the positives' cosines, and the cells' shares of Z."""
+    x = problem.x
+    log_z = x.new_full((x.shape[0],), -math.inf)
+    cells = []
+    for start, columns in unit_chunks(problem):
+        logits = _logits(problem, start, columns)
+        log_z = torch.logaddexp(log_z, logits.logsumexp(1))
+        if need_shares:
+            cells += [part.logsumexp(1) for part in logits.split(CELL_COLUMNS, dim=1)]
+    shares = x.new_empty(x.shape[0], 0)
+    if need_shares:
+        shares = (torch.stack(cells, 1) - finite(log_z)[:, None]).exp_()
+    return Sums(log_z, positive_cosines(problem), shares, [])
+
+
+def gradients(
+    problem: Problem,
+    coefficients: Coefficients,
+    kept: list[Tensor],
+    need_x: bool,
+    need_w: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients with respect to the unit rows and to W; the logits are computed anew."""
+    x, w = problem.x, problem.w
+    log_z, active = finite(coefficients.log_z)[:, None], coefficients.active
+    grad_x = torch.zeros_like(x) if need_x else x.new_empty(0)
+    grad_w = torch.zeros(w.shape if need_w else 0, dtype=x.dtype, device=x.device)
+    for start, columns in unit_chunks(problem):
+        grad = (_logits(problem, start, columns) - log_z).exp_()
+        grad.mul_(coefficients.negative[:, None])
+        if active is not None:
+            first = start // CELL_COLUMNS
+            keep = active[:, first : first + -(-columns.shape[0] // CELL_COLUMNS)]
+            keep = keep.repeat_interleave(CELL_ROWS, 0)[: x.shape[0]]
+            grad.mul_(keep.repeat_interleave(CELL_COLUMNS, 1)[:, : columns.shape[0]])
+        grad = grad.to(problem.dtype)
+        if need_x:
+            grad_x += grad @ columns.to(problem.dtype)
+        if need_w:
+            grad_w[start : start + columns.shape[0]] = grad.T @ x.to(problem.dtype)
+    add_positives(problem, coefficients.positive, grad_x, grad_w)
+    if need_w:
+        for start in range(0, w.shape[0], problem.chunk):
+            part = slice(start, start + problem.chunk)
+            values = w[part].to(x.dtype)
+            lengths = values.norm(dim=1, keepdim=True).clamp_min(MIN_NORM)
+            grad_w[part] = through_norm(grad_w[part], values / lengths, lengths)
+    return grad_x, grad_w.to(w.dtype)
+
+
+def finite(log_z: Tensor) -> Tensor:
+    """A row whose columns are all positives has log Z = -inf, and no negatives."""
+    return log_z.clamp_min(torch.finfo(log_z.dtype).min)
+
+
+def unit_chunks(problem: Problem) -> Iterator[tuple[int, Tensor]]:
+    """Unit rows of W in the rows' dtype; a chunk is whole cells wide, but for the last one."""
+    w, norms = problem.w, problem.w_norms
+    chunk = problem.chunk
+    if chunk > CELL_COLUMNS:
+        chunk -= chunk % CELL_COLUMNS
+    for start in range(0, w.shape[0], chunk):
+        part = w[start : start + chunk].to(problem.x.dtype)
+        lengths = part.norm(dim=1) if norms is None else norms[start : start + chunk]
+        yield start, part / lengths.to(part.dtype).clamp_min(MIN_NORM)[:, None]
+
+
+def positive_cosines(problem: Problem) -> Tensor:
+    """cos_ip [nnz], in the rows' dtype."""
+    cosine = torch.empty(problem.indices.shape, dtype=problem.x.dtype, device=problem.x.device)
+    for block, bank_rows in _positive_blocks(problem):
+        cosine[block] = (problem.x[problem.rows[block]] * bank_rows).sum(1)
+    return cosine
+
+
+def add_positives(problem: Problem, positive: Tensor, grad_x: Tensor, grad_w: Tensor) -> None:
+    """Add the positives' terms to both gradients, those that are not empty."""
+    for block, bank_rows in _positive_blocks(problem):
+        rows, pull = problem.rows[block], positive[block, None]
+        if grad_x.numel():
+            grad_x.index_add_(0, rows, pull * bank_rows)
+        if grad_w.numel():
+            grad_w.index_add_(0, problem.indices[block], pull * problem.x[rows])
+
+
+def mask_positives(logits: Tensor, start: int, problem: Problem, value: float) -> None:
+    """Write `value` where a column is a positive of the row; `start` is the first column's index."""
+    rows, indices = problem.rows, problem.indices
+    here = (indices >= start) & (indices < start + logits.shape[1])
+    logits[rows[here], indices[here] - start] = value
+
+
+def _logits(problem: Problem, start: int, columns: Tensor) -> Tensor:
+    x = problem.x
+    product = x.to(problem.dtype) @ columns.to(problem.dtype).T
+    logits = product.to(x.dtype).mul_(problem.scale)
+    mask_positives(logits, start, problem, -math.inf)
+    return logits
+
+
+def _positive_blocks(problem: Problem) -> Iterator[tuple[slice, Tensor]]:
+    for start in range(0, problem.indices.numel(), POSITIVE_BLOCK):
+        block = slice(start, start + POSITIVE_BLOCK)
+        part = problem.w[problem.indices[block]].to(problem.x.dtype)
+        yield block, part / part.norm(dim=1, keepdim=True).clamp_min(MIN_NORM)

@@ -1,0 +1,101 @@
+"""The bench of margin_softmax: which cases it takes, its own fp64 reference, rivals that fail."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from pymcip.ops import margin_softmax
+
+BENCH = Path(__file__).parents[1] / "bench"
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def bench() -> Any:
+    if not BENCH.is_dir():
+        pytest.skip("no bench/ here")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCH))
+        path = BENCH / "bench_margin_softmax.py"
+        spec = importlib.util.spec_from_file_location("bench_margin_softmax", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module: ModuleType = importlib.util.module_from_spec(spec)
+        patch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        yield module
+
+
+def test_default_cases_on_a_gpu(bench: Any) -> None:
+    chosen, left_out = bench.select_cases(bench.arguments(["--device", "cuda"]), 79 * GIB)
+    assert chosen[0] == (bench.GOAL, list(bench.PRODUCTS))
+    for values, axis in ((bench.ROWS, 0), (bench.COLUMNS, 1), (bench.DIMS, 2)):
+        assert {size[axis] for size, _ in chosen} == set(values)
+    assert not left_out
+    chosen, left_out = bench.select_cases(bench.arguments(["--device", "cuda"]), 40 * GIB)
+    (large,) = (modes for size, modes in chosen if size[1] == 12_000_000)
+    assert large == ["mc"]
+    assert [row[1] for row in left_out] == ["arc"]
+    assert "71 GiB of 40 GiB" in left_out[0][2]
+    chosen, left_out = bench.select_cases(bench.arguments(["--device", "cuda", "--full"]), 79 * GIB)
+    assert len({size for size, _, _ in left_out} | {size for size, _ in chosen}) == 27
+    assert chosen[0][0] == bench.GOAL
+
+
+@pytest.mark.parametrize(("kind", "margin"), [("several", 0.3), ("one", 0.3), ("plain", 0.0)])
+def test_reference(bench: Any, kind: str, margin: float) -> None:
+    options = bench.arguments(["--cluster", "64", "--positives", "3"])
+    case = bench.Case(9, 700, 16, options)
+    found = case.expected(kind, trainable=True)
+    positives = case.several if kind == "several" else case.one
+    x, w = case.x.double().requires_grad_(), case.matrix.double().requires_grad_()
+    loss = margin_softmax(
+        x, w, positives.indptr, positives.indices, scale=30.0, margin=margin, backend="torch"
+    )
+    dx, dw = torch.autograd.grad(loss.sum(), [x, w])
+    assert bench.error(loss, found.loss) < 1e-10
+    result = bench.Result(loss, dx, dw)
+    assert max(bench.errors(case, result, found).values()) < 1e-10
+
+
+def test_every_mode_runs_on_the_cpu(bench: Any) -> None:
+    options = bench.arguments(["--cluster", "64", "--positives", "3"])
+    case = bench.Case(9, 700, 16, options)
+    for mode, products in bench.PRODUCTS.items():
+        for rival in bench.rivals(case, mode):
+            figures = rival.check(rival.run())
+            wanted = {"loss err": 1e-5, "dX err": 1e-2, "dW err": 1e-2, "kept": 1.0}
+            assert all(value <= wanted[name] for name, value in figures.items()), rival.name
+            if rival.name.startswith("pymcip"):
+                assert len(figures) == products + mode.endswith("filtered")
+
+
+def test_a_rival_that_fails_stops_nothing(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    def fails() -> None:
+        raise RuntimeError("out of luck\nand more")
+
+    rivals = [bench.Rival("one", lambda: 1.0, lambda value: value), bench.Rival("two", fails)]
+    with pytest.raises(RuntimeError, match="out of luck"):
+        bench.compare(rivals)
+    timings = bench.compare(rivals, repetitions=4, seconds=1e-9, tolerant=True)
+    assert [len(timing.seconds) for timing in timings] == [3, 0]
+    report = bench.Report("none", device="cpu", dtype="float32")
+    report.add({}, timings, work=1.0, unit="runs", accuracy="value")
+    report.finish(store=False)
+    assert '"error": "RuntimeError: out of luck"' in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "chunk"),
+    [(4096, 168_192, 4096), (4096, 1_000_320, 2048), (512, 12_000_000, 128), (200, 1000, 256)],
+)
+def test_quack_chunk(bench: Any, rows: int, columns: int, chunk: int) -> None:
+    assert bench.quack_chunk(rows, columns) == chunk
+    assert chunk * columns < 2**31

@@ -1,0 +1,122 @@
+"""Which tile sizes a kernel runs with: measured once per shape class, and remembered on disk.
+
+The first call of a shape class times every candidate on the real inputs (tens of milliseconds
+each); the choice goes to `$PYMCIP_CACHE/tuning` (default: `~/.cache/pymcip/tuning`), one file per
+GPU model, Triton version and version of the candidates. `PYMCIP_TUNE=0` takes the first candidate
+instead of timing. Nothing happens at import.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+import triton
+from triton.runtime.errors import OutOfResources
+
+from pymcip.files import atomic_path
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+VERSION = 1  # of the kernels and their candidates
+REPETITIONS = 5
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes (rows, columns, depth of the product), warps per program, pipeline stages."""
+
+    bm: int
+    bn: int
+    bk: int
+    warps: int
+    stages: int
+
+
+_chosen: dict[str, Config] = {}
+_read: set[Path] = set()
+
+
+def choose(
+    kernel: str,
+    shape_class: Sequence[object],
+    candidates: Sequence[Config],
+    run: Callable[[Config], None],
+) -> Config:
+    """The candidate to run. `run` launches the kernel with one; it may be called many times."""
+    if INTERPRETED or len(candidates) == 1:
+        return candidates[0]
+    file = _file()
+    _load(file)
+    key = f"{file.stem}: {kernel} " + " ".join(map(str, shape_class))
+    found = _chosen.get(key)
+    if found in candidates:
+        return found
+    if os.environ.get("PYMCIP_TUNE") == "0" or torch.cuda.is_current_stream_capturing():
+        return candidates[0]
+    timings = {config: _time(run, config) for config in candidates}
+    best = min(timings, key=timings.__getitem__)
+    if timings[best] == float("inf"):
+        raise RuntimeError(f"{kernel}: none of {len(candidates)} tile sizes fits this GPU")
+    _chosen[key] = best
+    _save(file, key, best)
+    return best
+
+
+def size_class(value: int) -> int:
+    """The power of two that is not below the value."""
+    return 1 << max(0, value - 1).bit_length()
+
+
+def _time(run: Callable[[Config], None], config: Config) -> float:
+    """Median milliseconds; infinite if the GPU has not the resources."""
+    try:
+        run(config)
+    except OutOfResources:
+        return float("inf")
+    milliseconds = []
+    for _ in range(REPETITIONS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run(config)
+        end.record()
+        end.synchronize()
+        milliseconds.append(start.elapsed_time(end))
+    return median(milliseconds)
+
+
+def _file() -> Path:
+    folder = Path(os.environ.get("PYMCIP_CACHE") or Path.home() / ".cache" / "pymcip") / "tuning"
+    device = torch.cuda.get_device_name().replace(" ", "-").replace("/", "-")
+    return folder / f"{device}-triton{triton.__version__}-v{VERSION}.json"
+
+
+def _load(file: Path) -> None:
+    if file in _read:
+        return
+    _read.add(file)
+    _chosen.update(_stored(file))
+
+
+def _stored(file: Path) -> dict[str, Config]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return {key: Config(**value) for key, value in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}  # absent, or not ours: timed again
+
+
+def _save(file: Path, key: str, config: Config) -> None:
+    """Best effort: a cache that can't be written costs the next process the timing, no more."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        stored = {**_stored(file), key: config}
+        with atomic_path(file) as temporary:
+            text = json.dumps({name: asdict(value) for name, value in stored.items()}, indent=1)
+            temporary.write_text(text, encoding="utf-8")
+    except OSError:
+        return
