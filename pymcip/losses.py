@@ -16,8 +16,8 @@ class ArcMargin(nn.Module):
 
         L = -log( e^{s cos(t_y + m)} / ( e^{s cos(t_y + m)} + sum over j != y of e^{s cos t_j} ) )
 
-    The loss runs over the whole class matrix in chunks; memory does not grow with B x C. `options`
-    are the fields of `pymcip.ops.margin_softmax.MarginOptions`: scale, continuation, chunk.
+    The loss runs over the whole class matrix without a B x C matrix in fp32. `options` are the
+    fields of `pymcip.ops.margin_softmax.MarginOptions`: scale, continuation, compute, scratch, …
     """
 
     def __init__(
@@ -57,14 +57,17 @@ class MCArcMargin(nn.Module):
     An image's own positives never act as negatives for each other. The MCIP paper (arXiv 2409.01936)
     names this loss; its text was not at hand when this was written, so the closed form is this
     project's. For |P| = 1 it is ArcMargin. `options` are the fields of `MarginOptions`: scale,
-    margin, continuation, chunk.
+    margin, continuation, compute, delta, … On a GPU a bank in half precision is used as it is.
     """
 
     bank: Tensor
+    norms: Tensor
 
     def __init__(self, bank: Tensor, *, backend: str = "auto", **options: Any) -> None:
         super().__init__()
         self.register_buffer("bank", bank, persistent=False)
+        norms = torch.cat([part.float().norm(dim=1) for part in bank.split(65_536)])
+        self.register_buffer("norms", norms, persistent=False)
         self.options, self.backend = MarginOptions(**options), backend
 
     def forward(
@@ -81,6 +84,7 @@ class MCArcMargin(nn.Module):
             indptr,
             indices,
             weights=weights,
+            w_norms=self.norms,
             backend=self.backend,
             **asdict(self.options),
         )

@@ -251,8 +251,8 @@ def test_gpu_two_runs_give_the_same_bits(scratch: int) -> None:
 
 # --- the certified filter -----------------------------------------------------------------------
 
-CLUSTERED = Case(200, 5000, 64, positives=3, clustered=True)
-RANDOM = Case(200, 2000, 64, positives=3)
+CLUSTERED = Case(130, 2500, 64, positives=3, clustered=True)
+RANDOM = Case(130, 700, 64, positives=3)
 
 
 @pytest.mark.parametrize(
@@ -293,10 +293,11 @@ def test_filter_keeps_its_bound(
     # Losses are not filtered; only the order of the sums differs.
     assert torch.allclose(exact[0], filtered[0], rtol=1e-5)
     # |error| <= s times the mass that was dropped, times the row's weight, which is at most 1.5; and
-    # each of the two gradients has its own rounding, a few u of sums of at most s times that weight.
-    unit_roundoff = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-9}[compute]
+    # each of the two gradients has its own rounding: a few u of its terms, which sum to at most s
+    # times that weight. A term e^(s cos) has s u more; the cosines' own 16 bits are the same in both.
+    rounding = {"float64": 31 * 2.0**-53, "float32": 31 * 2.0**-24, "bfloat16": 2.0**-9}[compute]
     error = (exact[1] - filtered[1]).norm(dim=1)
-    assert (error <= 1.5 * 30.0 * (skipped.mass.double().cpu() + 4 * unit_roundoff)).all()
+    assert (error <= 1.5 * 30.0 * (skipped.mass.double().cpu() + 4 * rounding)).all()
     if case.clustered and delta > 0.1:
         assert float(error.max()) > 0  # something was left out indeed
 

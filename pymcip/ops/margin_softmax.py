@@ -189,7 +189,7 @@ def margin_softmax(
         **options: fields of `MarginOptions`.
 
     Returns:
-        Losses [B], fp32 (fp64 if `x` is fp64), under autocast too.
+        Losses [B], fp32 (fp64 with compute="float64"), under autocast too.
 
     Raises:
         ValueError: shapes, dtypes, indices or options don't fit.
@@ -218,16 +218,13 @@ def margin_softmax_filtered(
     checked = MarginOptions(**options)
     _check(x, w, indptr, indices, weights, w_norms, shard)
     dtype = checked.compute_dtype(x, w)
-    chosen = select(
-        "margin_softmax",
-        backend,
-        device=x.device.type,
-        dtype=str(dtype),
-        dim=x.shape[1],
-    )
-    return _margin_softmax(
-        x, w, indptr, indices, weights, w_norms, shard, chosen.name, dtype, checked
-    )
+    chosen = _select(backend, x.device.type, str(dtype), x.shape[1])
+    return _margin_softmax(x, w, indptr, indices, weights, w_norms, shard, chosen, dtype, checked)
+
+
+@torch.compiler.assume_constant_result
+def _select(backend: str, device: str, dtype: str, dim: int) -> str:
+    return select("margin_softmax", backend, device=device, dtype=dtype, dim=dim).name
 
 
 def _check(
@@ -304,7 +301,7 @@ def _margin_softmax(
     dtype: torch.dtype,
     options: MarginOptions,
 ) -> tuple[Tensor, Skipped]:
-    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
     counts = indptr.diff()
     rows = torch.repeat_interleave(counts, output_size=indices.shape[0])
     if weights is None:
