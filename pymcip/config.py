@@ -283,7 +283,10 @@ class TrainConfig(ModelOptions):
     cache: Source | None = option(
         None, "folder for embeddings, shared between runs; default: embeddings/ in `out`"
     )
-    loss_chunk: int = option(8192, "columns of the class or caption matrix handled at a time")
+    loss_chunk: int = option(8192, "columns of the class or caption matrix handled at a time (CPU)")
+    loss_delta: float = option(
+        0.0, "share of a row's caption softmax mass that its gradient may leave out; 0: none"
+    )
 
     rea_data: Sources | None = option(
         None, "image-caption pairs for re-alignment; default: train_data with its pseudo-captions"
@@ -305,7 +308,7 @@ class TrainConfig(ModelOptions):
         **ModelOptions.AT_LEAST,
         "epochs": 1, "batch_size": 1, "wd": 0, "warmup": 0, "accum_freq": 1, "workers": 0,
         "unlock_layers": 0, "margin": 0, "caption_margin": 0, "lambda_class": 0,
-        "lambda_caption": 0, "lr_classes": 0, "k": 1, "negatives": 1, "loss_chunk": 1,
+        "lambda_caption": 0, "lr_classes": 0, "k": 1, "negatives": 1, "loss_chunk": 1, "loss_delta": 0,
         "rea_epochs": 1, "rea_batch_size": 2, "rea_warmup": 0, "save_steps": 1, "log_steps": 1,
         "seed": 0, "beta1": 0, "beta2": 0,
     }  # fmt: skip
@@ -353,6 +356,8 @@ class TrainConfig(ModelOptions):
             problems.append(
                 f"threshold={self.threshold!r} is not a cosine; allowed: -1 to 1, 'auto'"
             )
+        if self.loss_delta >= 1:
+            problems.append(f"loss_delta={self.loss_delta}: a share of a whole, below 1")
         sources = self.train_data if isinstance(self.train_data, tuple) else (self.train_data,)
         if not sources:
             problems.append("train_data is empty; give at least one source")

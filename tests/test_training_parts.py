@@ -22,7 +22,13 @@ from pymcip.training.checkpoints import random_states
 from pymcip.training.depthwise import speed_up_depthwise
 from pymcip.training.optim import cosine_with_warmup, parameter_groups
 from pymcip.training.sampling import epoch_order, random_generator
-from pymcip.training.stages import ImageStage, Pairs, TextStage, caption_bank
+from pymcip.training.stages import (
+    ImageStage,
+    Pairs,
+    TextStage,
+    caption_bank,
+    order_caption_bank,
+)
 from pymcip.training.towers import (
     discard_projector,
     image_parameters,
@@ -216,6 +222,16 @@ def test_caption_banks() -> None:
     indptr, indices = positives.batch(np.array([2, 1, 0]), torch.device("cpu"))
     assert indptr.tolist() == [0, 2, 2, 4]
     assert bank.ravel()[indices.numpy()].tolist() == [2, 7, 4, 2]
+
+
+def test_an_ordered_bank_has_the_same_positives() -> None:
+    vectors = np.random.default_rng(0).standard_normal((600, 8)).astype(np.float16)
+    table = table_of([[4, 2], [], [2, 599]])
+    bank, positives = caption_bank(table, vectors, "bank", 0)
+    ordered, moved = order_caption_bank(bank, positives, 0, torch.device("cpu"))
+    assert np.array_equal(ordered[moved.indices], bank[positives.indices])
+    assert not np.array_equal(ordered, bank)
+    assert np.array_equal(np.sort(ordered, axis=0), np.sort(bank, axis=0))
 
 
 def config_for(**changes: object) -> TrainConfig:

@@ -41,7 +41,14 @@ from pymcip.training.checkpoints import (
 )
 from pymcip.training.logs import MetricsLog, forget_after, log_file
 from pymcip.training.loop import Interruption, Run, fit, restore
-from pymcip.training.stages import ImageStage, Pairs, Stage, TextStage, caption_bank
+from pymcip.training.stages import (
+    ImageStage,
+    Pairs,
+    Stage,
+    TextStage,
+    caption_bank,
+    order_caption_bank,
+)
 from pymcip.training.towers import discard_projector
 
 __all__ = ["TrainResult", "train"]
@@ -330,6 +337,8 @@ class _Trainer:
             assert self.table is not None
             vectors = self.caption_vectors.vectors("text")
             bank, positives = caption_bank(self.table, vectors, config.negatives, config.seed)
+            if config.loss_delta > 0:
+                bank, positives = order_caption_bank(bank, positives, config.seed, self.clip.device)
         return ImageStage(
             self.clip,
             self.data,

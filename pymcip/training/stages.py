@@ -18,6 +18,7 @@ from pymcip.data import ImageData
 from pymcip.losses import ArcMargin, MCArcMargin, info_nce
 from pymcip.mining import CaptionTable
 from pymcip.model import ClipModel, is_convolutional
+from pymcip.ops import order_bank
 from pymcip.training.batches import AugmentedImages, image_batches
 from pymcip.training.depthwise import speed_up_depthwise
 from pymcip.training.optim import make_optimizer, parameter_groups
@@ -92,6 +93,14 @@ def caption_bank(
     return vectors[rows], Positives(table.indptr, np.searchsorted(rows, table.ids))
 
 
+def order_caption_bank(
+    bank: np.ndarray, positives: Positives, seed: int, device: torch.device
+) -> tuple[np.ndarray, Positives]:
+    """The same bank with its clusters in a row, so that the certified filter can leave out cells."""
+    order = order_bank(bank, seed=seed, device=device)
+    return bank[order], Positives(positives.indptr, order.argsort()[positives.indices])
+
+
 class ImageStage:
     """gpr: ArcMargin on class labels. mcip: ArcMargin and MCArcMargin on pseudo-captions.
 
@@ -115,6 +124,10 @@ class ImageStage:
         self.samples_per_step = config.batch_size * config.accum_freq
         self.steps_per_epoch = max(1, len(data) // self.samples_per_step)
         unlock_image_tower(clip, projector=config.projector, unlock_layers=config.unlock_layers)
+        # The margin losses multiply in what the model runs in; ranks and class rows stay fp32.
+        compute = "auto" if clip.precision == "amp_bf16" else "float32"
+        if compute == "auto" and clip.device.type == "cpu":
+            compute = "bfloat16"
         classes = ArcMargin(
             data.num_classes,
             clip.embed_dim,
@@ -122,6 +135,7 @@ class ImageStage:
             margin=config.margin,
             continuation=config.continuation,
             chunk=config.loss_chunk,
+            compute=compute,
         )
         start = class_rows
         if start is None:
@@ -139,6 +153,8 @@ class ImageStage:
                 margin=config.caption_margin,
                 continuation=config.continuation,
                 chunk=config.loss_chunk,
+                compute=compute,
+                delta=config.loss_delta,
             )
         tower = parameter_groups(image_parameters(clip.model), lr=config.lr, wd=config.wd)
         lr_classes = 10 * config.lr if config.lr_classes is None else config.lr_classes
