@@ -27,7 +27,7 @@ D = 768
 GEOMETRY = {"BLOCK_ROWS": kernels.CELL_ROWS, "CELL": kernels.CELL_COLUMNS}
 HALVES = ("bf16", "fp16")
 WAYS = {
-    "exponentials": ("sums", "online", "one pass", "kept", "anew", "filter"),
+    "exponentials": ("sums", "online", "one pass", "kept", "anew", "filter", "single"),
     "rows": ("exact", "filter"),
     "columns": ("exact", "filter"),
 }
@@ -89,9 +89,9 @@ def _source(
     tiles["TMA"] = capability >= 90
     if kernel == "exponentials":
         flags = {
-            "SUMS": way in ("sums", "online", "one pass", "kept"),
+            "SUMS": way in ("sums", "online", "one pass", "kept", "single"),
             "ONLINE": way == "online",
-            "STORE": way in ("one pass", "kept", "anew", "filter"),
+            "STORE": way in ("one pass", "kept", "anew", "filter", "single"),
             "RAW": way == "one pass",
             "OFFSET": way in ("anew", "filter"),
             "FILTER": way == "filter",
@@ -119,6 +119,8 @@ def _source(
             "list_ptr": "*i32", "count_ptr": "*i32",
         }  # fmt: skip
         function = kernels.columns_kernel
+    if way == "single":  # Triton makes arguments that are 1 constants
+        flags |= dict.fromkeys(("rows", "columns", "cells", "row_tiles"), 1)
     constants = {
         name: value for name, value in {**tiles, **flags}.items() if name in function.arg_names
     }

@@ -255,10 +255,25 @@ def test_bad_options(change: dict[str, Any], message: str) -> None:
         margin_softmax(torch.from_numpy(x), torch.from_numpy(w), *csr(own), **change)
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpu", "triton"])
+def test_no_rows(backend: str) -> None:
+    x = torch.zeros(0, 16, requires_grad=True)
+    none = torch.empty(0, dtype=torch.int64)
+    compute = "bfloat16" if backend == "triton" else "float32"
+    loss = margin_softmax(
+        x, torch.ones(5, 16), torch.zeros(1, dtype=torch.int64), none, backend=backend, compute=compute
+    )
+    loss.sum().backward()
+    assert loss.shape == (0,)
+    assert x.grad is not None
+
+
 def test_bad_tensors() -> None:
     x, w = torch.ones(3, 4), torch.ones(5, 4)
     with pytest.raises(ValueError, match=r"need \[B, D\] and \[C, D\]"):
         margin_softmax(x, torch.ones(5, 3), *csr([[0]] * 3))
+    with pytest.raises(ValueError, match="at least one column"):
+        margin_softmax(x, torch.ones(0, 4), *csr([[]] * 3))
     with pytest.raises(ValueError, match=r"rows 0\.\.4"):
         margin_softmax(x, w, *csr([[0], [1], [5]]))
     with pytest.raises(ValueError, match="indptr"):

@@ -196,6 +196,16 @@ def test_triton_with_a_bank_as_it_is(case: Case, compute: str) -> None:
     check(case, "triton", compute, need_w=False, scratch=KEEP, half_bank=True)
 
 
+@pytest.mark.parametrize("case", SMALL[4:7], ids=str)
+@pytest.mark.parametrize(("need_w", "scratch"), WAYS)
+def test_triton_with_pointers(
+    case: Case, need_w: bool, scratch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPUs before Hopper load tiles by pointers."""
+    monkeypatch.setattr("pymcip.triton_kernels.margin_softmax.has_tma", lambda device: False)
+    check(case, "triton", "bfloat16", need_w=need_w, scratch=scratch)
+
+
 @pytest.mark.parametrize("case", SMALL + LARGE, ids=str)
 @pytest.mark.parametrize(("need_w", "scratch"), WAYS)
 def test_cpu(case: Case, need_w: bool, scratch: int) -> None:

@@ -134,7 +134,7 @@ def exponentials_kernel(
         offset = tl.load(offset_ptr + row_ids, mask=inside, other=0.0)
     for tile in tl.range(0, tiles):
         column = begin + tile * BN
-        cell = (row // BLOCK_ROWS) * cells.to(tl.int64) + (first + column) // CELL
+        cell = (row // BLOCK_ROWS).to(tl.int64) * cells + (first + column) // CELL
         wanted = True
         if FILTER:
             wanted = tl.load(active_ptr + cell) != 0
@@ -441,6 +441,11 @@ def candidates(tma: bool, side: int, *, spills: bool = False) -> tuple[Config, .
 # --- launchers --------------------------------------------------------------------------------
 
 
+def has_tma(device: torch.device) -> bool:
+    """Hopper brought the tensor memory accelerator; before it, tiles are loaded by pointers."""
+    return INTERPRETED or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 class _Launch:
     """One problem on the device: operands in the products' dtype, and the three products."""
 
@@ -456,8 +461,7 @@ class _Launch:
         self.factor = problem.scale * LOG2E / lengths
         self._positives: tuple[Tensor, Tensor, Tensor] | None = None
         self.none = torch.empty(1, device=self.x.device)
-        # The tensor memory accelerator came with Hopper; before it, tiles are loaded by pointers.
-        self.tma = INTERPRETED or torch.cuda.get_device_capability(self.x.device) >= (9, 0)
+        self.tma = has_tma(self.x.device)
 
     def tiles(self, tensor: Tensor, block: list[int]) -> Any:
         """What a kernel reads tiles of `block` from, or writes them to."""

@@ -218,6 +218,9 @@ def margin_softmax_filtered(
     checked = MarginOptions(**options)
     _check(x, w, indptr, indices, weights, w_norms, shard)
     dtype = checked.compute_dtype(x, w)
+    if x.shape[0] == 0:
+        loss = x.to(torch.float64 if dtype == torch.float64 else torch.float32).sum(1)
+        return loss, Skipped(torch.zeros_like(loss), torch.zeros_like(indptr[0]), 0)
     chosen = _select(backend, x.device.type, str(dtype), x.shape[1])
     return _margin_softmax(x, w, indptr, indices, weights, w_norms, shard, chosen, dtype, checked)
 
@@ -238,6 +241,8 @@ def _check(
 ) -> None:
     if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[1]:
         raise ValueError(f"x {tuple(x.shape)} and w {tuple(w.shape)}: need [B, D] and [C, D]")
+    if w.shape[0] == 0 or w.shape[1] == 0:
+        raise ValueError(f"w is {tuple(w.shape)}: need at least one column and one dimension")
     if not x.is_floating_point() or not w.is_floating_point():
         raise ValueError(f"x is {x.dtype} and w is {w.dtype}: both must be floating point")
     if indptr.dtype != torch.int64 or indices.dtype != torch.int64:
