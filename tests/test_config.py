@@ -154,6 +154,7 @@ def test_configs_can_not_be_changed_and_share_no_dicts() -> None:
         (TrainConfig, TRAIN, {"grad_clip_norm": 0.0}, "grad_clip_norm=0.0"),
         (TrainConfig, TRAIN, {"negatives": 0}, "negatives=0"),
         (TrainConfig, TRAIN, {"threshold": 1.5}, "threshold=1.5 is not a cosine"),
+        (TrainConfig, TRAIN, {"loss_delta": 1.0}, "loss_delta=1.0: a share of a whole"),
         (TrainConfig, TRAIN, {"captions": None}, "needs captions="),
         (TrainConfig, TRAIN, {"captions": None, "method": "2sft"}, "or rea_data="),
         (TrainConfig, TRAIN, {"projector": "discard"}, "allowed: keep, lock"),

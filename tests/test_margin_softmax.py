@@ -261,7 +261,12 @@ def test_no_rows(backend: str) -> None:
     none = torch.empty(0, dtype=torch.int64)
     compute = "bfloat16" if backend == "triton" else "float32"
     loss = margin_softmax(
-        x, torch.ones(5, 16), torch.zeros(1, dtype=torch.int64), none, backend=backend, compute=compute
+        x,
+        torch.ones(5, 16),
+        torch.zeros(1, dtype=torch.int64),
+        none,
+        backend=backend,
+        compute=compute,
     )
     loss.sum().backward()
     assert loss.shape == (0,)

@@ -24,9 +24,12 @@ from pymcip.ops.margin_softmax import (
     CELL_ROWS,
     margin_logit,
     margin_softmax_filtered,
+    probe_triton,
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MISSING = probe_triton()  # Triton older than 3.4 has no tensor descriptors
+needs_triton = pytest.mark.skipif(MISSING is not None, reason=f"Triton: {MISSING}")
 KEEP, ANEW = 1 << 30, 1  # scratch: all of E, or one cell at a time
 
 
@@ -182,6 +185,7 @@ GPU = [
 WAYS = [(False, KEEP), (False, ANEW), (True, KEEP), (True, ANEW)]
 
 
+@needs_triton
 @pytest.mark.parametrize("case", SMALL, ids=str)
 @pytest.mark.parametrize(("need_w", "scratch"), WAYS)
 @pytest.mark.parametrize("compute", ["bfloat16", "float16"])
@@ -189,6 +193,7 @@ def test_triton(case: Case, compute: str, need_w: bool, scratch: int) -> None:
     check(case, "triton", compute, need_w=need_w, scratch=scratch)
 
 
+@needs_triton
 @pytest.mark.parametrize("case", SMALL[4:7], ids=str)
 @pytest.mark.parametrize("compute", ["bfloat16", "float16"])
 def test_triton_with_a_bank_as_it_is(case: Case, compute: str) -> None:
@@ -196,6 +201,7 @@ def test_triton_with_a_bank_as_it_is(case: Case, compute: str) -> None:
     check(case, "triton", compute, need_w=False, scratch=KEEP, half_bank=True)
 
 
+@needs_triton
 @pytest.mark.parametrize("case", SMALL[4:7], ids=str)
 @pytest.mark.parametrize(("need_w", "scratch"), WAYS)
 def test_triton_with_pointers(
@@ -277,6 +283,8 @@ def test_filter_keeps_its_bound(
 ) -> None:
     if backend == "cpu" and DEVICE != "cpu":
         pytest.skip("runs where there is no GPU")
+    if backend == "triton" and MISSING is not None:
+        pytest.skip(MISSING)
     x, w, indptr, indices = (value.to(DEVICE) for value in case.make())
     x = torch.nn.functional.normalize(x.double(), dim=1)
     if backend != "torch":
@@ -330,6 +338,7 @@ def compiled() -> list[dict[str, int]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@needs_triton
 def test_compiled_kernels_fit_and_do_not_spill(compiled: list[dict[str, int]]) -> None:
     assert {row["capability"] for row in compiled} == {80, 90}
     for row in compiled:
@@ -341,6 +350,7 @@ def test_compiled_kernels_fit_and_do_not_spill(compiled: list[dict[str, int]]) -
         assert row["atomics"] == 0, row
 
 
+@needs_triton
 def test_compiled_kernels_use_the_tensor_cores(compiled: list[dict[str, int]]) -> None:
     for row in compiled:
         if row["capability"] == 90:
@@ -350,6 +360,7 @@ def test_compiled_kernels_use_the_tensor_cores(compiled: list[dict[str, int]]) -
             assert row["mma"] > 0, row
 
 
+@needs_triton
 def test_explain_says_why_triton_lost() -> None:
     text = str(explain("margin_softmax", device=DEVICE, dtype="bfloat16", dim=100))
     assert "triton: takes D = 16 … 8192 in multiples of 8, not 100" in text
