@@ -76,19 +76,19 @@ BACKENDS: tuple[Backend, ...] = (
     ),
     Backend(
         op="margin_softmax",
+        name="cpu",
+        devices=("cpu",),
+        dtypes=("float32", "bfloat16"),
+        function="pymcip.ops.margin_softmax_cpu",
+    ),
+    Backend(
+        op="margin_softmax",
         name="triton",
         devices=("cuda", "cpu"),  # the latter under Triton's interpreter
         dtypes=("bfloat16", "float16"),
         function="pymcip.triton_kernels.margin_softmax",
         probe="pymcip.ops.margin_softmax:probe_triton",
         limits="pymcip.triton_kernels.margin_softmax:limits",
-    ),
-    Backend(
-        op="margin_softmax",
-        name="cpu",
-        devices=("cpu",),
-        dtypes=("float32", "bfloat16"),
-        function="pymcip.ops.margin_softmax_cpu",
     ),
     Backend(
         op="margin_softmax",

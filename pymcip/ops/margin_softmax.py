@@ -41,7 +41,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pymcip.ops.dispatch import select
+from pymcip.ops.dispatch import backends, select
 
 MIN_SIN_SQUARED = 1e-6
 MIN_NORM = 1e-12
@@ -147,6 +147,19 @@ class Problem:
     @property
     def cells(self) -> int:
         return -(-self.w.shape[0] // CELL_COLUMNS)
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """dL/dcos_ij = negative_i exp(s cos_ij - log_z_i) of negatives, `positive` [nnz] of positives.
+
+    `active`: bool [row blocks, cells], the cells that the filter keeps; None keeps all.
+    """
+
+    log_z: Tensor
+    negative: Tensor
+    positive: Tensor
+    active: Tensor | None
 
 
 class Sums(NamedTuple):
@@ -377,7 +390,7 @@ class _MarginSoftmax(torch.autograd.Function):
                 mass = _mass_outside(shares, active)
             skipped = active.numel() - active.sum()
         else:
-            active = torch.empty(0, dtype=torch.bool, device=x.device)
+            active = None
             mass, skipped = torch.zeros_like(log_z), torch.zeros_like(indptr[0])
         ctx.save_for_backward(
             x, w, w_norms, norms, local_ptr, local, local_rows, rows, log_z, pull, slope, own,
@@ -473,126 +486,61 @@ def probe_triton() -> str | None:
 
 # --- the two operators ------------------------------------------------------------------------
 
+_PROBLEM = (
+    "Tensor x, Tensor w, Tensor? w_norms, Tensor indptr, Tensor indices, Tensor rows, "
+    "float scale, ScalarType dtype, int chunk, int scratch"
+)
+_FIELDS = 10  # the arguments above are Problem's fields, in order
+
 
 def _load(backend: str) -> Any:
-    from pymcip.ops.dispatch import backends
-
     (row,) = (row for row in backends("margin_softmax") if row.name == backend)
     return row.load()
 
 
-@torch.library.custom_op("pymcip::margin_softmax_sums", mutates_args=())
-def _sums(
-    x: Tensor,
-    w: Tensor,
-    w_norms: Tensor | None,
-    indptr: Tensor,
-    indices: Tensor,
-    rows: Tensor,
-    scale: float,
-    dtype: torch.dtype,
-    chunk: int,
-    scratch: int,
-    backend: str,
-    need_x: bool,
-    need_w: bool,
-    need_shares: bool,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    problem = Problem(x, w, w_norms, indptr, indices, rows, scale, dtype, chunk, scratch)
-    with torch.autocast(x.device.type, enabled=False):
-        result = _load(backend).sums(problem, need_x, need_w, need_shares)
-    return result.log_z, result.cosine, result.shares, list(result.kept)
+@torch.library.custom_op(
+    "pymcip::margin_softmax_sums",
+    mutates_args=(),
+    schema=f"({_PROBLEM}, str backend, bool need_x, bool need_w, bool need_shares)"
+    " -> (Tensor, Tensor, Tensor, Tensor[])",
+)
+def _sums(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    problem, (backend, *needs) = Problem(*arguments[:_FIELDS]), arguments[_FIELDS:]
+    with torch.autocast(problem.x.device.type, enabled=False):
+        result = _load(backend).sums(problem, *needs)
+    return result.log_z, result.cosine, result.shares, result.kept
 
 
 @_sums.register_fake
-def _(
-    x: Tensor,
-    w: Tensor,
-    w_norms: Tensor | None,
-    indptr: Tensor,
-    indices: Tensor,
-    rows: Tensor,
-    scale: float,
-    dtype: torch.dtype,
-    chunk: int,
-    scratch: int,
-    backend: str,
-    need_x: bool,
-    need_w: bool,
-    need_shares: bool,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    problem = Problem(x, w, w_norms, indptr, indices, rows, scale, dtype, chunk, scratch)
-    kept = [
-        x.new_empty(shape, dtype=kind)
-        for shape, kind in _load(backend).kept(problem, need_x, need_w, need_shares)
-    ]
-    cells = problem.cells if need_shares else 0
-    return x.new_empty(x.shape[0]), x.new_empty(indices.shape), x.new_empty(x.shape[0], cells), kept
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    problem, (backend, *needs) = Problem(*arguments[:_FIELDS]), arguments[_FIELDS:]
+    x, (count, _) = problem.x, problem.x.shape
+    kept = _load(backend).kept(problem, *needs)
+    return (
+        x.new_empty(count),
+        x.new_empty(problem.indices.shape),
+        x.new_empty(count, problem.cells if needs[-1] else 0),
+        [x.new_empty(shape, dtype=dtype) for shape, dtype in kept],
+    )
 
 
-@torch.library.custom_op("pymcip::margin_softmax_gradients", mutates_args=())
-def _gradients(
-    x: Tensor,
-    w: Tensor,
-    w_norms: Tensor | None,
-    indptr: Tensor,
-    indices: Tensor,
-    rows: Tensor,
-    scale: float,
-    dtype: torch.dtype,
-    chunk: int,
-    scratch: int,
-    backend: str,
-    log_z: Tensor,
-    negative: Tensor,
-    positive: Tensor,
-    active: Tensor,
-    kept: list[Tensor],
-    need_x: bool,
-    need_w: bool,
-) -> tuple[Tensor, Tensor]:
-    problem = Problem(x, w, w_norms, indptr, indices, rows, scale, dtype, chunk, scratch)
-    coefficients = Coefficients(log_z, negative, positive, active if active.numel() else None)
-    with torch.autocast(x.device.type, enabled=False):
-        grad_x, grad_w = _load(backend).gradients(problem, coefficients, kept, need_x, need_w)
+@torch.library.custom_op(
+    "pymcip::margin_softmax_gradients",
+    mutates_args=(),
+    schema=f"({_PROBLEM}, str backend, Tensor log_z, Tensor negative, Tensor positive,"
+    " Tensor? active, Tensor[] kept, bool need_x, bool need_w) -> (Tensor, Tensor)",
+)
+def _gradients(*arguments: Any) -> tuple[Tensor, Tensor]:
+    problem, (backend, *others) = Problem(*arguments[:_FIELDS]), arguments[_FIELDS:]
+    with torch.autocast(problem.x.device.type, enabled=False):
+        grad_x, grad_w = _load(backend).gradients(problem, Coefficients(*others[:4]), *others[4:])
     return grad_x, grad_w
 
 
 @_gradients.register_fake
-def _(
-    x: Tensor,
-    w: Tensor,
-    w_norms: Tensor | None,
-    indptr: Tensor,
-    indices: Tensor,
-    rows: Tensor,
-    scale: float,
-    dtype: torch.dtype,
-    chunk: int,
-    scratch: int,
-    backend: str,
-    log_z: Tensor,
-    negative: Tensor,
-    positive: Tensor,
-    active: Tensor,
-    kept: list[Tensor],
-    need_x: bool,
-    need_w: bool,
-) -> tuple[Tensor, Tensor]:
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    x, w, (need_x, need_w) = *arguments[:2], arguments[-2:]
     return (
         torch.empty_like(x) if need_x else x.new_empty(0),
         torch.empty_like(w) if need_w else w.new_empty(0),
     )
-
-
-@dataclass(frozen=True)
-class Coefficients:
-    """dL/dcos_ij = negative_i exp(s cos_ij - log_z_i) of negatives, `positive` [nnz] of positives.
-
-    `active`: bool [row blocks, cells], the cells that the filter keeps; None keeps all.
-    """
-
-    log_z: Tensor
-    negative: Tensor
-    positive: Tensor
-    active: Tensor | None
