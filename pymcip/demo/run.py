@@ -65,16 +65,16 @@ class Recipe:
         default_factory=lambda: {
             "epochs": 3,
             "batch_size": 128,
-            "lr": 2e-3,
+            "lr": 8e-4,
             "wd": 0.02,
             "warmup": 14,
-            "scale": 30.0,
-            "margin": 0.4,
+            "scale": 50.0,
+            "margin": 0.6,
             "caption_scale": 16.0,
-            "lambda_class": 0.65,
-            "lambda_caption": 0.35,
-            "k": 3,
-            "threshold": 0.48,  # nine images of ten get a caption
+            "lambda_class": 0.4,
+            "lambda_caption": 0.6,
+            "k": 10,
+            "threshold": 0.4,  # nearly every image has ten captions above it
         }
     )
     rea: dict[str, Any] = dataclasses.field(

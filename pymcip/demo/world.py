@@ -141,7 +141,7 @@ class SceneStyle:
 
 # Pretraining's scenes are as above; those that are searched vary more in what no caption tells.
 WEB = SceneStyle()
-SEARCHED = SceneStyle(angle=40.0, smallest=30.0, noise=10.0, light=0.1)
+SEARCHED = SceneStyle(angle=41.0, smallest=30.0, noise=10.5, light=0.11)
 
 
 @dataclass(frozen=True)
