@@ -46,6 +46,8 @@ from pymcip.triton_kernels.tuning import INTERPRETED, Config, choose, size_class
 
 LOG2E = math.log2(math.e)
 HIGHEST_EXPONENT = 88.0  # exp(88) is finite in fp32
+# Among the elements of E that is kept stand the positives' own, up to 1e3 Z (their slope's bound).
+HIGHEST_KEPT = HIGHEST_EXPONENT - 8
 HALF_OFFSET = {torch.bfloat16: 0.0, torch.float16: 6.0}  # P 2^6 keeps more of fp16's small values
 GROUP = 2048  # columns of one program of exponentials_kernel, where no single cells are asked for
 MAX_SPLITS = 16
@@ -408,8 +410,6 @@ HOPPER = (
     Config(128, 256, 64, 8, 3),
     Config(128, 128, 64, 8, 4),
     Config(128, 128, 64, 4, 3),
-    Config(128, 128, 128, 8, 2),
-    Config(128, 64, 64, 4, 4),
 )
 AMPERE = (
     Config(128, 128, 32, 8, 4),
@@ -729,11 +729,12 @@ def limits(device: str, dim: int) -> str | None:
 def _way(problem: Problem, need_x: bool, need_w: bool, need_shares: bool) -> str:
     """ "sums" (nothing kept), "one pass" or "kept"; see the module's docstring."""
     rows, columns = problem.x.shape[0], problem.w.shape[0]
-    plain = problem.scale + math.log(max(columns, 1)) < HIGHEST_EXPONENT
-    if need_shares or not plain or problem.dtype != torch.bfloat16:
+    highest = problem.scale + math.log(columns)
+    if need_shares or highest >= HIGHEST_EXPONENT or problem.dtype != torch.bfloat16:
         return "sums"
     if need_w:
-        return "kept" if 2 * rows * columns <= problem.scratch else "sums"
+        fits = 2 * rows * columns <= problem.scratch
+        return "kept" if fits and highest < HIGHEST_KEPT else "sums"
     return "one pass" if need_x else "sums"
 
 
@@ -759,7 +760,7 @@ def sums(problem: Problem, need_x: bool, need_w: bool, need_shares: bool) -> Sum
     unit, inverse = _prepared(problem, need_w)
     launch = _Launch(problem, unit, inverse)
     way = _way(problem, need_x, need_w, need_shares)
-    online = problem.scale + math.log(max(columns, 1)) >= HIGHEST_EXPONENT
+    online = problem.scale + math.log(columns) >= HIGHEST_EXPONENT
     width = CELL_COLUMNS if need_shares else GROUP
     groups = triton.cdiv(columns, width)
     partial = _empty(device, groups, rows)

@@ -3,7 +3,8 @@
 The first call of a shape class times every candidate on the real inputs (tens of milliseconds
 each); the choice goes to `$PYMCIP_CACHE/tuning` (default: `~/.cache/pymcip/tuning`), one file per
 GPU model, Triton version and version of the candidates. `PYMCIP_TUNE=0` takes the first candidate
-instead of timing. Nothing happens at import.
+instead of timing. Nothing happens at import. Tile sizes decide in which order sums are made, so the
+last bits of a result are those of the choice: the same ones as long as it is remembered.
 """
 
 from __future__ import annotations

@@ -35,6 +35,8 @@ x_i. Losses stay exact, and so do the positives' own terms.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -498,6 +500,15 @@ def _load(backend: str) -> Any:
     return row.load()
 
 
+@contextmanager
+def _alone_on(device: torch.device) -> Iterator[None]:
+    """Without autocast, and with launches going to the tensors' GPU."""
+    with torch.autocast(device.type, enabled=False), ExitStack() as stack:
+        if device.type == "cuda":
+            stack.enter_context(torch.cuda.device(device))
+        yield
+
+
 @torch.library.custom_op(
     "pymcip::margin_softmax_sums",
     mutates_args=(),
@@ -506,7 +517,7 @@ def _load(backend: str) -> Any:
 )
 def _sums(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     problem, (backend, *needs) = Problem(*arguments[:_FIELDS]), arguments[_FIELDS:]
-    with torch.autocast(problem.x.device.type, enabled=False):
+    with _alone_on(problem.x.device):
         result = _load(backend).sums(problem, *needs)
     return result.log_z, result.cosine, result.shares, result.kept
 
@@ -532,7 +543,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
 )
 def _gradients(*arguments: Any) -> tuple[Tensor, Tensor]:
     problem, (backend, *others) = Problem(*arguments[:_FIELDS]), arguments[_FIELDS:]
-    with torch.autocast(problem.x.device.type, enabled=False):
+    with _alone_on(problem.x.device):
         grad_x, grad_w = _load(backend).gradients(problem, Coefficients(*others[:4]), *others[4:])
     return grad_x, grad_w
 
