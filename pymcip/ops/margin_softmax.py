@@ -75,7 +75,7 @@ class MarginOptions:
     continuation: str = "linear"
     compute: str = "auto"
     chunk: int = 8192
-    scratch: int = 1 << 30
+    scratch: int = 1 << 28
     delta: float = 0.0
 
     def __post_init__(self) -> None:
