@@ -269,7 +269,7 @@ def test_gpu_two_runs_give_the_same_bits(scratch: int) -> None:
 # --- the certified filter -----------------------------------------------------------------------
 
 CLUSTERED = Case(130, 2500, 64, positives=3, clustered=True)
-RANDOM = Case(130, 700, 64, positives=3)
+RANDOM = Case(130, 2500, 64, positives=3)
 
 
 @pytest.mark.parametrize(
@@ -319,8 +319,9 @@ def test_filter_keeps_its_bound(
     rounding = unit_roundoff if backend == "triton" else 31 * unit_roundoff
     error = (exact[1] - filtered[1]).norm(dim=1)
     assert (error <= 1.5 * 30.0 * (skipped.mass.double().cpu() + 4 * rounding)).all()
-    if case.clustered and delta > 0.1:
-        assert float(error.max()) > 0  # something was left out indeed
+    if not case.clustered and delta > 0.1 and not need_w:  # ten cells of about a tenth each
+        assert float(skipped.mass.max()) > 0.1
+        assert float(error.max()) > 0.01
 
 
 # --- compiled ahead of time ---------------------------------------------------------------------

@@ -22,7 +22,6 @@ from pymcip.ops.margin_softmax import (
     Coefficients,
     Problem,
     Sums,
-    through_norm,
 )
 from pymcip.ops.margin_softmax_torch import add_positives, finite, positive_cosines
 
@@ -100,7 +99,8 @@ def gradients(
     # What turns a row of E = exp(s cos) into the derivatives with respect to the cosines.
     row_scale = torch.where(log_z.isinf(), 0.0, negative * (-log_z).exp())
     grad_x = torch.zeros_like(x) if need_x else torch.empty(0)
-    grad_w = torch.zeros(w.shape) if need_w else torch.empty(0)
+    make = torch.empty if coefficients.active is None else torch.zeros
+    grad_w = make(w.shape if need_w else 0, dtype=torch.float32)
     if products.numel():
         grad_x += row_scale[:, None] * products
         add_positives(problem, coefficients.positive, grad_x, grad_w)
@@ -113,25 +113,40 @@ def gradients(
     weighted = (row_scale[:, None] * x).to(problem.dtype)
     blocks = _chunks(problem) if coefficients.active is None else _cells(problem, coefficients)
     for block in blocks:
-        here, count = block.rows, len(block.log_z(log_z))
-        unit = work.unit_rows(block.columns) if need_x or anew else torch.empty(0)
+        here = block.rows
+        count = here.stop - here.start
+        unit = work.unit_rows(block.columns)
         if anew:
             logits = work.logits(rounded[here], unit, block)
-            e = work.rounded(logits.sub_(finite(block.log_z(log_z))[:, None]).exp_())
+            e = work.rounded(logits.sub_(finite(log_z[here])[:, None]).exp_())
         else:
             e = exponentials[rows * block.start : rows * block.end].view(rows, -1)
         if need_x:
             grad_x[here] += row_scale[here, None] * torch.mm(e, unit, out=work.product(count, dim))
         if need_w:
-            grad_w[block.columns] += e.T @ weighted[here]
+            product = torch.mm(e.T, weighted[here], out=work.columns(unit.shape[0], dim))
+            if coefficients.active is None:  # this chunk's columns are done, and still in the cache
+                grad = grad_w[block.columns].copy_(product)
+                positive = coefficients.positive[block.entries, None]
+                grad.index_add_(0, block.positive_columns, positive * x[block.positive_rows])
+                _through_norm(grad, work.unit, work.lengths)
+            else:
+                grad_w[block.columns] += product
+    if coefficients.active is None:
+        add_positives(problem, coefficients.positive, grad_x, torch.empty(0))
+        return grad_x, grad_w.to(w.dtype)
     add_positives(problem, coefficients.positive, grad_x, grad_w)
     if need_w:
-        for start in range(0, w.shape[0], problem.chunk):
-            part = slice(start, start + problem.chunk)
-            values = w[part].float()
-            lengths = values.norm(dim=1, keepdim=True).clamp_min(MIN_NORM)
-            grad_w[part] = through_norm(grad_w[part], values / lengths, lengths)
+        for block in _chunks(problem):
+            work.unit_rows(block.columns)
+            _through_norm(grad_w[block.columns], work.unit, work.lengths)
     return grad_x, grad_w.to(w.dtype)
+
+
+def _through_norm(grad: Tensor, unit: Tensor, lengths: Tensor) -> None:
+    """As `through_norm` of the contract's module, in place; `unit` is fp32 [n, D], lengths [n]."""
+    along = torch.linalg.vecdot(grad, unit)
+    grad.addcmul_(unit, along[:, None], value=-1).div_(lengths[:, None])
 
 
 # --- blocks of the matrix, and the buffers they are worked on in --------------------------------
@@ -145,11 +160,9 @@ class _Block:
     columns: slice | Tensor
     positive_rows: Tensor
     positive_columns: Tensor
+    entries: Tensor  # which of all positives these are
     start: int = 0
     end: int = 0
-
-    def log_z(self, log_z: Tensor) -> Tensor:
-        return log_z[self.rows]
 
 
 def _chunks(problem: Problem) -> Iterator[_Block]:
@@ -165,6 +178,7 @@ def _chunks(problem: Problem) -> Iterator[_Block]:
             slice(start, end),
             problem.rows[here],
             problem.indices[here] - start,
+            here.nonzero().flatten(),
             start,
             end,
         )
@@ -188,7 +202,8 @@ def _cells(problem: Problem, coefficients: Coefficients) -> Iterator[_Block]:
             where = place[own // CELL_COLUMNS]
             here = where >= 0
             local = where[here] * CELL_COLUMNS + own[here] % CELL_COLUMNS
-            yield _Block(rows, ids, own_rows[here], local)
+            entries = first + here.nonzero().flatten()
+            yield _Block(rows, ids, own_rows[here], local, entries)
 
 
 class _Work:
@@ -196,6 +211,7 @@ class _Work:
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
+        self.unit = self.lengths = torch.empty(0)  # of the rows that unit_rows gave last, in fp32
         self._buffers: dict[str, Tensor] = {}
 
     def _take(self, name: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -205,24 +221,29 @@ class _Work:
             buffer = self._buffers[name] = torch.empty(size, dtype=dtype)
         return buffer[:size].view(shape)
 
-    def product(self, rows: int, columns: int) -> Tensor:
-        """A buffer for a product's result."""
-        return self._take("product", (rows, columns), self.problem.dtype)
+    def product(self, rows: int, dim: int) -> Tensor:
+        """A buffer for the product that is the rows' gradient."""
+        return self._take("product", (rows, dim), self.problem.dtype)
+
+    def columns(self, columns: int, dim: int) -> Tensor:
+        """A buffer for the product that is the columns' gradient."""
+        return self._take("columns", (columns, dim), self.problem.dtype)
 
     def unit_rows(self, columns: slice | Tensor) -> Tensor:
         """Rows of W, normalised in fp32, in the products' dtype; valid until the next call."""
         problem = self.problem
         part = problem.w[columns]
         shape = part.shape[0], part.shape[1]
-        values = self._take("values", shape, torch.float32).copy_(part)
+        self.unit = self._take("unit", shape, torch.float32).copy_(part)
         if problem.w_norms is None:
-            norms = torch.linalg.vector_norm(values, dim=1)
+            norms = torch.linalg.vector_norm(self.unit, dim=1)
         else:
             norms = problem.w_norms[columns].float()
-        values.div_(norms.clamp_min(MIN_NORM)[:, None])
+        self.lengths = norms.clamp_min(MIN_NORM)
+        self.unit.div_(self.lengths[:, None])
         if problem.dtype == torch.float32:
-            return values
-        return self._take("unit", shape, problem.dtype).copy_(values)
+            return self.unit
+        return self._take("rounded unit", shape, problem.dtype).copy_(self.unit)
 
     def logits(self, rounded: Tensor, unit: Tensor, block: _Block) -> Tensor:
         """s cos of a block in fp32, -inf at its positives; valid until the next call."""
