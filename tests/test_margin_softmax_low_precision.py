@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from pymcip.ops import explain, margin_softmax
@@ -219,6 +221,24 @@ def test_cpu(case: Case, need_w: bool, scratch: int) -> None:
     if DEVICE != "cpu":
         pytest.skip("runs where there is no GPU")
     check(case, "cpu", "bfloat16", need_w=need_w, scratch=scratch)
+
+
+@needs_triton
+@settings(deadline=None, max_examples=10, derandomize=True)
+@given(
+    case=st.builds(
+        Case,
+        rows=st.integers(64, 80),  # enough for the errors' norms to be no matter of luck
+        columns=st.integers(1, 600),
+        dim=st.integers(2, 9).map(lambda eighths: 8 * eighths),
+        scale=st.sampled_from([16.0, 30.0, 64.0]),
+        margin=st.sampled_from([0.0, 0.3, 0.5]),
+        positives=st.integers(-1, 6),
+    ),
+    way=st.sampled_from(WAYS),
+)
+def test_any_small_problem(case: Case, way: tuple[bool, int]) -> None:
+    check(case, "triton", "bfloat16", need_w=way[0], scratch=way[1])
 
 
 @pytest.mark.gpu

@@ -5,9 +5,9 @@ Bottom-up: the kernels, their launchers, and `sums` and `gradients`, which the o
     exponentials_kernel   one product: E = exp(s cos), row sums per group of columns, E if asked for
     rows_kernel           E W:   the gradients of the rows, split over columns, partials in fp32
     columns_kernel        E'X:   the gradients of the columns; a tile of columns has one owner
-    prepare_kernel        W as unit rows in the products' dtype
+    prepare_kernel        X and W as unit rows in the products' dtype
     project_kernel        dW through the norms of W's rows
-    cosines_kernel, finish_kernel   what concerns positives, one by one, in fp32
+    cosines_kernel, finish_kernel   what concerns positives, one by one, summed in fp32
 
 There are no atomics, and every sum has a fixed order: two runs give the same bits.
 
@@ -349,8 +349,8 @@ def project_kernel(
 
 @triton.jit
 def cosines_kernel(
-    x_ptr,  # [B, D] fp32 unit rows
-    w_ptr,  # [C, D]
+    x_ptr,  # [B, D] and [C, D], as the products take them: a column that repeats a positive has
+    w_ptr,  # the positive's cosine to the last bits
     row_ptr,  # [nnz]
     column_ptr,  # [nnz]
     out_ptr,  # [nnz] fp32
@@ -363,10 +363,10 @@ def cosines_kernel(
     inside = dims < D
     row = tl.load(row_ptr + entry).to(tl.int64)
     column = tl.load(column_ptr + entry).to(tl.int64)
-    x = tl.load(x_ptr + row * D + dims, mask=inside, other=0.0)
+    x = tl.load(x_ptr + row * D + dims, mask=inside, other=0.0).to(tl.float32)
     w = tl.load(w_ptr + column * D + dims, mask=inside, other=0.0).to(tl.float32)
-    norm = tl.maximum(tl.sqrt(tl.sum(w * w, 0)), least)
-    tl.store(out_ptr + entry, tl.sum(x * w, 0) / norm)
+    norms = tl.sqrt(tl.sum(x * x, 0)) * tl.sqrt(tl.sum(w * w, 0))
+    tl.store(out_ptr + entry, tl.sum(x * w, 0) / tl.maximum(norms, least))
 
 
 @triton.jit
@@ -454,11 +454,10 @@ class _Launch:
         self.raw = w.data_ptr() == problem.w.data_ptr()
         self.rows, self.dim = problem.x.shape
         self.columns = problem.w.shape[0]
-        self.x = problem.x.to(problem.dtype)
+        self.x, inverse_lengths = _rounded(problem.x, problem.dtype)
         self.blocks = -(-self.rows // CELL_ROWS)
         # Rounding to 16 bits changes lengths; cosines are those of the rounded rows.
-        lengths = self.x.float().norm(dim=1).clamp_min(MIN_NORM)
-        self.factor = problem.scale * LOG2E / lengths
+        self.factor = problem.scale * LOG2E * inverse_lengths
         self._positives: tuple[Tensor, Tensor, Tensor] | None = None
         self.none = torch.empty(1, device=self.x.device)
         self.tma = has_tma(self.x.device)
@@ -697,13 +696,19 @@ def _prepared(problem: Problem, need_w: bool) -> tuple[Tensor, Tensor]:
     usable = w.dtype == problem.dtype and w.data_ptr() % 16 == 0
     if not need_w and usable and problem.w_norms is not None:
         return w, problem.w_norms.float().clamp_min(MIN_NORM).reciprocal()
-    out = _empty(w.device, *w.shape, dtype=problem.dtype)
-    inverse = _empty(w.device, w.shape[0])
-    dims = triton.next_power_of_2(w.shape[1])
+    return _rounded(w, problem.dtype)
+
+
+def _rounded(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows as unit rows in 16 bits, and 1 over the lengths that they have after rounding."""
+    out = _empty(values.device, *values.shape, dtype=dtype)
+    inverse = _empty(values.device, values.shape[0])
+    dims = triton.next_power_of_2(values.shape[1])
     per_program = max(1, 4096 // dims)
-    prepare_kernel[(triton.cdiv(w.shape[0], per_program),)](
-        w, out, inverse, w.shape[0], MIN_NORM, D=w.shape[1], DIMS=dims, ROWS=per_program
-    )
+    prepare_kernel[(triton.cdiv(values.shape[0], per_program),)](
+        values, out, inverse, values.shape[0], MIN_NORM,
+        D=values.shape[1], DIMS=dims, ROWS=per_program,
+    )  # fmt: skip
     return out, inverse
 
 
@@ -789,7 +794,7 @@ def sums(problem: Problem, need_x: bool, need_w: bool, need_shares: bool) -> Sum
         shares = (logs - log_z.clamp_min(torch.finfo(torch.float32).min)).exp().T.contiguous()
     if not need_w:
         unit, inverse = _empty(device, 0, dtype=problem.dtype), _empty(device, 0)
-    return Sums(log_z, _cosines(problem), shares, [products, exponentials, unit, inverse])
+    return Sums(log_z, _cosines(problem, launch), shares, [products, exponentials, unit, inverse])
 
 
 def gradients(
@@ -843,12 +848,12 @@ def gradients(
     return grad_x, _project(problem, grad_w) if need_w else grad_w
 
 
-def _cosines(problem: Problem) -> Tensor:
+def _cosines(problem: Problem, launch: _Launch) -> Tensor:
     out = _empty(problem.x.device, *problem.indices.shape)
     if out.numel():
         dim = problem.x.shape[1]
         cosines_kernel[(out.numel(),)](
-            problem.x, problem.w.contiguous(), problem.rows, problem.indices, out, MIN_NORM,
+            launch.x, launch.w, problem.rows, problem.indices, out, MIN_NORM,
             D=dim, DIMS=triton.next_power_of_2(dim),
         )  # fmt: skip
     return out

@@ -382,7 +382,7 @@ class _MarginSoftmax(torch.autograd.Function):
         value, slope = margin_logit(cosine, options.margin, options.continuation)
         gap = log_z[rows] - options.scale * value
         softplus = torch.logaddexp(gap, torch.zeros_like(gap))
-        loss = torch.zeros_like(log_z).index_add_(0, rows, weights * softplus)
+        loss = _row_sums(weights * softplus, indptr)
         pull = weights * torch.sigmoid(gap)
         if filters:
             shares = shares * (indptr.diff() > 0)[:, None]
@@ -395,7 +395,7 @@ class _MarginSoftmax(torch.autograd.Function):
             active = None
             mass, skipped = torch.zeros_like(log_z), torch.zeros_like(indptr[0])
         ctx.save_for_backward(
-            x, w, w_norms, norms, local_ptr, local, local_rows, rows, log_z, pull, slope, own,
+            x, w, w_norms, norms, indptr, local_ptr, local, local_rows, rows, log_z, pull, slope, own,
             active, *kept,
         )  # fmt: skip
         ctx.shard, ctx.backend, ctx.dtype, ctx.options = shard, backend, dtype, options
@@ -406,14 +406,14 @@ class _MarginSoftmax(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (
-            x, w, w_norms, norms, local_ptr, local, local_rows, rows, log_z, pull, slope, own,
-            active, *kept,
+            x, w, w_norms, norms, indptr, local_ptr, local, local_rows, rows, log_z, pull, slope,
+            own, active, *kept,
         ) = ctx.saved_tensors  # fmt: skip
         options = ctx.options
         need_x, need_w = ctx.needs_input_grad[:2]
         unit = _unit(x, norms)
         pull = pull * grad_outputs[0].to(pull.dtype)[rows]
-        negative = options.scale * torch.zeros_like(log_z).index_add_(0, rows, pull)
+        negative = options.scale * _row_sums(pull, indptr)
         positive = -options.scale * slope * pull
         grad_unit, grad_w = torch.ops.pymcip.margin_softmax_gradients(
             unit, w, w_norms, local_ptr, local, local_rows, options.scale, ctx.dtype,
@@ -426,6 +426,11 @@ class _MarginSoftmax(torch.autograd.Function):
                 torch.distributed.all_reduce(grad_unit, group=ctx.shard.group)
             grad_x = through_norm(grad_unit, unit, norms[:, None]).to(x.dtype)
         return grad_x, grad_w if need_w else None, *[None] * 10
+
+
+def _row_sums(values: Tensor, indptr: Tensor) -> Tensor:
+    """[B], sums of the rows' values [nnz], in a fixed order: on a GPU index_add has none."""
+    return torch.segment_reduce(values, "sum", offsets=indptr, initial=0, unsafe=True)
 
 
 def _unit(x: Tensor, norms: Tensor) -> Tensor:
