@@ -127,10 +127,11 @@ def test_a_written_world_is_the_same_to_the_byte(written: world.World, tmp_path:
         assert before.read_bytes() == after.read_bytes(), before.name
 
 
-def test_more_classes_than_there_are() -> None:
+def test_more_classes_than_there_are(tmp_path: Path) -> None:
     config = world.WorldConfig(test_classes=10_000)
     with pytest.raises(ConfigError, match="test_classes=10000 is not allowed; allowed: 2 to"):
-        world.write_world(config, "unused")
+        world.write_world(config, tmp_path / "world")
+    assert not (tmp_path / "world").exists()
 
 
 def test_no_training_scene_shows_a_test_emoji(written: world.World) -> None:

@@ -602,8 +602,6 @@ def _write_split(
 
 def write_world(config: WorldConfig, out: str | os.PathLike[str]) -> World:
     """Compose a world and write it below `out`; every file is complete or absent."""
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
     emoji = load_sprites().emoji
     train = split_indices(emoji, "train", config.tones)
     test = split_indices(emoji, "test", config.tones)
@@ -614,6 +612,8 @@ def write_world(config: WorldConfig, out: str | os.PathLike[str]) -> World:
         if not 2 <= wanted <= there:
             raise ConfigError(f"{name}={wanted} is not allowed; allowed: 2 to {there}")
     classes = {"train": train[: config.train_classes], "test": test[: config.test_classes]}
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
     names = {}
     for split, members in classes.items():
         names[split] = folder / f"{split}_names.tsv"
