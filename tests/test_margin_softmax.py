@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pymcip.losses import ArcMargin, MCArcMargin, info_nce
 from pymcip.ops import margin_softmax
-from pymcip.ops.margin_softmax import margin_logit
+from pymcip.ops.margin_softmax import margin_logit, margin_softmax_filtered
 
 EXACT = ("torch", "cpu")  # those that take fp32 operands
 
@@ -271,6 +271,21 @@ def test_no_rows(backend: str) -> None:
     loss.sum().backward()
     assert loss.shape == (0,)
     assert x.grad is not None
+
+
+@pytest.mark.parametrize("backend", EXACT)
+def test_the_filter_works_in_whole_cells_whatever_the_chunk(backend: str) -> None:
+    x, w, own = problem(5, 600, 16, 1)
+    found = [
+        margin_softmax_filtered(
+            torch.from_numpy(x).requires_grad_(), torch.from_numpy(w), *csr(own),
+            delta=0.5, chunk=chunk, backend=backend,
+        )[1]
+        for chunk in (37, 600)
+    ]  # fmt: skip
+    assert found[0].of == 3
+    assert int(found[0].cells) == int(found[1].cells)
+    assert torch.allclose(found[0].mass, found[1].mass, rtol=1e-5)
 
 
 def test_bad_tensors() -> None:

@@ -37,15 +37,16 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from pymcip.ops.margin_softmax import (
     CELL_COLUMNS,
     CELL_ROWS,
+    HIGHEST_EXPONENT,
     MIN_NORM,
     Coefficients,
     Problem,
     Sums,
+    finite,
 )
-from pymcip.triton_kernels.tuning import INTERPRETED, Config, choose, size_class
+from pymcip.triton_kernels.tuning import INTERPRETED, Config, choose
 
 LOG2E = math.log2(math.e)
-HIGHEST_EXPONENT = 88.0  # exp(88) is finite in fp32
 # Among the elements of E that is kept stand the positives' own, up to 1e3 Z (their slope's bound).
 HIGHEST_KEPT = HIGHEST_EXPONENT - 8
 HALF_OFFSET = {torch.bfloat16: 0.0, torch.float16: 6.0}  # P 2^6 keeps more of fp16's small values
@@ -479,6 +480,21 @@ class _Launch:
             self._positives = starts, rows[order].int(), indices[order].int()
         return self._positives
 
+    def constants(self, config: Config) -> dict[str, Any]:
+        """What all three products are compiled with."""
+        return {
+            "D": self.dim,
+            "BM": config.bm,
+            "BN": config.bn,
+            "BK": config.bk,
+            "BLOCK_ROWS": CELL_ROWS,
+            "CELL": CELL_COLUMNS,
+            "TMA": self.tma,
+            "FP32_DOT": INTERPRETED,
+            "num_warps": config.warps,
+            "num_stages": config.stages,
+        }
+
     def exponentials(
         self,
         first: int,
@@ -516,13 +532,7 @@ class _Launch:
                 self.problem.cells,
                 out.stride(0),
                 row_tiles,
-                D=self.dim,
-                BM=config.bm,
-                BN=config.bn,
-                BK=config.bk,
                 WIDTH=width,
-                BLOCK_ROWS=CELL_ROWS,
-                CELL=CELL_COLUMNS,
                 SUMS=sums is not None,
                 ONLINE=maxima is not None,
                 STORE=e is not None,
@@ -530,10 +540,7 @@ class _Launch:
                 OFFSET=offset is not None,
                 FILTER=active is not None,
                 POSITIVES=entry_rows.numel() > 0,
-                TMA=self.tma,
-                FP32_DOT=INTERPRETED,
-                num_warps=config.warps,
-                num_stages=config.stages,
+                **self.constants(config),
             )
 
         asked = [name is not None for name in (sums, maxima, e, offset, active)]
@@ -572,18 +579,9 @@ class _Launch:
                 e.stride(0),
                 row_tiles,
                 out.shape[0],
-                D=self.dim,
-                BM=config.bm,
-                BN=config.bn,
-                BK=config.bk,
-                BLOCK_ROWS=CELL_ROWS,
-                CELL=CELL_COLUMNS,
                 ACCUMULATE=accumulate,
                 FILTER=active is not None,
-                TMA=self.tma,
-                FP32_DOT=INTERPRETED,
-                num_warps=config.warps,
-                num_stages=config.stages,
+                **self.constants(config),
             )
 
         # Without the number of columns: the first chunk, which does not accumulate, decides for all.
@@ -619,24 +617,15 @@ class _Launch:
                 columns,
                 e.stride(0),
                 self.blocks,
-                D=self.dim,
-                BM=config.bm,
-                BN=config.bn,
-                BK=config.bk,
-                BLOCK_ROWS=CELL_ROWS,
-                CELL=CELL_COLUMNS,
                 FILTER=active is not None,
-                TMA=self.tma,
-                FP32_DOT=INTERPRETED,
-                num_warps=config.warps,
-                num_stages=config.stages,
+                **self.constants(config),
             )
 
         key = self._class(columns, active is not None)
         run(choose("columns", key, candidates(self.tma, columns), run))
 
     def _class(self, columns: int, *more: object) -> tuple[object, ...]:
-        sizes = size_class(self.rows), size_class(columns), self.dim
+        sizes = triton.next_power_of_2(self.rows), triton.next_power_of_2(columns), self.dim
         return (self.problem.dtype, *sizes, self.raw, *more)
 
 
@@ -791,7 +780,7 @@ def sums(problem: Problem, need_x: bool, need_w: bool, need_shares: bool) -> Sum
     shares = _empty(device, rows, 0)
     if need_shares:
         logs = partial.log() if maxima is None else partial.log() + maxima * math.log(2)
-        shares = (logs - log_z.clamp_min(torch.finfo(torch.float32).min)).exp().T.contiguous()
+        shares = (logs - finite(log_z)).exp().T.contiguous()
     if not need_w:
         unit, inverse = _empty(device, 0, dtype=problem.dtype), _empty(device, 0)
     return Sums(log_z, _cosines(problem, launch), shares, [products, exponentials, unit, inverse])

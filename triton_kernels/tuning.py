@@ -68,11 +68,6 @@ def choose(
     return best
 
 
-def size_class(value: int) -> int:
-    """The power of two that is not below the value."""
-    return 1 << max(0, value - 1).bit_length()
-
-
 def _time(run: Callable[[Config], None], config: Config) -> float:
     """Median milliseconds; infinite if the GPU has not the resources."""
     try:

@@ -50,6 +50,7 @@ MIN_NORM = 1e-12
 CONTINUATIONS = ("linear", "none", "easy")
 COMPUTE = ("auto", "float64", "float32", "bfloat16", "float16")
 CELL_ROWS, CELL_COLUMNS = 128, 256  # the filter's granularity
+HIGHEST_EXPONENT = 88.0  # exp(88) is finite in fp32 and bfloat16
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,13 @@ class MarginOptions:
             raise ValueError(f"chunk={self.chunk}, scratch={self.scratch}; need at least 1")
         if not 0 <= self.delta < 1:
             raise ValueError(f"delta={self.delta}; need 0 <= delta < 1")
+
+    @property
+    def step(self) -> int:
+        """Columns at a time in whole cells; less than a cell only where no filter asks for cells."""
+        if self.chunk < CELL_COLUMNS:
+            return CELL_COLUMNS if self.delta > 0 else self.chunk
+        return self.chunk - self.chunk % CELL_COLUMNS
 
     def compute_dtype(self, x: Tensor, w: Tensor) -> torch.dtype:
         """The dtype that `compute` means for these operands."""
@@ -366,7 +374,7 @@ class _MarginSoftmax(torch.autograd.Function):
             local_rows, local, local_ptr = rows, indices, indptr
         problem = (
             _unit(x, norms), w, w_norms, local_ptr, local, local_rows, options.scale, dtype,
-            options.chunk, options.scratch, backend,
+            options.step, options.scratch, backend,
         )  # fmt: skip
         filters = options.delta > 0 and (need_x or need_w)
         log_z, found, shares, kept = torch.ops.pymcip.margin_softmax_sums(
@@ -417,7 +425,7 @@ class _MarginSoftmax(torch.autograd.Function):
         positive = -options.scale * slope * pull
         grad_unit, grad_w = torch.ops.pymcip.margin_softmax_gradients(
             unit, w, w_norms, local_ptr, local, local_rows, options.scale, ctx.dtype,
-            options.chunk, options.scratch, ctx.backend, log_z, negative,
+            options.step, options.scratch, ctx.backend, log_z, negative,
             positive if own is None else positive[own], active, kept, need_x, need_w,
         )  # fmt: skip
         grad_x = None
@@ -442,6 +450,11 @@ def through_norm(grad: Tensor, unit: Tensor, norms: Tensor) -> Tensor:
     return (grad - (grad * unit).sum(1, keepdim=True) * unit) / norms
 
 
+def finite(log_z: Tensor) -> Tensor:
+    """A row whose columns are all positives has log Z = -inf, and no negatives."""
+    return log_z.clamp_min(torch.finfo(log_z.dtype).min)
+
+
 def _over_shards(
     log_z: Tensor, found: Tensor, own: Tensor | None, group: Any
 ) -> tuple[Tensor, Tensor, int]:
@@ -451,13 +464,13 @@ def _over_shards(
     assert own is not None
     highest = log_z.clone()
     distributed.all_reduce(highest, distributed.ReduceOp.MAX, group=group)
-    finite = highest.clamp_min(torch.finfo(log_z.dtype).min)
-    total = (log_z - finite).exp()
+    highest = finite(highest)
+    total = (log_z - highest).exp()
     distributed.all_reduce(total, group=group)
     cosine = torch.zeros(own.shape, dtype=found.dtype, device=found.device)
     cosine[own] = found
     distributed.all_reduce(cosine, group=group)
-    return total.log() + finite, cosine, distributed.get_world_size(group)
+    return total.log() + highest, cosine, distributed.get_world_size(group)
 
 
 def _choose_cells(shares: Tensor, delta: float) -> tuple[Tensor, Tensor]:

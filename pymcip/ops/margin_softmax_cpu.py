@@ -18,14 +18,14 @@ from torch import Tensor
 from pymcip.ops.margin_softmax import (
     CELL_COLUMNS,
     CELL_ROWS,
+    HIGHEST_EXPONENT,
     MIN_NORM,
     Coefficients,
     Problem,
     Sums,
+    finite,
 )
-from pymcip.ops.margin_softmax_torch import add_positives, finite, positive_cosines
-
-HIGHEST_EXPONENT = 88.0  # exp(88) is finite in fp32 and bfloat16
+from pymcip.ops.margin_softmax_torch import add_positives, positive_cosines
 
 
 def _way(problem: Problem, need_x: bool, need_w: bool, need_shares: bool) -> str:
@@ -166,12 +166,9 @@ class _Block:
 
 
 def _chunks(problem: Problem) -> Iterator[_Block]:
-    """All rows, a chunk of columns at a time, whole cells wide but for the last."""
-    chunk = problem.chunk
-    if chunk > CELL_COLUMNS:
-        chunk -= chunk % CELL_COLUMNS
-    for start in range(0, problem.w.shape[0], chunk):
-        end = min(start + chunk, problem.w.shape[0])
+    """All rows, a chunk of columns at a time."""
+    for start in range(0, problem.w.shape[0], problem.chunk):
+        end = min(start + problem.chunk, problem.w.shape[0])
         here = (problem.indices >= start) & (problem.indices < end)
         yield _Block(
             slice(0, problem.x.shape[0]),

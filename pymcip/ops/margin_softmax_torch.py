@@ -15,6 +15,7 @@ from pymcip.ops.margin_softmax import (
     Coefficients,
     Problem,
     Sums,
+    finite,
     through_norm,
 )
 
@@ -80,17 +81,9 @@ def gradients(
     return grad_x, grad_w.to(w.dtype)
 
 
-def finite(log_z: Tensor) -> Tensor:
-    """A row whose columns are all positives has log Z = -inf, and no negatives."""
-    return log_z.clamp_min(torch.finfo(log_z.dtype).min)
-
-
 def unit_chunks(problem: Problem) -> Iterator[tuple[int, Tensor]]:
-    """Unit rows of W in the rows' dtype; a chunk is whole cells wide, but for the last one."""
-    w, norms = problem.w, problem.w_norms
-    chunk = problem.chunk
-    if chunk > CELL_COLUMNS:
-        chunk -= chunk % CELL_COLUMNS
+    """Unit rows of W in the rows' dtype, a chunk at a time, each with its first column's index."""
+    w, norms, chunk = problem.w, problem.w_norms, problem.chunk
     for start in range(0, w.shape[0], chunk):
         part = w[start : start + chunk].to(problem.x.dtype)
         lengths = part.norm(dim=1) if norms is None else norms[start : start + chunk]

@@ -124,7 +124,7 @@ class ImageStage:
         self.samples_per_step = config.batch_size * config.accum_freq
         self.steps_per_epoch = max(1, len(data) // self.samples_per_step)
         unlock_image_tower(clip, projector=config.projector, unlock_layers=config.unlock_layers)
-        # The margin losses multiply in what the model runs in; ranks and class rows stay fp32.
+        # The margin losses multiply in what the model runs in; the class rows stay fp32.
         compute = "auto" if clip.precision == "amp_bf16" else "float32"
         if compute == "auto" and clip.device.type == "cpu":
             compute = "bfloat16"
