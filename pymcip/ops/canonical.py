@@ -1,0 +1,134 @@
+"""The canonical score of a pair of rows: the same bits on every back end, device and block size.
+
+    products q[d] c[d] of the inputs widened to fp32, in fp64: exact (24 + 24 bits), FMA or not
+    16 lanes: lane l adds up, in order of d, the products with d % 16 == l, starting from +0
+    then halves: for w in (8, 4, 2, 1): lane[l] += lane[l + w] for l < w
+    score = float32(lane[0]) + 0        (rounded to nearest even; -0 becomes +0)
+
+It differs from the exact inner product by the fp64 sum, at most (D / 16 + 4) 2^-53 |q| |c| and a
+bit, and by its rounding to fp32. The top-k op ranks by it. Columns that D lacks to a multiple of 16
+may be added as zeros: a lane never is -0, so that adding +-0 leaves it as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+Array: TypeAlias = Any  # np.ndarray (memory maps too) or torch.Tensor
+
+LANES = 16
+_BYTES = 1 << 25  # of the rows gathered and of what is computed from them, at a time
+
+
+def canonical_scores(queries: Array, bank: Array, ids: Array) -> Array:
+    """Scores fp32 [N, K] of query n with the bank rows ids[n]; a negative id's score is -inf.
+
+    queries [N, D], bank [M, D]: NumPy arrays, memory maps or torch tensors of float32, float16 or
+        bfloat16 with finite values, any strides; the bank on the queries' device or on the CPU.
+    ids: integers [N, K], NumPy or torch on any device, below M.
+    The scores are of the kind of `queries` and on its device; a device without fp64 has the CPU
+    compute them. Extra memory: about 32 MiB.
+    """
+    if isinstance(queries, np.ndarray) and isinstance(bank, np.ndarray):
+        ids = ids.cpu().numpy() if isinstance(ids, torch.Tensor) else np.asarray(ids)
+        scores = np.empty(ids.shape, dtype=np.float32)
+        for rows, places in _blocks(ids.shape, queries):
+            wanted = ids[rows, places]
+            found = bank[np.maximum(wanted, 0)] if len(bank) else _zeros(wanted, queries)
+            block = _sum_numpy(queries[rows, None], found)
+            scores[rows, places] = np.where(wanted < 0, np.float32(-np.inf), block)
+        return scores
+
+    device = queries.device if isinstance(queries, torch.Tensor) else torch.device("cpu")
+    compute = torch.device("cpu") if device.type == "mps" else device
+    ids = torch.as_tensor(ids)
+    out = torch.empty(ids.shape, dtype=torch.float32, device=compute)
+    for rows, places in _blocks(ids.shape, queries):
+        wanted = ids[rows, places]
+        safe = wanted.clamp_min(0)
+        if len(bank):
+            found = _gather(bank, safe, compute)
+        else:
+            found = torch.zeros(*safe.shape, queries.shape[1], device=compute)
+        out[rows, places] = _sum_torch(_to_torch(queries[rows], compute)[:, None], found)
+        out[rows, places].masked_fill_(wanted.to(compute) < 0, -torch.inf)
+    return out.to(device) if isinstance(queries, torch.Tensor) else out.numpy()
+
+
+def canonical_matrix(queries: Array, bank: Array) -> Array:
+    """All scores fp32 [N, M], for few queries or a block of the bank; otherwise as above."""
+    if isinstance(queries, np.ndarray) and isinstance(bank, np.ndarray):
+        scores = np.empty((len(queries), len(bank)), dtype=np.float32)
+        for rows, columns in _blocks(scores.shape, queries):
+            scores[rows, columns] = _sum_numpy(queries[rows, None], bank[None, columns])
+        return scores
+
+    device = queries.device if isinstance(queries, torch.Tensor) else torch.device("cpu")
+    compute = torch.device("cpu") if device.type == "mps" else device
+    out = torch.empty(len(queries), len(bank), device=compute)
+    for rows, columns in _blocks((len(queries), len(bank)), queries):
+        left, right = _to_torch(queries[rows], compute), _to_torch(bank[columns], compute)
+        out[rows, columns] = _sum_torch(left[:, None], right[None])
+    return out.to(device) if isinstance(queries, torch.Tensor) else out.numpy()
+
+
+def _blocks(shape: Any, queries: Array) -> list[tuple[slice, slice]]:
+    """Blocks of a matrix of pairs whose rows and lanes fit _BYTES."""
+    # A pair's row as it is and widened to fp32; its lanes, their addends and the halves in fp64.
+    pairs = max(1, _BYTES // (8 * queries.shape[1] + 4 * 8 * LANES))
+    width = max(1, min(shape[1], pairs))
+    height = max(1, pairs // width)
+    return [
+        (slice(first, first + height), slice(start, start + width))
+        for first in range(0, shape[0], height)
+        for start in range(0, shape[1], width)
+    ]
+
+
+def _zeros(ids: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    return np.zeros((*ids.shape, queries.shape[1]), dtype=np.float32)
+
+
+def _sum_numpy(queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """fp32 [n, k] of queries [n, 1, D] and rows [n or 1, k, D]."""
+    columns = queries.shape[-1]
+    lanes = np.zeros((len(queries), rows.shape[1], LANES))
+    for start in range(0, columns, LANES):
+        part = slice(start, start + LANES)
+        # By way of fp32: NumPy's bfloat16 has no other way.
+        left = queries[..., part].astype(np.float32).astype(np.float64)
+        right = rows[..., part].astype(np.float32).astype(np.float64)
+        lanes[..., : columns - start] += left * right
+    for width in (8, 4, 2, 1):
+        lanes = lanes[..., :width] + lanes[..., width : 2 * width]
+    with np.errstate(over="ignore", under="ignore"):
+        return lanes[..., 0].astype(np.float32) + np.float32(0)
+
+
+def _sum_torch(queries: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """The same in torch."""
+    columns = queries.shape[-1]
+    lanes = torch.zeros(len(queries), rows.shape[1], LANES, dtype=torch.float64, device=rows.device)
+    for start in range(0, columns, LANES):
+        part = slice(start, start + LANES)
+        left, right = queries[..., part].double(), rows[..., part].double()
+        lanes[..., : columns - start].addcmul_(left, right)
+    for width in (8, 4, 2, 1):
+        lanes = lanes[..., :width] + lanes[..., width : 2 * width]
+    return lanes[..., 0].float() + 0.0
+
+
+def _gather(bank: Array, ids: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if isinstance(bank, torch.Tensor):
+        return bank[ids.to(bank.device)].to(device)
+    return _to_torch(bank[ids.cpu().numpy()], device)
+
+
+def _to_torch(block: Array, device: torch.device) -> torch.Tensor:
+    if isinstance(block, torch.Tensor):
+        return block.to(device)
+    # A copy: torch warns about read-only arrays, such as memory maps, that it would share.
+    return torch.from_numpy(np.array(block, dtype=np.float32, order="C")).to(device)
