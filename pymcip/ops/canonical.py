@@ -20,7 +20,7 @@ import torch
 Array: TypeAlias = Any  # np.ndarray (memory maps too) or torch.Tensor
 
 LANES = 16
-_BYTES = 1 << 25  # of the rows gathered and of what is computed from them, at a time
+_BYTES = 1 << 24  # of the rows gathered and of what is computed from them, at a time
 
 
 def canonical_scores(queries: Array, bank: Array, ids: Array) -> Array:
@@ -30,7 +30,7 @@ def canonical_scores(queries: Array, bank: Array, ids: Array) -> Array:
         bfloat16 with finite values, any strides; the bank on the queries' device or on the CPU.
     ids: integers [N, K], NumPy or torch on any device, below M.
     The scores are of the kind of `queries` and on its device; a device without fp64 has the CPU
-    compute them. Extra memory: about 32 MiB.
+    compute them. Extra memory: about 16 MiB.
     """
     if isinstance(queries, np.ndarray) and isinstance(bank, np.ndarray):
         ids = ids.cpu().numpy() if isinstance(ids, torch.Tensor) else np.asarray(ids)
@@ -43,7 +43,7 @@ def canonical_scores(queries: Array, bank: Array, ids: Array) -> Array:
         return scores
 
     device = queries.device if isinstance(queries, torch.Tensor) else torch.device("cpu")
-    compute = torch.device("cpu") if device.type == "mps" else device
+    compute = _fp64_device(device)
     ids = torch.as_tensor(ids)
     out = torch.empty(ids.shape, dtype=torch.float32, device=compute)
     for rows, places in _blocks(ids.shape, queries):
@@ -58,6 +58,20 @@ def canonical_scores(queries: Array, bank: Array, ids: Array) -> Array:
     return out.to(device) if isinstance(queries, torch.Tensor) else out.numpy()
 
 
+def canonical_pairs(
+    queries: torch.Tensor, bank: torch.Tensor, rows: torch.Tensor, ids: torch.Tensor
+) -> torch.Tensor:
+    """Scores fp32 [P] of queries[rows[p]] with bank[ids[p]], all of them torch on one device."""
+    compute = _fp64_device(queries.device)
+    out = torch.empty(len(rows), dtype=torch.float32, device=compute)
+    step = _pairs(2 * queries.shape[1])
+    for first in range(0, len(rows), step):
+        part = slice(first, first + step)
+        left, right = queries[rows[part]].to(compute), bank[ids[part]].to(compute)
+        out[part] = _sum_torch(left[:, None], right[:, None])[:, 0]
+    return out.to(queries.device)
+
+
 def canonical_matrix(queries: Array, bank: Array) -> Array:
     """All scores fp32 [N, M], for few queries or a block of the bank; otherwise as above."""
     if isinstance(queries, np.ndarray) and isinstance(bank, np.ndarray):
@@ -67,7 +81,7 @@ def canonical_matrix(queries: Array, bank: Array) -> Array:
         return scores
 
     device = queries.device if isinstance(queries, torch.Tensor) else torch.device("cpu")
-    compute = torch.device("cpu") if device.type == "mps" else device
+    compute = _fp64_device(device)
     out = torch.empty(len(queries), len(bank), device=compute)
     for rows, columns in _blocks((len(queries), len(bank)), queries):
         left, right = _to_torch(queries[rows], compute), _to_torch(bank[columns], compute)
@@ -77,8 +91,7 @@ def canonical_matrix(queries: Array, bank: Array) -> Array:
 
 def _blocks(shape: Any, queries: Array) -> list[tuple[slice, slice]]:
     """Blocks of a matrix of pairs whose rows and lanes fit _BYTES."""
-    # A pair's row as it is and widened to fp32; its lanes, their addends and the halves in fp64.
-    pairs = max(1, _BYTES // (8 * queries.shape[1] + 4 * 8 * LANES))
+    pairs = _pairs(queries.shape[1])
     width = max(1, min(shape[1], pairs))
     height = max(1, pairs // width)
     return [
@@ -86,6 +99,17 @@ def _blocks(shape: Any, queries: Array) -> list[tuple[slice, slice]]:
         for first in range(0, shape[0], height)
         for start in range(0, shape[1], width)
     ]
+
+
+def _pairs(columns: int) -> int:
+    """How many pairs fit _BYTES, if for each of them so many elements are gathered."""
+    # A row as it is and widened to fp32; its lanes, their addends and the halves in fp64.
+    return max(1, _BYTES // (8 * columns + 4 * 8 * LANES))
+
+
+def _fp64_device(device: torch.device) -> torch.device:
+    """The device, or the CPU instead of one that may lack fp64 (MPS, some of Intel's)."""
+    return device if device.type in ("cpu", "cuda") else torch.device("cpu")
 
 
 def _zeros(ids: np.ndarray, queries: np.ndarray) -> np.ndarray:
