@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pymcip.ops import topk_torch as module
-from pymcip.ops.canonical import canonical_matrix
+from pymcip.ops.canonical import canonical_topk
 from pymcip.ops.topk_torch import topk_torch
 
 
@@ -25,23 +25,9 @@ def search(
     return np.asarray(ids), np.asarray(scores)
 
 
-def ranking(
-    queries: Any, bank: Any, k: int, threshold: float = -np.inf
-) -> tuple[np.ndarray, np.ndarray]:
-    """The contract, literally."""
-    matrix = np.asarray(canonical_matrix(queries, bank))
-    ids = np.full((len(matrix), k), -1)
-    scores = np.full((len(matrix), k), -np.inf, np.float32)
-    for row, line in enumerate(matrix):
-        order = np.argsort(-line, kind="stable")[:k]
-        order = order[line[order] >= threshold]
-        ids[row, : len(order)], scores[row, : len(order)] = order, line[order]
-    return ids, scores
-
-
 def check(queries: Any, bank: Any, k: int, threshold: float = -np.inf) -> None:
     ids, scores = search(queries, bank, k, threshold)
-    wanted_ids, wanted_scores = ranking(queries, bank, k, threshold)
+    wanted_ids, wanted_scores = canonical_topk(queries, bank, k, threshold)
     np.testing.assert_array_equal(ids, wanted_ids)
     np.testing.assert_array_equal(scores.view(np.int32), wanted_scores.view(np.int32))
 
@@ -121,7 +107,7 @@ def test_dtypes_strides_and_memory_maps(tmp_path: Path, small_blocks: None) -> N
 def test_plain_answer_is_near(small_blocks: None) -> None:
     queries, bank = gaussian(12, 20, 100), gaussian(13, 500, 100)
     _, scores = search(queries, bank, 10, 0.5, exact=False)
-    _, wanted = ranking(queries, bank, 10, 0.5)
+    _, wanted = canonical_topk(queries, bank, 10, 0.5)
     bound = 116 * 2.0**-24 * 200
     np.testing.assert_allclose(scores, wanted, rtol=0, atol=bound)
     assert (np.diff(scores) <= 0).all()
@@ -135,7 +121,7 @@ def test_progress_and_precision_settings(small_blocks: None) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         queries, bank = gaussian(14, 10, 8), gaussian(15, 120, 8)
         ids, _ = search(queries, bank, 4, progress=lambda *call: calls.append(call))
-    np.testing.assert_array_equal(ids, ranking(queries, bank, 4)[0])
+    np.testing.assert_array_equal(ids, canonical_topk(queries, bank, 4)[0])
     assert calls[-1] == (1200, 1200)
     assert len(calls) == 6
     assert torch.get_float32_matmul_precision() == before

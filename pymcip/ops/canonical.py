@@ -89,6 +89,21 @@ def canonical_matrix(queries: Array, bank: Array) -> Array:
     return out.to(device) if isinstance(queries, torch.Tensor) else out.numpy()
 
 
+def canonical_topk(
+    queries: Array, bank: Array, k: int, threshold: float = -np.inf
+) -> tuple[np.ndarray, np.ndarray]:
+    """What `topk` has to return, literally: the oracle that back ends are compared with."""
+    matrix = canonical_matrix(queries, bank)
+    matrix = matrix.cpu().numpy() if isinstance(matrix, torch.Tensor) else matrix
+    ids = np.full((len(matrix), k), -1, dtype=np.int64)
+    scores = np.full((len(matrix), k), -np.inf, dtype=np.float32)
+    for row, line in enumerate(matrix):
+        order = np.argsort(-line, kind="stable")[:k]
+        order = order[line[order] >= np.float32(threshold)]
+        ids[row, : len(order)], scores[row, : len(order)] = order, line[order]
+    return ids, scores
+
+
 def _blocks(shape: Any, queries: Array) -> list[tuple[slice, slice]]:
     """Blocks of a matrix of pairs whose rows and lanes fit _BYTES."""
     pairs = _pairs(queries.shape[1])

@@ -1,0 +1,311 @@
+"""Triton kernels of `topk` (contract and certificate: `pymcip.ops.topk_triton`).
+
+Bottom-up: the kernels, then their launchers.
+
+    prepare_kernel   rows in 16 bits, their lengths and how far they are from what they stand for
+    screen_kernel    a product in 16 bits that stays in registers: places whose upper bound reaches
+                     the cut are appended to their query's list, nothing else is written
+    refine_kernel    canonical scores of the lists, as keys that sort by score and then by id
+
+A list is in no particular order, as programs append to it through a counter; keys are distinct, so
+that sorting them leaves nothing of that order.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from pymcip.triton_kernels.margin_softmax import candidates, has_tma, load_tile
+from pymcip.triton_kernels.tuning import INTERPRETED, Config, choose
+
+# Above the relative error (D + 2) 2^-24 of a length in fp32; and above what underflows in its
+# squares, sqrt(D) 2^-63.
+INFLATE = tl.constexpr(1.001)
+UNDERFLOW = tl.constexpr(2.0**-50)
+# A key without a pair: score -inf, the highest id.
+MISSING = tl.constexpr((0x7F800001 << 32) + 0xFFFFFFFF)
+LANES = tl.constexpr(16)  # of the canonical score
+WORD = tl.constexpr(16)  # columns whose hits are packed together
+PAIRS = 256 if INTERPRETED else 32  # of one program of refine_kernel
+TUNED = 1 << 16  # fewer rows of a bank are not worth timing tile sizes
+
+# --- kernels ----------------------------------------------------------------------------------
+
+
+@triton.jit
+def prepare_kernel(
+    in_ptr,  # [rows, D] with any strides
+    out_ptr,  # [rows, WIDTH] 16 bits, if STORE
+    rounded_ptr,  # [rows] upper bounds of |x'|, of |x| and of |x - x'|, where x' is x in 16 bits
+    length_ptr,
+    residual_ptr,
+    rows,
+    row_stride,
+    column_stride,
+    slack,  # times |x|, is added to the residual
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DIMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    STORE: tl.constexpr,
+):
+    ids = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    dims = tl.arange(0, DIMS)
+    inside = (ids < rows)[:, None] & (dims < D)[None, :]
+    place = ids.to(tl.int64)[:, None] * row_stride + dims.to(tl.int64)[None, :] * column_stride
+    x = tl.load(in_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    half = x.to(out_ptr.dtype.element_ty)
+    if STORE:
+        place = ids.to(tl.int64)[:, None] * WIDTH + dims[None, :]
+        tl.store(out_ptr + place, half, mask=(ids < rows)[:, None] & (dims < WIDTH)[None, :])
+    rounded = half.to(tl.float32)
+    lost = x - rounded
+    length = tl.sqrt(tl.sum(x * x, 1)) * INFLATE + UNDERFLOW
+    residual = tl.sqrt(tl.sum(lost * lost, 1)) * INFLATE + UNDERFLOW
+    tl.store(length_ptr + ids, length, mask=ids < rows)
+    tl.store(residual_ptr + ids, residual + slack * length, mask=ids < rows)
+    tl.store(
+        rounded_ptr + ids,
+        tl.sqrt(tl.sum(rounded * rounded, 1)) * INFLATE + UNDERFLOW,
+        mask=ids < rows,
+    )
+
+
+@triton.jit
+def screen_kernel(
+    q_tiles,  # [N, WIDTH] 16 bits; this and the next: tensor descriptors if TMA, else pointers
+    c_tiles,  # [M, WIDTH]
+    q_length_ptr,  # [N] upper bounds, see prepare_kernel
+    q_residual_ptr,
+    c_rounded_ptr,  # [M]
+    c_residual_ptr,
+    cut_ptr,  # [N] a score below this is of no use; +inf: this query takes no part
+    count_ptr,  # [N] i32, how many places were admitted, more than CAPACITY if not all fit
+    list_ptr,  # [N, CAPACITY] i32, places of rows
+    rows,  # N
+    first,  # the rows of the bank from `first` to before `last`
+    last,
+    row_tiles,
+    tiles_each,  # of the bank, for one program
+    CAPACITY,
+    WIDTH: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    TMA: tl.constexpr,
+    FP32_DOT: tl.constexpr,
+):
+    pid = tl.program_id(0)  # row tiles fastest: programs that run together share the bank's rows
+    row = pid % row_tiles * BM
+    begin = first + pid // row_tiles * (tiles_each * BN)
+    end = tl.minimum(begin + tiles_each * BN, last)
+    row_ids = row + tl.arange(0, BM)
+    cut = tl.load(cut_ptr + row_ids, mask=row_ids < rows, other=float("inf"))
+    q_length = tl.load(q_length_ptr + row_ids, mask=row_ids < rows, other=0.0)
+    q_residual = tl.load(q_residual_ptr + row_ids, mask=row_ids < rows, other=0.0)
+    active = cut < float("inf")
+    if tl.max(active.to(tl.int32), 0) == 0:
+        end = begin
+    bits = (1 << (tl.arange(0, BN) % WORD)).to(tl.int32)
+    words = tl.arange(0, BN // WORD)
+    for column in tl.range(begin, end, BN):
+        product = tl.zeros((BM, BN), tl.float32)
+        for k in tl.range(0, WIDTH, BK):
+            q = load_tile(q_tiles, row, k, rows, WIDTH, WIDTH, BM, BK, TMA, FP32_DOT)
+            c = load_tile(c_tiles, column, k, last, WIDTH, WIDTH, BN, BK, TMA, FP32_DOT)
+            product = tl.dot(q, c.T, product)
+        column_ids = column + tl.arange(0, BN)
+        inside = column_ids < last
+        # One bound for the tile, of its longest row and its largest residual.
+        c_rounded = tl.max(tl.load(c_rounded_ptr + column_ids, mask=inside, other=0.0), 0)
+        c_residual = tl.max(tl.load(c_residual_ptr + column_ids, mask=inside, other=0.0), 0)
+        least = cut - (q_residual * c_rounded + q_length * c_residual)
+        # A sum of products that long may overflow on the way, to anything.
+        least = tl.where(q_length * c_rounded > 1e37, float("-inf"), least)
+        least = tl.where(active, least, float("inf"))
+        # Not below, rather than at least: so that NaN is admitted.
+        hit_rows = active & ~(tl.max(product, 1) < least)
+        if tl.max(hit_rows.to(tl.int32), 0) > 0:  # rare once the cuts have risen
+            packed = tl.where(product < least[:, None], 0, bits[None, :])
+            word = tl.sum(tl.reshape(packed, (BM, BN // WORD, WORD)), 2)
+            valid = tl.minimum(tl.maximum(last - column - words * WORD, 0), WORD)
+            word = tl.where(active[:, None], word & ((1 << valid) - 1)[None, :], 0)
+            count = word - ((word >> 1) & 0x5555)
+            count = (count & 0x3333) + ((count >> 2) & 0x3333)
+            count = (count + (count >> 4)) & 0x0F0F
+            count = (count + (count >> 8)) & 0x1F
+            counters = count_ptr + row_ids[:, None] + tl.zeros((1, BN // WORD), tl.int32)
+            place = tl.atomic_add(counters, count, mask=word > 0, sem="relaxed")
+            lists = list_ptr + row_ids.to(tl.int64)[:, None] * CAPACITY
+            left = tl.max(tl.max(word, 1), 0)
+            while left > 0:
+                lowest = word & -word
+                exponent = lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23
+                its_column = column + words[None, :] * WORD + exponent - 127
+                tl.store(lists + place, its_column, mask=(word > 0) & (place < CAPACITY))
+                place += 1
+                word = word & (word - 1)
+                left = tl.max(tl.max(word, 1), 0)
+
+
+@triton.jit
+def refine_kernel(
+    q_ptr,  # [N, D] and [M, D] as they came, with any strides
+    c_ptr,
+    list_ptr,  # see screen_kernel
+    count_ptr,
+    cut_ptr,
+    key_ptr,  # [N, key_stride] i64, one for each place of the list; MISSING where there is none
+    first_id,  # of the bank's row 0
+    q_row_stride,
+    q_column_stride,
+    c_row_stride,
+    c_column_stride,
+    key_stride,
+    CAPACITY,
+    D: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    row = tl.program_id(0)
+    places = tl.program_id(1) * PAIRS + tl.arange(0, PAIRS)
+    count = tl.load(count_ptr + row)
+    if count > CAPACITY:  # some are lost: the caller has them screened again
+        count = 0
+    key = tl.full((PAIRS,), MISSING, tl.int64)
+    if tl.program_id(1) * PAIRS < count:
+        here = places < count
+        ids = tl.load(list_ptr + row.to(tl.int64) * CAPACITY + places, mask=here, other=0)
+        ids = ids.to(tl.int64)
+        lanes = tl.arange(0, LANES)
+        q_start = q_ptr + row.to(tl.int64) * q_row_stride
+        c_start = c_ptr + ids * c_row_stride
+        total = tl.zeros((PAIRS, LANES), tl.float64)
+        for start in tl.range(0, D, LANES):
+            dims = (start + lanes).to(tl.int64)
+            q = tl.load(q_start + dims * q_column_stride, mask=dims < D, other=0.0)
+            inside = here[:, None] & (dims < D)[None, :]
+            c = tl.load(c_start[:, None] + dims[None, :] * c_column_stride, mask=inside, other=0.0)
+            q = q.to(tl.float32).to(tl.float64)
+            total += q[None, :] * c.to(tl.float32).to(tl.float64)  # products are exact
+        half = tl.sum(tl.reshape(total, (PAIRS, 2, 8)), 1)
+        half = tl.sum(tl.reshape(half, (PAIRS, 2, 4)), 1)
+        half = tl.sum(tl.reshape(half, (PAIRS, 2, 2)), 1)
+        score = tl.sum(half, 1).to(tl.float32) + 0.0
+        bits = score.to(tl.int32, bitcast=True)
+        ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+        wanted = here & (score >= tl.load(cut_ptr + row))
+        key = tl.where(wanted, ((-ordered) << 32) | (ids + first_id), MISSING)
+    tl.store(key_ptr + row.to(tl.int64) * key_stride + places, key, mask=places < CAPACITY)
+
+
+# --- launchers --------------------------------------------------------------------------------
+
+
+class Rows(NamedTuple):
+    """Rows as they came, and what the screen needs of them."""
+
+    raw: Tensor  # [rows, D]
+    half: Tensor  # [rows, WIDTH] 16 bits, the columns beyond D are 0
+    rounded: Tensor  # [rows] fp32, see prepare_kernel
+    length: Tensor
+    residual: Tensor
+
+
+def width(columns: int) -> int:
+    """Columns in 16 bits, so that rows start at multiples of 16 bytes."""
+    return -(-columns // 8) * 8
+
+
+def in_place(raw: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the screen can read these rows where they are."""
+    rows = raw.dtype == dtype and raw.is_contiguous() and raw.data_ptr() % 16 == 0
+    return rows and raw.shape[1] % 8 == 0
+
+
+def prepare(raw: Tensor, dtype: torch.dtype, slack: float) -> Rows:
+    """Rows in 16 bits, copied only where they aren't, and their bounds."""
+    rows, columns = raw.shape
+    stays = in_place(raw, dtype)
+    half = raw if stays else raw.new_empty(rows, width(columns), dtype=dtype)
+    rounded, length, residual = raw.new_empty(3, rows, dtype=torch.float32)
+    dims = triton.next_power_of_2(width(columns))
+    per_program = max(1, 4096 // dims)
+    prepare_kernel[(triton.cdiv(rows, per_program),)](
+        raw, half, rounded, length, residual, rows, raw.stride(0), raw.stride(1), slack,
+        D=columns, WIDTH=width(columns), DIMS=dims, ROWS=per_program, STORE=not stays,
+    )  # fmt: skip
+    return Rows(raw, half, rounded, length, residual)
+
+
+def screen(
+    queries: Rows, bank: Rows, first: int, last: int, cut: Tensor, lists: Tensor, counts: Tensor
+) -> None:
+    """Fill the queries' lists with places from `first` to before `last`; counts start at 0."""
+    rows, wide = queries.half.shape
+    tma = has_tma(cut.device)
+    processors = 1
+    if not INTERPRETED:
+        processors = torch.cuda.get_device_properties(cut.device).multi_processor_count
+
+    def run(config: Config) -> None:
+        counts.zero_()
+        row_tiles = triton.cdiv(rows, config.bm)
+        tiles = triton.cdiv(last - first, config.bn)
+        # Enough programs that the last ones to end cost little.
+        each = max(1, min(8, row_tiles * tiles // (16 * processors)))
+
+        def tiled(half: Tensor, height: int) -> Tensor | TensorDescriptor:
+            return TensorDescriptor.from_tensor(half, [height, config.bk]) if tma else half
+
+        screen_kernel[(row_tiles * triton.cdiv(tiles, each),)](
+            tiled(queries.half, config.bm), tiled(bank.half, config.bn),
+            queries.length, queries.residual, bank.rounded, bank.residual,
+            cut, counts, lists, rows, first, last, row_tiles, each, lists.shape[1],
+            WIDTH=wide, BM=config.bm, BN=config.bn, BK=config.bk, TMA=tma, FP32_DOT=INTERPRETED,
+            num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+
+    allowed = candidates(tma, rows)
+    if last - first < TUNED:
+        run(allowed[0])
+    else:
+        shape_class = (queries.half.dtype, triton.next_power_of_2(rows), wide)
+        run(choose("topk_screen", shape_class, allowed, run))
+
+
+def refine(
+    queries: Tensor,
+    bank: Tensor,
+    first_id: int,
+    cut: Tensor,
+    lists: Tensor,
+    counts: Tensor,
+    keys: Tensor,
+) -> None:
+    """Write the lists' keys into `keys` [N, capacity]; none for a list that did not fit."""
+    rows, capacity = lists.shape
+    refine_kernel[(rows, triton.cdiv(capacity, PAIRS))](
+        queries, bank, lists, counts, cut, keys, first_id,
+        queries.stride(0), queries.stride(1), bank.stride(0), bank.stride(1), keys.stride(0),
+        capacity, D=queries.shape[1], PAIRS=PAIRS, num_warps=4,
+    )  # fmt: skip
+
+
+def missing_key() -> int:
+    """The key of an empty place; it sorts last."""
+    return MISSING.value
+
+
+def decode(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids and scores of keys; -1 and -inf where there is no pair."""
+    ordered = -(keys >> 32)
+    bits = torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).int()
+    scores = bits.view(torch.float32)
+    ids = torch.where(scores == -torch.inf, -1, keys & 0xFFFFFFFF)
+    return ids, scores
