@@ -1,0 +1,771 @@
+// Exact top-k on a GPU, fused: a product of queries and bank rows never leaves the registers unless it
+// may rank.
+//
+//   pack     the queries once, the bank chunk by chunk: bf16, or rotated INT8, and what the rounding
+//            did to each row (topk_cuda_kernels.cuh has the certificate). A bf16 bank whose rows
+//            are aligned is screened where it is.
+//   screen   tiles of queries x bank rows on the tensor cores; products that can reach their query's
+//            cut are appended to the query's candidates: wgmma + TMA on Hopper, mma.sync + cp.async
+//            from sm_80 on.
+//   refine   a block per query: the k-th largest of the candidates' lower bounds discards most, the rest
+//            get canonical fp64 scores from the inputs as they are, join the query's best (kept in the
+//            outputs themselves), and raise its cut.
+//
+// The first chunk is as large as a query's candidates, so that nothing is lost without a cut; each
+// next one multiplies the rows seen by at most a factor that should fill a quarter of them. Where
+// candidates are lost nevertheless, the query is screened again by halves of the chunk until
+// none are: a range of `capacity` rows can't lose any. Refining recognises rows it has seen.
+//
+// The host stays one step ahead: step i + 1 is queued before it looks at what became of step i. So a
+// chunk's buffers are free again when the next but one needs them, and a bank in main memory is copied
+// (pageable rows through pinned pieces, by a thread and a stream of their own) beside the products.
+//
+// Device memory beyond inputs and outputs (defaults): packed queries up to 1 GiB, candidates 64 MiB,
+// two packed chunks of 256 MiB (none for a bank screened in place), for a bank in main memory two raw
+// chunks of 256 MiB, and 20 bytes per row of these; 32 MiB of pinned memory.
+//
+// The file is also compiled by a plain C++ compiler against tests/cuda_emulator.
+#include "topk_cuda.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <future>
+#include <memory>
+#include <stdexcept>
+#include <thread>
+#include <utility>
+
+#include "topk_cuda_kernels.cuh"
+
+#if defined(__CUDACC__)
+#include <cudaTypedefs.h>
+#endif
+
+namespace pymcip {
+namespace cuda {
+
+void check(cudaError_t status, const char* what) {
+    if (status != cudaSuccess)
+        throw std::runtime_error(std::string("topk on CUDA: ") + what + ": " +
+                                 cudaGetErrorString(status));
+}
+
+#if defined(__CUDACC__)
+
+// The driver's function, without linking the driver; null if it has none.
+PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
+    static const PFN_cuTensorMapEncodeTiled_v12000 function = [] {
+        void* found = nullptr;
+        cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 12050
+        const cudaError_t status = cudaGetDriverEntryPointByVersion(
+            "cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+#else
+        const cudaError_t status = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found,
+                                                           cudaEnableDefault, &result);
+#endif
+        const bool usable = status == cudaSuccess && result == cudaDriverEntryPointSuccess;
+        return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(usable ? found : nullptr);
+    }();
+    return function;
+}
+
+bool has_tensor_maps() { return tensor_map_encoder() != nullptr; }
+
+// Boxes of kStepBytes x box_rows of a matrix of bytes, swizzled by 128 bytes.
+TensorMap tensor_map(const void* data, std::int64_t row_bytes, std::int64_t rows,
+                     std::int64_t stride, int box_rows) {
+    TensorMap map;
+    const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(row_bytes),
+                                 static_cast<cuuint64_t>(rows)};
+    const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride)};
+    const cuuint32_t box[2] = {kStepBytes, static_cast<cuuint32_t>(box_rows)};
+    const cuuint32_t element_strides[2] = {1, 1};
+    const CUresult status = tensor_map_encoder()(
+        &map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(data), sizes, strides, box,
+        element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (status != CUDA_SUCCESS)
+        throw std::runtime_error("topk on CUDA: cuTensorMapEncodeTiled failed with status " +
+                                 std::to_string(static_cast<int>(status)));
+    return map;
+}
+
+#endif
+
+constexpr std::int64_t kRangeRows = 256;  // ranges of a chunk start at multiples of this
+constexpr int kMostQueryBlock = 8192;     // their packed rows stay in the L2 cache beside the bank's
+constexpr int kSlots = 2;
+constexpr int kLevels = 32;  // of halved ranges: more than a chunk has
+
+std::int64_t round_up(std::int64_t value, std::int64_t unit) {
+    return (value + unit - 1) / unit * unit;
+}
+
+Type type_of(const std::string& name) {
+    if (name == "float32") return Type::float32;
+    if (name == "float16") return Type::float16;
+    if (name == "bfloat16") return Type::bfloat16;
+    throw std::invalid_argument("dtype '" + name + "' is not one of float32, float16, bfloat16");
+}
+
+int bytes_of(Type type) { return type == Type::float32 ? 4 : 2; }
+
+// A chunk's buffers.
+struct Slot {
+    char* raw = nullptr;
+    char* packed = nullptr;
+    Row* meta = nullptr;
+    float* group_norm = nullptr;
+    float* group_residual = nullptr;
+    // of the chunk it holds
+    std::int64_t first = 0;
+    int rows = 0;
+    Source source{};               // the rows as they are
+    const char* screened = nullptr;  // the rows as they are screened
+    std::int64_t screened_stride = 0;
+    int screened_bytes = 0;
+};
+
+// All sizes, and where everything lies in the workspace.
+struct Layout {
+    explicit Layout(const CudaTopkProblem& problem, char* workspace = nullptr) {
+        const CudaTopkLimits& limits = problem.limits;
+        const std::int64_t D = problem.bank.columns, k = problem.k;
+        if (problem.screen != "bf16" && problem.screen != "int8")
+            throw std::invalid_argument("screen '" + problem.screen +
+                                        "' is not one of bf16, int8");
+        if (k < 1 || k > kMostK || D < 1 || D > kMostD || problem.queries.columns != D)
+            throw std::invalid_argument("topk on CUDA takes 1 <= k <= 2048 and 1 <= D <= 4096");
+        screen = problem.screen == "bf16" ? Screen::bf16 : Screen::int8;
+        bank_type = type_of(problem.bank.type);
+        const int bank_bytes = bytes_of(bank_type);
+        row_bytes = static_cast<int>(round_up(D * (screen == Screen::bf16 ? 2 : 1), kStepBytes));
+        raw_stride = round_up(D * bank_bytes, 16);
+        in_place = screen == Screen::bf16 && bank_type == Type::bfloat16 &&
+                   (problem.bank_on_host ||
+                    (problem.bank.column_stride == 1 && problem.bank.row_stride >= D &&
+                     problem.bank.row_stride % 8 == 0 &&
+                     reinterpret_cast<std::uintptr_t>(problem.bank.data) % 16 == 0));
+
+        capacity = static_cast<int>(limits.capacity ? limits.capacity
+                                                    : std::max<std::int64_t>(1024, 2 * k));
+        while (capacity & (capacity - 1)) capacity += capacity & -capacity;
+        if (capacity < kRangeRows)
+            throw std::invalid_argument("a query has room for at least 256 candidates");
+        const std::int64_t N = std::max<std::int64_t>(problem.queries.rows, 1);
+        const std::int64_t M = std::max<std::int64_t>(problem.bank.rows, 1);
+        const auto tiles = [](std::int64_t wanted, std::int64_t most) {
+            const std::int64_t whole = wanted / kTileQueries * kTileQueries;
+            return std::max<std::int64_t>(
+                std::min(whole, round_up(most, kTileQueries)), kTileQueries);
+        };
+        queries = tiles(std::min<std::int64_t>(limits.query_bytes / row_bytes, 1 << 24), N);
+        query_block = static_cast<int>(
+            tiles(std::min<std::int64_t>(limits.candidate_bytes / capacity / 8, kMostQueryBlock),
+                  queries));
+        std::int64_t rows = 1 << 20;
+        if (!in_place) rows = std::min(rows, limits.packed_bytes / row_bytes);
+        if (problem.bank_on_host) rows = std::min(rows, limits.raw_bytes / raw_stride);
+        rows = std::max<std::int64_t>(rows / kRangeRows * kRangeRows, kRangeRows);
+        chunk_rows = static_cast<int>(std::min(rows, round_up(M, kRangeRows)));
+
+        const auto take = [&](std::int64_t bytes) {
+            char* place = workspace ? workspace + this->bytes : nullptr;
+            this->bytes += round_up(bytes, 256);
+            return place;
+        };
+        const auto take_array = [&](auto*& pointer, std::int64_t count) {
+            using T = std::remove_reference_t<decltype(*pointer)>;
+            pointer = reinterpret_cast<T*>(take(count * static_cast<std::int64_t>(sizeof(T))));
+        };
+        query_data = take(queries * row_bytes);
+        take_array(query_meta, queries);
+        take_array(cuts, queries);
+        take_array(filled, queries);
+        take_array(counts, queries);
+        take_array(candidates, std::int64_t{query_block} * capacity);
+        for (Slot& slot : slots) {
+            if (problem.bank_on_host) slot.raw = take(chunk_rows * raw_stride);
+            if (!in_place) slot.packed = take(std::int64_t{chunk_rows} * row_bytes);
+            take_array(slot.meta, chunk_rows);
+            take_array(slot.group_norm, chunk_rows / kGroupRows);
+            take_array(slot.group_residual, chunk_rows / kGroupRows);
+        }
+        for (auto& flags : lost) take_array(flags, query_block);
+        take_array(lost_counts, kSlots + 1);
+        take_array(active_tiles, query_block / kTileQueries * kLevels);
+        take_array(only, std::int64_t{query_block} * kLevels);
+    }
+
+    Screen screen;
+    Type bank_type;
+    bool in_place;
+    int row_bytes;
+    std::int64_t raw_stride;
+    int capacity;
+    std::int64_t queries;  // packed at a time
+    int query_block;       // screened at a time
+    int chunk_rows;
+    std::int64_t bytes = 0;
+
+    char* query_data;
+    Row* query_meta;
+    float* cuts;
+    int* filled;
+    unsigned* counts;
+    Candidate* candidates;
+    Slot slots[kSlots];
+    std::uint8_t* lost[kSlots + 1];  // per query: some candidates were; the last is for halved ranges
+    unsigned* lost_counts;           // [kSlots + 1]
+    std::uint8_t* only;          // [kLevels, query_block]: queries to screen again
+    std::uint8_t* active_tiles;  // [kLevels, query_block / kTileQueries]
+};
+
+struct Stopped {};
+
+class Stream {
+  public:
+    Stream() { check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "new stream"); }
+    ~Stream() {
+        cudaStreamSynchronize(stream_);
+        cudaStreamDestroy(stream_);
+    }
+    Stream(const Stream&) = delete;
+    Stream& operator=(const Stream&) = delete;
+    operator cudaStream_t() const { return stream_; }
+
+  private:
+    cudaStream_t stream_;
+};
+
+class Event {
+  public:
+    Event() { check(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming), "new event"); }
+    ~Event() { cudaEventDestroy(event_); }
+    Event(const Event&) = delete;
+    Event& operator=(const Event&) = delete;
+    void record(cudaStream_t stream) { check(cudaEventRecord(event_, stream), "record"); }
+    void wait() { check(cudaEventSynchronize(event_), "running the kernels"); }
+    void hold(cudaStream_t stream) { check(cudaStreamWaitEvent(stream, event_, 0), "wait"); }
+
+  private:
+    cudaEvent_t event_;
+};
+
+// Makes a device current, and the one before again.
+class OnDevice {
+  public:
+    explicit OnDevice(int device) {
+        check(cudaGetDevice(&before_), "asking for the device");
+        check(cudaSetDevice(device), "choosing the device");
+    }
+    ~OnDevice() { cudaSetDevice(before_); }
+    OnDevice(const OnDevice&) = delete;
+    OnDevice& operator=(const OnDevice&) = delete;
+
+  private:
+    int before_ = 0;
+};
+
+class Search {
+  public:
+    Search(const CudaTopkProblem& problem, const CudaProgress& progress)
+        : problem_(problem),
+          progress_(progress),
+          layout_(problem, static_cast<char*>(problem.workspace)),
+          stream_(reinterpret_cast<cudaStream_t>(problem.stream)),
+          total_(problem.queries.rows * problem.bank.rows) {
+        check(cudaDeviceGetAttribute(&processors_, cudaDevAttrMultiProcessorCount, problem.device),
+              "asking for the multiprocessors");
+        const auto paths = topk_cuda_paths(problem.device);
+        if (std::find(paths.begin(), paths.end(), problem.path) == paths.end())
+            throw std::invalid_argument("this device has no top-k path called '" + problem.path +
+                                        "'");
+        // By what a tensor core's sums can be off; see topk_cuda_kernels.cuh.
+        slack_ = layout_.screen == Screen::int8
+                     ? 1.0f / (1 << 18)
+                     : static_cast<float>(layout_.row_bytes / 2) / (1 << 22) + 1.0f / (1 << 19);
+        allow_shared_memory();
+        staging_ = static_cast<char*>(problem.pinned) + 256;
+        host_counts_ = static_cast<unsigned*>(problem.pinned);
+        cudaPointerAttributes attributes{};
+        bank_pinned_ = problem.bank_on_host &&
+                       cudaPointerGetAttributes(&attributes, problem.bank.data) == cudaSuccess &&
+                       attributes.type == cudaMemoryTypeHost;
+        cudaGetLastError();
+        if (problem.bank_on_host) {
+            Event ready;  // the workspace may have users in the stream before
+            ready.record(stream_);
+            ready.hold(copies_);
+        }
+    }
+
+    ~Search() {
+        if (staged_.valid()) staged_.wait();
+        cudaStreamSynchronize(copies_);
+        cudaStreamSynchronize(stream_);
+    }
+
+    Search(const Search&) = delete;
+    Search& operator=(const Search&) = delete;
+
+    void run() {
+        plan_chunks();
+        for (std::int64_t first = 0; first < problem_.queries.rows; first += layout_.queries)
+            search(first, std::min(layout_.queries, problem_.queries.rows - first));
+    }
+
+  private:
+    // A block of queries and a chunk.
+    struct Step {
+        std::int64_t query;  // of the packed queries
+        int queries;
+        int slot;
+        int ring;
+    };
+
+    void plan_chunks() {
+        const double growth = std::min(
+            8.0, std::max(1.25, 1 + layout_.capacity / 4.0 / static_cast<double>(problem_.k)));
+        std::int64_t first = 0;
+        while (first < problem_.bank.rows) {
+            const std::int64_t wanted =
+                first == 0 ? layout_.capacity
+                           : round_up(static_cast<std::int64_t>(
+                                          static_cast<double>(first) * (growth - 1)),
+                                      kRangeRows);
+            const std::int64_t rows = std::min<std::int64_t>(
+                {wanted, layout_.chunk_rows, problem_.bank.rows - first});
+            chunks_.emplace_back(first, static_cast<int>(rows));
+            first += rows;
+        }
+    }
+
+    void search(std::int64_t first_query, std::int64_t count) {
+        first_query_ = first_query;
+        const int k = static_cast<int>(problem_.k);
+        launch(start_search, blocks_for(count * k, 256 * 4), 256, 0, stream_,
+               static_cast<int>(count), k, problem_.threshold, layout_.cuts, layout_.filled,
+               layout_.counts, problem_.ids + first_query * k, problem_.scores + first_query * k);
+        if (chunks_.empty()) return launched();
+        const Source queries = source_of(problem_.queries, first_query);
+        pack(queries, static_cast<int>(count), layout_.query_data, layout_.query_meta, nullptr,
+             nullptr);
+
+        std::unique_ptr<Step> last;
+        const auto finish_last = [&] {
+            if (last) finish(*last);
+            last.reset();
+        };
+        if (problem_.bank_on_host) start_staging(0);
+        int steps = 0;
+        for (std::size_t chunk = 0; chunk < chunks_.size(); ++chunk) {
+            const int slot = static_cast<int>(chunk % kSlots);
+            prepare(chunk, layout_.slots[slot]);
+            bool staging = false;
+            for (std::int64_t query = 0; query < count; query += layout_.query_block) {
+                const Step step{query,
+                                static_cast<int>(std::min<std::int64_t>(layout_.query_block,
+                                                                        count - query)),
+                                slot, steps++ % kSlots};
+                enqueue(step);
+                finish_last();  // the other slot is free now
+                last = std::make_unique<Step>(step);
+                if (problem_.bank_on_host && !staging && chunk + 1 < chunks_.size())
+                    start_staging(chunk + 1);
+                staging = true;
+            }
+        }
+        finish_last();
+    }
+
+    // ---- chunks
+
+    // Copies a chunk of a bank in main memory to its slot, on a thread and a stream of its own.
+    void start_staging(std::size_t chunk) {
+        staged_ = std::async(std::launch::async, [this, chunk] {
+            const OnDevice on_device(problem_.device);
+            const auto [first, rows] = chunks_[chunk];
+            copy_rows(first, rows, layout_.slots[chunk % kSlots].raw);
+            copied_[chunk % kSlots].record(copies_);
+        });
+    }
+
+    void copy_rows(std::int64_t first, std::int64_t rows, char* device) {
+        const CudaMatrix& bank = problem_.bank;
+        const int element = bytes_of(layout_.bank_type);
+        const std::int64_t used = bank.columns * element, stride = layout_.raw_stride;
+        const char* start = static_cast<const char*>(bank.data) + first * bank.row_stride * element;
+        if (bank_pinned_ && bank.column_stride == 1 && bank.row_stride * element >= used) {
+            check(cudaMemcpy2DAsync(device, static_cast<std::size_t>(stride), start,
+                                    static_cast<std::size_t>(bank.row_stride * element),
+                                    static_cast<std::size_t>(used),
+                                    static_cast<std::size_t>(rows), cudaMemcpyHostToDevice,
+                                    copies_),
+                  "copying the bank");
+            return;
+        }
+        const std::int64_t piece = std::max<std::int64_t>(problem_.limits.staging_bytes / stride, 1);
+        for (std::int64_t row = 0; row < rows; row += piece) {
+            const int half = pieces_++ % 2;
+            char* staging = staging_ + half * staging_piece_bytes(problem_, layout_);
+            const std::int64_t count = std::min(piece, rows - row);
+            piece_copied_[half].wait();  // a fresh event counts as past
+            gather(start + row * bank.row_stride * element, count, staging);
+            check(cudaMemcpyAsync(device + row * stride, staging,
+                                  static_cast<std::size_t>(count * stride), cudaMemcpyHostToDevice,
+                                  copies_),
+                  "copying the bank");
+            piece_copied_[half].record(copies_);
+        }
+    }
+
+    // Rows of the bank, any strides, to contiguous rows of raw_stride bytes; by several threads,
+    // since one does not keep up with the bus.
+    void gather(const char* from, std::int64_t rows, char* to) const {
+        const CudaMatrix& bank = problem_.bank;
+        const int element = bytes_of(layout_.bank_type);
+        const std::int64_t used = bank.columns * element;
+        const auto work = [&](std::int64_t begin, std::int64_t end) {
+            for (std::int64_t row = begin; row < end; ++row) {
+                const char* line = from + row * bank.row_stride * element;
+                char* out = to + row * layout_.raw_stride;
+                if (bank.column_stride == 1) {
+                    std::memcpy(out, line, static_cast<std::size_t>(used));
+                } else {
+                    for (std::int64_t d = 0; d < bank.columns; ++d)
+                        std::memcpy(out + d * element, line + d * bank.column_stride * element,
+                                    static_cast<std::size_t>(element));
+                }
+                std::memset(out + used, 0, static_cast<std::size_t>(layout_.raw_stride - used));
+            }
+        };
+        const std::int64_t helpers = std::min<std::int64_t>(
+            std::max(problem_.threads, 1), rows * layout_.raw_stride / (1 << 20));
+        std::vector<std::thread> team;
+        for (std::int64_t i = 1; i < helpers; ++i)
+            team.emplace_back(work, rows * i / helpers, rows * (i + 1) / helpers);
+        work(0, helpers > 1 ? rows / helpers : rows);
+        for (std::thread& member : team) member.join();
+    }
+
+    void prepare(std::size_t chunk, Slot& slot) {
+        std::tie(slot.first, slot.rows) = chunks_[chunk];
+        if (problem_.bank_on_host) {
+            staged_.get();
+            copied_[chunk % kSlots].hold(stream_);
+            slot.source = {slot.raw, layout_.bank_type,
+                           layout_.raw_stride / bytes_of(layout_.bank_type), 1};
+        } else {
+            slot.source = source_of(problem_.bank, slot.first);
+        }
+        const std::size_t group_bytes =
+            (static_cast<std::size_t>(slot.rows) + kGroupRows - 1) / kGroupRows * sizeof(float);
+        check(cudaMemsetAsync(slot.group_norm, 0, group_bytes, stream_), "clearing");
+        check(cudaMemsetAsync(slot.group_residual, 0, group_bytes, stream_), "clearing");
+        if (!layout_.in_place || problem_.exact)
+            pack(slot.source, slot.rows, slot.packed, slot.meta, slot.group_norm,
+                 slot.group_residual);
+        if (layout_.in_place) {
+            slot.screened = static_cast<const char*>(slot.source.data);
+            slot.screened_stride = slot.source.row_stride * 2;
+            slot.screened_bytes = static_cast<int>(problem_.bank.columns * 2);
+        } else {
+            slot.screened = slot.packed;
+            slot.screened_stride = layout_.row_bytes;
+            slot.screened_bytes = layout_.row_bytes;
+        }
+    }
+
+    static Source source_of(const CudaMatrix& matrix, std::int64_t first) {
+        const Type type = type_of(matrix.type);
+        return {static_cast<const char*>(matrix.data) + first * matrix.row_stride * bytes_of(type),
+                type, matrix.row_stride, matrix.column_stride};
+    }
+
+    void pack(const Source& source, int rows, char* packed, Row* meta, float* group_norm,
+              float* group_residual) {
+        const PackProblem pack{source, rows,       static_cast<int>(problem_.bank.columns),
+                               layout_.row_bytes,  packed,
+                               meta,   group_norm, group_residual};
+        if (layout_.screen == Screen::bf16) {
+            const int blocks = blocks_for(rows, kPackThreads / 32);
+            switch (source.type) {
+                case Type::float32:
+                    launch(pack_bf16<Type::float32>, blocks, kPackThreads, 0, stream_, pack);
+                    break;
+                case Type::float16:
+                    launch(pack_bf16<Type::float16>, blocks, kPackThreads, 0, stream_, pack);
+                    break;
+                case Type::bfloat16:
+                    launch(pack_bf16<Type::bfloat16>, blocks, kPackThreads, 0, stream_, pack);
+                    break;
+            }
+        } else {
+            const int blocks = blocks_for(rows, 1);
+            const std::size_t shared = spread_length(layout_.row_bytes) * sizeof(float);
+            switch (source.type) {
+                case Type::float32:
+                    launch(pack_int8<Type::float32>, blocks, kPackThreads, shared, stream_, pack);
+                    break;
+                case Type::float16:
+                    launch(pack_int8<Type::float16>, blocks, kPackThreads, shared, stream_, pack);
+                    break;
+                case Type::bfloat16:
+                    launch(pack_int8<Type::bfloat16>, blocks, kPackThreads, shared, stream_, pack);
+                    break;
+            }
+        }
+        launched();
+    }
+
+    // ---- steps
+
+    void enqueue(const Step& step) {
+        const Slot& slot = layout_.slots[step.slot];
+        clear_lost(step.ring, step.queries);
+        screen(step, 0, slot.rows, nullptr, nullptr);
+        refine_step(step, step.ring);
+        fetch_lost(step.ring);
+        finished_[step.ring].record(stream_);
+    }
+
+    // Waits for a step, and screens again what lost candidates.
+    void finish(const Step& step) {
+        finished_[step.ring].wait();
+        if (host_counts_[step.ring] != 0) {
+            std::uint8_t* only = layout_.only;
+            check(cudaMemcpyAsync(only, layout_.lost[step.ring],
+                                  static_cast<std::size_t>(step.queries),
+                                  cudaMemcpyDeviceToDevice, stream_),
+                  "copying");
+            screen_halves(step, 0, layout_.slots[step.slot].rows, 0);
+        }
+        done_ += std::int64_t{step.queries} * layout_.slots[step.slot].rows;
+        poll();
+    }
+
+    // Screens rows [begin, end) of a chunk again, in halves, for the queries marked at this level.
+    // A half of at most `capacity` rows loses nothing, so this ends.
+    void screen_halves(const Step& step, int begin, int end, int level) {
+        std::uint8_t* only = layout_.only + std::int64_t{level} * layout_.query_block;
+        std::uint8_t* tiles =
+            layout_.active_tiles + level * (layout_.query_block / kTileQueries);
+        const int tile_count = (step.queries + kTileQueries - 1) / kTileQueries;
+        launch(mark_tiles, (tile_count + 63) / 64, 64, 0, stream_, step.queries, only, tiles);
+        launched();
+        const int middle =
+            begin + static_cast<int>(round_up((end - begin + 1) / 2, kRangeRows));
+        for (const auto& [from, to] : {std::pair(begin, std::min(middle, end)),
+                                       std::pair(middle, end)}) {
+            if (from >= to) continue;
+            clear_lost(kSlots, step.queries);
+            screen(step, from, to, only, tiles);
+            refine_step(step, kSlots);
+            fetch_lost(kSlots);
+            check(cudaStreamSynchronize(stream_), "running the kernels");
+            poll();
+            if (host_counts_[kSlots] != 0) {
+                check(cudaMemcpyAsync(only + layout_.query_block, layout_.lost[kSlots],
+                                      static_cast<std::size_t>(step.queries),
+                                      cudaMemcpyDeviceToDevice, stream_),
+                      "copying");
+                screen_halves(step, from, to, level + 1);
+            }
+        }
+    }
+
+    void clear_lost(int ring, int queries) {
+        check(cudaMemsetAsync(layout_.lost[ring], 0, static_cast<std::size_t>(queries), stream_),
+              "clearing");
+        check(cudaMemsetAsync(layout_.lost_counts + ring, 0, sizeof(unsigned), stream_),
+              "clearing");
+    }
+
+    void fetch_lost(int ring) {
+        check(cudaMemcpyAsync(host_counts_ + ring, layout_.lost_counts + ring, sizeof(unsigned),
+                              cudaMemcpyDeviceToHost, stream_),
+              "copying");
+    }
+
+    void screen(const Step& step, int begin, int end, const std::uint8_t* only,
+                const std::uint8_t* active_tiles) {
+        const Slot& slot = layout_.slots[step.slot];
+        ScreenProblem p{};
+        p.queries = step.queries;
+        p.bank_rows = end - begin;
+        p.steps = layout_.row_bytes / kStepBytes;
+        p.query_data = layout_.query_data + step.query * layout_.row_bytes;
+        p.query_stride = layout_.row_bytes;
+        p.bank_data = slot.screened + begin * slot.screened_stride;
+        p.bank_stride = slot.screened_stride;
+        p.row_bytes = slot.screened_bytes;
+        p.query_meta = layout_.query_meta + step.query;
+        p.bank_meta = slot.meta + begin;
+        p.group_norm = slot.group_norm + begin / kGroupRows;
+        p.group_residual = slot.group_residual + begin / kGroupRows;
+        p.cuts = layout_.cuts + step.query;
+        p.only = only;
+        p.active_tiles = active_tiles;
+        p.counts = layout_.counts + step.query;
+        p.candidates = layout_.candidates;
+        p.capacity = layout_.capacity;
+        p.first_row = begin;
+        p.certified = problem_.exact;
+        p.slack = slack_;
+        const int query_tiles = (p.queries + kTileQueries - 1) / kTileQueries;
+        if (problem_.path == "hopper") {
+            const TensorMap queries = tensor_map(p.query_data, layout_.row_bytes, p.queries,
+                                                 p.query_stride, kTileQueries);
+            const TensorMap bank = tensor_map(p.bank_data, p.row_bytes, p.bank_rows, p.bank_stride,
+                                              HopperShape::tile_rows);
+            const int tiles = query_tiles * tiles_of(p.bank_rows, HopperShape::tile_rows);
+            const auto kernel = layout_.screen == Screen::bf16 ? screen_hopper<Screen::bf16>
+                                                               : screen_hopper<Screen::int8>;
+            launch(kernel, std::min(tiles, processors_), HopperShape::threads,
+                   HopperShape::shared_bytes, stream_, queries, bank, p);
+        } else if (problem_.path == "mma") {
+            launch(mma_kernel<256>(), query_tiles * tiles_of(p.bank_rows, 256),
+                   MmaShape<256>::threads, MmaShape<256>::shared_bytes, stream_, p);
+        } else {
+            launch(mma_kernel<128>(), query_tiles * tiles_of(p.bank_rows, 128),
+                   MmaShape<128>::threads, MmaShape<128>::shared_bytes, stream_, p);
+        }
+        launched();
+    }
+
+    void refine_step(const Step& step, int ring) {
+        const Slot& slot = layout_.slots[step.slot];
+        const std::int64_t k = problem_.k, query = first_query_ + step.query;
+        RefineProblem p{};
+        p.queries = source_of(problem_.queries, query);
+        p.bank = slot.source;
+        p.D = static_cast<int>(problem_.bank.columns);
+        p.k = static_cast<int>(k);
+        p.capacity = layout_.capacity;
+        p.certified = problem_.exact;
+        p.slack = slack_;
+        p.query_meta = layout_.query_meta + step.query;
+        p.bank_meta = slot.meta;
+        p.counts = layout_.counts + step.query;
+        p.candidates = layout_.candidates;
+        p.cuts = layout_.cuts + step.query;
+        p.filled = layout_.filled + step.query;
+        p.ids = problem_.ids + query * k;
+        p.scores = problem_.scores + query * k;
+        p.first_id = slot.first;
+        p.overflowed = layout_.lost[ring];
+        p.overflows = layout_.lost_counts + ring;
+        launch(refine, step.queries, kRefineThreads,
+               static_cast<std::size_t>(refine_shared_bytes(p.capacity, p.k, p.D)), stream_, p);
+        launched();
+    }
+
+    // ---- launches
+
+    using MmaKernel = void (*)(const ScreenProblem);
+
+    template <int tile_rows>
+    MmaKernel mma_kernel() const {
+        return layout_.screen == Screen::bf16 ? screen_mma<Screen::bf16, tile_rows>
+                                              : screen_mma<Screen::int8, tile_rows>;
+    }
+
+    static int tiles_of(int rows, int tile_rows) { return (rows + tile_rows - 1) / tile_rows; }
+
+    // Blocks for kernels that stride over their items: enough to fill the device several times.
+    int blocks_for(std::int64_t items, std::int64_t per_block) const {
+        return static_cast<int>(std::min<std::int64_t>((items + per_block - 1) / per_block,
+                                                       std::int64_t{processors_} * 32));
+    }
+
+    void allow_shared_memory() const {
+        const auto allow = [](auto kernel, int bytes) {
+            check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+                  "asking for shared memory");
+        };
+        if (problem_.path == "hopper") {
+            allow(screen_hopper<Screen::bf16>, HopperShape::shared_bytes);
+            allow(screen_hopper<Screen::int8>, HopperShape::shared_bytes);
+        } else if (problem_.path == "mma") {
+            allow(mma_kernel<256>(), MmaShape<256>::shared_bytes);
+        } else {
+            allow(mma_kernel<128>(), MmaShape<128>::shared_bytes);
+        }
+        allow(refine, refine_shared_bytes(layout_.capacity, static_cast<int>(problem_.k),
+                                          static_cast<int>(problem_.bank.columns)));
+    }
+
+    static void launched() { check(cudaGetLastError(), "launching a kernel"); }
+
+    void poll() const {
+        if (!progress_(done_, total_)) throw Stopped{};
+    }
+
+  public:
+    static std::int64_t staging_piece_bytes(const CudaTopkProblem& problem, const Layout& layout) {
+        return round_up(std::max(problem.limits.staging_bytes, layout.raw_stride), 256);
+    }
+
+  private:
+    const CudaTopkProblem& problem_;
+    const CudaProgress& progress_;
+    Layout layout_;
+    cudaStream_t stream_;
+    const std::int64_t total_;
+    std::int64_t done_ = 0;
+    std::int64_t first_query_ = 0;
+    int processors_ = 0;
+    float slack_ = 0;
+    bool bank_pinned_ = false;
+    char* staging_ = nullptr;
+    unsigned* host_counts_ = nullptr;  // pinned, [kSlots + 1]
+    int pieces_ = 0;
+    std::vector<std::pair<std::int64_t, int>> chunks_;  // first row and rows
+    Event finished_[kSlots];
+    Event copied_[kSlots];
+    Event piece_copied_[2];
+    Stream copies_;
+    std::future<void> staged_;
+};
+
+}  // namespace cuda
+
+std::vector<std::string> topk_cuda_paths(int device) {
+    int major = 0, minor = 0, shared = 0;
+    cuda::check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+                "asking for the compute capability");
+    cuda::check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
+                "asking for the compute capability");
+    cuda::check(
+        cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "asking for the shared memory");
+    std::vector<std::string> paths;
+    if (major < 8) return paths;
+    if (major == 9 && minor == 0 && cuda::has_tensor_maps()) paths.emplace_back("hopper");
+    if (shared >= cuda::MmaShape<256>::shared_bytes) paths.emplace_back("mma");
+    if (shared >= cuda::MmaShape<128>::shared_bytes) paths.emplace_back("mma128");
+    return paths;
+}
+
+CudaTopkMemory topk_cuda_memory(const CudaTopkProblem& problem) {
+    const cuda::Layout layout(problem);
+    const std::int64_t staging =
+        problem.bank_on_host ? 2 * cuda::Search::staging_piece_bytes(problem, layout) : 0;
+    return {layout.bytes, 256 + staging};
+}
+
+bool topk_cuda(const CudaTopkProblem& problem, const CudaProgress& progress) {
+    if (problem.queries.rows == 0) return true;
+    const cuda::OnDevice on_device(problem.device);
+    cuda::Search search(problem, progress);
+    try {
+        search.run();
+    } catch (const cuda::Stopped&) {
+        return false;
+    }
+    return true;
+}
+
+}  // namespace pymcip

@@ -1,0 +1,73 @@
+// Exact top-k on a GPU: the host's side. See topk_cuda.cu for how it works, pymcip/ops/topk.py for the
+// contract. The caller has checked that shapes agree, rows are finite and the threshold is no NaN,
+// 1 <= k <= kMostK, 1 <= D <= kMostD; queries, ids, scores and workspace are on `device`.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+namespace pymcip {
+
+struct CudaMatrix {
+    const void* data = nullptr;
+    std::string type;  // float32, float16, bfloat16
+    std::int64_t rows = 0;
+    std::int64_t columns = 0;
+    std::int64_t row_stride = 0;  // in elements, like column_stride
+    std::int64_t column_stride = 0;
+};
+
+// What bounds the memory. The defaults are what users get; tests take less to reach the seams.
+struct CudaTopkLimits {
+    std::int64_t packed_bytes = 256 << 20;     // a chunk of the bank, packed; there are two
+    std::int64_t raw_bytes = 256 << 20;        // a chunk of a bank in main memory; there are two
+    std::int64_t query_bytes = 1024 << 20;     // packed queries; more are taken in turns
+    std::int64_t candidate_bytes = 64 << 20;   // of the queries screened in one launch
+    std::int64_t staging_bytes = 16 << 20;     // pinned; there are two
+    std::int64_t capacity = 0;  // candidates per query, a power of two from 256 on; 0: by k
+};
+
+struct CudaTopkProblem {
+    CudaMatrix queries;
+    CudaMatrix bank;
+    bool bank_on_host = false;
+    std::int64_t k = 0;
+    float threshold = 0;
+    bool exact = true;
+    std::string screen;       // bf16, int8
+    std::string path;         // one of topk_cuda_paths(device)
+    int device = 0;
+    std::uintptr_t stream = 0;
+    int threads = 1;          // that copy rows of a bank in main memory to pinned memory
+    std::int64_t* ids = nullptr;  // [queries.rows, k], contiguous, like scores
+    float* scores = nullptr;
+    void* workspace = nullptr;        // device memory of the size wanted below, 256-byte aligned
+    void* pinned = nullptr;           // pinned main memory, likewise
+    CudaTopkLimits limits;
+};
+
+struct CudaTopkMemory {
+    std::int64_t workspace_bytes;
+    std::int64_t pinned_bytes;
+};
+
+constexpr std::int64_t kMostK = 2048;
+constexpr std::int64_t kMostD = 4096;
+
+// Ways to screen that the device can run, fastest first: "hopper" (wgmma, sm_90a), "mma", "mma128"
+// (mma.sync; the second needs less shared memory).
+std::vector<std::string> topk_cuda_paths(int device);
+
+CudaTopkMemory topk_cuda_memory(const CudaTopkProblem& problem);
+
+// Called after every piece of work, from the calling thread, with the scores computed and to compute;
+// returning false stops the search. It must not throw.
+using CudaProgress = std::function<bool(std::int64_t done, std::int64_t total)>;
+
+// Returns false if `progress` stopped it; the outputs are then unspecified. When it returns, the
+// device is done with the workspace.
+bool topk_cuda(const CudaTopkProblem& problem, const CudaProgress& progress);
+
+}  // namespace pymcip

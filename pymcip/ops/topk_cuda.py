@@ -1,0 +1,168 @@
+"""Exact top-k in CUDA: csrc/topk_cuda.cu, bound to torch's tensors, memory and streams."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from importlib import import_module
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from pymcip.errors import ConfigError
+
+Array: TypeAlias = Any  # np.ndarray (memory maps too) or torch.Tensor
+
+SCREENS = ("int8", "bf16")
+MOST_K = 2048
+MOST_D = 4096
+
+
+def topk_cuda(
+    queries: torch.Tensor,
+    bank: Array,
+    k: int,
+    threshold: float,
+    *,
+    exact: bool = True,
+    threads: int = 1,
+    progress: Callable[[int, int], object] | None = None,
+    screen: str | None = None,
+    path: str | None = None,
+    limits: Mapping[str, int] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The contract of `pymcip.ops.topk`, for queries on a GPU and validated arguments.
+
+    bank: on the queries' device, or in main memory (NumPy, memory map, tensor on the CPU), from
+        where it is streamed by chunks, copies overlapping with products.
+    exact: False takes the screen's own scores for the answer.
+    threads: that copy a bank in main memory to where the GPU can fetch it.
+    screen: products in "int8" or "bf16". By default INT8 for exact results, since it runs at twice
+        the rate and its certificate is tighter, and bf16, which ranks better, for the others.
+    path: one of `pymcip._core.topk_cuda_paths(device)`, by default the first.
+    limits: memory to use, see CudaTopkLimits in csrc/topk_cuda.hpp.
+
+    Beside the results it takes at most 2.1 GiB of the device (1 GiB for packed queries, which are
+    taken in turns beyond; 64 MiB of candidates; two chunks of the bank of 256 MiB, and twice that
+    for a bank in main memory), and 32 MiB of pinned memory. It returns when the work is done.
+    """
+    core = _core()
+    screen = screen or ("int8" if exact else "bf16")
+    if screen not in SCREENS:
+        raise ConfigError(f"topk: screen={screen!r} is not known; allowed: {', '.join(SCREENS)}")
+    count, columns = queries.shape
+    if k > MOST_K or columns > MOST_D:
+        raise ConfigError(
+            f"topk: k={k} and D={columns} were given; the cuda back end takes k <= {MOST_K} and "
+            f"D <= {MOST_D}. Choose backend='torch'"
+        )
+    device = queries.device
+    paths = core.topk_cuda_paths(device.index)
+    path = path or next(iter(paths), "none")
+    if path not in paths:
+        raise ConfigError(f"topk: path={path!r} can't run on {device}; allowed: {paths}")
+    bank_on_host = not (isinstance(bank, torch.Tensor) and bank.is_cuda)
+    if isinstance(bank, np.ndarray):
+        bank = _whole_strides(bank)
+    matrices = {
+        "queries": _pointer(queries),
+        "bank": _pointer(bank),
+        "bank_on_host": bank_on_host,
+        "k": k,
+        "exact": exact,
+        "screen": screen,
+        "limits": dict(limits or {}),
+    }
+    workspace_bytes, pinned_bytes = core.topk_cuda_memory(**matrices)
+    with torch.cuda.device(device):
+        ids = torch.empty((count, k), dtype=torch.int64, device=device)
+        scores = torch.empty((count, k), dtype=torch.float32, device=device)
+        workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=device)
+        pinned = torch.empty(pinned_bytes, dtype=torch.uint8, pin_memory=True)
+        core.topk_cuda(
+            **matrices,
+            threshold=threshold,
+            path=path,
+            device=device.index,
+            stream=torch.cuda.current_stream(device).cuda_stream,
+            threads=threads,
+            ids=ids.data_ptr(),
+            scores=scores.data_ptr(),
+            workspace=workspace.data_ptr(),
+            pinned=pinned.data_ptr(),
+            progress=progress,
+        )
+    return ids, scores
+
+
+def probe_cuda() -> str | None:
+    """Why the back end can't run on torch's current device, or None.
+
+    Once per process and device it ranks a small problem with each screen and compares.
+    """
+    try:
+        core = _core()
+    except ImportError as error:
+        return f"the compiled core can't be imported ({error}); reinstall pymcip"
+    if not hasattr(core, "topk_cuda"):
+        return "pymcip was built without a CUDA compiler; build it where nvcc works"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return _device_problem(torch.cuda.current_device())
+
+
+@lru_cache(maxsize=None)
+def _device_problem(device: int) -> str | None:
+    try:
+        if not _core().topk_cuda_paths(device):
+            return (
+                "it needs a GPU of compute capability 8.0 or later; this is "
+                + ".".join(map(str, torch.cuda.get_device_capability(device)))
+            )
+        return _self_check(torch.device("cuda", device))
+    except RuntimeError as error:  # CUDA's own errors
+        return f"its self-check failed: {error}"
+
+
+def _self_check(device: torch.device) -> str | None:
+    """Rows near and far from each other, ragged everywhere, several chunks and tiles."""
+    generator = torch.Generator().manual_seed(20)
+    queries = torch.randn(140, 200, generator=generator).to(device)
+    bank = torch.randn(2900, 200, generator=generator).to(device)
+    bank[::9] = queries[7] + 0.02 * bank[::9]
+    products = torch.cat(
+        [row.double() * bank.double() for row in queries.unsqueeze(1).unbind()]
+    ).reshape(140, 2900, 200)
+    wanted = products.sum(2).float()
+    best, best_ids = wanted.sort(dim=1, descending=True, stable=True)
+    for screen in SCREENS:
+        ids, scores = topk_cuda(queries, bank, 30, -float("inf"), screen=screen)
+        if not (torch.equal(ids, best_ids[:, :30]) and torch.equal(scores, best[:, :30])):
+            return f"its self-check failed: the {screen} screen ranks other rows than fp64 does"
+        _, rough = topk_cuda(queries, bank, 30, -float("inf"), exact=False, screen=screen)
+        # Each factor is off by less than 2 % of its norm.
+        norms = queries.norm(dim=1, keepdim=True) * bank.norm(dim=1).amax()
+        if not bool(((rough - best[:, :30]).abs() <= 0.04 * norms).all()):
+            return f"its self-check failed: the {screen} screen's scores are wrong"
+    return None
+
+
+def _core() -> Any:
+    # Not typed: it has these functions only where a CUDA compiler was present.
+    return import_module("pymcip._core")
+
+
+def _pointer(matrix: Array) -> tuple[int, str, int, int, int, int]:
+    rows, columns = matrix.shape
+    name = str(matrix.dtype).removeprefix("torch.")
+    if isinstance(matrix, torch.Tensor):
+        return (matrix.data_ptr(), name, rows, columns, *matrix.stride())
+    strides = (stride // matrix.itemsize for stride in matrix.strides)
+    return (matrix.ctypes.data, name, rows, columns, *strides)
+
+
+def _whole_strides(matrix: np.ndarray) -> np.ndarray:
+    """The matrix, copied if its strides or its address are no multiples of an element's size."""
+    whole = all(stride % matrix.itemsize == 0 for stride in matrix.strides)
+    return matrix if whole and matrix.flags.aligned else matrix.copy()

@@ -1,0 +1,86 @@
+// csrc/topk_cuda.cu on the emulator, for ctypes.
+#include "topk_cuda.cu"
+
+#include <exception>
+
+extern "C" {
+
+struct EmulatedProblem {
+    const void* queries;
+    const char* query_type;
+    std::int64_t query_rows, columns, query_row_stride, query_column_stride;
+    const void* bank;
+    const char* bank_type;
+    std::int64_t bank_rows, bank_row_stride, bank_column_stride;
+    std::int32_t bank_on_host;
+    std::int32_t exact;
+    std::int64_t k;
+    float threshold;
+    std::int32_t threads;
+    const char* screen;
+    const char* path;
+    std::int64_t packed_bytes, raw_bytes, query_bytes, candidate_bytes, staging_bytes, capacity;
+    std::int64_t* ids;
+    float* scores;
+};
+
+static char message[512];
+
+// Returns null, or what went wrong; stop_after: reports of progress after which to stop, or -1.
+const char* emulate_topk(const EmulatedProblem* given, std::int64_t stop_after,
+                         std::int64_t* done_at_last) {
+    try {
+        pymcip::CudaTopkProblem problem;
+        problem.queries = {given->queries,     given->query_type,       given->query_rows,
+                           given->columns,     given->query_row_stride, given->query_column_stride};
+        problem.bank = {given->bank,    given->bank_type,       given->bank_rows,
+                        given->columns, given->bank_row_stride, given->bank_column_stride};
+        problem.bank_on_host = given->bank_on_host;
+        problem.exact = given->exact;
+        problem.k = given->k;
+        problem.threshold = given->threshold;
+        problem.threads = given->threads;
+        problem.screen = given->screen;
+        problem.path = given->path;
+        problem.limits = {given->packed_bytes,    given->raw_bytes,     given->query_bytes,
+                          given->candidate_bytes, given->staging_bytes, given->capacity};
+        problem.ids = given->ids;
+        problem.scores = given->scores;
+        const pymcip::CudaTopkMemory memory = pymcip::topk_cuda_memory(problem);
+        // Exactly what was asked for, between bytes that must stay as they are.
+        constexpr std::size_t guard = 4096;
+        const auto allocate = [&](std::int64_t bytes) {
+            const std::size_t size = static_cast<std::size_t>(bytes);
+            std::unique_ptr<char, decltype(&std::free)> place(
+                static_cast<char*>(std::aligned_alloc(4096, (size + 2 * guard + 4095) / 4096 * 4096)),
+                &std::free);
+            std::memset(place.get(), 0x5a, size + 2 * guard);
+            return place;
+        };
+        const auto intact = [&](const char* place, std::int64_t bytes) {
+            for (std::size_t i = 0; i < guard; ++i)
+                if (place[i] != 0x5a || place[guard + static_cast<std::size_t>(bytes) + i] != 0x5a)
+                    return false;
+            return true;
+        };
+        const auto workspace = allocate(memory.workspace_bytes);
+        const auto pinned = allocate(memory.pinned_bytes);
+        problem.workspace = workspace.get() + guard;
+        problem.pinned = pinned.get() + guard;
+        std::int64_t reports = 0;
+        const bool whole =
+            pymcip::topk_cuda(problem, [&](std::int64_t done, std::int64_t total) {
+                *done_at_last = done;
+                if (done > total) std::abort();
+                return ++reports != stop_after;
+            });
+        if (!intact(workspace.get(), memory.workspace_bytes) ||
+            !intact(pinned.get(), memory.pinned_bytes))
+            return "wrote outside of its memory";
+        return whole ? nullptr : "stopped";
+    } catch (const std::exception& error) {
+        std::snprintf(message, sizeof message, "%s", error.what());
+        return message;
+    }
+}
+}
