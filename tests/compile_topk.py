@@ -22,8 +22,6 @@ from pymcip.triton_kernels import topk as kernels
 from pymcip.triton_kernels.margin_softmax import candidates
 from pymcip.triton_kernels.tuning import Config
 
-ALIGNED = ("CAPACITY",)  # of the numbers
-
 
 def main() -> None:
     every = "--all" in sys.argv
@@ -44,10 +42,12 @@ def cases(capability: int, *, every: bool) -> Iterator[dict[str, Any]]:
         for dtype in ("fp32", "bf16", "fp16") if every else ("fp32",):
             for kernel in ("prepare", "refine"):
                 yield {"kernel": kernel, "dtype": dtype, "columns": columns, "config": plain}
+    for kernel, config in (("prepare", plain), ("screen", few[0]), ("refine", plain)):
+        yield {"kernel": kernel, "dtype": "bf16", "columns": 8, "config": config, "single": True}
 
 
 def compile_case(
-    capability: int, *, kernel: str, dtype: str, columns: int, config: Config
+    capability: int, *, kernel: str, dtype: str, columns: int, config: Config, single: bool = False
 ) -> dict[str, Any]:
     tma = capability >= 90
     constants: dict[str, Any]
@@ -61,7 +61,10 @@ def compile_case(
             name: f"tensordesc<{dtype}[{height},{config.bk}]>" if tma else f"*{dtype}"
             for name, height in (("q_tiles", config.bm), ("c_tiles", config.bn))
         }
-        types |= {"count_ptr": "*i32", "list_ptr": "*i32"}
+        types |= {
+            "best_ptr": "*i64", "active_ptr": "*i1", "count_ptr": "*i32", "list_ptr": "*i32",
+            "threshold": "fp32",
+        }  # fmt: skip
     elif kernel == "prepare":
         function = kernels.prepare_kernel
         dims = triton.next_power_of_2(columns)
@@ -77,8 +80,11 @@ def compile_case(
         }  # fmt: skip
         types = {
             "q_ptr": f"*{dtype}", "c_ptr": f"*{dtype}", "list_ptr": "*i32", "count_ptr": "*i32",
-            "key_ptr": "*i64",
+            "key_ptr": "*i64", "threshold": "fp32",
         }  # fmt: skip
+    if single:  # Triton makes arguments that are 1 constants
+        ones = ("rows", "last", "row_tiles", "tiles_each", "K", "first_id")
+        constants |= {name: 1 for name in ones if name in function.arg_names}
     signature = {
         name: "constexpr"
         if name in constants
@@ -89,7 +95,7 @@ def compile_case(
     divisible: dict[tuple[int], list[list[Any]]] = {
         (place,): [["tt.divisibility", 16]]
         for place, name in enumerate(function.arg_names)
-        if signature[name].startswith("*") or name in ALIGNED
+        if (signature[name].startswith("*") and name != "best_ptr") or name == "CAPACITY"
     }
     compiled = triton.compile(
         ASTSource(function, signature, constants, divisible),

@@ -78,6 +78,14 @@ def prepare_kernel(
 
 
 @triton.jit
+def score_of(key):
+    """The score of a key; MISSING has -inf."""
+    ordered = (-(key >> 32)).to(tl.int32)
+    bits = tl.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def screen_kernel(
     q_tiles,  # [N, WIDTH] 16 bits; this and the next: tensor descriptors if TMA, else pointers
     c_tiles,  # [M, WIDTH]
@@ -85,14 +93,17 @@ def screen_kernel(
     q_residual_ptr,
     c_rounded_ptr,  # [M]
     c_residual_ptr,
-    cut_ptr,  # [N] a score below this is of no use; +inf: this query takes no part
+    best_ptr,  # [N] i64, stride key_stride: keys of the k-th best, a score below is of no use
+    active_ptr,  # [N] bool, which queries take part
     count_ptr,  # [N] i32, how many places were admitted, more than CAPACITY if not all fit
     list_ptr,  # [N, CAPACITY] i32, places of rows
+    threshold,
     rows,  # N
     first,  # the rows of the bank from `first` to before `last`
     last,
     row_tiles,
     tiles_each,  # of the bank, for one program
+    key_stride,
     CAPACITY,
     WIDTH: tl.constexpr,
     BM: tl.constexpr,
@@ -106,10 +117,12 @@ def screen_kernel(
     begin = first + pid // row_tiles * (tiles_each * BN)
     end = tl.minimum(begin + tiles_each * BN, last)
     row_ids = row + tl.arange(0, BM)
-    cut = tl.load(cut_ptr + row_ids, mask=row_ids < rows, other=float("inf"))
+    best = best_ptr + row_ids.to(tl.int64) * key_stride
+    best = tl.load(best, mask=row_ids < rows, other=MISSING)
+    cut = tl.maximum(score_of(best), threshold)
+    active = tl.load(active_ptr + row_ids, mask=row_ids < rows, other=0) != 0
     q_length = tl.load(q_length_ptr + row_ids, mask=row_ids < rows, other=0.0)
     q_residual = tl.load(q_residual_ptr + row_ids, mask=row_ids < rows, other=0.0)
-    active = cut < float("inf")
     if tl.max(active.to(tl.int32), 0) == 0:
         end = begin
     bits = (1 << (tl.arange(0, BN) % WORD)).to(tl.int32)
@@ -160,14 +173,16 @@ def refine_kernel(
     c_ptr,
     list_ptr,  # see screen_kernel
     count_ptr,
-    cut_ptr,
-    key_ptr,  # [N, key_stride] i64, one for each place of the list; MISSING where there is none
+    key_ptr,  # [N, key_stride] i64: K of the best so far, in order, and one for each place of the
+    # list, MISSING where there is none
+    threshold,
     first_id,  # of the bank's row 0
     q_row_stride,
     q_column_stride,
     c_row_stride,
     c_column_stride,
     key_stride,
+    K,
     CAPACITY,
     D: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -178,6 +193,7 @@ def refine_kernel(
     if count > CAPACITY:  # some are lost: the caller has them screened again
         count = 0
     key = tl.full((PAIRS,), MISSING, tl.int64)
+    keys = key_ptr + row.to(tl.int64) * key_stride
     if tl.program_id(1) * PAIRS < count:
         here = places < count
         ids = tl.load(list_ptr + row.to(tl.int64) * CAPACITY + places, mask=here, other=0)
@@ -186,7 +202,7 @@ def refine_kernel(
         q_start = q_ptr + row.to(tl.int64) * q_row_stride
         c_start = c_ptr + ids * c_row_stride
         total = tl.zeros((PAIRS, LANES), tl.float64)
-        for start in tl.range(0, D, LANES):
+        for start in tl.range(0, D, LANES, loop_unroll_factor=4):  # loads ahead of the sums
             dims = (start + lanes).to(tl.int64)
             q = tl.load(q_start + dims * q_column_stride, mask=dims < D, other=0.0)
             inside = here[:, None] & (dims < D)[None, :]
@@ -199,9 +215,10 @@ def refine_kernel(
         score = tl.sum(half, 1).to(tl.float32) + 0.0
         bits = score.to(tl.int32, bitcast=True)
         ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
-        wanted = here & (score >= tl.load(cut_ptr + row))
+        cut = tl.maximum(score_of(tl.load(keys + (K - 1))), threshold)
+        wanted = here & (score >= cut)
         key = tl.where(wanted, ((-ordered) << 32) | (ids + first_id), MISSING)
-    tl.store(key_ptr + row.to(tl.int64) * key_stride + places, key, mask=places < CAPACITY)
+    tl.store(keys + K + places, key, mask=places < CAPACITY)
 
 
 # --- launchers --------------------------------------------------------------------------------
@@ -243,18 +260,38 @@ def prepare(raw: Tensor, dtype: torch.dtype, slack: float) -> Rows:
     return Rows(raw, half, rounded, length, residual)
 
 
-def screen(
-    queries: Rows, bank: Rows, first: int, last: int, cut: Tensor, lists: Tensor, counts: Tensor
-) -> None:
-    """Fill the queries' lists with places from `first` to before `last`; counts start at 0."""
+class State(NamedTuple):
+    """What a block of queries has found so far, and room for more."""
+
+    k: int
+    threshold: float
+    keys: Tensor  # [N, k + capacity] int64: the k best, in order, and those of the lists
+    lists: Tensor  # [N, capacity] int32
+    counts: Tensor  # [N] int32
+
+
+def new_state(count: int, k: int, threshold: float, capacity: int, device: torch.device) -> State:
+    """Nothing found yet."""
+    return State(
+        k,
+        threshold,
+        torch.full((count, k + capacity), MISSING.value, dtype=torch.int64, device=device),
+        torch.empty(count, capacity, dtype=torch.int32, device=device),
+        torch.zeros(count, dtype=torch.int32, device=device),
+    )
+
+
+def screen(queries: Rows, bank: Rows, first: int, last: int, state: State, active: Tensor) -> None:
+    """Fill the lists of the active queries with places from `first` to before `last`."""
     rows, wide = queries.half.shape
-    tma = has_tma(cut.device)
+    device = queries.half.device
+    tma = has_tma(device)
     processors = 1
     if not INTERPRETED:
-        processors = torch.cuda.get_device_properties(cut.device).multi_processor_count
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
 
     def run(config: Config) -> None:
-        counts.zero_()
+        state.counts.zero_()
         row_tiles = triton.cdiv(rows, config.bm)
         tiles = triton.cdiv(last - first, config.bn)
         # Enough programs that the last ones to end cost little.
@@ -266,7 +303,8 @@ def screen(
         screen_kernel[(row_tiles * triton.cdiv(tiles, each),)](
             tiled(queries.half, config.bm), tiled(bank.half, config.bn),
             queries.length, queries.residual, bank.rounded, bank.residual,
-            cut, counts, lists, rows, first, last, row_tiles, each, lists.shape[1],
+            state.keys[:, state.k - 1], active, state.counts, state.lists, state.threshold,
+            rows, first, last, row_tiles, each, state.keys.stride(0), state.lists.shape[1],
             WIDTH=wide, BM=config.bm, BN=config.bn, BK=config.bk, TMA=tma, FP32_DOT=INTERPRETED,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
@@ -279,27 +317,15 @@ def screen(
         run(choose("topk_screen", shape_class, allowed, run))
 
 
-def refine(
-    queries: Tensor,
-    bank: Tensor,
-    first_id: int,
-    cut: Tensor,
-    lists: Tensor,
-    counts: Tensor,
-    keys: Tensor,
-) -> None:
-    """Write the lists' keys into `keys` [N, capacity]; none for a list that did not fit."""
-    rows, capacity = lists.shape
+def refine(queries: Tensor, bank: Tensor, first_id: int, state: State) -> None:
+    """Canonical scores of the lists, but for those that did not fit, merged into the k best."""
+    rows, capacity = state.lists.shape
     refine_kernel[(rows, triton.cdiv(capacity, PAIRS))](
-        queries, bank, lists, counts, cut, keys, first_id,
-        queries.stride(0), queries.stride(1), bank.stride(0), bank.stride(1), keys.stride(0),
-        capacity, D=queries.shape[1], PAIRS=PAIRS, num_warps=4,
+        queries, bank, state.lists, state.counts, state.keys, state.threshold, first_id,
+        queries.stride(0), queries.stride(1), bank.stride(0), bank.stride(1),
+        state.keys.stride(0), state.k, capacity, D=queries.shape[1], PAIRS=PAIRS, num_warps=4,
     )  # fmt: skip
-
-
-def missing_key() -> int:
-    """The key of an empty place; it sorts last."""
-    return MISSING.value
+    state.keys[:, : state.k] = state.keys.sort(dim=1).values[:, : state.k]
 
 
 def decode(keys: Tensor) -> tuple[Tensor, Tensor]:

@@ -56,7 +56,7 @@ _SEGMENT = 1 << 31  # rows whose ids fit into a key, with room to spare
 def probe_triton_topk() -> str | None:
     """Why the Triton kernels can't run on this machine; None if they can."""
     try:
-        from pymcip.triton_kernels.tuning import INTERPRETED
+        from pymcip.triton_kernels.topk import INTERPRETED
     except ImportError as error:
         return f"Triton is missing or too old ({error}); pip install 'triton>=3.4'"
     if not INTERPRETED:
@@ -82,7 +82,8 @@ def topk_triton(
     ids = torch.full((len(queries), k), -1, dtype=torch.int64, device=device)
     scores = torch.full((len(queries), k), -torch.inf, dtype=torch.float32, device=device)
     columns = queries.shape[1]
-    per_query = 2 * columns + 4 * _capacity(k) + 24 * (k + _capacity(k))
+    # A row in 16 bits, a list, its keys and the best, twice that and their places while they are sorted.
+    per_query = 2 * columns + 4 * _capacity(k) + 40 * (k + _capacity(k))
     step = max(1, min(_QUERIES, _QUERY_BYTES // per_query))
     done, total = 0, len(queries) * len(bank)
     with ExitStack() as stack:
@@ -120,43 +121,38 @@ class _Search:
         from pymcip.triton_kernels import topk as kernels
 
         self.kernels = kernels
-        self.bank, self.k, self.threshold, self.exact = bank, k, threshold, exact
+        self.bank, self.exact, self.device = bank, exact, queries.device
         count, columns = queries.shape
-        device = queries.device
         names = {str(matrix.dtype).removeprefix("torch.") for matrix in (queries, bank)}
         self.dtype = torch.float16 if names == {"float16"} else torch.bfloat16
         self.slack = 4 * (columns + 16) * 2.0**-24
-        self.capacity = _capacity(k)
         self.queries = self._prepare(queries, 0.0)
-        self.lists = torch.empty(count, self.capacity, dtype=torch.int32, device=device)
-        self.counts = torch.zeros(count, dtype=torch.int32, device=device)
-        # The best so far, and the keys of the lists beside them.
-        self.keys = torch.full(
-            (count, k + self.capacity), kernels.missing_key(), dtype=torch.int64, device=device
-        )
-        self.cut = torch.full((count,), threshold, dtype=torch.float32, device=device)
+        self.state = kernels.new_state(count, k, threshold, _capacity(k), self.device)
 
     def run(self) -> Iterator[int]:
         """Work through the bank; yields how many more of its rows are done."""
-        for first, chunk in _chunks(self.bank, self._schedule(), self.cut.device):
-            rows = self._prepare(chunk, self.slack)
-            self._take(rows, 0, len(chunk), first, None)
+        everyone = torch.ones(len(self.state.counts), dtype=torch.bool, device=self.device)
+        for first, chunk in _chunks(self.bank, self._schedule(), self.device):
+            # Not kept in a variable, for then there would be two of them at the next chunk.
+            self._take(self._prepare(chunk, self.slack), 0, len(chunk), first, everyone)
             yield len(chunk)
 
     def result(self) -> tuple[Tensor, Tensor]:
-        return self.kernels.decode(self.keys[:, : self.k])
+        ids, scores = self.kernels.decode(self.state.keys[:, : self.state.k])
+        return ids, scores
 
     def _schedule(self) -> list[tuple[int, int]]:
         """Where chunks start and end."""
         count, columns = self.bank.shape
-        on_host = isinstance(self.bank, np.ndarray) or self.bank.device != self.cut.device
+        k, capacity = self.state.k, self.state.lists.shape[1]
+        on_host = isinstance(self.bank, np.ndarray) or self.bank.device != self.device
         most = min(_CHUNK, _CHUNK_BYTES // (2 * columns))
         if on_host:
             most = min(most, _STAGED_BYTES // (columns * self.bank.dtype.itemsize))
         schedule, first = [], 0
         while first < count:
             # k S / T of S rows reach the k-th best of T before them: they fill a third of the lists.
-            rows = max(self.capacity, first * self.capacity // (3 * self.k))
+            rows = max(capacity, first * capacity // (3 * k))
             last = min(count, first + max(1, min(most, rows)))
             schedule.append((first, last))
             first = last
@@ -167,22 +163,17 @@ class _Search:
             raw = raw.to(self.dtype)
         return self.kernels.prepare(raw, self.dtype, slack)
 
-    def _take(self, rows: Any, first: int, last: int, offset: int, active: Tensor | None) -> None:
+    def _take(self, rows: Any, first: int, last: int, offset: int, active: Tensor) -> None:
         """Merge rows first … last of a chunk, which starts at id `offset`, for active queries."""
-        cut = self.cut if active is None else torch.where(active, self.cut, torch.inf)
-        self.kernels.screen(self.queries, rows, first, last, cut, self.lists, self.counts)
-        self.kernels.refine(
-            self.queries.raw, rows.raw, offset, cut, self.lists, self.counts, self.keys[:, self.k :]
-        )
-        self.keys[:, : self.k] = self.keys.sort(dim=1).values[:, : self.k]
-        _, lowest = self.kernels.decode(self.keys[:, self.k - 1])
-        self.cut = lowest.clamp_min(self.threshold)
-        if last - first <= self.capacity:
+        self.kernels.screen(self.queries, rows, first, last, self.state, active)
+        self.kernels.refine(self.queries.raw, rows.raw, offset, self.state)
+        capacity = self.state.lists.shape[1]
+        if last - first <= capacity:
             return
-        overflowed = self.counts > self.capacity
+        overflowed = self.state.counts > capacity
         if not overflowed.any():
             return
-        step = max(self.capacity, -(-(last - first) // _PARTS))
+        step = max(capacity, -(-(last - first) // _PARTS))
         for start in range(first, last, step):
             self._take(rows, start, min(start + step, last), offset, overflowed)
 
