@@ -22,8 +22,8 @@ about twice that, for GPUs that align fewer bits. Norms are computed in fp32 and
 more than the 2^-12 that they may be off; 2^-50 added to each of them is more than what underflows,
 flushed to 0 or not: at most sqrt(D) 2^-63 in a norm, and D 2^-126 in a product.
 
-exact=False ranks the rows as rounded to 16 bits, by canonical scores too: the same answer on every
-GPU. It spares the residuals, so that fewer pairs are admitted, and the fp32 rows of a chunk.
+exact=False ranks the rows as rounded to 16 bits, by their canonical scores: the same answer on every
+GPU, without the residuals, so that few pairs are admitted that are not in it.
 
 Extra memory on the GPU, beyond inputs and outputs: at most 256 MiB for rounded queries, their lists
 and their best so far, at most 256 MiB for a rounded chunk, and for a bank in main memory two
