@@ -7,13 +7,18 @@
 
 #include <cstdint>
 #include <exception>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #include "topk.hpp"
 #ifdef PYMCIP_WITH_CUDA
 #include "cuda_info.hpp"
+
+void bind_topk_cuda(pybind11::module_& module);  // topk_cuda_module.cpp
 #endif
 
 namespace py = pybind11;
@@ -40,23 +45,28 @@ pymcip::Matrix to_matrix(const MatrixTuple& tuple) {
         throw std::invalid_argument("dtype '" + dtype +
                                     "' is not one of float32, float16, bfloat16");
     }
-    if (rows < 0 || columns < 1 || (rows > 0 && address == 0))
-        throw std::invalid_argument("a matrix needs rows >= 0, columns >= 1 and an address");
+    if (rows < 0 || columns < 1 || columns > pymcip::kMostColumns || (rows > 0 && address == 0))
+        throw std::invalid_argument("a matrix needs rows >= 0, 1 to 4096 columns and an address");
     return {
         reinterpret_cast<const void*>(address), scalar, rows, columns, row_stride, column_stride};
 }
 
-void topk(const MatrixTuple& queries_tuple, const MatrixTuple& bank_tuple, std::int64_t k,
-          float threshold, int threads, const std::string& kernel, std::uintptr_t ids,
-          std::uintptr_t scores, const py::object& progress) {
-    const pymcip::Matrix queries = to_matrix(queries_tuple);
-    const pymcip::Matrix bank = to_matrix(bank_tuple);
-    if (queries.columns != bank.columns)
-        throw std::invalid_argument("queries and bank differ in their number of columns");
-    if (k < 1) throw std::invalid_argument("k must be at least 1");
+// A matrix, and its packed form (addresses of codes, groups and sums) or None.
+using PartTuple = std::pair<
+    MatrixTuple,
+    std::optional<std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t>>>;
 
-    // Signals (Ctrl-C) and the caller's progress function are served between blocks of work; what
-    // they raise stops the search first and is then passed on.
+pymcip::Packed to_packed(std::uintptr_t codes, std::uintptr_t groups, std::uintptr_t sums) {
+    return {reinterpret_cast<std::int8_t*>(codes), reinterpret_cast<float*>(groups),
+            reinterpret_cast<std::int32_t*>(sums)};
+}
+
+// Runs `work` without the GIL. Signals (Ctrl-C) and the caller's progress function are served ten
+// times a second; what they raise stops the work first and is then passed on. Returns nothing, or
+// what can't be ranked: "queries" or "bank", and the row.
+template <class Work>
+std::optional<std::pair<std::string, std::int64_t>> watched(const py::object& progress,
+                                                            const Work& work) {
     std::exception_ptr raised;
     const pymcip::Progress watch = [&](std::int64_t done, std::int64_t total) {
         const py::gil_scoped_acquire gil;
@@ -69,13 +79,56 @@ void topk(const MatrixTuple& queries_tuple, const MatrixTuple& bank_tuple, std::
             return false;
         }
     };
+    pymcip::Outcome outcome;
     {
         const py::gil_scoped_release release;
-        pymcip::topk_cpu(queries, bank, k, threshold, threads, kernel,
-                         reinterpret_cast<std::int64_t*>(ids), reinterpret_cast<float*>(scores),
-                         watch);
+        outcome = work(watch);
     }
     if (raised) std::rethrow_exception(raised);
+    using Kind = pymcip::Outcome::Kind;
+    if (outcome.kind == Kind::bad_query) return {{"queries", outcome.row}};
+    if (outcome.kind == Kind::bad_bank_row) return {{"bank", outcome.row}};
+    return {};
+}
+
+std::optional<std::pair<std::string, std::int64_t>> topk(
+    const MatrixTuple& queries_tuple, const std::vector<PartTuple>& bank_tuples, std::int64_t k,
+    float threshold, bool exact, int threads, const std::string& kernel, std::uintptr_t ids,
+    std::uintptr_t scores, const py::object& progress) {
+    const pymcip::Matrix queries = to_matrix(queries_tuple);
+    if (k < 1) throw std::invalid_argument("k must be at least 1");
+    std::vector<pymcip::Part> bank;
+    for (const auto& [matrix, packed] : bank_tuples) {
+        bank.push_back({to_matrix(matrix), {nullptr, nullptr, nullptr}});
+        if (packed) bank.back().packed = std::apply(to_packed, *packed);
+        if (bank.back().rows.columns != queries.columns)
+            throw std::invalid_argument("queries and bank differ in their number of columns");
+    }
+    return watched(progress, [&](const pymcip::Progress& watch) {
+        return pymcip::topk_cpu(queries, bank, k, threshold, exact, threads, kernel,
+                                reinterpret_cast<std::int64_t*>(ids),
+                                reinterpret_cast<float*>(scores), watch);
+    });
+}
+
+std::optional<std::pair<std::string, std::int64_t>> topk_pack(
+    const MatrixTuple& rows_tuple, std::uintptr_t codes, std::uintptr_t groups, std::uintptr_t sums,
+    int threads, const std::string& kernel, const py::object& progress) {
+    const pymcip::Matrix rows = to_matrix(rows_tuple);
+    return watched(progress, [&](const pymcip::Progress& watch) {
+        return pymcip::topk_cpu_pack(rows, to_packed(codes, groups, sums), threads, kernel, watch);
+    });
+}
+
+void topk_scores(const MatrixTuple& queries_tuple, const MatrixTuple& bank_tuple,
+                 std::uintptr_t ids, std::int64_t count, std::uintptr_t scores) {
+    const pymcip::Matrix queries = to_matrix(queries_tuple);
+    const pymcip::Matrix bank = to_matrix(bank_tuple);
+    if (queries.columns != bank.columns)
+        throw std::invalid_argument("queries and bank differ in their number of columns");
+    const py::gil_scoped_release release;
+    pymcip::topk_cpu_scores(queries, bank, reinterpret_cast<const std::int64_t*>(ids), count,
+                            reinterpret_cast<float*>(scores));
 }
 
 py::dict build_info() {
@@ -127,12 +180,17 @@ py::dict cuda_info() {
 PYBIND11_MODULE(_core, m) {
     m.doc() = "Compiled core of pymcip. Call pymcip.ops instead: nothing is validated here.";
     m.def("topk", &topk, py::arg("queries"), py::arg("bank"), py::arg("k"), py::arg("threshold"),
-          py::arg("threads"), py::arg("kernel"), py::arg("ids"), py::arg("scores"),
-          py::arg("progress") = py::none());
+          py::arg("exact"), py::arg("threads"), py::arg("kernel"), py::arg("ids"),
+          py::arg("scores"), py::arg("progress") = py::none());
+    m.def("topk_pack", &topk_pack, py::arg("rows"), py::arg("codes"), py::arg("groups"),
+          py::arg("sums"), py::arg("threads"), py::arg("kernel"), py::arg("progress") = py::none());
+    m.def("topk_scores", &topk_scores, py::arg("queries"), py::arg("bank"), py::arg("ids"),
+          py::arg("count"), py::arg("scores"));
     m.def("topk_kernels", &pymcip::topk_cpu_kernels);
     m.def("build_info", &build_info);
 #ifdef PYMCIP_WITH_CUDA
     m.def("cuda_info", &cuda_info);
+    bind_topk_cuda(m);
 #else
     m.def("cuda_info", [] { return py::none(); });
 #endif

@@ -1,25 +1,25 @@
-// Exact top-k of inner products, with a threshold.
+// Exact top-k of inner products, with a threshold, on the CPU.
 //
-// For a query row q and the bank rows c_0 .. c_{M-1}, all of length D:
+// For a query row q and the bank rows c_0 .. c_{M-1}, all of length D, widened to fp32:
 //
-//   s(q, j) = sum over d = 0 .. D-1, in this order, of q[d] * c_j[d]        in fp32
+//   lane l of 16 = sum of q[d] * c_j[d] over d = l, l + 16, l + 32, ..., in this order, in fp64
+//   lane l += lane l + w  for l < w,  for w = 8, 4, 2, 1
+//   s(q, j) = lane 0, rounded to fp32, + 0.0f                    (-0 becomes +0)
 //
-// The result is the first k of the pairs (s(q, j), j) with s(q, j) >= threshold, ordered by score
-// descending, then by j ascending. Places that stay empty (fewer than k admitted) hold id -1 and
-// score -infinity.
+// A product of two fp32 numbers is exact in fp64, so a fused multiply-add changes nothing: s(q, j)
+// is the same to the bit on every machine. It is the inner product, rounded once, but for errors of
+// 2^-53 |q| |c| D. The result is the first k of the pairs (s(q, j), j) with s(q, j) >= threshold,
+// ordered by s descending, then by j ascending. Places that stay empty hold id -1 and score
+// -infinity. It depends on neither kernel nor threads nor blocks.
 //
-// Shapes: ids int64 [N, k] and scores float [N, k], both contiguous; any N, M >= 0 and D, k >= 1;
-// rows and columns of the inputs may have any strides. Inputs are fp32, fp16 or bf16; the latter
-// two are widened to fp32 exactly, so nothing is rounded before the first product.
+// With `exact` false the scores are those of the screen (below) instead, in the same order.
 //
-// Every score is one chain over d with a single accumulator, whatever the number of threads, the
-// position of a row in its block or the size of a block. Hence equal rows have equal scores bit for
-// bit, and the result depends on neither threads nor blocks. It can differ in the last bits between
-// kernels (with or without fused multiply-add): |s - exact| <= gamma_D |q| |c|, where
-// gamma_D = D u / (1 - D u) and u = 2^-24.
+// Shapes: ids int64 [N, k] and scores float [N, k], both contiguous; any N, M >= 0, D in
+// 1 .. kMostColumns, k >= 1; rows and columns of the inputs may have any strides.
 //
-// The caller guarantees that every row's norm is finite (so, by Cauchy-Schwarz, is every score) and
-// that the threshold is not NaN.
+// How: bank and queries are rotated and rounded to 8 bits (topk_kernel.hpp). Integer products of
+// these screen the bank; a bound on their error, from the norms of what the rounding took away,
+// decides which rows could be among the best; only those are scored as above.
 #pragma once
 
 #include <cstdint>
@@ -28,6 +28,8 @@
 #include <vector>
 
 namespace pymcip {
+
+constexpr std::int64_t kMostColumns = 4096;  // 127 * 127 * 4096 < 2^31
 
 enum class Scalar { float32, float16, bfloat16 };
 
@@ -40,17 +42,44 @@ struct Matrix {
     std::int64_t column_stride;
 };
 
-// Called about ten times a second, from the thread that called topk_cpu, with the number of scores
-// computed and to compute; returning false stops the search. It must not throw.
+// The rounded form of a matrix, for G = ceil(rows / 32) groups of 32 rows and K = ceil(columns / 64)
+// steps; rows and columns beyond the matrix are zeros.
+struct Packed {
+    std::int8_t* codes;   // [G, 2, K, 16, 64]: row 32 g + 16 h + r, columns 64 k .. 64 k + 63
+    float* groups;        // [G, 4]: scale, 1 / scale, reach, doubt; see topk_kernel.hpp
+    std::int32_t* sums;   // [G, 32]: sum of a row's codes
+};
+
+// Rows of a bank, numbered on from part to part. `packed.codes` is null if they are to be packed
+// when they are needed.
+struct Part {
+    Matrix rows;
+    Packed packed;
+};
+
+// Called about ten times a second, from the thread that called, with the work done and to do (the
+// unit is scores for topk_cpu, rows for topk_cpu_pack); returning false stops. It must not throw.
 using Progress = std::function<bool(std::int64_t done, std::int64_t total)>;
 
-// Kernels that this machine can run, fastest first: "avx512f", "avx2", "baseline".
+struct Outcome {
+    enum class Kind { complete, stopped, bad_query, bad_bank_row } kind;
+    std::int64_t row;  // whose squared norm is not a finite float
+};
+
+// Kernels that this machine can run, fastest first, of "amx", "avx512_vnni", "avx2", "portable".
 std::vector<std::string> topk_cpu_kernels();
 
-// Returns false if `progress` stopped it; the outputs are then unspecified. `kernel` is one of
+// Unless the outcome is `complete`, the outputs are unspecified. `kernel` is one of
 // topk_cpu_kernels().
-bool topk_cpu(const Matrix& queries, const Matrix& bank, std::int64_t k, float threshold,
-              int threads, const std::string& kernel, std::int64_t* ids, float* scores,
-              const Progress& progress);
+Outcome topk_cpu(const Matrix& queries, const std::vector<Part>& bank, std::int64_t k,
+                 float threshold, bool exact, int threads, const std::string& kernel,
+                 std::int64_t* ids, float* scores, const Progress& progress);
+
+Outcome topk_cpu_pack(const Matrix& rows, const Packed& packed, int threads,
+                      const std::string& kernel, const Progress& progress);
+
+// The exact s(q, j) for each id in ids [N, K]; -infinity where it is negative.
+void topk_cpu_scores(const Matrix& queries, const Matrix& bank, const std::int64_t* ids,
+                     std::int64_t count, float* scores);
 
 }  // namespace pymcip

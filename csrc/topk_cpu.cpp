@@ -1,10 +1,10 @@
-// Portable back end of top-k on the CPU; the contract is in topk.hpp.
+// Driver of top-k on the CPU; the contract is in topk.hpp, the kernels' in topk_kernel.hpp.
 //
-// A register tile is a few queries times a few vectors of bank rows. Both are packed with d
-// outermost, so that one step over d loads consecutive floats of the bank and broadcasts
-// consecutive queries. Queries are taken in blocks that stay in the L2 cache while the bank streams
-// past once per block. Scores never reach memory as a matrix: each tile is compared with its
-// queries' cuts (the threshold, or the k-th best so far) and thrown away.
+// Queries are taken in sets that fit into a budget, the bank in stretches: all rows of a packed part
+// up to a million, or as many raw rows as fit into a buffer, which are packed there. Threads take
+// blocks of queries that stay in the L2 cache while a stretch streams past; if there are fewer blocks
+// than threads, they share the stretch instead. Every query has a short list of candidates with
+// bounds of their scores, and a cut: the threshold, or a bound from below of its k-th best score.
 
 #include <algorithm>
 #include <atomic>
@@ -22,383 +22,200 @@
 #include <thread>
 
 #include "topk.hpp"
+#include "topk_kernel_common.hpp"
 
 namespace pymcip {
+
+namespace {
+constexpr RotationSigns make_signs() {
+    RotationSigns signs{};
+    std::uint32_t state = 0x9e3779b9u;  // xorshift32
+    for (auto& half : signs.bits)
+        for (std::uint32_t& bits : half) {
+            state ^= state << 13;
+            state ^= state >> 17;
+            state ^= state << 5;
+            bits = (state >> 16 & 1u) << 31;
+        }
+    return signs;
+}
+}  // namespace
+
+extern constexpr RotationSigns kRotationSigns = make_signs();
+
 namespace {
 
-constexpr std::int64_t kQueryBlockBytes = 1 << 20;  // packed queries of a block: half of a 2 MiB L2
-constexpr std::int64_t kChunkBytes = 512 << 10;     // packed bank rows between two looks at `stop`
-constexpr std::int64_t kBlockHits = 1 << 18;        // k times the queries of a block
-constexpr std::int64_t kInlineProducts = 1 << 21;   // below this a thread costs more than it saves
+constexpr std::int64_t kBlockBytes = 768 << 10;     // codes of a block: stays in an L2 of 1 MiB and up
+constexpr std::int64_t kSetBytes = 24 << 20;        // codes and candidates of the queries in flight
+constexpr std::int64_t kStretchBytes = 16 << 20;    // codes of raw rows, packed when needed
+constexpr std::int64_t kStretchRows = 1 << 20;      // of packed parts: their rows stay in memory
+constexpr std::int64_t kSliceGroups = 64;           // what a thread takes when a stretch is shared
+constexpr std::int64_t kVisits = 256;               // groups that a first cut is taken from
+constexpr std::int64_t kInlineProducts = 1 << 22;   // below this a thread costs more than it saves
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// ------------------------------------------------------------------------------------------------
-// Kernels. Each is one function with its own instruction set; the rest of this file is baseline
-// code. They use the vector extension of GCC and Clang and nothing of the standard library, whose
-// inline functions, once compiled for a newer instruction set, could be the copies that the linker
-// keeps.
-
-// out[query][row] = sum over d of queries[d][query] * rows[d][row]
-using ScoreTile = void (*)(const float* queries, const float* rows, std::int64_t depth, float* out);
-
-template <int Queries, int Vectors, int Lanes>
-__attribute__((always_inline)) inline void score_tile(const float* __restrict queries,
-                                                      const float* __restrict rows,
-                                                      std::int64_t depth, float* __restrict out) {
-    typedef float Vector __attribute__((vector_size(Lanes * sizeof(float)), may_alias));
-    Vector sum[Queries][Vectors];
-#pragma GCC unroll 16
-    for (int query = 0; query < Queries; ++query)
-#pragma GCC unroll 4
-        for (int v = 0; v < Vectors; ++v) sum[query][v] = Vector{};
-    for (std::int64_t d = 0; d < depth; ++d) {
-        const Vector* row = reinterpret_cast<const Vector*>(rows + d * Vectors * Lanes);
-#pragma GCC unroll 16
-        for (int query = 0; query < Queries; ++query) {
-            const float value = queries[d * Queries + query];
-#pragma GCC unroll 4
-            for (int v = 0; v < Vectors; ++v) sum[query][v] += value * row[v];
-        }
-    }
-#pragma GCC unroll 16
-    for (int query = 0; query < Queries; ++query)
-#pragma GCC unroll 4
-        for (int v = 0; v < Vectors; ++v)
-            reinterpret_cast<Vector*>(out)[query * Vectors + v] = sum[query][v];
-}
-
-struct Kernel {
-    const char* name;
-    int queries;  // of a tile
-    int rows;
-    ScoreTile score;
+struct AlignedDelete {
+    void operator()(void* data) const { ::operator delete[](data, std::align_val_t(64)); }
 };
+template <class T>
+using Buffer = std::unique_ptr<T[], AlignedDelete>;
 
-constexpr int kMostTileScores = 12 * 32;
-
-#if defined(__x86_64__)
-__attribute__((target("avx512f"))) void score_avx512f(const float* queries, const float* rows,
-                                                      std::int64_t depth, float* out) {
-    score_tile<12, 2, 16>(queries, rows, depth, out);
-}
-__attribute__((target("avx2,fma"))) void score_avx2(const float* queries, const float* rows,
-                                                    std::int64_t depth, float* out) {
-    score_tile<6, 2, 8>(queries, rows, depth, out);
-}
-#endif
-
-// 16 registers of 4 floats on x86-64's baseline; 32 on AArch64, where 6 x 4 would fit as well.
-void score_baseline(const float* queries, const float* rows, std::int64_t depth, float* out) {
-    score_tile<6, 2, 4>(queries, rows, depth, out);
+template <class T>
+Buffer<T> allocate(std::int64_t count) {
+    const auto bytes = static_cast<std::size_t>(std::max<std::int64_t>(count, 1)) * sizeof(T);
+    return Buffer<T>(static_cast<T*>(::operator new[](bytes, std::align_val_t(64))));
 }
 
-std::vector<Kernel> kernels() {
-    std::vector<Kernel> found;
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f")) found.push_back({"avx512f", 12, 32, score_avx512f});
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        found.push_back({"avx2", 6, 16, score_avx2});
-#endif
-    found.push_back({"baseline", 6, 8, score_baseline});
+std::int64_t divide_up(std::int64_t value, std::int64_t by) { return (value + by - 1) / by; }
+
+std::vector<const Kernel*> kernels() {
+    std::vector<const Kernel*> found;
+    for (const Kernel* kernel :
+         {kernel_amx(), kernel_avx512_vnni(), kernel_avx2(), kernel_portable()})
+        if (kernel != nullptr) found.push_back(kernel);
     return found;
+}
+
+const Kernel& kernel_named(const std::string& name) {
+    for (const Kernel* kernel : kernels())
+        if (name == kernel->name) return *kernel;
+    throw std::invalid_argument("this machine has no top-k kernel called '" + name + "'");
+}
+
+// ------------------------------------------------------------------------------------------------
+// Rows of a matrix as floats
+
+std::int64_t scalar_bytes(Scalar scalar) { return scalar == Scalar::float32 ? 4 : 2; }
+
+const char* row_address(const Matrix& matrix, std::int64_t row) {
+    return static_cast<const char*>(matrix.data) +
+           row * matrix.row_stride * scalar_bytes(matrix.scalar);
+}
+
+void widen(const Kernel& kernel, Scalar scalar, const void* data, std::int64_t count, float* out) {
+    switch (scalar) {
+        case Scalar::float32:
+            std::memcpy(out, data, static_cast<std::size_t>(count) * sizeof(float));
+            break;
+        case Scalar::float16:
+            kernel.widen_half(static_cast<const std::uint16_t*>(data), count, out);
+            break;
+        case Scalar::bfloat16:
+            kernel.widen_bfloat(static_cast<const std::uint16_t*>(data), count, out);
+    }
+}
+
+void copy_row(const Kernel& kernel, const Matrix& matrix, std::int64_t row, float* out) {
+    const char* data = row_address(matrix, row);
+    if (matrix.column_stride == 1 || matrix.columns == 1)
+        return widen(kernel, matrix.scalar, data, matrix.columns, out);
+    const std::int64_t step = matrix.column_stride * scalar_bytes(matrix.scalar);
+    alignas(4) char gathered[256];
+    for (std::int64_t first = 0; first < matrix.columns; first += 64) {
+        const std::int64_t count = std::min<std::int64_t>(64, matrix.columns - first);
+        const auto bytes = static_cast<std::size_t>(scalar_bytes(matrix.scalar));
+        for (std::int64_t i = 0; i < count; ++i)
+            std::memcpy(gathered + static_cast<std::size_t>(i) * bytes, data + (first + i) * step,
+                        bytes);
+        widen(kernel, matrix.scalar, gathered, count, out + first);
+    }
+}
+
+// The row itself where it lies, if it is one of contiguous floats; else a copy in `space`.
+const float* row_floats(const Kernel& kernel, const Matrix& matrix, std::int64_t row, float* space) {
+    if (matrix.scalar == Scalar::float32 && matrix.column_stride == 1)
+        return reinterpret_cast<const float*>(row_address(matrix, row));
+    copy_row(kernel, matrix, row, space);
+    return space;
+}
+
+void prefetch_row(const Matrix& matrix, std::int64_t row) {
+    if (matrix.column_stride != 1) return;
+    const char* data = row_address(matrix, row);
+    const std::int64_t bytes = matrix.columns * scalar_bytes(matrix.scalar);
+    for (std::int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(data + i, 0, 2);
 }
 
 // ------------------------------------------------------------------------------------------------
 // Packing
 
-struct AlignedDelete {
-    void operator()(float* data) const { ::operator delete[](data, std::align_val_t(64)); }
+struct PackSpace {
+    explicit PackSpace(std::int64_t width)
+        : rows(allocate<float>(kGroup * width)), codes(allocate<std::int8_t>(kGroup * width)) {}
+    Buffer<float> rows;
+    Buffer<std::int8_t> codes;
+    float norms[kGroup];
 };
-using Floats = std::unique_ptr<float[], AlignedDelete>;
 
-Floats allocate(std::int64_t count) {
-    const auto bytes = static_cast<std::size_t>(count) * sizeof(float);
-    return Floats(static_cast<float*>(::operator new[](bytes, std::align_val_t(64))));
-}
-
-float from_bits(std::uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-template <Scalar scalar>
-float widen(const void* data, std::int64_t index) {
-    if constexpr (scalar == Scalar::float32) return static_cast<const float*>(data)[index];
-    const std::uint32_t half = static_cast<const std::uint16_t*>(data)[index];
-    if constexpr (scalar == Scalar::bfloat16) return from_bits(half << 16);
-    const std::uint32_t sign = (half & 0x8000u) << 16;
-    const std::uint32_t magnitude = (half & 0x7fffu) << 13;
-    // Rebias the exponent by 112. A subnormal half lacks the implicit one: give it one, and
-    // subtract it as a float, which is exact.
-    const std::uint32_t normal = magnitude + (112u << 23);
-    const float subnormal = from_bits(magnitude + (113u << 23)) - from_bits(113u << 23);
-    std::uint32_t subnormal_bits;
-    std::memcpy(&subnormal_bits, &subnormal, sizeof subnormal_bits);
-    return from_bits(sign | ((half & 0x7c00u) != 0 ? normal : subnormal_bits));
-}
-
-// Rows first .. first + count - 1 as panels of `width` rows, d outermost; zeros fill the last
-// panel.
-template <Scalar scalar>
-void pack_as(const Matrix& matrix, std::int64_t first, std::int64_t count, int width, float* out) {
-    constexpr std::int64_t step = 16;  // a cache line of floats at a time from each row
-    const std::int64_t depth = matrix.columns;
-    for (std::int64_t panel = 0; panel < count; panel += width, out += depth * width) {
-        const std::int64_t filled = std::min<std::int64_t>(width, count - panel);
-        for (std::int64_t start = 0; start < depth; start += step) {
-            const std::int64_t end = std::min(start + step, depth);
-            for (std::int64_t row = 0; row < filled; ++row) {
-                const std::int64_t origin = (first + panel + row) * matrix.row_stride;
-                for (std::int64_t d = start; d < end; ++d)
-                    out[d * width + row] =
-                        widen<scalar>(matrix.data, origin + d * matrix.column_stride);
-            }
-            for (std::int64_t row = filled; row < width; ++row)
-                for (std::int64_t d = start; d < end; ++d) out[d * width + row] = 0;
-        }
-    }
-}
-
-void pack(const Matrix& matrix, std::int64_t first, std::int64_t count, int width, float* out) {
-    switch (matrix.scalar) {
-        case Scalar::float32: return pack_as<Scalar::float32>(matrix, first, count, width, out);
-        case Scalar::float16: return pack_as<Scalar::float16>(matrix, first, count, width, out);
-        case Scalar::bfloat16: return pack_as<Scalar::bfloat16>(matrix, first, count, width, out);
-    }
+// Packs the group that starts at row `first` as group `group` of `packed`. Returns a row that can't
+// be packed, or -1.
+std::int64_t pack_group(const Kernel& kernel, const Matrix& matrix, std::int64_t first,
+                        std::int64_t group, const Packed& packed, PackSpace& space) {
+    const std::int64_t steps = divide_up(matrix.columns, kStep), width = steps * kStep;
+    const int count = static_cast<int>(std::min<std::int64_t>(kGroup, matrix.rows - first));
+    for (int row = 0; row < count; ++row)
+        copy_row(kernel, matrix, first + row, space.rows.get() + row * width);
+    std::int32_t* sums = packed.sums + group * kGroup;
+    std::fill(sums + count, sums + kGroup, 0);
+    std::memset(space.codes.get() + count * width, 0,
+                static_cast<std::size_t>((kGroup - count) * width));
+    const int bad = kernel.encode(space.rows.get(), count, matrix.columns, steps, space.codes.get(),
+                                  sums, packed.groups + group * kGroupFacts, space.norms);
+    if (bad >= 0) return first + bad;
+    std::int8_t* out = packed.codes + group * kGroup * width;
+    for (int half = 0; half < 2; ++half)
+        for (std::int64_t step = 0; step < steps; ++step)
+            for (int row = 0; row < 16; ++row, out += kStep)
+                std::memcpy(out, space.codes.get() + (half * 16 + row) * width + step * kStep, kStep);
+    return -1;
 }
 
 // ------------------------------------------------------------------------------------------------
-// Selection
+// Threads
 
-struct Hit {
-    float score;
-    std::int64_t id;
-};
-
-bool better(const Hit& a, const Hit& b) {
-    return a.score > b.score || (a.score == b.score && a.id < b.id);
-}
-
-// The best hits of a block of queries among the bank rows seen so far: per query a heap whose root
-// is the worst of the k. `cuts` screens: a score below a query's cut can't enter. The insertion
-// decides.
-class Best {
+class Team {
   public:
-    Best(std::int64_t queries, std::int64_t k, float threshold)
-        : k_(k),
-          threshold_(threshold),
-          hits_(new Hit[static_cast<std::size_t>(queries * k)]),
-          counts_(static_cast<std::size_t>(queries)),
-          cuts_(static_cast<std::size_t>(queries)) {
-        clear();
-    }
-
-    void clear() {
-        std::fill(counts_.begin(), counts_.end(), 0);
-        std::fill(cuts_.begin(), cuts_.end(), threshold_);
-    }
-
-    const float* cuts() const { return cuts_.data(); }
-    const Hit* hits(std::int64_t query) const { return hits_.get() + query * k_; }
-    std::int64_t count(std::int64_t query) const {
-        return counts_[static_cast<std::size_t>(query)];
-    }
-
-    void insert(std::int64_t query, const Hit& hit) {
-        const auto index = static_cast<std::size_t>(query);
-        Hit* heap = hits_.get() + query * k_;
-        if (counts_[index] < k_) {
-            heap[counts_[index]++] = hit;
-            std::push_heap(heap, heap + counts_[index], better);
-        } else if (better(hit, heap[0])) {
-            replace_root(heap, hit);
-        }
-        if (counts_[index] == k_)  // a later row with an equal score has a higher id: it loses
-            cuts_[index] = std::max(threshold_, std::nextafter(heap[0].score, kInfinity));
-    }
-
-  private:
-    void replace_root(Hit* heap, const Hit& hit) const {
-        std::int64_t hole = 0;
-        for (std::int64_t child = 1; child < k_; child = 2 * hole + 1) {
-            if (child + 1 < k_ && better(heap[child], heap[child + 1])) ++child;
-            if (better(heap[child], hit)) break;
-            heap[hole] = heap[child];
-            hole = child;
-        }
-        heap[hole] = hit;
-    }
-
-    std::int64_t k_;
-    float threshold_;
-    std::unique_ptr<Hit[]> hits_;
-    std::vector<std::int64_t> counts_;
-    std::vector<float> cuts_;
-};
-
-// ------------------------------------------------------------------------------------------------
-// The search
-
-class Search {
-  public:
-    Search(const Matrix& queries, const Matrix& bank, std::int64_t k, float threshold, int threads,
-           const Kernel& kernel, std::int64_t* ids, float* scores, const Progress& progress)
-        : queries_(queries),
-          bank_(bank),
-          k_(k),
-          kept_(std::min(k, bank.rows)),
-          threshold_(threshold),
-          kernel_(kernel),
-          ids_(ids),
-          scores_(scores),
+    // `inline_work`: too little of it for threads. Otherwise even a single worker is a thread of its
+    // own, so that this one can report progress and be told to stop.
+    Team(int threads, bool inline_work, const Progress& progress, std::int64_t total)
+        : threads_(inline_work ? 1 : std::max(threads, 1)),
+          inline_(inline_work),
           progress_(progress),
-          total_(queries.rows * bank.rows) {
-        const std::int64_t row_bytes = bank.columns * static_cast<std::int64_t>(sizeof(float));
-        const auto whole_tiles = [](std::int64_t count, int tile) {
-            return std::max<std::int64_t>(count / tile, 1) * tile;
-        };
-        block_ =
-            whole_tiles(std::min(kQueryBlockBytes / row_bytes, kBlockHits / kept_), kernel.queries);
-        chunk_ = whole_tiles(kChunkBytes / row_bytes, kernel.rows);
-        const bool small = total_ < kInlineProducts / bank.columns;
-        threads_ = small ? 1 : std::max(threads, 1);
-        inline_ = small;
-    }
+          total_(total) {}
 
-    bool run() {
-        const std::int64_t blocks = (queries_.rows + block_ - 1) / block_;
-        if (blocks >= 8 * threads_) {
-            blocks_to_threads(blocks);
-        } else {
-            for (std::int64_t block = 0; block < blocks && !stop_; ++block)
-                chunks_to_threads(block * block_);
-        }
-        return !stop_;
+    int threads() const { return threads_; }
+    const bool* stop_flag() const { return &stop_; }
+    bool stopped() const { return __atomic_load_n(&stop_, __ATOMIC_RELAXED); }
+    void stop() { __atomic_store_n(&stop_, true, __ATOMIC_RELAXED); }
+    void advance(std::int64_t work) { done_ += work; }
+
+    // Calls work(worker, item) for every item on up to threads() threads, while this one reports
+    // progress ten times a second; rethrows what one of them threw.
+    template <class Work>
+    void each(std::int64_t items, const Work& work) {
+        std::atomic<std::int64_t> next{0};
+        const int count = static_cast<int>(std::min<std::int64_t>(threads_, items));
+        in_parallel(count, [&](int worker) {
+            for (std::int64_t item; (item = next++) < items && !stopped();) work(worker, item);
+        });
     }
 
   private:
-    // Many queries: each thread takes whole blocks of them past the whole bank.
-    void blocks_to_threads(std::int64_t blocks) {
-        std::atomic<std::int64_t> next_block{0};
-        in_parallel(threads_, [&] {
-            Floats packed = allocate(block_ * bank_.columns);
-            Floats rows = allocate(chunk_ * bank_.columns);
-            Best best(block_, kept_, threshold_);
-            std::vector<Hit> merged;
-            for (std::int64_t block; (block = next_block++) < blocks && !stop_;) {
-                const std::int64_t first = block * block_;
-                const std::int64_t count = std::min(block_, queries_.rows - first);
-                pack(queries_, first, count, kernel_.queries, packed.get());
-                best.clear();
-                for (std::int64_t row = 0; row < bank_.rows && !stop_; row += chunk_)
-                    scan(packed.get(), count, row, rows.get(), best);
-                for (std::int64_t query = 0; query < count; ++query) {
-                    merged.assign(best.hits(query), best.hits(query) + best.count(query));
-                    write(first + query, merged);
-                }
-            }
-        });
-    }
-
-    // Few queries: the threads share the bank, a chunk at a time, and their bests are merged.
-    void chunks_to_threads(std::int64_t first) {
-        const std::int64_t count = std::min(block_, queries_.rows - first);
-        const std::int64_t tiles = (count + kernel_.queries - 1) / kernel_.queries;
-        Floats packed = allocate(tiles * kernel_.queries * bank_.columns);
-        pack(queries_, first, count, kernel_.queries, packed.get());
-
-        const std::int64_t chunks = (bank_.rows + chunk_ - 1) / chunk_;
-        const int workers = static_cast<int>(std::min<std::int64_t>(threads_, chunks));
-        std::atomic<std::int64_t> next_chunk{0};
-        std::vector<std::unique_ptr<Best>> bests;
-        std::mutex bests_mutex;
-        in_parallel(workers, [&] {
-            Floats rows = allocate(chunk_ * bank_.columns);
-            auto best = std::make_unique<Best>(count, kept_, threshold_);
-            for (std::int64_t chunk; (chunk = next_chunk++) < chunks && !stop_;)
-                scan(packed.get(), count, chunk * chunk_, rows.get(), *best);
-            const std::lock_guard<std::mutex> lock(bests_mutex);
-            bests.push_back(std::move(best));
-        });
-        if (stop_) return;
-
-        constexpr std::int64_t batch = 16;
-        std::atomic<std::int64_t> next_query{0};
-        in_parallel(static_cast<int>(std::min<std::int64_t>(workers, (count + batch - 1) / batch)),
-                    [&] {
-                        std::vector<Hit> merged;
-                        for (std::int64_t start; (start = next_query.fetch_add(batch)) < count;)
-                            for (std::int64_t query = start; query < std::min(start + batch, count);
-                                 ++query) {
-                                merged.clear();
-                                for (const auto& best : bests)
-                                    merged.insert(merged.end(), best->hits(query),
-                                                  best->hits(query) + best->count(query));
-                                write(first + query, merged);
-                            }
-                    });
-    }
-
-    // Offers a chunk of the bank to a block of packed queries.
-    void scan(const float* packed, std::int64_t count, std::int64_t first_row, float* rows,
-              Best& best) {
-        const std::int64_t depth = bank_.columns;
-        const std::int64_t row_count = std::min(chunk_, bank_.rows - first_row);
-        pack(bank_, first_row, row_count, kernel_.rows, rows);
-        alignas(64) float tile[kMostTileScores];
-        for (std::int64_t query = 0; query < count; query += kernel_.queries) {
-            const std::int64_t tile_queries =
-                std::min<std::int64_t>(kernel_.queries, count - query);
-            for (std::int64_t row = 0; row < row_count; row += kernel_.rows) {
-                kernel_.score(packed + query * depth, rows + row * depth, depth, tile);
-                const std::int64_t tile_rows =
-                    std::min<std::int64_t>(kernel_.rows, row_count - row);
-                for (std::int64_t i = 0; i < tile_queries; ++i) {
-                    const float* line = tile + i * kernel_.rows;
-                    const float cut = best.cuts()[query + i];
-                    int admitted = 0;
-                    for (std::int64_t j = 0; j < tile_rows; ++j) admitted |= line[j] >= cut;
-                    if (admitted == 0) continue;
-                    for (std::int64_t j = 0; j < tile_rows; ++j)
-                        if (line[j] >= best.cuts()[query + i])
-                            best.insert(query + i, {line[j], first_row + row + j});
-                }
-            }
-        }
-        done_ += count * row_count;
-    }
-
-    void write(std::int64_t query, std::vector<Hit>& hits) const {
-        const std::int64_t count =
-            std::min<std::int64_t>(kept_, static_cast<std::int64_t>(hits.size()));
-        std::partial_sort(hits.begin(), hits.begin() + count, hits.end(), better);
-        std::int64_t* ids = ids_ + query * k_;
-        float* scores = scores_ + query * k_;
-        for (std::int64_t place = 0; place < k_; ++place) {
-            ids[place] = place < count ? hits[static_cast<std::size_t>(place)].id : -1;
-            scores[place] =
-                place < count ? hits[static_cast<std::size_t>(place)].score : -kInfinity;
-        }
-    }
-
-    // Runs `work` on `count` threads while this one reports progress; rethrows what one of them
-    // threw.
     template <class Work>
     void in_parallel(int count, const Work& work) {
-        if (inline_) return work();
+        if (count <= 0) return;
+        if (inline_) return work(0);
         std::mutex mutex;
         std::condition_variable finished;
         int running = 0;
         std::exception_ptr failure;
-        const auto body = [&] {
+        const auto body = [&](int worker) {
             std::exception_ptr thrown;
             try {
-                work();
+                work(worker);
             } catch (...) {
                 thrown = std::current_exception();
-                stop_ = true;
+                stop();
             }
             const std::lock_guard<std::mutex> lock(mutex);
             if (thrown) failure = thrown;
@@ -407,26 +224,28 @@ class Search {
         };
         std::vector<std::thread> team;
         team.reserve(static_cast<std::size_t>(count));
-        for (int i = 0; i < count; ++i) {
+        for (int worker = 0; worker < count; ++worker) {
             {
                 const std::lock_guard<std::mutex> lock(mutex);
                 ++running;
             }
             try {
-                team.emplace_back(body);
+                team.emplace_back(body, worker);
             } catch (const std::system_error&) {  // no more threads to be had: go on with these
                 const std::lock_guard<std::mutex> lock(mutex);
                 --running;
                 break;
             }
         }
-        if (team.empty()) return work();
+        if (team.empty()) return work(0);
         {
             std::unique_lock<std::mutex> lock(mutex);
-            while (!finished.wait_for(lock, std::chrono::milliseconds(100),
-                                      [&] { return running == 0; })) {
+            while (running > 0) {
+                const bool due = !finished.wait_until(lock, due_, [&] { return running == 0; });
+                if (!due) break;
+                due_ = std::chrono::steady_clock::now() + std::chrono::milliseconds(100);
                 lock.unlock();
-                if (!stop_ && !progress_(done_, total_)) stop_ = true;
+                if (!stopped() && !progress_(done_, total_)) stop();
                 lock.lock();
             }
         }
@@ -434,45 +253,655 @@ class Search {
         if (failure) std::rethrow_exception(failure);
     }
 
-    const Matrix queries_;
-    const Matrix bank_;
-    const std::int64_t k_;
-    const std::int64_t kept_;  // places that can be filled at all
-    const float threshold_;
-    const Kernel kernel_;
-    std::int64_t* const ids_;
-    float* const scores_;
+    const int threads_;
+    const bool inline_;
     const Progress& progress_;
     const std::int64_t total_;
-    std::int64_t block_;  // queries
-    std::int64_t chunk_;  // bank rows
-    int threads_;
-    bool inline_;
-    std::atomic<bool> stop_{false};
+    bool stop_ = false;
     std::atomic<std::int64_t> done_{0};
+    std::chrono::steady_clock::time_point due_ =
+        std::chrono::steady_clock::now() + std::chrono::milliseconds(100);
+};
+
+// ------------------------------------------------------------------------------------------------
+// Candidates
+
+// Bounds of a score; equal once it is known. Screened scores of an inexact search count as known.
+struct Candidate {
+    float lower, upper;
+    std::int64_t id;
+};
+
+bool known(const Candidate& candidate) { return candidate.lower == candidate.upper; }
+
+bool better(const Candidate& a, const Candidate& b) {
+    return a.lower > b.lower || (a.lower == b.lower && a.id < b.id);
+}
+
+struct Job {
+    const Kernel& kernel;
+    const Matrix& queries;
+    const std::vector<Part>& bank;
+    std::vector<std::int64_t> firsts;  // id of each part's first row, and the number of rows
+    std::int64_t k;                    // places that can be filled at all
+    std::int64_t capacity;             // candidates of a query, at least 4 k
+    float threshold;
+    bool exact;
+    std::int64_t steps;
+
+    std::int64_t width() const { return steps * kStep; }
+    const Part& part_of(std::int64_t id, std::int64_t* row) const {
+        const auto after = std::upper_bound(firsts.begin(), firsts.end() - 1, id);
+        const auto part = static_cast<std::size_t>(after - firsts.begin()) - 1;
+        *row = id - firsts[part];
+        return bank[part];
+    }
+};
+
+// Scores candidates of one query exactly. One per thread.
+class Scorer {
+  public:
+    explicit Scorer(const Job& job)
+        : job_(job),
+          query_(allocate<float>(job.queries.columns)),
+          row_(allocate<float>(job.queries.columns)) {}
+
+    // Scores those of candidates[0 .. count - 1] that are not known.
+    void score(std::int64_t query, Candidate* candidates, std::int64_t count) {
+        const float* left = nullptr;
+        for (std::int64_t i = 0; i < count; ++i) {
+            if (known(candidates[i])) continue;
+            if (left == nullptr) {
+                prefetch(candidates[i]);
+                left = row_floats(job_.kernel, job_.queries, query, query_.get());
+            }
+            for (std::int64_t next = i + 1; next < std::min(i + 3, count); ++next)
+                if (next > reached_ && !known(candidates[next])) {
+                    prefetch(candidates[next]);
+                    reached_ = next;
+                }
+            std::int64_t row;
+            const Part& part = job_.part_of(candidates[i].id, &row);
+            const float* right = row_floats(job_.kernel, part.rows, row, row_.get());
+            candidates[i].lower = candidates[i].upper =
+                job_.kernel.score(left, right, job_.queries.columns);
+        }
+        reached_ = 0;
+    }
+
+  private:
+    void prefetch(const Candidate& candidate) const {
+        std::int64_t row;
+        const Part& part = job_.part_of(candidate.id, &row);
+        prefetch_row(part.rows, row);
+    }
+
+    const Job& job_;
+    Buffer<float> query_, row_;
+    std::int64_t reached_ = 0;
+};
+
+// A row that a screen admitted. Noting them and looking at many at once hides the time that their
+// queries' lists take to arrive from the caches.
+struct Hit {
+    std::uint32_t query;  // of the block
+    std::uint32_t row;    // of the stretch
+    std::int32_t score;
+};
+
+// A block of queries, packed, with the candidates that one thread found among the rows it has seen.
+class Block {
+  public:
+    Block(const Job& job, std::int64_t first, std::int64_t count)
+        : job_(job),
+          first_(first),
+          count_(count),
+          padded_(divide_up(count, kPanel) * kPanel),
+          screened_(allocate<float>(3 * padded_)),
+          queries_(allocate<Query>(count)),
+          candidates_(allocate<Candidate>(count * job.capacity)) {
+        std::fill(residuals(), residuals() + 2 * padded_, 0.0f);
+        std::fill(cuts(), cuts() + padded_, kInfinity);  // of the missing queries of the last panel
+    }
+
+    std::int64_t count() const { return count_; }
+
+    void set_query(std::int64_t query, float unit, float residual, float norm) {
+        if (!job_.exact) residual = norm = 0;  // the screen is taken at its word
+        residuals()[query] = residual / unit;
+        norms()[query] = norm / unit;
+        queries_[static_cast<std::size_t>(query)] = {unit, residual, norm, 0, 0};
+        raise(query, job_.threshold);
+    }
+
+    // Takes over the queries of a block and their cuts, but no candidates.
+    void share(const Block& other) {
+        std::copy(other.screened_.get(), other.screened_.get() + 3 * padded_, screened_.get());
+        for (std::int64_t query = 0; query < count_; ++query) {
+            at(query) = other.queries_[static_cast<std::size_t>(query)];
+            at(query).count = 0;
+        }
+    }
+
+    void raise(std::int64_t query, float cut) {
+        at(query).cut = cut;
+        cuts()[query] = cut / at(query).unit;
+    }
+    float cut(std::int64_t query) const { return queries_[static_cast<std::size_t>(query)].cut; }
+
+    // A first cut from bounds of the best scores of `visits` groups: [visits, padded].
+    void raise_from(const float* lowest, std::int64_t visits) {
+        std::vector<float> column(static_cast<std::size_t>(visits));
+        for (std::int64_t query = 0; query < count_; ++query) {
+            for (std::int64_t visit = 0; visit < visits; ++visit)
+                column[static_cast<std::size_t>(visit)] = lowest[visit * padded_ + query];
+            const auto kth = column.begin() + (job_.k - 1);
+            std::nth_element(column.begin(), kth, column.end(), std::greater<float>());
+            const float bound = *kth * at(query).unit;
+            const float lower = bound - std::fabs(bound) * 0x1p-22f;  // whatever the rounding
+            if (lower > cut(query)) raise(query, lower);
+        }
+    }
+
+    Screen screen(const std::uint8_t* panels) const {
+        Screen screen{};
+        screen.panels = panels;
+        screen.panel_count = padded_ / kPanel;
+        screen.steps = job_.steps;
+        screen.residuals = residuals();
+        screen.norms = norms();
+        screen.cuts = cuts();
+        return screen;
+    }
+
+    // Candidates among the rows of a stretch whose first row has the id `id` and whose groups have
+    // these facts.
+    void take(Scorer& scorer, const std::vector<Hit>& hits, std::int64_t id, const float* groups) {
+        constexpr std::size_t ahead = 12;
+        for (std::size_t i = 0; i < hits.size(); ++i) {
+            if (i + 2 * ahead < hits.size())
+                __builtin_prefetch(&queries_[hits[i + 2 * ahead].query], 1);
+            if (i + ahead < hits.size()) {
+                const std::uint32_t next = hits[i + ahead].query;
+                __builtin_prefetch(list(next) + queries_[next].count, 1);
+            }
+            const Hit& hit = hits[i];
+            const Query& query = queries_[hit.query];
+            const float* facts = groups + hit.row / kGroup * kGroupFacts;
+            const float score = static_cast<float>(hit.score) * (query.unit * facts[kScale]) + 0.0f;
+            if (!job_.exact) {
+                push(scorer, hit.query, {score, score, id + hit.row});
+                continue;
+            }
+            const float doubt = query.residual * facts[kReach] + query.norm * facts[kDoubt] +
+                                query.unit * facts[kScale];
+            push(scorer, hit.query, {score - doubt, score + doubt, id + hit.row});
+        }
+    }
+
+    // Scores all candidates that still matter; leaves at most k, all of them known.
+    void resolve(Scorer& scorer, std::int64_t query) {
+        if (at(query).count > job_.k) cut_at_kth(scorer, query);
+        scorer.score(first_ + query, list(query), at(query).count);
+        keep_best(query);
+    }
+
+    Candidate* list(std::int64_t query) { return candidates_.get() + query * job_.capacity; }
+    std::int64_t found(std::int64_t query) { return at(query).count; }
+
+  private:
+    struct Query {
+        float unit, residual, norm, cut;
+        std::int64_t count;  // of candidates
+    };
+
+    Query& at(std::int64_t query) { return queries_[static_cast<std::size_t>(query)]; }
+    float* residuals() const { return screened_.get(); }
+    float* norms() const { return screened_.get() + padded_; }
+    float* cuts() const { return screened_.get() + 2 * padded_; }
+
+    void push(Scorer& scorer, std::int64_t index, const Candidate& candidate) {
+        Query& query = at(index);
+        if (candidate.upper < query.cut) return;
+        list(index)[query.count++] = candidate;
+        if (query.count < job_.capacity) return;
+        cut_at_kth(scorer, index);
+        if (query.count <= job_.capacity * 3 / 4) return;
+        scorer.score(first_ + index, list(index), query.count);
+        keep_best(index);
+    }
+
+    // Scores the k candidates with the highest bounds; the lowest of these scores is the new cut.
+    void cut_at_kth(Scorer& scorer, std::int64_t query) {
+        Candidate* all = list(query);
+        std::nth_element(all, all + (job_.k - 1), all + at(query).count, better);
+        scorer.score(first_ + query, all, job_.k);
+        raise_to_lowest(query, job_.k);
+        drop(query);
+    }
+
+    // Of candidates that are all known.
+    void keep_best(std::int64_t query) {
+        drop(query);
+        if (at(query).count <= job_.k) return;
+        Candidate* all = list(query);
+        std::nth_element(all, all + (job_.k - 1), all + at(query).count, better);
+        at(query).count = job_.k;
+        raise_to_lowest(query, job_.k);
+    }
+
+    void raise_to_lowest(std::int64_t query, std::int64_t count) {
+        const Candidate* all = list(query);
+        float lowest = all[0].lower;
+        for (std::int64_t i = 1; i < count; ++i) lowest = std::min(lowest, all[i].lower);
+        if (lowest > cut(query)) raise(query, lowest);
+    }
+
+    void drop(std::int64_t query) {
+        Candidate* all = list(query);
+        const float least = cut(query);
+        at(query).count = std::remove_if(all, all + at(query).count,
+                                         [least](const Candidate& one) {
+                                             return one.upper < least;
+                                         }) -
+                          all;
+    }
+
+    const Job& job_;
+    const std::int64_t first_, count_, padded_;
+    Buffer<float> screened_;  // [3, padded]: residuals, norms and cuts, in units of the query's scale
+    Buffer<Query> queries_;
+    Buffer<Candidate> candidates_;
+};
+
+// ------------------------------------------------------------------------------------------------
+// The search
+
+struct Stretch {
+    Packed packed;
+    std::int64_t first_group;  // of `packed`
+    std::int64_t rows, id;     // how many, and the id of the first
+
+    std::int64_t groups() const { return divide_up(rows, kGroup); }
+};
+
+class Search {
+  public:
+    Search(const Job& job, Team& team) : job_(job), team_(team) {
+        const std::int64_t list_bytes = job.capacity * static_cast<std::int64_t>(sizeof(Candidate));
+        const std::int64_t rows = job.queries.rows, threads = team.threads();
+        const auto whole_panels = [](std::int64_t queries) {
+            return std::max<std::int64_t>(queries / kPanel, 1) * kPanel;
+        };
+        const std::int64_t most = whole_panels(kSetBytes / (job.width() + list_bytes));
+        const std::int64_t cached = whole_panels(kBlockBytes / job.width());
+        // Few blocks are made as many as threads, unless they get too small for it: then the threads
+        // share each block, and each has candidates of its own.
+        const std::int64_t blocks =
+            divide_up(divide_up(rows, std::min(cached, most)), threads) * threads;
+        shared_ = rows < threads * kSmallBlock;
+        if (shared_) {
+            block_ = std::min(cached, whole_panels(kSetBytes / (job.width() + threads * list_bytes)));
+            set_ = block_;
+        } else {
+            block_ = std::min(std::min(cached, whole_panels(most / threads)),
+                              whole_panels(divide_up(rows, blocks) + kPanel - 1));
+            set_ = std::max(most / block_, threads) * block_;
+        }
+    }
+
+    // Returns a row of the queries or of the bank that can't be ranked in *outcome.
+    void run(std::int64_t* ids, float* scores, std::int64_t places, Outcome* outcome) {
+        for (int worker = 0; worker < team_.threads(); ++worker)
+            scorers_.push_back(std::make_unique<Scorer>(job_));
+        hits_.resize(static_cast<std::size_t>(team_.threads()));
+        for (std::vector<Hit>& hits : hits_) hits.reserve(256 + kGroup * kPanel);
+        scratch_ = allocate<std::int16_t>(team_.threads() * kGroup * job_.width());
+        for (std::int64_t first = 0; first < job_.queries.rows && !team_.stopped(); first += set_) {
+            const std::int64_t count = std::min(set_, job_.queries.rows - first);
+            pack_queries(first, count, outcome);
+            if (team_.stopped()) return;
+            fresh_ = true;
+            search_set(outcome);
+            if (team_.stopped()) return;
+            finish(first, count, ids, scores, places);
+        }
+    }
+
+  private:
+    static constexpr std::int64_t kSmallBlock = 256;
+
+    void pack_queries(std::int64_t first, std::int64_t count, Outcome* outcome) {
+        const std::int64_t blocks = divide_up(count, block_);
+        const std::int64_t copies = shared_ ? team_.threads() : 1;
+        const std::int64_t panel_bytes = job_.kernel.panel_bytes * job_.steps;
+        blocks_.clear();
+        for (std::int64_t block = 0; block < blocks; ++block)
+            for (std::int64_t copy = 0; copy < copies; ++copy)
+                blocks_.push_back(std::make_unique<Block>(
+                    job_, first + block * block_, std::min(block_, count - block * block_)));
+        const std::int64_t panels = divide_up(count, kPanel);
+        panels_ = allocate<std::uint8_t>(panels * panel_bytes);
+        std::mutex mutex;
+        team_.each(panels, [&](int, std::int64_t panel) {
+            PackSpace space(job_.width());
+            std::int32_t sums[kPanel];
+            const std::int64_t start = panel * kPanel;
+            Block& block = *blocks_[static_cast<std::size_t>(start / block_ * copies)];
+            for (std::int64_t i = 0; i < kPanel; ++i) {
+                std::int8_t* codes = space.codes.get() + i * job_.width();
+                if (start + i >= count) {
+                    std::memset(codes, 0, static_cast<std::size_t>(job_.width()));
+                    continue;
+                }
+                float facts[kGroupFacts], norm;
+                copy_row(job_.kernel, job_.queries, first + start + i, space.rows.get());
+                if (job_.kernel.encode(space.rows.get(), 1, job_.queries.columns, job_.steps, codes,
+                                       sums, facts, &norm) >= 0) {
+                    const std::lock_guard<std::mutex> lock(mutex);
+                    bad(outcome, Outcome::Kind::bad_query, first + start + i);
+                    return;
+                }
+                block.set_query(start % block_ + i, facts[kScale], facts[kDoubt], norm);
+            }
+            job_.kernel.arrange(space.codes.get(), job_.steps, panels_.get() + panel * panel_bytes);
+        });
+        for (std::size_t block = 0; block < blocks_.size(); ++block)
+            if (block % static_cast<std::size_t>(copies) != 0)
+                blocks_[block]->share(*blocks_[block / static_cast<std::size_t>(copies) *
+                                               static_cast<std::size_t>(copies)]);
+    }
+
+    void search_set(Outcome* outcome) {
+        for (std::size_t part = 0; part < job_.bank.size(); ++part) {
+            const Part& own = job_.bank[part];
+            const bool packed = own.packed.codes != nullptr;
+            const std::int64_t rows =
+                packed ? kStretchRows
+                       : std::max<std::int64_t>(kStretchBytes / job_.width() / kGroup, 1) * kGroup;
+            for (std::int64_t row = 0; row < own.rows.rows && !team_.stopped(); row += rows) {
+                Stretch stretch{own.packed, row / kGroup, std::min(rows, own.rows.rows - row),
+                                job_.firsts[part] + row};
+                if (!packed) {
+                    stretch.packed = pack_stretch(own.rows, row, stretch.rows, rows, part, outcome);
+                    stretch.first_group = 0;
+                }
+                if (team_.stopped()) return;
+                search_stretch(stretch);
+            }
+        }
+    }
+
+    Packed pack_stretch(const Matrix& matrix, std::int64_t first, std::int64_t count,
+                        std::int64_t room, std::size_t part, Outcome* outcome) {
+        const std::int64_t groups = room / kGroup;
+        if (codes_ == nullptr) {
+            codes_ = allocate<std::int8_t>(room * job_.width());
+            groups_ = allocate<float>(groups * kGroupFacts);
+            sums_ = allocate<std::int32_t>(room);
+        }
+        const Packed packed{codes_.get(), groups_.get(), sums_.get()};
+        constexpr std::int64_t batch = 16;
+        const std::int64_t due = divide_up(count, kGroup);
+        std::mutex mutex;
+        team_.each(divide_up(due, batch), [&](int, std::int64_t item) {
+            PackSpace space(job_.width());
+            for (std::int64_t group = item * batch; group < std::min((item + 1) * batch, due);
+                 ++group) {
+                const std::int64_t row =
+                    pack_group(job_.kernel, matrix, first + group * kGroup, group, packed, space);
+                if (row < 0) continue;
+                const std::lock_guard<std::mutex> lock(mutex);
+                bad(outcome, Outcome::Kind::bad_bank_row, job_.firsts[part] + row);
+                return;
+            }
+        });
+        return packed;
+    }
+
+    void search_stretch(const Stretch& stretch) {
+        const std::int64_t groups = stretch.groups();
+        const bool warm = fresh_;
+        fresh_ = false;
+        if (!shared_) {
+            team_.each(static_cast<std::int64_t>(blocks_.size()), [&](int worker, std::int64_t b) {
+                if (warm) warm_up(worker, b, stretch);
+                scan(worker, b, stretch, 0, groups);
+                Block& block = *blocks_[static_cast<std::size_t>(b)];
+                for (std::int64_t query = 0; query < block.count() && job_.exact; ++query)
+                    block.resolve(scorer(worker), query);
+            });
+            return;
+        }
+        if (warm) {
+            team_.each(1, [&](int worker, std::int64_t) { warm_up(worker, 0, stretch); });
+            for (std::size_t copy = 1; copy < blocks_.size(); ++copy) blocks_[copy]->share(*blocks_[0]);
+        }
+        team_.each(divide_up(groups, kSliceGroups), [&](int worker, std::int64_t slice) {
+            scan(worker, worker, stretch, slice * kSliceGroups,
+                 std::min((slice + 1) * kSliceGroups, groups));
+        });
+        if (job_.exact)
+            team_.each(static_cast<std::int64_t>(blocks_.size()), [&](int worker, std::int64_t b) {
+                Block& block = *blocks_[static_cast<std::size_t>(b)];
+                for (std::int64_t query = 0; query < block.count(); ++query)
+                    block.resolve(scorer(worker), query);
+            });
+    }
+
+    Screen screen(int worker, std::int64_t block, const Stretch& stretch) {
+        const std::int64_t panel = shared_ ? 0 : block * block_ / kPanel;
+        Screen screen = blocks_[static_cast<std::size_t>(block)]->screen(
+            panels_.get() + panel * job_.kernel.panel_bytes * job_.steps);
+        screen.codes = stretch.packed.codes;
+        screen.groups = stretch.packed.groups;
+        screen.sums = stretch.packed.sums;
+        screen.scratch = scratch_.get() + worker * kGroup * job_.width();
+        screen.stop = team_.stop_flag();
+        return screen;
+    }
+
+    // The k-th highest of the groups' best scores bounds the k-th best score from below, as long as
+    // the groups have no missing rows. A few groups give a cut before the first candidate.
+    void warm_up(int worker, std::int64_t block, const Stretch& stretch) {
+        const std::int64_t whole = stretch.rows / kGroup;
+        const std::int64_t visits = std::min(std::max(kVisits, 2 * job_.k), whole / 16);
+        if (visits < job_.k) return;
+        Screen screen = this->screen(worker, block, stretch);
+        screen.stride = whole / visits;
+        screen.first = stretch.first_group;
+        screen.last = stretch.first_group + visits * screen.stride;
+        const Buffer<float> lowest = allocate<float>(visits * screen.panel_count * kPanel);
+        screen.lowest = lowest.get();
+        job_.kernel.screen(screen);
+        if (!team_.stopped())
+            blocks_[static_cast<std::size_t>(block)]->raise_from(lowest.get(), visits);
+    }
+
+    struct Offered {
+        Block& block;
+        Scorer& scorer;
+        const Stretch& stretch;
+        std::vector<Hit>& hits;
+
+        void take_all() {
+            block.take(scorer, hits, stretch.id,
+                       stretch.packed.groups + stretch.first_group * kGroupFacts);
+            hits.clear();
+        }
+
+        static void offer(void* context, std::int64_t panel, std::int64_t group,
+                          const std::uint32_t* admitted, const std::int32_t* scores) {
+            constexpr std::size_t enough = 256;
+            Offered& to = *static_cast<Offered*>(context);
+            const std::int64_t first = (group - to.stretch.first_group) * kGroup;
+            const std::int64_t rows = std::min<std::int64_t>(kGroup, to.stretch.rows - first);
+            for (std::int64_t row = 0; row < rows; ++row)
+                for (std::uint32_t left = admitted[row]; left != 0; left &= left - 1) {
+                    const int lane = __builtin_ctz(left);
+                    to.hits.push_back({static_cast<std::uint32_t>(panel * kPanel + lane),
+                                       static_cast<std::uint32_t>(first + row),
+                                       scores[row * kPanel + lane]});
+                }
+            if (to.hits.size() >= enough) to.take_all();
+        }
+    };
+
+    void scan(int worker, std::int64_t block, const Stretch& stretch, std::int64_t first,
+              std::int64_t last) {
+        Offered offered{*blocks_[static_cast<std::size_t>(block)], scorer(worker), stretch,
+                        hits_[static_cast<std::size_t>(worker)]};
+        Screen screen = this->screen(worker, block, stretch);
+        screen.stride = 1;
+        screen.context = &offered;
+        screen.offer = Offered::offer;
+        constexpr std::int64_t report = 512;  // groups between two reports of progress
+        for (std::int64_t group = first; group < last && !team_.stopped(); group += report) {
+            const std::int64_t end = std::min(group + report, last);
+            screen.first = stretch.first_group + group;
+            screen.last = stretch.first_group + end;
+            job_.kernel.screen(screen);
+            offered.take_all();
+            team_.advance((std::min(end * kGroup, stretch.rows) - group * kGroup) *
+                          offered.block.count());
+        }
+    }
+
+    void finish(std::int64_t first, std::int64_t count, std::int64_t* ids, float* scores,
+                std::int64_t places) {
+        constexpr std::int64_t batch = 64;
+        const std::int64_t copies = shared_ ? team_.threads() : 1;
+        team_.each(divide_up(count, batch), [&](int worker, std::int64_t item) {
+            std::vector<Candidate> found;
+            for (std::int64_t query = item * batch; query < std::min((item + 1) * batch, count);
+                 ++query) {
+                found.clear();
+                for (std::int64_t copy = 0; copy < copies; ++copy) {
+                    Block& block = *blocks_[static_cast<std::size_t>(query / block_ * copies + copy)];
+                    block.resolve(scorer(worker), query % block_);
+                    const Candidate* list = block.list(query % block_);
+                    found.insert(found.end(), list, list + block.found(query % block_));
+                }
+                write(found, ids + (first + query) * places, scores + (first + query) * places,
+                      places);
+            }
+        });
+    }
+
+    void write(std::vector<Candidate>& found, std::int64_t* ids, float* scores,
+               std::int64_t places) const {
+        const auto end = std::remove_if(found.begin(), found.end(), [&](const Candidate& one) {
+            return one.lower < job_.threshold;
+        });
+        const std::int64_t count = std::min<std::int64_t>(job_.k, end - found.begin());
+        std::partial_sort(found.begin(), found.begin() + count, end, better);
+        for (std::int64_t place = 0; place < places; ++place) {
+            const bool filled = place < count;
+            ids[place] = filled ? found[static_cast<std::size_t>(place)].id : -1;
+            scores[place] = filled ? found[static_cast<std::size_t>(place)].lower : -kInfinity;
+        }
+    }
+
+    void bad(Outcome* outcome, Outcome::Kind kind, std::int64_t row) {
+        // The lowest of those found; threads that are on their way may find another.
+        if (outcome->kind != kind || row < outcome->row) *outcome = {kind, row};
+        team_.stop();
+    }
+
+    Scorer& scorer(int worker) { return *scorers_[static_cast<std::size_t>(worker)]; }
+
+    const Job& job_;
+    Team& team_;
+    std::int64_t block_, set_;  // queries
+    bool shared_;               // threads share the bank, not the queries
+    bool fresh_ = true;         // no candidates yet
+    std::vector<std::unique_ptr<Block>> blocks_;  // one per block, or one per thread for one block
+    std::vector<std::unique_ptr<Scorer>> scorers_;
+    std::vector<std::vector<Hit>> hits_;  // per thread, not yet taken
+    Buffer<std::uint8_t> panels_;
+    Buffer<std::int16_t> scratch_;
+    Buffer<std::int8_t> codes_;
+    Buffer<float> groups_;
+    Buffer<std::int32_t> sums_;
 };
 
 }  // namespace
 
 std::vector<std::string> topk_cpu_kernels() {
     std::vector<std::string> names;
-    for (const Kernel& kernel : kernels()) names.emplace_back(kernel.name);
+    for (const Kernel* kernel : kernels()) names.emplace_back(kernel->name);
     return names;
 }
 
-bool topk_cpu(const Matrix& queries, const Matrix& bank, std::int64_t k, float threshold,
-              int threads, const std::string& kernel, std::int64_t* ids, float* scores,
-              const Progress& progress) {
-    if (queries.rows == 0 || bank.rows == 0) {
+Outcome topk_cpu(const Matrix& queries, const std::vector<Part>& bank, std::int64_t k,
+                 float threshold, bool exact, int threads, const std::string& kernel,
+                 std::int64_t* ids, float* scores, const Progress& progress) {
+    std::vector<std::int64_t> firsts{0};
+    for (const Part& part : bank) firsts.push_back(firsts.back() + part.rows.rows);
+    const std::int64_t rows = firsts.back();
+    Outcome outcome{Outcome::Kind::complete, 0};
+    if (queries.rows == 0 || rows == 0) {
         std::fill(ids, ids + queries.rows * k, std::int64_t{-1});
         std::fill(scores, scores + queries.rows * k, -kInfinity);
-        return true;
+        return outcome;
     }
-    for (const Kernel& candidate : kernels())
-        if (kernel == candidate.name)
-            return Search(queries, bank, k, threshold, threads, candidate, ids, scores, progress)
-                .run();
-    throw std::invalid_argument("this machine has no top-k kernel called '" + kernel + "'");
+    const std::int64_t kept = std::min(k, rows);
+    const Job job{kernel_named(kernel), queries, bank, firsts, kept,
+                  std::max<std::int64_t>(64, 4 * kept), threshold, exact,
+                  divide_up(queries.columns, kStep)};
+    const bool small = queries.rows * rows < kInlineProducts / queries.columns;
+    Team team(threads, small, progress, queries.rows * rows);
+    Search(job, team).run(ids, scores, k, &outcome);
+    if (outcome.kind == Outcome::Kind::complete && team.stopped())
+        outcome.kind = Outcome::Kind::stopped;
+    return outcome;
+}
+
+Outcome topk_cpu_pack(const Matrix& rows, const Packed& packed, int threads,
+                      const std::string& kernel, const Progress& progress) {
+    const Kernel& chosen = kernel_named(kernel);
+    Outcome outcome{Outcome::Kind::complete, 0};
+    constexpr std::int64_t batch = 64;
+    const std::int64_t groups = divide_up(rows.rows, kGroup);
+    Team team(threads, false, progress, rows.rows);
+    std::mutex mutex;
+    team.each(divide_up(groups, batch), [&](int, std::int64_t item) {
+        PackSpace space(divide_up(rows.columns, kStep) * kStep);
+        for (std::int64_t group = item * batch; group < std::min((item + 1) * batch, groups);
+             ++group) {
+            const std::int64_t row =
+                pack_group(chosen, rows, group * kGroup, group, packed, space);
+            if (row >= 0) {
+                const std::lock_guard<std::mutex> lock(mutex);
+                if (outcome.kind == Outcome::Kind::complete || row < outcome.row)
+                    outcome = {Outcome::Kind::bad_bank_row, row};
+                team.stop();
+                return;
+            }
+            team.advance(std::min<std::int64_t>(kGroup, rows.rows - group * kGroup));
+        }
+    });
+    if (outcome.kind == Outcome::Kind::complete && team.stopped())
+        outcome.kind = Outcome::Kind::stopped;
+    return outcome;
+}
+
+void topk_cpu_scores(const Matrix& queries, const Matrix& bank, const std::int64_t* ids,
+                     std::int64_t count, float* scores) {
+    const Kernel& kernel = *kernels().front();
+    const Buffer<float> query = allocate<float>(queries.columns);
+    const Buffer<float> row = allocate<float>(queries.columns);
+    for (std::int64_t i = 0; i < queries.rows; ++i) {
+        const float* left = row_floats(kernel, queries, i, query.get());
+        for (std::int64_t j = 0; j < count; ++j) {
+            const std::int64_t id = ids[i * count + j];
+            if (id >= 0 && j + 1 < count && ids[i * count + j + 1] >= 0)
+                prefetch_row(bank, ids[i * count + j + 1]);
+            scores[i * count + j] =
+                id < 0 ? -kInfinity
+                       : kernel.score(left, row_floats(kernel, bank, id, row.get()), queries.columns);
+        }
+    }
 }
 
 }  // namespace pymcip
