@@ -294,8 +294,7 @@ class ApproximateIndex:
         topk(queries, parts.parts[0][:0], k, threshold, backend=backend)  # for its checks
         self._check_search(parts, recall, nprobe, rerank, sample)
         threads = threads or torch.get_num_threads()
-        asked = _fp32(queries)
-        count = len(asked)
+        count = len(queries)
         candidates = min(self.rows, max(100, rerank * k))
         floor = -np.inf if threshold is None else float(np.float32(threshold))
         order = np.random.default_rng(seed).permutation(count)
@@ -313,36 +312,35 @@ class ApproximateIndex:
             if progress is not None:
                 progress(done, total)
 
+        def waiting(*_: int) -> None:
+            report(0)
+
         def exact(rows: np.ndarray) -> np.ndarray:
-            def waiting(*_: int) -> None:
-                report(0)
-
-            chosen = queries[_index(rows, queries)]
             options = {"backend": backend, "threads": threads, "progress": waiting}
-            found = _exact(chosen, parts, k, threshold, options)
+            ids = _exact(queries[_index(rows, queries)], parts, k, threshold, options)
             report(len(rows))
-            return found
+            return ids
 
-        def found(rows: Any, nprobe: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-            for first in range(0, len(rows), _QUERIES):
+        def found(asked: Array, nprobe: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for first in range(0, len(asked), _QUERIES):
+                rows = _fp32(asked[first : first + _QUERIES])
                 with faiss_threads(threads):  # not while the caller has control
-                    answer = self._rows(
-                        rows[first : first + _QUERIES], parts, k, floor, nprobe, candidates
-                    )
+                    answer = self._rows(rows, parts, k, floor, nprobe, candidates)
                 yield answer
 
         if nprobe is None:
-            due = exact(tuned)
+            due, sampled = exact(tuned), queries[_index(tuned, queries)]
 
             def measure(nprobe: int) -> float:
-                ids = np.concatenate([ids for ids, _ in found(asked[tuned], nprobe)])
+                ids = np.concatenate([ids for ids, _ in found(sampled, nprobe)])
+                waiting()
                 return _estimate(*_hits(ids, due), len(due))[0]
 
             nprobe = self._choose(measure, recall or TARGET) if count else 1
         ids = np.full((count, k), -1, dtype=np.int64)
         scores = np.full((count, k), -np.inf, dtype=np.float32)
         first = 0
-        for block_ids, block_scores in found(asked, nprobe):
+        for block_ids, block_scores in found(queries, nprobe):
             last = first + len(block_ids)
             ids[first:last], scores[first:last] = block_ids, block_scores
             report(last - first)
@@ -419,7 +417,7 @@ class ApproximateIndex:
         below, nprobe = 0, 1
         while not (share := measure(nprobe)) >= target:
             if math.isnan(share):
-                return nprobe  # the threshold admits nothing
+                return max(1, self.lists // 16)  # the threshold admits nothing of the sample
             if nprobe == self.lists:
                 _log.warning(
                     "a recall of %.3f was asked for; all %d lists give %.3f: raise rerank=, or "
