@@ -42,12 +42,10 @@ def cases(capability: int, *, every: bool) -> Iterator[dict[str, Any]]:
         for dtype in ("fp32", "bf16", "fp16") if every else ("fp32",):
             for kernel in ("prepare", "refine"):
                 yield {"kernel": kernel, "dtype": dtype, "columns": columns, "config": plain}
-    for kernel, config in (("prepare", plain), ("screen", few[0]), ("refine", plain)):
-        yield {"kernel": kernel, "dtype": "bf16", "columns": 8, "config": config, "single": True}
 
 
 def compile_case(
-    capability: int, *, kernel: str, dtype: str, columns: int, config: Config, single: bool = False
+    capability: int, *, kernel: str, dtype: str, columns: int, config: Config
 ) -> dict[str, Any]:
     tma = capability >= 90
     constants: dict[str, Any]
@@ -82,9 +80,6 @@ def compile_case(
             "q_ptr": f"*{dtype}", "c_ptr": f"*{dtype}", "list_ptr": "*i32", "count_ptr": "*i32",
             "key_ptr": "*i64", "threshold": "fp32",
         }  # fmt: skip
-    if single:  # Triton makes arguments that are 1 constants
-        ones = ("rows", "last", "row_tiles", "tiles_each", "K", "first_id")
-        constants |= {name: 1 for name in ones if name in function.arg_names}
     signature = {
         name: "constexpr"
         if name in constants

@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pymcip.triton_kernels.margin_softmax import candidates, has_tma, load_tile
@@ -38,7 +39,8 @@ TUNED = 1 << 16  # fewer rows of a bank are not worth timing tile sizes
 # --- kernels ----------------------------------------------------------------------------------
 
 
-@triton.jit
+# Numbers that vary from chunk to chunk are no reason to compile again.
+@triton.jit(do_not_specialize=["rows"])
 def prepare_kernel(
     in_ptr,  # [rows, D] with any strides
     out_ptr,  # [rows, WIDTH] 16 bits, if STORE
@@ -85,7 +87,7 @@ def score_of(key):
     return bits.to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "first", "last", "row_tiles", "tiles_each", "key_stride"])
 def screen_kernel(
     q_tiles,  # [N, WIDTH] 16 bits; this and the next: tensor descriptors if TMA, else pointers
     c_tiles,  # [M, WIDTH]
@@ -167,7 +169,7 @@ def screen_kernel(
                 left = tl.max(tl.max(word, 1), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_id", "key_stride", "K"])
 def refine_kernel(
     q_ptr,  # [N, D] and [M, D] as they came, with any strides
     c_ptr,
@@ -310,11 +312,16 @@ def screen(queries: Rows, bank: Rows, first: int, last: int, state: State, activ
         )  # fmt: skip
 
     allowed = candidates(tma, rows)
-    if last - first < TUNED:
-        run(allowed[0])
-    else:
+    if last - first >= TUNED:
         shape_class = (queries.half.dtype, triton.next_power_of_2(rows), wide)
-        run(choose("topk_screen", shape_class, allowed, run))
+        allowed = (choose("topk_screen", shape_class, allowed, run), *allowed)
+    for place, config in enumerate(allowed):
+        try:
+            run(config)
+            return
+        except OutOfResources:  # less shared memory than on the GPUs the tiles are made for
+            if place == len(allowed) - 1:
+                raise
 
 
 def refine(queries: Tensor, bank: Tensor, first_id: int, state: State) -> None:
