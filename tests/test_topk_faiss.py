@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +261,49 @@ def test_a_faiss_without_gpus_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(import_faiss(), "get_num_gpus", lambda: 0)
     assert "pip uninstall faiss-cpu" in str(limits_faiss("cuda", dim=3))
     assert limits_faiss("cpu", dim=3) is None
+
+
+class FaissOnPretendedGpu:
+    """What `_Gpu` uses of a faiss with GPU support, computed by NumPy at the addresses given."""
+
+    METRIC_INNER_PRODUCT, DistanceDataType_F32, IndicesDataType_I64 = 0, 1, 2
+    GpuDistanceParams = types.SimpleNamespace
+
+    @staticmethod
+    def cast_integer_to_float_ptr(address: int) -> Any:
+        return ctypes.cast(address, ctypes.POINTER(ctypes.c_float))
+
+    @staticmethod
+    def cast_integer_to_idx_t_ptr(address: int) -> Any:
+        return ctypes.cast(address, ctypes.POINTER(ctypes.c_int64))
+
+    @staticmethod
+    def bfKnn(_resources: Any, task: Any) -> None:  # noqa: N802
+        as_array = np.ctypeslib.as_array
+        assert (task.metric, task.outIndicesType) == (0, 2)
+        assert task.vectorType == task.queryType == 1
+        assert task.vectorsRowMajor
+        assert task.queriesRowMajor
+        rows = as_array(task.queries, (task.numQueries, task.dims))
+        bank = as_array(task.vectors, (task.numVectors, task.dims))
+        scores = rows @ bank.T
+        ids = np.argsort(-scores, axis=1)[:, : task.k]
+        as_array(task.outIndices, ids.shape)[:] = ids
+        as_array(task.outDistances, ids.shape)[:] = np.take_along_axis(scores, ids, axis=1)
+
+
+@pytest.mark.parametrize("k", [5, 2048])
+def test_the_way_over_a_gpu(monkeypatch: pytest.MonkeyPatch, k: int) -> None:
+    """Its tensors, addresses and lists of at most 2048, with the GPU's work done by NumPy."""
+    search_gpu = object.__new__(module._Gpu)
+    search_gpu._faiss = FaissOnPretendedGpu
+    search_gpu._device, search_gpu._resources = torch.device("cpu"), None
+    monkeypatch.setattr(module, "_Cpu", lambda: search_gpu)
+    queries, bank = gaussian(20, 21, 33), gaussian(21, 5000, 33)
+    bank[100:400] = bank[7]
+    for other in (bank, torch.from_numpy(bank).T.contiguous().T, torch.from_numpy(bank).bfloat16()):
+        check(search(queries, other, k), queries, other, k)
+        check(search(torch.from_numpy(queries), other, k, 3.0), queries, other, k, 3.0)
 
 
 @pytest.mark.gpu
