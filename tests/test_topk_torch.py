@@ -125,3 +125,21 @@ def test_progress_and_precision_settings(small_blocks: None) -> None:
     assert calls[-1] == (1200, 1200)
     assert len(calls) == 6
     assert torch.get_float32_matmul_precision() == before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_gpu_has_the_bits_of_the_cpu(dtype: torch.dtype) -> None:
+    queries = torch.from_numpy(gaussian(16, 60, 300)).to(dtype)
+    bank = torch.from_numpy(gaussian(17, 9000, 300)).to(dtype)
+    bank[5000:5100] = bank[:1]
+    wanted_ids, wanted_scores = canonical_topk(queries, bank, 20, 5.0)
+    for place in (bank, bank.cuda()):
+        ids, scores = topk_torch(
+            queries.cuda(), place, 20, 5.0, exact=True, threads=1, progress=None
+        )
+        np.testing.assert_array_equal(ids.cpu().numpy(), wanted_ids)
+        np.testing.assert_array_equal(
+            scores.cpu().numpy().view(np.int32), wanted_scores.view(np.int32)
+        )

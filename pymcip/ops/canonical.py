@@ -44,7 +44,7 @@ def canonical_scores(queries: Array, bank: Array, ids: Array) -> Array:
 
     device = queries.device if isinstance(queries, torch.Tensor) else torch.device("cpu")
     compute = _fp64_device(device)
-    ids = torch.as_tensor(ids)
+    ids = ids if isinstance(ids, torch.Tensor) else torch.from_numpy(np.array(ids, dtype=np.int64))
     out = torch.empty(ids.shape, dtype=torch.float32, device=compute)
     for rows, places in _blocks(ids.shape, queries):
         wanted = ids[rows, places]
@@ -82,7 +82,7 @@ def canonical_matrix(queries: Array, bank: Array) -> Array:
 
     device = queries.device if isinstance(queries, torch.Tensor) else torch.device("cpu")
     compute = _fp64_device(device)
-    out = torch.empty(len(queries), len(bank), device=compute)
+    out = torch.empty(len(queries), len(bank), dtype=torch.float32, device=compute)
     for rows, columns in _blocks((len(queries), len(bank)), queries):
         left, right = _to_torch(queries[rows], compute), _to_torch(bank[columns], compute)
         out[rows, columns] = _sum_torch(left[:, None], right[None])
