@@ -449,7 +449,7 @@ struct Hit {
 };
 
 __device__ __forceinline__ void flush(const ScreenProblem& p, int tile_query, int tile_row,
-                                      const Hit* hits, int& count) {
+                                      const Hit* hits, int count) {
     const int lane = threadIdx.x % 32;
     __syncwarp();
     for (int start = 0; start < count; start += 32) {
@@ -480,45 +480,64 @@ __device__ __forceinline__ void flush(const ScreenProblem& p, int tile_query, in
                 score, static_cast<std::uint32_t>(p.first_row + row)};
     }
     __syncwarp();
-    count = 0;
 }
 
-// A fragment of 16 queries x 8 columns rows: sums[4i + 2h + e] belongs to query `query` + 8h + lane / 4
-// of the tile and row `row` + 8i + 2 (lane % 4) + e of the tile. level[h]: what they must reach.
-template <Screen screen, int columns, class Sum>
-__device__ __forceinline__ void admit(const ScreenProblem& p, const Sum* sums, int query, int row,
-                                      const float* scales, const float (&levels)[2],
-                                      int tile_query, int tile_row, Hit* hits, int& count) {
+// Fragments of 16 queries x 8 columns rows: sums[f][4i + 2h + e] belongs to query `query` + 16f + 8h +
+// lane / 4 of the tile and row `row` + 8i + 2 (lane % 4) + e of the tile, and must reach levels[f][h].
+// Where the hits run over, the rest waits until they have been flushed: there is one copy of that code.
+template <Screen screen, int fragments, int columns, class Sum>
+__device__ __forceinline__ void admit(const ScreenProblem& p,
+                                      Sum (&sums)[fragments][4 * columns], int query, int row,
+                                      const float* scales, const float (&levels)[fragments][2],
+                                      int tile_query, int tile_row, Hit* hits) {
+    constexpr int groups = fragments * columns / 2;
     const int lane = threadIdx.x % 32;
     const unsigned before = (1u << lane) - 1u;
+    const float* own_scales = scales + row + 2 * (lane % 4);
+    int place[1] = {(query + lane / 4) << 16 | (row + 2 * (lane % 4))};  // of the thread's first sum
+    int next = 0;
+    do {
+        const int first = next;
+        int count = 0;
+        next = groups;
 #pragma unroll
-    for (int i = 0; i < columns; i += 2) {
-        float x[8];
+        for (int f = 0; f < fragments; ++f) hold(sums[f]);
+        hold(place);
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            x[j] = static_cast<float>(sums[4 * i + j]);
-            if constexpr (screen == Screen::int8)
-                x[j] *= scales[row + 8 * (i + j / 4) + 2 * (lane % 4) + j % 2];
-        }
-        // fmaxf drops a NaN beside a number; only where levels are -inf can there be NaNs (see bound).
-        const float most_0 = fmaxf(fmaxf(x[0], x[1]), fmaxf(x[4], x[5]));
-        const float most_1 = fmaxf(fmaxf(x[2], x[3]), fmaxf(x[6], x[7]));
-        if (__any_sync(kAllLanes, !(most_0 < levels[0]) || !(most_1 < levels[1]))) {
-            if (count > kHits - kHitsPerGroup) flush(p, tile_query, tile_row, hits, count);
+        for (int group = 0; group < groups; ++group) {
+            const int f = group / (columns / 2), i = group % (columns / 2) * 2;
+            float x[8];
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
-                const bool hit = !(x[j] < levels[j / 2 % 2]);
+                x[j] = static_cast<float>(sums[f][4 * i + j]);
+                if constexpr (screen == Screen::int8)
+                    x[j] *= own_scales[8 * (i + j / 4) + j % 2];
+            }
+            // fmaxf drops a NaN beside a number, but where there can be NaNs levels are -inf (see
+            // bound) and the number passes.
+            const float most_0 = fmaxf(fmaxf(x[0], x[1]), fmaxf(x[4], x[5]));
+            const float most_1 = fmaxf(fmaxf(x[2], x[3]), fmaxf(x[6], x[7]));
+            if (!__any_sync(kAllLanes, !(most_0 < levels[f][0]) || !(most_1 < levels[f][1])))
+                continue;
+            if (group < first || group >= next) continue;
+            if (count > kHits - kHitsPerGroup) {
+                next = group;
+                continue;
+            }
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+                const bool hit = !(x[j] < levels[f][j / 2 % 2]);
                 const unsigned all = __ballot_sync(kAllLanes, hit);
-                if (hit)
+                if (hit) {
+                    const int further = (16 * f + j / 2 % 2 * 8) << 16 | (8 * (i + j / 4) + j % 2);
                     hits[count + __popc(all & before)] = {
-                        x[j],
-                        static_cast<std::uint32_t>(query + j / 2 % 2 * 8 + lane / 4) << 16 |
-                            static_cast<std::uint32_t>(row + 8 * (i + j / 4) + 2 * (lane % 4) +
-                                                       j % 2)};
+                        x[j], static_cast<std::uint32_t>(place[0] + further)};
+                }
                 count += __popc(all);
             }
         }
-    }
+        flush(p, tile_query, tile_row, hits, count);
+    } while (next < groups);
 }
 
 template <Screen screen>
@@ -633,17 +652,15 @@ __global__ __launch_bounds__(256) void screen_mma(const ScreenProblem p) {
             residual = fmaxf(residual, p.group_residual[index]);
         }
     }
-    Hit* hits = reinterpret_cast<Hit*>(shared) + warp * kHits;
-    int count = 0;
+    float levels[4][2];
 #pragma unroll
-    for (int m = 0; m < 4; ++m) {
-        const int query = warp_query + 16 * m;
-        const float levels[2] = {level(p, tile_query + query + lane / 4, norm, residual),
-                                 level(p, tile_query + query + 8 + lane / 4, norm, residual)};
-        admit<screen, column_count>(p, sums[m], query, warp_row, scales, levels, tile_query,
-                                    tile_row, hits, count);
-    }
-    flush(p, tile_query, tile_row, hits, count);
+    for (int m = 0; m < 4; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+            levels[m][half] =
+                level(p, tile_query + warp_query + 16 * m + 8 * half + lane / 4, norm, residual);
+    admit<screen, 4, column_count>(p, sums, warp_query, warp_row, scales, levels, tile_query,
+                                   tile_row, reinterpret_cast<Hit*>(shared) + warp * kHits);
 }
 
 // --------------------------------------------------------------------------------------------------
@@ -700,7 +717,7 @@ __global__ __launch_bounds__(HopperShape::threads, 1) void screen_hopper(
     }
     __syncthreads();
 
-    int step_count = 0;  // of all tiles so far: stage and parity follow from it
+    unsigned step_count = 0;  // of all tiles so far: stage and parity follow from it
     if (group == 0) {
         lower_registers<40>();
         if (threadIdx.x == 0) {
@@ -708,7 +725,7 @@ __global__ __launch_bounds__(HopperShape::threads, 1) void screen_hopper(
                 const int query_tile = tile % query_tiles, bank_tile = tile / query_tiles;
                 if (p.active_tiles && !p.active_tiles[query_tile]) continue;
                 for (int step = 0; step < p.steps; ++step, ++step_count) {
-                    const int stage = step_count % Shape::stages;
+                    const unsigned stage = step_count % Shape::stages;
                     const std::uint32_t address = base + stage * Shape::stage_bytes;
                     mbarrier_wait(emptied + 8 * stage, step_count / Shape::stages % 2 ^ 1);
                     mbarrier_arrive_expect(filled + 8 * stage, Shape::stage_bytes);
@@ -728,8 +745,7 @@ __global__ __launch_bounds__(HopperShape::threads, 1) void screen_hopper(
         float* scales =
             reinterpret_cast<float*>(shared + Shape::scales_offset) + worker * Shape::tile_rows;
         const int query = 64 * worker + 16 * warp;
-        Sum sums[128];
-        int count = 0;
+        Sum sums[1][128];
         for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
             const int query_tile = tile % query_tiles, bank_tile = tile / query_tiles;
             if (p.active_tiles && !p.active_tiles[query_tile]) continue;
@@ -750,31 +766,31 @@ __global__ __launch_bounds__(HopperShape::threads, 1) void screen_hopper(
                 norm = fmaxf(norm, p.group_norm[index + 1]);
                 residual = fmaxf(residual, p.group_residual[index + 1]);
             }
-            const float levels[2] = {level(p, tile_query + query + lane / 4, norm, residual),
-                                     level(p, tile_query + query + 8 + lane / 4, norm, residual)};
+            const float levels[1][2] = {
+                {level(p, tile_query + query + lane / 4, norm, residual),
+                 level(p, tile_query + query + 8 + lane / 4, norm, residual)}};
 
             for (int step = 0; step < p.steps; ++step, ++step_count) {
-                const int stage = step_count % Shape::stages;
+                const unsigned stage = step_count % Shape::stages;
                 const std::uint32_t address = base + stage * Shape::stage_bytes;
                 mbarrier_wait(filled + 8 * stage, step_count / Shape::stages % 2);
                 const std::uint64_t a = descriptor(address + worker * 64 * kStepBytes);
                 const std::uint64_t b = descriptor(address + Shape::query_bytes);
-                wgmma_hold(sums);
+                hold(sums[0]);
                 wgmma_begin();
 #pragma unroll
                 for (int k = 0; k < kStepBytes / 32; ++k)
-                    wgmma(sums, a + 2 * k, b + 2 * k, step > 0 || k > 0);
+                    wgmma(sums[0], a + 2 * k, b + 2 * k, step > 0 || k > 0);
                 wgmma_commit();
                 wgmma_wait<1>();  // the step before is done: its stage may be filled again
-                wgmma_hold(sums);
+                hold(sums[0]);
                 if (step > 0 && lane == 0)
                     mbarrier_arrive(emptied + 8 * ((step_count - 1) % Shape::stages));
             }
             wgmma_wait<0>();
-            wgmma_hold(sums);
+            hold(sums[0]);
             if (lane == 0) mbarrier_arrive(emptied + 8 * ((step_count - 1) % Shape::stages));
-            admit<screen, 32>(p, sums, query, 0, scales, levels, tile_query, tile_row, hits, count);
-            flush(p, tile_query, tile_row, hits, count);
+            admit<screen, 1, 32>(p, sums, query, 0, scales, levels, tile_query, tile_row, hits);
         }
     }
 #endif

@@ -54,6 +54,20 @@ __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
+// The compiler takes values that were held for changed: it computes nothing from them earlier (before
+// a wgmma has been waited for), and nothing in advance (which would take registers).
+template <int count>
+__device__ __forceinline__ void hold(float (&values)[count]) {
+#pragma unroll
+    for (int i = 0; i < count; ++i) asm volatile("" : "+f"(values[i])::"memory");
+}
+
+template <int count>
+__device__ __forceinline__ void hold(int (&values)[count]) {
+#pragma unroll
+    for (int i = 0; i < count; ++i) asm volatile("" : "+r"(values[i])::"memory");
+}
+
 // "Warp-level matrix load instruction: ldmatrix": lane l names row l % 8 (16 bytes) of matrix l / 8;
 // register m of lane l gets bytes 4 (l % 4) to 4 (l % 4) + 3 of row l / 4 of matrix m.
 __device__ __forceinline__ void ldmatrix_x4(std::uint32_t (&r)[4], std::uint32_t shared) {
@@ -166,17 +180,6 @@ __device__ __forceinline__ void wgmma_commit() {
 template <int pending>
 __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
-}
-
-// The compiler must neither read the sums before the wait nor move them into other registers.
-__device__ __forceinline__ void wgmma_hold(float (&d)[128]) {
-#pragma unroll
-    for (int i = 0; i < 128; ++i) asm volatile("" : "+f"(d[i])::"memory");
-}
-
-__device__ __forceinline__ void wgmma_hold(int (&d)[128]) {
-#pragma unroll
-    for (int i = 0; i < 128; ++i) asm volatile("" : "+r"(d[i])::"memory");
 }
 
 // "wgmma.mma_async", 64 x 256: D = A B^T (+ D), 32 bytes deep. Fragment of D ("Matrix Fragments for

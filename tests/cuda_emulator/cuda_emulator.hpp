@@ -48,8 +48,9 @@ namespace emulator {
     std::abort();
 }
 
-struct WarpExchange {  // one operation of all 32 lanes
-    unsigned char data[32][64];
+struct WarpExchange {  // operations of all 32 lanes
+    // By turns, so that fast lanes may begin the next operation; none can begin the next but one.
+    unsigned char data[2][32][64];
     int arrived = 0;
     std::uint64_t generation = 0;
 };
@@ -193,34 +194,30 @@ inline void run_block(unsigned threads) {
 inline WarpExchange& warp() { return block->warps[thread->index.x / 32]; }
 inline int lane() { return static_cast<int>(thread->index.x % 32); }
 
-// All lanes bring a value; `use` sees them all before any lane goes on.
+// All lanes bring a value; then `use` sees them all.
 template <class T, class Use>
 void exchange(const T& mine, const Use& use) {
     static_assert(sizeof(T) <= 64);
     WarpExchange& all = warp();
-    std::memcpy(all.data[lane()], &mine, sizeof(T));
     const std::uint64_t generation = all.generation;
-    // A second half keeps slow lanes from finding the next operation's values.
-    if (++all.arrived % 32 == 0) {
+    auto& data = all.data[generation % 2];
+    std::memcpy(data[lane()], &mine, sizeof(T));
+    if (++all.arrived == 32) {
+        all.arrived = 0;
         ++all.generation;
         ++progress;
     } else {
         wait_until([&] { return all.generation != generation; });
     }
-    use(all);
-    const std::uint64_t second = all.generation;
-    if (++all.arrived % 32 == 0) {
-        ++all.generation;
-        ++progress;
-    } else {
-        wait_until([&] { return all.generation != second; });
-    }
+    use(data);
 }
 
+using Lanes = unsigned char (&)[32][64];
+
 template <class T>
-T value_of(const WarpExchange& all, int from) {
+T value_of(Lanes lanes, int from) {
     T value;
-    std::memcpy(&value, all.data[from], sizeof(T));
+    std::memcpy(&value, lanes[from], sizeof(T));
     return value;
 }
 
@@ -273,13 +270,13 @@ inline void __syncthreads() {
     emulator::meet(emulator::block->barriers[0], static_cast<int>(emulator::block_dim.x));
 }
 inline void __syncwarp() {
-    emulator::exchange(0, [](const auto&) {});
+    emulator::exchange(0, [](emulator::Lanes) {});
 }
 
 template <class T>
 T __shfl_sync(unsigned, T x, int from) {
     T result{};
-    emulator::exchange(x, [&](const auto& all) { result = emulator::value_of<T>(all, from); });
+    emulator::exchange(x, [&](emulator::Lanes all) { result = emulator::value_of<T>(all, from); });
     return result;
 }
 template <class T>
@@ -293,7 +290,7 @@ T __shfl_down_sync(unsigned, T x, int by, int width) {
 }
 inline unsigned __ballot_sync(unsigned, bool x) {
     unsigned result = 0;
-    emulator::exchange(x, [&](const auto& all) {
+    emulator::exchange(x, [&](emulator::Lanes all) {
         for (int i = 0; i < 32; ++i) result |= unsigned{emulator::value_of<bool>(all, i)} << i;
     });
     return result;
@@ -301,7 +298,7 @@ inline unsigned __ballot_sync(unsigned, bool x) {
 inline bool __any_sync(unsigned mask, bool x) { return __ballot_sync(mask, x) != 0; }
 inline unsigned __match_any_sync(unsigned, int x) {
     unsigned result = 0;
-    emulator::exchange(x, [&](const auto& all) {
+    emulator::exchange(x, [&](emulator::Lanes all) {
         for (int i = 0; i < 32; ++i)
             result |= unsigned{emulator::value_of<int>(all, i) == x} << i;
     });
@@ -470,7 +467,7 @@ void cp_async_wait() {
 
 inline void ldmatrix_x4(std::uint32_t (&r)[4], std::uint32_t shared) {
     shared_place(shared, 16);
-    emulator::exchange(shared, [&](const auto& all) {
+    emulator::exchange(shared, [&](emulator::Lanes all) {
         const int lane = emulator::lane();
         for (int matrix = 0; matrix < 4; ++matrix) {
             const auto row = emulator::value_of<std::uint32_t>(all, 8 * matrix + lane / 4);
@@ -527,7 +524,7 @@ struct MmaOperands {
 
 template <class Sum>
 void mma_any(Sum* c, const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
-    emulator::exchange(MmaOperands{{a[0], a[1], a[2], a[3]}, {b0, b1}}, [&](const auto& all) {
+    emulator::exchange(MmaOperands{{a[0], a[1], a[2], a[3]}, {b0, b1}}, [&](emulator::Lanes all) {
         const int g = emulator::lane() / 4, t = emulator::lane() % 4;
         unsigned char row[32], column[32];
         for (int half = 0; half < 2; ++half)
@@ -645,8 +642,8 @@ void meet_warpgroup(const Last& last) {
 }
 
 inline void wgmma_begin() {}
-template <class Sum>
-void wgmma_hold(Sum (&)[128]) {}
+template <class Sum, int count>
+void hold(Sum (&)[count]) {}
 
 inline void wgmma_commit() {
     ++emulator::thread->commits;

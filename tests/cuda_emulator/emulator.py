@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parent.parent / "csrc"
@@ -75,8 +76,8 @@ class StoppedError(Exception):
 
 def topk(
     library: ctypes.CDLL,
-    queries: np.ndarray,
-    bank: np.ndarray,
+    queries: Any,
+    bank: Any,
     k: int,
     threshold: float = -np.inf,
     *,
@@ -87,8 +88,7 @@ def topk(
     stop_after: int = -1,
     **limits: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """uint16 arrays are taken for bfloat16."""
-    # What a GPU's allocator guarantees: 256-byte alignment; strides and offsets are the caller's.
+    """queries, bank: NumPy arrays or torch tensors on the CPU."""
     ids = np.full((len(queries), k), 12345)
     scores = np.full((len(queries), k), 12345, dtype=np.float32)
     sizes = {
@@ -124,7 +124,11 @@ def topk(
     return ids, scores
 
 
-def _matrix(matrix: np.ndarray) -> list[Any]:
-    strides = [stride // matrix.itemsize for stride in matrix.strides]
-    name = {"uint16": "bfloat16"}.get(matrix.dtype.name, matrix.dtype.name)
-    return [matrix.ctypes.data, name.encode(), *matrix.shape, *strides]
+def _matrix(matrix: Any) -> list[Any]:
+    if isinstance(matrix, torch.Tensor):
+        address, strides = matrix.data_ptr(), matrix.stride()
+    else:
+        address = matrix.ctypes.data
+        strides = tuple(stride // matrix.itemsize for stride in matrix.strides)
+    name = str(matrix.dtype).removeprefix("torch.")
+    return [address, name.encode(), *matrix.shape, *strides]
