@@ -7,6 +7,8 @@ the machine's clock or load meets all of them alike.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import datetime as dt
 import gc
 import json
@@ -61,11 +63,13 @@ def compare(
     warmup: int = 1,
     device: str = "cpu",
     seconds: float | None = None,
+    least: int = 3,
     tolerant: bool = False,
 ) -> list[Timing]:
     """Wall-clock seconds of each rival's runs, up to the end of its work on the device.
 
-    seconds: what all repetitions may take together; slower rivals then get fewer, but at least 3.
+    seconds: what all repetitions may take together; slower rivals then get fewer, but at least
+        `least`.
     tolerant: a rival that raises gets a `Timing` with its error, and the others go on.
     """
     wait: Callable[[], object] = torch.cuda.synchronize if device == "cuda" else _nothing
@@ -79,7 +83,7 @@ def compare(
                 raise
             timing, once = Timing(rival.name, (), None, error=describe(error)), 0.0
         share = repetitions if seconds is None else int(seconds / len(rivals) / max(once, 1e-9))
-        turns.append(0 if timing.error else min(repetitions, max(3, share)))
+        turns.append(0 if timing.error else min(repetitions, max(least, share)))
         found.append(timing)
         gc.collect()
         if device == "cuda":
@@ -116,11 +120,12 @@ def _first_runs(
     rival: Rival, warmup: int, device: str, wait: Callable[[], object]
 ) -> tuple[Timing, float]:
     """Accuracy and peak memory of the untimed runs, and the seconds that the last of them took."""
-    memory = None
+    resident = _resident() if device == "cpu" else None
     start = time.perf_counter()
     result = rival.run()
     wait()
     once = time.perf_counter() - start
+    memory = None if resident is None else max(0, _status("VmHWM") - resident)
     accuracy = rival.check(result) if rival.check else None
     del result
     for _ in range(warmup if device == "cuda" else warmup - 1):  # the first run tunes and compiles
@@ -134,6 +139,22 @@ def _first_runs(
         if device == "cuda":
             memory = torch.cuda.max_memory_allocated() - before
     return Timing(rival.name, (), accuracy, rival.work, memory), once
+
+
+def _resident() -> int | None:
+    """Bytes resident now, with the peak set back to them; None where the system can't do that."""
+    try:
+        with contextlib.suppress(AttributeError):  # not glibc: freed memory may seem in use
+            ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        return _status("VmRSS")
+    except OSError:
+        return None
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 def describe(error: BaseException) -> str:
