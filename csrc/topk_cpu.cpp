@@ -46,7 +46,7 @@ extern constexpr RotationSigns kRotationSigns = make_signs();
 namespace {
 
 constexpr std::int64_t kBlockBytes = 768 << 10;     // codes of a block: stays in an L2 of 1 MiB and up
-constexpr std::int64_t kSetBytes = 24 << 20;        // codes and candidates of the queries in flight
+constexpr std::int64_t kSetBytes = 32 << 20;        // codes and candidates of the queries in flight
 constexpr std::int64_t kStretchBytes = 16 << 20;    // codes of raw rows, packed when needed
 constexpr std::int64_t kStretchRows = 1 << 20;      // of packed parts: their rows stay in memory
 constexpr std::int64_t kSliceGroups = 64;           // what a thread takes when a stretch is shared
@@ -284,7 +284,7 @@ struct Job {
     const std::vector<Part>& bank;
     std::vector<std::int64_t> firsts;  // id of each part's first row, and the number of rows
     std::int64_t k;                    // places that can be filled at all
-    std::int64_t capacity;             // candidates of a query, at least 4 k
+    std::int64_t capacity;             // candidates of a query: at least 4 k, or all rows and one
     float threshold;
     bool exact;
     std::int64_t steps;
@@ -546,7 +546,9 @@ class Search {
         } else {
             block_ = std::min(std::min(cached, whole_panels(most / threads)),
                               whole_panels(divide_up(rows, blocks) + kPanel - 1));
-            set_ = std::max(most / block_, threads) * block_;
+            // Sets of one size: each packs rows that are not packed anew.
+            const std::int64_t largest = std::max(most / block_, threads) * block_;
+            set_ = divide_up(divide_up(rows, divide_up(rows, largest)), block_) * block_;
         }
     }
 
@@ -847,7 +849,7 @@ Outcome topk_cpu(const Matrix& queries, const std::vector<Part>& bank, std::int6
     }
     const std::int64_t kept = std::min(k, rows);
     const Job job{kernel_named(kernel), queries, bank, firsts, kept,
-                  std::max<std::int64_t>(64, 4 * kept), threshold, exact,
+                  std::min(std::max<std::int64_t>(64, 4 * kept), rows + 1), threshold, exact,
                   divide_up(queries.columns, kStep)};
     const bool small = queries.rows * rows < kInlineProducts / queries.columns;
     Team team(threads, small, progress, queries.rows * rows);

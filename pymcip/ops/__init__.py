@@ -4,11 +4,13 @@ from pymcip.ops.approximate import ApproximateIndex, ApproximateResult
 from pymcip.ops.dispatch import backends, explain
 from pymcip.ops.margin_softmax import margin_softmax
 from pymcip.ops.ordering import order_bank
+from pymcip.ops.packed_bank import PackedBank
 from pymcip.ops.topk import topk
 
 __all__ = [
     "ApproximateIndex",
     "ApproximateResult",
+    "PackedBank",
     "backends",
     "explain",
     "margin_softmax",

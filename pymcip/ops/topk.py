@@ -1,43 +1,45 @@
 """Exact top-k of inner products with a threshold, for banks of any size.
 
-For each row q of `queries` [N, D] and all rows c_j of `bank` [M, D] the pairs (<q, c_j>, j) with
-<q, c_j> >= threshold, ordered by score descending, then by j ascending; the first k of them.
-Scores are fp32 inner products of the inputs as they are (fp16 and bf16 are widened, not rounded),
-so they differ from the exact ones by at most gamma_D |q| |c_j|, gamma_D = D u / (1 - D u),
-u = 2^-24; unit rows make them cosines.
+For each row q of `queries` [N, D] and all rows c_j of `bank` [M, D] the pairs (s(q, c_j), j) with
+s >= threshold, ordered by score descending, then by j ascending; the first k of them. The score
+s(q, c) is the inner product of the rows as they are (fp16 and bf16 are widened, not rounded), added
+up in fp64 in an order that `pymcip.ops.canonical` defines, and rounded to fp32 once. It is the same
+to the bit on every back end and device, and with it the whole result: neither threads nor blocks
+change it. Unit rows make it the cosine.
 
-The `cpp` back end adds up in one fixed order: equal bank rows have equal scores, and its result
-doesn't depend on the number of threads. `torch` leaves the order to the matrix product, so rows
-that are equal can differ in the last bit there.
+Back ends that compute in low precision screen the bank with it, and keep every row that could be
+among the best by a bound on their error; the scores of these rows decide. With `exact=False` the
+screen's own scores decide: a little faster, and nearly the same rows.
 """
 
 from __future__ import annotations
 
-import contextlib
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
-from pymcip.errors import ConfigError, DataError
-from pymcip.ops.dispatch import select
+from pymcip.errors import ConfigError
+from pymcip.ops.dispatch import Backend, select
+from pymcip.ops.packed_bank import PackedBank, raise_unrankable
+from pymcip.ops.topk_cpu import KERNELS
 
 Array: TypeAlias = Any  # np.ndarray (memory maps too) or torch.Tensor
 Progress: TypeAlias = Callable[[int, int], object]
 
-_QUERY_BLOCK = 1024
-_BANK_BLOCK = 16384  # with _QUERY_BLOCK queries: 64 MiB of scores
+_CHECKED_ROWS = 16384  # at a time
 
 
 def topk(
     queries: Array,
-    bank: Array,
+    bank: Array | PackedBank | Sequence[Array | PackedBank],
     k: int,
     threshold: float | None = None,
-    *,
+    exact: bool = True,
     backend: str = "auto",
+    *,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[Array, Array]:
@@ -45,20 +47,32 @@ def topk(
 
     queries, bank: NumPy arrays, memory maps or torch tensors, float32, float16 or bfloat16, with
         finite values, any strides and possibly no rows. The results are of the kind of `queries`
-        and on its device. A bank in main memory is streamed to queries on a GPU.
+        and on its device. A bank in main memory is streamed to queries on a GPU, and a memory map
+        from the disk. A bank may be a list of parts, whose rows are numbered on, and on the CPU a
+        `PackedBank`, which saves packing at every call.
     k: places per query. Places that stay empty hold id -1 and score -inf.
     threshold: lowest score admitted (inclusive, compared in fp32); None admits all.
+    exact: False takes the scores of a screen in 8 or 16 bits for the answer.
     backend: "auto" or a name from `pymcip.ops.backends("topk")`.
     threads: CPU threads; by default torch's number.
-    progress: called with the scores computed and to compute, about ten times a second.
+    progress: called with the scores computed and to compute, about ten times a second. What it
+        raises ends the search.
+
+    Raises:
+        ConfigError: an argument is not allowed.
+        DataError: a row holds NaN or infinity, or its squared norm overflows float32.
+        BackendError: the back end asked for can't take these inputs here.
     """
-    _check_matrix("queries", queries)
-    _check_matrix("bank", bank)
-    if queries.shape[1] != bank.shape[1]:
-        raise ConfigError(
-            f"topk: queries have {queries.shape[1]} columns and the bank has {bank.shape[1]}; both "
-            "must come from one model"
-        )
+    parts = _parts(bank)
+    check_matrix("queries", queries)
+    for part in parts:
+        if not isinstance(part, PackedBank):
+            check_matrix("bank", part)
+        if queries.shape[1] != part.shape[1]:
+            raise ConfigError(
+                f"topk: queries have {queries.shape[1]} columns and the bank has {part.shape[1]}; "
+                "both must come from one model"
+            )
     if not hasattr(k, "__index__") or operator.index(k) < 1:
         raise ConfigError(f"topk: k={k!r} is not allowed; allowed: an integer of at least 1")
     k = operator.index(k)
@@ -68,186 +82,87 @@ def topk(
     if floor != floor:
         raise ConfigError("topk: threshold is NaN; allowed: a number or None")
 
-    device = queries.device if isinstance(queries, torch.Tensor) else torch.device("cpu")
-    if isinstance(bank, torch.Tensor) and bank.device not in (device, torch.device("cpu")):
-        raise ConfigError(
-            f"topk: the bank is on {bank.device} and the queries are on {device}; move the queries "
-            "to the bank's device, or the bank to the queries' device or to the CPU"
-        )
-    row = select("topk", backend, device=device.type, dtype=_dtype_name(bank))
+    device = _device(queries)
+    for part in parts:
+        place = _device(part)
+        if place not in (device, torch.device("cpu")):
+            raise ConfigError(
+                f"topk: the bank is on {place} and the queries are on {device}; move the queries "
+                "to the bank's device, or the bank to the queries' device or to the CPU"
+            )
+    row = select(
+        "topk", backend, device=device.type, dtype=_dtype_name(parts[0]), k=k, dim=queries.shape[1]
+    )
+    options = {
+        "exact": bool(exact),
+        "threads": threads or torch.get_num_threads(),
+        "progress": progress,
+    }
     with torch.no_grad():
-        _check_finite("queries", queries)
-        _check_finite("bank", bank)
-        ids, scores = row.load()(
-            queries,
-            bank,
-            k,
-            floor,
-            threads=threads or torch.get_num_threads(),
-            progress=progress,
-        )
+        if row.name in KERNELS:
+            ids, scores = row.load()(queries, parts, k, floor, **options)
+        else:
+            ids, scores = _over_parts(row, queries, parts, k, floor, options)
     if isinstance(queries, torch.Tensor):
         return torch.as_tensor(ids, device=device), torch.as_tensor(scores, device=device)
     return np.asarray(ids), np.asarray(scores)
 
 
-# --------------------------------------------------------------------------------------------------
-# cpp
-
-
-def probe_cpp() -> str | None:
-    try:
-        import pymcip._core  # noqa: F401
-    except ImportError as error:
-        return f"the compiled core can't be imported ({error}); reinstall pymcip"
-    return None
-
-
-def topk_cpp(
+def _over_parts(
+    row: Backend,
     queries: Array,
-    bank: Array,
+    parts: Sequence[Array | PackedBank],
     k: int,
     threshold: float,
-    *,
-    threads: int,
-    progress: Progress | None,
-    kernel: str | None = None,
+    options: dict[str, Any],
 ) -> tuple[Array, Array]:
-    """csrc/topk_cpu.cpp; `kernel` forces one of its instruction sets."""
-    from pymcip import _core
-
-    queries, bank = _whole_strides(queries), _whole_strides(bank)
-    ids = np.empty((len(queries), k), dtype=np.int64)
-    scores = np.empty((len(queries), k), dtype=np.float32)
-    _core.topk(
-        _pointer(queries),
-        _pointer(bank),
-        k,
-        threshold,
-        threads,
-        kernel or _core.topk_kernels()[0],
-        ids.ctypes.data,
-        scores.ctypes.data,
-        progress,
-    )
-    return ids, scores
-
-
-def _pointer(matrix: Array) -> tuple[int, str, int, int, int, int]:
-    rows, columns = matrix.shape
-    if isinstance(matrix, torch.Tensor):
-        address, strides = matrix.data_ptr(), matrix.stride()
-    else:
-        address = matrix.ctypes.data
-        strides = tuple(stride // matrix.itemsize for stride in matrix.strides)
-    return address, _dtype_name(matrix), rows, columns, strides[0], strides[1]
-
-
-def _whole_strides(matrix: Array) -> Array:
-    """The matrix, copied if its strides or its address are no multiples of an element's size."""
-    if isinstance(matrix, torch.Tensor):
-        return matrix
-    whole = all(stride % matrix.itemsize == 0 for stride in matrix.strides)
-    return matrix if whole and matrix.flags.aligned else matrix.copy()
-
-
-# --------------------------------------------------------------------------------------------------
-# torch
-
-
-def topk_torch(
-    queries: Array,
-    bank: Array,
-    k: int,
-    threshold: float,
-    *,
-    threads: int,  # torch's own setting holds
-    progress: Progress | None,
-) -> tuple[Array, Array]:
-    """The plain version, on any device: matrix products by blocks, then torch's own top-k."""
-    device = queries.device if isinstance(queries, torch.Tensor) else torch.device("cpu")
-    count, bank_count = len(queries), len(bank)
-    ids = torch.full((count, k), -1, dtype=torch.int64, device=device)
-    scores = torch.full((count, k), -torch.inf, dtype=torch.float32, device=device)
-    done, total = 0, count * bank_count
-    with _fp32_products(device):
-        for first in range(0, count, _QUERY_BLOCK):
-            block = _to_fp32(queries[first : first + _QUERY_BLOCK], device)
-            best_ids = ids[first : first + _QUERY_BLOCK, :0]
-            best_scores = scores[first : first + _QUERY_BLOCK, :0]
-            for start in range(0, bank_count, _BANK_BLOCK):
-                rows = _to_fp32(bank[start : start + _BANK_BLOCK], device)
-                # Adding +0 turns -0 into +0: CUDA's sort ranks them apart.
-                block_scores, block_ids = _best_of(block @ rows.T + 0.0, k)
-                # Ids seen before are lower, so a stable sort keeps ties in order of their ids.
-                best_ids = torch.cat([best_ids, block_ids + start], dim=1)
-                best_scores = torch.cat([best_scores, block_scores], dim=1)
-                best_scores, order = best_scores.sort(dim=1, descending=True, stable=True)
-                best_scores = best_scores[:, :k]
-                best_ids = best_ids.gather(1, order[:, :k])
-                done += len(block) * len(rows)
-                if progress is not None:
-                    progress(done, total)
-            below = best_scores < threshold
-            width = best_ids.shape[1]
-            ids[first : first + _QUERY_BLOCK, :width] = best_ids.masked_fill(below, -1)
-            scores[first : first + _QUERY_BLOCK, :width] = best_scores.masked_fill(
-                below, -torch.inf
+    """The answer of a back end that takes one array at a time."""
+    banks = [part.rows if isinstance(part, PackedBank) else part for part in parts]
+    _check_finite("queries", queries, 0)
+    firsts = np.cumsum([0, *map(len, banks)]).tolist()
+    for bank, first in zip(banks, firsts, strict=False):
+        _check_finite("bank", bank, first)
+    run = row.load()
+    if len(banks) == 1:
+        found: tuple[Array, Array] = run(queries, banks[0], k, threshold, **options)
+        return found
+    told = options.pop("progress")
+    ids = scores = None
+    for bank, first in zip(banks, firsts, strict=False):
+        if told is not None:
+            before, whole = len(queries) * first, len(queries) * firsts[-1]
+            options["progress"] = lambda done, _, before=before, whole=whole: told(
+                before + done, whole
             )
-    return (ids, scores) if isinstance(queries, torch.Tensor) else (ids.numpy(), scores.numpy())
-
-
-def _best_of(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first k of each row by score descending, then column ascending."""
-    values, columns = scores.topk(min(k + 1, scores.shape[1]), dim=1)
-    if values.shape[1] > k:
-        # Where the cut falls into a tie, torch took any of the tied columns: sort those rows fully.
-        tied = (values[:, k - 1] == values[:, k]).nonzero().flatten()
-        values, columns = values[:, :k].contiguous(), columns[:, :k].contiguous()
-        if len(tied):
-            order = scores[tied].sort(dim=1, descending=True, stable=True).indices[:, :k]
-            values[tied], columns[tied] = scores[tied].gather(1, order), order
-    columns, order = columns.sort(dim=1)
-    values, by_score = values.gather(1, order).sort(dim=1, descending=True, stable=True)
-    return values, columns.gather(1, by_score)
-
-
-def _to_fp32(block: Array, device: torch.device) -> torch.Tensor:
-    if isinstance(block, torch.Tensor):
-        return block.to(device=device, dtype=torch.float32)
-    # A copy: torch warns about read-only arrays, such as memory maps, that it would share.
-    return torch.from_numpy(np.array(block, dtype=np.float32)).to(device)
-
-
-@contextlib.contextmanager
-def _fp32_products(device: torch.device) -> Iterator[None]:
-    """Matrix products in true fp32, whatever autocast or precision the caller has set."""
-    with torch.autocast(device.type, enabled=False):
-        if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch >= 2.9
-            back_ends: list[Any] = [torch.backends.cuda, torch.backends.mkldnn]
-            settings = [back_end.matmul for back_end in back_ends]
-            before = [setting.fp32_precision for setting in settings]
-            try:
-                for setting in settings:
-                    setting.fp32_precision = "ieee"
-                yield
-            finally:
-                for setting, value in zip(settings, before, strict=True):
-                    setting.fp32_precision = value
-        else:
-            precision = torch.get_float32_matmul_precision()
-            try:
-                torch.set_float32_matmul_precision("highest")
-                yield
-            finally:
-                torch.set_float32_matmul_precision(precision)
+        part_ids, part_scores = run(queries, bank, k, threshold, **{"progress": None, **options})
+        part_ids, part_scores = torch.as_tensor(part_ids), torch.as_tensor(part_scores)
+        part_ids = torch.where(part_ids < 0, part_ids, part_ids + first)
+        if ids is None or scores is None:
+            ids, scores = part_ids, part_scores
+            continue
+        # Earlier parts have lower ids and stand first, so a stable sort keeps ties in id order.
+        scores, order = torch.cat([scores, part_scores], 1).sort(
+            dim=1, descending=True, stable=True
+        )
+        ids, scores = torch.cat([ids, part_ids], 1).gather(1, order)[:, :k], scores[:, :k]
+    assert ids is not None
+    assert scores is not None
+    return ids, scores
 
 
 # --------------------------------------------------------------------------------------------------
 # Validation
 
 
-def _check_matrix(name: str, matrix: Array) -> None:
+def _parts(bank: Any) -> list[Any]:
+    if not isinstance(bank, (list, tuple)):
+        return [bank]
+    if not bank:
+        raise ConfigError("topk: the bank is an empty list; give at least one part, if without rows")
+    return list(bank)
+
+
+def check_matrix(name: str, matrix: Array) -> None:
     allowed = "allowed: a 2-D NumPy array or torch tensor of float32, float16 or bfloat16"
     if isinstance(matrix, torch.Tensor):
         plain = matrix.layout == torch.strided and not matrix.is_meta
@@ -265,10 +180,10 @@ def _check_matrix(name: str, matrix: Array) -> None:
         )
 
 
-def _check_finite(name: str, matrix: Array) -> None:
+def _check_finite(name: str, matrix: Array, first: int) -> None:
     """Refuse rows whose fp32 norm is not finite; by Cauchy-Schwarz all scores are finite then."""
-    for start in range(0, len(matrix), _BANK_BLOCK):
-        block = matrix[start : start + _BANK_BLOCK]
+    for start in range(0, len(matrix), _CHECKED_ROWS):
+        block = matrix[start : start + _CHECKED_ROWS]
         if isinstance(block, torch.Tensor):
             norms = torch.linalg.vector_norm(block, dim=1, dtype=torch.float32)
             bad = norms.isfinite().logical_not_().nonzero()
@@ -277,21 +192,14 @@ def _check_finite(name: str, matrix: Array) -> None:
             with np.errstate(over="ignore", invalid="ignore"):
                 bad = np.flatnonzero(~np.isfinite(np.einsum("ij,ij->i", values, values)))
         if len(bad):
-            row = start + int(bad[0])
-            values = block[int(bad[0])]
-            if isinstance(values, torch.Tensor):
-                values = values.float().cpu().numpy()
-            if np.isnan(values).any():
-                problem = "holds NaN"
-            elif np.isinf(values).any():
-                problem = "holds infinity"
-            else:
-                problem = "has a norm that overflows float32"
-            raise DataError(
-                f"topk: row {row} of {name} {problem}; only finite rows can be ranked. Embed that "
-                "item again, or drop the row"
-            )
+            row = int(bad[0])
+            raise_unrankable(name, first + start + row, block[row : row + 1])
 
 
-def _dtype_name(matrix: Array) -> str:
+def _device(matrix: Array | PackedBank) -> torch.device:
+    rows = matrix.rows if isinstance(matrix, PackedBank) else matrix
+    return rows.device if isinstance(rows, torch.Tensor) else torch.device("cpu")
+
+
+def _dtype_name(matrix: Array | PackedBank) -> str:
     return str(matrix.dtype).removeprefix("torch.")

@@ -1,0 +1,110 @@
+"""top-k's back ends in C++: one per instruction set, all with the same results to the bit.
+
+The contract is in csrc/topk.hpp. They take banks in parts, packed or not, and check the rows
+themselves, while they pack them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from pymcip.ops.packed_bank import PackedBank, matrix_pointer, raise_unrankable
+
+Array: TypeAlias = Any  # np.ndarray (memory maps too) or torch.Tensor
+Progress: TypeAlias = Callable[[int, int], object]
+
+MOST_COLUMNS = 4096  # kMostColumns of csrc/topk.hpp
+KERNELS = {
+    "amx": "an x86-64 processor with AMX, and a Linux that grants its tiles",
+    "avx512_vnni": "an x86-64 processor with AVX-512 VNNI",
+    "avx2": "an x86-64 processor with AVX2, FMA and F16C",
+    "portable": "any processor",
+}
+
+
+def topk_cpu(
+    queries: Array,
+    bank: Sequence[Array | PackedBank],
+    k: int,
+    threshold: float,
+    *,
+    exact: bool,
+    threads: int,
+    progress: Progress | None,
+    kernel: str,
+) -> tuple[Array, Array]:
+    """Ids and scores [N, k], NumPy.
+
+    Beside a packed bank it takes at most 64 MiB: 32 MiB of codes and candidates of queries, 16 MiB
+    of codes of rows that are not packed, and small buffers per thread.
+    """
+    from pymcip import _core
+
+    parts = []
+    held = []  # what the pointers point into
+    for part in bank:
+        rows, packed = part, None
+        if isinstance(part, PackedBank):
+            rows, packed = part.rows, part.addresses
+        pointer, owner = matrix_pointer(rows)
+        held.append(owner)
+        parts.append((pointer, packed))
+    pointer, owner = matrix_pointer(queries)
+    held.append(owner)
+    ids = np.empty((len(queries), k), dtype=np.int64)
+    scores = np.empty((len(queries), k), dtype=np.float32)
+    unrankable = _core.topk(
+        pointer,
+        parts,
+        k,
+        threshold,
+        exact,
+        threads,
+        kernel,
+        ids.ctypes.data,
+        scores.ctypes.data,
+        progress,
+    )
+    if unrankable is not None:
+        name, row = unrankable
+        raise_unrankable(name, row, queries if name == "queries" else _row(bank, row))
+    return ids, scores
+
+
+def _row(bank: Sequence[Array | PackedBank], row: int) -> Array:
+    for part in bank:
+        if row < len(part):
+            rows = part.rows if isinstance(part, PackedBank) else part
+            return rows[row : row + 1]
+        row -= len(part)
+    raise AssertionError(row)
+
+
+def probe(kernel: str) -> str | None:
+    try:
+        from pymcip import _core
+    except ImportError as error:
+        return f"the compiled core can't be imported ({error}); reinstall pymcip"
+    if kernel in _core.topk_kernels():
+        return None
+    return f"needs {KERNELS[kernel]}, and a compiler that knew it when pymcip was built"
+
+
+def limits(device: str, **facts: Any) -> str | None:
+    """Why a problem of this size can't be taken; None if it can."""
+    columns = facts.get("dim", 1)
+    return None if columns <= MOST_COLUMNS else f"takes D <= {MOST_COLUMNS}, not {columns}"
+
+
+topk_amx = partial(topk_cpu, kernel="amx")
+topk_avx512_vnni = partial(topk_cpu, kernel="avx512_vnni")
+topk_avx2 = partial(topk_cpu, kernel="avx2")
+topk_portable = partial(topk_cpu, kernel="portable")
+probe_amx = partial(probe, "amx")
+probe_avx512_vnni = partial(probe, "avx512_vnni")
+probe_avx2 = partial(probe, "avx2")
+probe_portable = partial(probe, "portable")
