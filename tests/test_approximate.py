@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -14,8 +15,14 @@ import numpy as np
 import pytest
 import torch
 
-from pymcip.errors import ConfigError, DataError, MissingDependencyError, OutputExistsError
-from pymcip.ops import approximate
+from pymcip.errors import (
+    BackendError,
+    ConfigError,
+    DataError,
+    MissingDependencyError,
+    OutputExistsError,
+)
+from pymcip.ops import PackedBank, approximate
 from pymcip.ops.approximate import ApproximateIndex, ApproximateResult
 from pymcip.ops.topk_faiss import import_faiss, probe_faiss
 
@@ -151,6 +158,8 @@ def test_parts_and_kinds_of_banks(world: World, tmp_path: Path) -> None:
         world.bank.astype(np.float32),
         torch.from_numpy(world.bank),
     ]
+    with contextlib.suppress(BackendError):  # without the compiled core
+        forms.append([PackedBank.pack(world.bank[:7000]), mapped])
     wanted = world.index.search(world.queries, world.bank, K, nprobe=3, threads=1)
     for bank in forms:
         found = world.index.search(world.queries, bank, K, nprobe=3, threads=1)
@@ -254,11 +263,11 @@ def test_small_and_bad_banks_are_refused() -> None:
     rows[9876, 2] = np.nan
     with pytest.raises(DataError, match="row 9876 of the bank"):
         ApproximateIndex.build([rows[:7000], rows[7000:]], lists=4, threads=1)
-    with pytest.raises(ConfigError, match="empty list"):
+    with pytest.raises(ConfigError, match="0 parts"):
         ApproximateIndex.build([])
-    with pytest.raises(ConfigError, match="the bank is, or holds, str"):
+    with pytest.raises(ConfigError, match="bank is str"):
         ApproximateIndex.build(["rows.npy"])
-    with pytest.raises(ConfigError, match="columns"):
+    with pytest.raises(ConfigError, match=r"\[4, 3\] columns wide"):
         ApproximateIndex.build([rows, rows[:, :3]])
 
 

@@ -30,14 +30,15 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from pymcip.errors import ConfigError, DataError, OutputExistsError
+from pymcip.errors import BackendError, ConfigError, DataError, OutputExistsError
 from pymcip.files import atomic_path, read_json, write_json
 from pymcip.ops.canonical import canonical_scores
-from pymcip.ops.topk import topk
+from pymcip.ops.packed_bank import PackedBank
+from pymcip.ops.topk import check_matrix, topk
 from pymcip.ops.topk_faiss import faiss_threads, import_faiss
 
 Array: TypeAlias = Any  # np.ndarray (memory maps too) or torch.Tensor
-Bank: TypeAlias = Any  # an Array, or a sequence of them: the parts of one bank
+Bank: TypeAlias = Any  # an Array or a PackedBank, or a list of such: the parts of one bank
 Progress: TypeAlias = Callable[[int, int], object]
 
 CENTROIDS = 256  # of a sub-quantiser: 8 bits
@@ -188,10 +189,11 @@ class ApproximateIndex:
             coded.pq.train(rotation.apply(rows))
             coded.is_trained = True
             del rows
+            searched = _packed(centroids, threads)
             done = 0
             for block in parts.blocks():
                 _check_finite(block, range(done, done + len(block)))
-                nearest = _nearest(block, centroids, threads)
+                nearest = _nearest(block, searched, threads)
                 rotated = rotation.apply(block)
                 coded.add_core(len(block), faiss.swig_ptr(rotated), None, faiss.swig_ptr(nearest))
                 done += len(block)
@@ -316,10 +318,12 @@ class ApproximateIndex:
             report(0)
 
         def exact(rows: np.ndarray) -> np.ndarray:
-            options = {"backend": backend, "threads": threads, "progress": waiting}
-            ids = _exact(queries[_index(rows, queries)], parts, k, threshold, options)
+            ids, _ = topk(
+                queries[_index(rows, queries)], parts.given, k, threshold, backend=backend,
+                threads=threads, progress=waiting,
+            )  # fmt: skip
             report(len(rows))
-            return ids
+            return ids.cpu().numpy() if isinstance(ids, torch.Tensor) else ids
 
         def found(asked: Array, nprobe: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
             for first in range(0, len(asked), _QUERIES):
@@ -439,18 +443,17 @@ class _Parts:
     """The rows of a bank that may lie in several parts; values are given as fp32, exactly."""
 
     def __init__(self, bank: Bank) -> None:
-        self.parts: Sequence[Array] = list(bank) if isinstance(bank, (list, tuple)) else [bank]
-        if not self.parts:
-            raise ConfigError(
-                "the bank is an empty list; allowed: an array, or a list of at least one"
-            )
+        self.given = list(bank) if isinstance(bank, (list, tuple)) else [bank]
+        self.parts: list[Array] = [
+            part.rows if isinstance(part, PackedBank) else part for part in self.given
+        ]
         for part in self.parts:
-            if not isinstance(part, (np.ndarray, torch.Tensor)):
-                raise ConfigError(
-                    f"the bank is, or holds, {type(part).__name__}; allowed: the rows themselves, "
-                    "NumPy arrays or torch tensors, or a list of such parts"
-                )
-            topk(part[:0], self.parts[0][:0], 1)  # for its checks
+            check_matrix("bank", part)
+        if len({part.shape[1] for part in self.parts}) != 1:
+            raise ConfigError(
+                f"the bank has {len(self.parts)} parts, {[part.shape[1] for part in self.parts]} "
+                "columns wide; allowed: at least one part, all of one width"
+            )
         self.columns = int(self.parts[0].shape[1])
         self.bounds = np.cumsum([0, *(len(part) for part in self.parts)])
         self.rows = int(self.bounds[-1])
@@ -561,9 +564,17 @@ def _unit(rows: np.ndarray) -> np.ndarray:
     return rows / np.where(norms > 0, norms, 1)
 
 
+def _packed(centroids: np.ndarray, threads: int) -> np.ndarray | PackedBank:
+    """To be searched by many blocks, each of which would have them packed anew."""
+    try:
+        return PackedBank.pack(centroids, threads=threads)
+    except BackendError:  # nothing here searches packed banks
+        return centroids
+
+
 def _nearest(
     rows: np.ndarray,
-    centroids: np.ndarray,
+    centroids: np.ndarray | PackedBank,
     threads: int,
     waiting: Callable[[], None] | None = None,
 ) -> np.ndarray:
@@ -571,26 +582,6 @@ def _nearest(
     progress = None if waiting is None else lambda *_: waiting()
     ids = topk(rows, centroids, 1, threads=threads, progress=progress)[0]
     return np.ascontiguousarray(ids[:, 0])
-
-
-def _exact(
-    queries: Array, parts: _Parts, k: int, threshold: float | None, options: dict[str, Any]
-) -> np.ndarray:
-    """Ids [n, k] of the exact answer, merged part by part."""
-    ids = np.full((len(queries), k), -1, dtype=np.int64)
-    scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
-    for part, first in zip(parts.parts, parts.bounds[:-1], strict=True):
-        found = topk(queries, part, k, threshold, **options)
-        part_ids, part_scores = (
-            part.cpu().numpy() if isinstance(part, torch.Tensor) else part for part in found
-        )
-        both = np.concatenate([scores, part_scores], axis=1)
-        # Earlier parts have lower ids and stand first, so a stable sort keeps ties in id order.
-        order = np.argsort(-both, axis=1, kind="stable")[:, :k]
-        shifted = np.where(part_ids >= 0, part_ids + first, -1)
-        ids = np.take_along_axis(np.concatenate([ids, shifted], axis=1), order, axis=1)
-        scores = np.take_along_axis(both, order, axis=1)
-    return ids
 
 
 def _hits(found: np.ndarray, due: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
