@@ -48,7 +48,9 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--k", type=int, nargs="+", help=f"of {KS}, or any")
     parser.add_argument("--queries", type=int, nargs="+", metavar="N", help=f"of {QUERIES}, or any")
     parser.add_argument("--bank", type=int, metavar="M", help=f"rows; default: {BANK}")
-    parser.add_argument("--full", action="store_true", help="all D x k x N, with all the time")
+    parser.add_argument(
+        "--full", action="store_true", help="all D x k x N and back ends, with all the time"
+    )
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of all rows")
     parser.add_argument(
         "--rivals", nargs="+", metavar="WORD", help="only those whose names hold one of these"
@@ -256,10 +258,12 @@ def rivals(
         if reason is not None:
             missing[f"pymcip {row.name}"] = reason
             continue
+        # Screens of slow back ends would take a third of the time of a run that isn't to be long.
+        every = options.full or options.rivals is not None or not chosen
         chosen += [
             Rival(name, ours(problem.bank, row.name, exact), recall)
             for name, exact in names.items()
-            if listed(name)
+            if listed(name) and (exact or every)
         ]
     if packed is not None:
         chosen += [

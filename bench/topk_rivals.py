@@ -260,7 +260,7 @@ def cuvs(problem: Problem, dtype: torch.dtype) -> Call:
     return run
 
 
-FEW = 256  # queries of the slow ones
+FEW = 64  # queries of the slow ones
 CONTENDERS = (
     Contender("faiss IndexFlatIP", faiss_flat),
     Contender("faiss SQ 8 bit", lambda problem: faiss_scalar(problem, "QT_8bit"), queries=FEW),
