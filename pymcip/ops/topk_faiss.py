@@ -7,10 +7,10 @@ the bank is fp32 already and contiguous, none. `exact=True` certifies:
     with fused multiply-adds or not, |s' - <q,c>| <= gamma_D |q||c|, gamma_D = D u / (1 - D u),
     u = 2^-24 (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1). The canonical
     score is off by at most u |q||c| for its rounding to fp32 and D 2^-53 |q||c| for its fp64 sum,
-    together below 2 u |q||c|. Underflow adds at most 2^-126 to each product, and as much per
-    element of the other row where subnormal inputs count as zero. So with C = max |c|
+    together below 2 u |q||c|. Underflow adds at most 2^-126 to each product and each sum, and as
+    much per element of the other row where subnormal inputs count as zero. So with C = max |c|
 
-        |s' - canonical| <= margin(q) = (gamma_D + 2 u) |q| C + 2^-126 (D + sqrt(D) (|q| + C))
+        |s' - canonical| <= margin(q) = (gamma_D + 2 u) |q| C + 2^-126 (2 D + sqrt(D) (|q| + C))
 
     A list of the K > k best by s', the last of them s'_K, is complete if s'_K + margin lies below
     max(threshold, canonical score of the k-th of the list): a row left out can neither displace
@@ -37,12 +37,10 @@ Progress: TypeAlias = Callable[[int, int], object]
 
 UNIT_ROUNDOFF = 2.0**-24
 SMALLEST_NORMAL = 2.0**-126
-LARGEST = (
-    1e38  # of |q||c|: above it a partial sum of faiss's might overflow, and nothing is certain
-)
+LARGEST = 1e38  # of |q||c|: above it a partial sum might overflow, and nothing is certain
 
-# Extra memory stays below 64 MiB: beside these there are a block of the bank, see `rows_at_once`,
-# and faiss's own blocks of scores, 16 MiB.
+# Extra memory stays below 64 MiB: beside these there are a block of the bank, see `bank_bytes`, and
+# faiss's own blocks of scores, 16 MiB.
 _QUERY_BYTES = 8 << 20  # of a block of queries as fp32
 _LIST_BYTES = 12 << 20  # of the lists of a block of queries: of the block, of all, and sorted
 _QUERIES = 4096
@@ -261,7 +259,7 @@ def _merge(
 def _margins(norms: np.ndarray, largest: float, columns: int) -> np.ndarray:
     """The bound of the module's text, infinite where a sum might overflow."""
     gamma = columns * UNIT_ROUNDOFF / (1 - columns * UNIT_ROUNDOFF)
-    underflow = SMALLEST_NORMAL * (columns + columns**0.5 * (norms + largest))
+    underflow = SMALLEST_NORMAL * (2 * columns + columns**0.5 * (norms + largest))
     margins = (gamma + 2 * UNIT_ROUNDOFF) * norms * largest + underflow
     return np.where(norms * largest < LARGEST, margins, np.inf)
 
