@@ -189,11 +189,11 @@ struct Layout {
             if (problem.bank_on_host) slot.raw = take(chunk_rows * raw_stride);
             if (!in_place) slot.packed = take(std::int64_t{chunk_rows} * row_bytes);
             take_array(slot.meta, chunk_rows);
-            take_array(slot.group_norm, chunk_rows / kGroupRows);
-            take_array(slot.group_residual, chunk_rows / kGroupRows);
+            take_array(slot.group_norm, chunk_rows / kGroupRows * 2);
+            slot.group_residual = slot.group_norm + chunk_rows / kGroupRows;
         }
-        for (auto& flags : lost) take_array(flags, query_block);
-        take_array(lost_counts, kSlots + 1);
+        for (unsigned*& loss : losses)
+            take_array(loss, 1 + query_block / static_cast<int>(sizeof(unsigned)));
         take_array(active_tiles, query_block / kTileQueries * kLevels);
         take_array(only, std::int64_t{query_block} * kLevels);
     }
@@ -216,8 +216,7 @@ struct Layout {
     unsigned* counts;
     Candidate* candidates;
     Slot slots[kSlots];
-    std::uint8_t* lost[kSlots + 1];  // per query: some candidates were; the last is for halved ranges
-    unsigned* lost_counts;           // [kSlots + 1]
+    unsigned* losses[kSlots + 1];  // see RefineProblem; the last is for halved ranges
     std::uint8_t* only;          // [kLevels, query_block]: queries to screen again
     std::uint8_t* active_tiles;  // [kLevels, query_block / kTileQueries]
 };
@@ -288,7 +287,7 @@ class Search {
                      : static_cast<float>(layout_.row_bytes / 2) / (1 << 22) + 1.0f / (1 << 19);
         allow_shared_memory();
         staging_ = static_cast<char*>(problem.pinned) + 256;
-        host_counts_ = static_cast<unsigned*>(problem.pinned);
+        host_losses_ = static_cast<unsigned*>(problem.pinned);
         cudaPointerAttributes attributes{};
         bank_pinned_ = problem.bank_on_host &&
                        cudaPointerGetAttributes(&attributes, problem.bank.data) == cudaSuccess &&
@@ -460,10 +459,11 @@ class Search {
         } else {
             slot.source = source_of(problem_.bank, slot.first);
         }
-        const std::size_t group_bytes =
-            (static_cast<std::size_t>(slot.rows) + kGroupRows - 1) / kGroupRows * sizeof(float);
-        check(cudaMemsetAsync(slot.group_norm, 0, group_bytes, stream_), "clearing");
-        check(cudaMemsetAsync(slot.group_residual, 0, group_bytes, stream_), "clearing");
+        check(cudaMemsetAsync(slot.group_norm, 0,
+                              static_cast<std::size_t>(layout_.chunk_rows / kGroupRows) * 2 *
+                                  sizeof(float),
+                              stream_),
+              "clearing");
         if (!layout_.in_place || problem_.exact)
             pack(slot.source, slot.rows, slot.packed, slot.meta, slot.group_norm,
                  slot.group_residual);
@@ -524,22 +524,19 @@ class Search {
 
     void enqueue(const Step& step) {
         const Slot& slot = layout_.slots[step.slot];
-        clear_lost(step.ring, step.queries);
+        clear_losses(step, step.ring);
         screen(step, 0, slot.rows, nullptr, nullptr);
         refine_step(step, step.ring);
-        fetch_lost(step.ring);
+        fetch_losses(step.ring);
         finished_[step.ring].record(stream_);
     }
 
     // Waits for a step, and screens again what lost candidates.
     void finish(const Step& step) {
         finished_[step.ring].wait();
-        if (host_counts_[step.ring] != 0) {
+        if (host_losses_[step.ring] != 0) {
             std::uint8_t* only = layout_.only;
-            check(cudaMemcpyAsync(only, layout_.lost[step.ring],
-                                  static_cast<std::size_t>(step.queries),
-                                  cudaMemcpyDeviceToDevice, stream_),
-                  "copying");
+            keep_losers(step, step.ring, only);
             screen_halves(step, 0, layout_.slots[step.slot].rows, 0);
         }
         done_ += std::int64_t{step.queries} * layout_.slots[step.slot].rows;
@@ -560,32 +557,35 @@ class Search {
         for (const auto& [from, to] : {std::pair(begin, std::min(middle, end)),
                                        std::pair(middle, end)}) {
             if (from >= to) continue;
-            clear_lost(kSlots, step.queries);
+            clear_losses(step, kSlots);
             screen(step, from, to, only, tiles);
             refine_step(step, kSlots);
-            fetch_lost(kSlots);
+            fetch_losses(kSlots);
             check(cudaStreamSynchronize(stream_), "running the kernels");
             poll();
-            if (host_counts_[kSlots] != 0) {
-                check(cudaMemcpyAsync(only + layout_.query_block, layout_.lost[kSlots],
-                                      static_cast<std::size_t>(step.queries),
-                                      cudaMemcpyDeviceToDevice, stream_),
-                      "copying");
+            if (host_losses_[kSlots] != 0) {
+                keep_losers(step, kSlots, only + layout_.query_block);
                 screen_halves(step, from, to, level + 1);
             }
         }
     }
 
-    void clear_lost(int ring, int queries) {
-        check(cudaMemsetAsync(layout_.lost[ring], 0, static_cast<std::size_t>(queries), stream_),
-              "clearing");
-        check(cudaMemsetAsync(layout_.lost_counts + ring, 0, sizeof(unsigned), stream_),
+    void clear_losses(const Step& step, int ring) {
+        check(cudaMemsetAsync(layout_.losses[ring], 0,
+                              sizeof(unsigned) + static_cast<std::size_t>(step.queries), stream_),
               "clearing");
     }
 
-    void fetch_lost(int ring) {
-        check(cudaMemcpyAsync(host_counts_ + ring, layout_.lost_counts + ring, sizeof(unsigned),
+    void fetch_losses(int ring) {
+        check(cudaMemcpyAsync(host_losses_ + ring, layout_.losses[ring], sizeof(unsigned),
                               cudaMemcpyDeviceToHost, stream_),
+              "copying");
+    }
+
+    void keep_losers(const Step& step, int ring, std::uint8_t* only) {
+        check(cudaMemcpyAsync(only, layout_.losses[ring] + 1,
+                              static_cast<std::size_t>(step.queries), cudaMemcpyDeviceToDevice,
+                              stream_),
               "copying");
     }
 
@@ -655,8 +655,7 @@ class Search {
         p.ids = problem_.ids + query * k;
         p.scores = problem_.scores + query * k;
         p.first_id = slot.first;
-        p.overflowed = layout_.lost[ring];
-        p.overflows = layout_.lost_counts + ring;
+        p.losses = layout_.losses[ring];
         launch(refine, step.queries, kRefineThreads,
                static_cast<std::size_t>(refine_shared_bytes(p.capacity, p.k, p.D)), stream_, p);
         launched();
@@ -720,7 +719,7 @@ class Search {
     float slack_ = 0;
     bool bank_pinned_ = false;
     char* staging_ = nullptr;
-    unsigned* host_counts_ = nullptr;  // pinned, [kSlots + 1]
+    unsigned* host_losses_ = nullptr;  // pinned, [kSlots + 1]
     int pieces_ = 0;
     std::vector<std::pair<std::int64_t, int>> chunks_;  // first row and rows
     Event finished_[kSlots];

@@ -430,14 +430,25 @@ __device__ __forceinline__ float cut_of(const ScreenProblem& p, int query) {
     return p.cuts[query];
 }
 
-// What a product must reach, in the unit of the sums, whichever row of a group it belongs to.
-__device__ __forceinline__ float level(const ScreenProblem& p, int query, float norm,
-                                       float residual) {
-    const float cut = cut_of(p, query);
-    if (cut == kInfinity) return kInfinity;
-    const Row row = p.query_meta[query];
-    return (cut - bound(p, row, norm, residual)) / row.scale;
-}
+// What a product must reach, in the unit of the sums, whichever row of a group it belongs to. Made in
+// two parts, so that what is loaded arrives during the products.
+struct Level {
+    float cut;
+    Row row;
+
+    __device__ __forceinline__ Level(const ScreenProblem& p, int query) {
+        const int inside = min(query, p.queries - 1);
+        const float stored = p.cuts[inside];
+        row = p.query_meta[inside];
+        cut = stored;
+        if (query != inside || (p.only && !p.only[inside])) cut = kInfinity;
+    }
+
+    __device__ __forceinline__ float of(const ScreenProblem& p, float norm, float residual) const {
+        if (cut == kInfinity) return kInfinity;
+        return (cut - bound(p, row, norm, residual)) / row.scale;
+    }
+};
 
 // A warp's admitted products on their way from registers to the candidates of their queries: one
 // round of atomics for many.
@@ -657,8 +668,8 @@ __global__ __launch_bounds__(256) void screen_mma(const ScreenProblem p) {
     for (int m = 0; m < 4; ++m)
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-            levels[m][half] =
-                level(p, tile_query + warp_query + 16 * m + 8 * half + lane / 4, norm, residual);
+            levels[m][half] = Level(p, tile_query + warp_query + 16 * m + 8 * half + lane / 4)
+                                  .of(p, norm, residual);
     admit<screen, 4, column_count>(p, sums, warp_query, warp_row, scales, levels, tile_query,
                                    tile_row, reinterpret_cast<Hit*>(shared) + warp * kHits);
 }
@@ -753,22 +764,19 @@ __global__ __launch_bounds__(HopperShape::threads, 1) void screen_hopper(
             const int tile_row = bank_tile * Shape::tile_rows;
 
             // What the comparisons need is fetched before the products, which hide the latency.
-            if constexpr (screen == Screen::int8) {
-                named_barrier(1 + worker, 128);  // the scales of the last tile are done with
-                for (int row = threadIdx.x % 128; row < Shape::tile_rows; row += 128)
-                    scales[row] =
-                        tile_row + row < p.bank_rows ? p.bank_meta[tile_row + row].scale : 0.0f;
-                named_barrier(1 + worker, 128);
-            }
+            const Level low(p, tile_query + query + lane / 4);
+            const Level high(p, tile_query + query + 8 + lane / 4);
             const int index = tile_row / kGroupRows;
-            float norm = p.group_norm[index], residual = p.group_residual[index];
-            if ((index + 1) * kGroupRows < p.bank_rows) {
-                norm = fmaxf(norm, p.group_norm[index + 1]);
-                residual = fmaxf(residual, p.group_residual[index + 1]);
-            }
-            const float levels[1][2] = {
-                {level(p, tile_query + query + lane / 4, norm, residual),
-                 level(p, tile_query + query + 8 + lane / 4, norm, residual)}};
+            const int other = (index + 1) * kGroupRows < p.bank_rows ? index + 1 : index;
+            const float norms[2] = {p.group_norm[index], p.group_norm[other]};
+            const float residuals[2] = {p.group_residual[index], p.group_residual[other]};
+            float own_scales[2] = {0.0f, 0.0f};
+            if constexpr (screen == Screen::int8)
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
+                    if (const int row = tile_row + 128 * half + threadIdx.x % 128;
+                        row < p.bank_rows)
+                        own_scales[half] = p.bank_meta[row].scale;
 
             for (int step = 0; step < p.steps; ++step, ++step_count) {
                 const unsigned stage = step_count % Shape::stages;
@@ -790,6 +798,16 @@ __global__ __launch_bounds__(HopperShape::threads, 1) void screen_hopper(
             wgmma_wait<0>();
             hold(sums[0]);
             if (lane == 0) mbarrier_arrive(emptied + 8 * ((step_count - 1) % Shape::stages));
+
+            if constexpr (screen == Screen::int8) {
+                named_barrier(1 + worker, 128);  // the scales of the last tile are done with
+                scales[threadIdx.x % 128] = own_scales[0];
+                scales[threadIdx.x % 128 + 128] = own_scales[1];
+                named_barrier(1 + worker, 128);
+            }
+            const float norm = fmaxf(norms[0], norms[1]);
+            const float residual = fmaxf(residuals[0], residuals[1]);
+            const float levels[1][2] = {{low.of(p, norm, residual), high.of(p, norm, residual)}};
             admit<screen, 1, 32>(p, sums, query, 0, scales, levels, tile_query, tile_row, hits);
         }
     }
@@ -816,8 +834,8 @@ struct RefineProblem {
     std::int64_t* ids;  // [queries, k], the best so far, sorted; the first `filled` of each row
     float* scores;
     std::int64_t first_id;      // of the chunk's first row
-    std::uint8_t* overflowed;   // set where candidates were lost
-    unsigned* overflows;        // how many queries lost some
+    unsigned* losses;          // how many queries lost candidates, and from losses + 1 on a byte for
+                               // each query, which ones
 };
 
 constexpr int refine_shared_bytes(int capacity, int k, int D) {
@@ -1044,8 +1062,8 @@ __global__ __launch_bounds__(kRefineThreads) void refine(const RefineProblem p) 
         if (now == p.k) p.cuts[query] = fmaxf(cut, scores[p.k - 1]);
         p.counts[query] = 0;
         if (admitted > static_cast<unsigned>(p.capacity)) {
-            p.overflowed[query] = 1;
-            atomicAdd(p.overflows, 1u);
+            reinterpret_cast<std::uint8_t*>(p.losses + 1)[query] = 1;
+            atomicAdd(p.losses, 1u);
         }
     }
 }

@@ -53,11 +53,8 @@ def topk_cuda(
     if screen not in SCREENS:
         raise ConfigError(f"topk: screen={screen!r} is not known; allowed: {', '.join(SCREENS)}")
     count, columns = queries.shape
-    if k > MOST_K or columns > MOST_D:
-        raise ConfigError(
-            f"topk: k={k} and D={columns} were given; the cuda back end takes k <= {MOST_K} and "
-            f"D <= {MOST_D}. Choose backend='torch'"
-        )
+    if reason := limits_cuda("cuda", k=k, dim=columns):
+        raise ConfigError(f"topk: the cuda back end {reason}. Choose backend='torch'")
     device = queries.device
     paths = core.topk_cuda_paths(device.index)
     path = path or next(iter(paths), "none")
@@ -95,6 +92,13 @@ def topk_cuda(
             progress=progress,
         )
     return ids, scores
+
+
+def limits_cuda(device: str, *, k: int = 1, dim: int = 1, **facts: Any) -> str | None:
+    """Why it can't take such a problem, or None."""
+    if k > MOST_K or dim > MOST_D:
+        return f"takes k <= {MOST_K} and D <= {MOST_D}, not k={k} and D={dim}"
+    return None
 
 
 def probe_cuda() -> str | None:
