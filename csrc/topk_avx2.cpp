@@ -83,7 +83,8 @@ void widen_bfloat(const uint16_t* from, int64_t count, float* to) {
     widen_bfloats(from, count, to);
 }
 
-constexpr Kernel kKernel = {"avx2", 4096, encode, arrange, screen, score, widen_half, widen_bfloat};
+constexpr Kernel kKernel = {"avx2", 1,     4096,       encode,      arrange,
+                            screen, score, widen_half, widen_bfloat};
 
 }  // namespace
 

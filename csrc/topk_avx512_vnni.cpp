@@ -74,7 +74,7 @@ void screen(const Screen& screen) {
                 low = _mm512_max_epi32(low, _mm512_load_si512(scores + row * kPanel));
                 high = _mm512_max_epi32(high, _mm512_load_si512(scores + row * kPanel + 16));
             }
-            settle_best(screen, panel, group, visit, scores, low, high);
+            settle_best<false>(screen, panel, group, visit, scores, low, high);
         }
     }
 }
@@ -89,7 +89,7 @@ void widen_bfloat(const uint16_t* from, int64_t count, float* to) {
     widen_bfloats(from, count, to);
 }
 
-constexpr Kernel kKernel = {"avx512_vnni", 2048,  encode,     arrange,
+constexpr Kernel kKernel = {"avx512_vnni", 1,     2048,       encode,      arrange,
                             screen,        score, widen_half, widen_bfloat};
 
 }  // namespace

@@ -71,7 +71,7 @@ std::int64_t divide_up(std::int64_t value, std::int64_t by) { return (value + by
 std::vector<const Kernel*> kernels() {
     std::vector<const Kernel*> found;
     for (const Kernel* kernel :
-         {kernel_amx(), kernel_avx512_vnni(), kernel_avx2(), kernel_portable()})
+         {kernel_amx(), kernel_avx512_vnni(), kernel_avx2(), kernel_portable(), kernel_amx_bf16()})
         if (kernel != nullptr) found.push_back(kernel);
     return found;
 }
@@ -139,6 +139,10 @@ void prefetch_row(const Matrix& matrix, std::int64_t row) {
 // ------------------------------------------------------------------------------------------------
 // Packing
 
+std::int64_t steps_of(const Kernel& kernel, std::int64_t columns) {
+    return divide_up(columns, 64) * 64 * kernel.code_bytes / kStep;
+}
+
 struct PackSpace {
     explicit PackSpace(std::int64_t width)
         : rows(allocate<float>(kGroup * width)), codes(allocate<std::int8_t>(kGroup * width)) {}
@@ -151,7 +155,7 @@ struct PackSpace {
 // be packed, or -1.
 std::int64_t pack_group(const Kernel& kernel, const Matrix& matrix, std::int64_t first,
                         std::int64_t group, const Packed& packed, PackSpace& space) {
-    const std::int64_t steps = divide_up(matrix.columns, kStep), width = steps * kStep;
+    const std::int64_t steps = steps_of(kernel, matrix.columns), width = steps * kStep;
     const int count = static_cast<int>(std::min<std::int64_t>(kGroup, matrix.rows - first));
     for (int row = 0; row < count; ++row)
         copy_row(kernel, matrix, first + row, space.rows.get() + row * width);
@@ -287,8 +291,9 @@ struct Job {
     std::int64_t capacity;             // candidates of a query: at least 4 k, or all rows and one
     float threshold;
     bool exact;
-    std::int64_t steps;
+    std::int64_t steps;                // of a packed row
 
+    // Bytes of a packed row.
     std::int64_t width() const { return steps * kStep; }
     const Part& part_of(std::int64_t id, std::int64_t* row) const {
         const auto after = std::upper_bound(firsts.begin(), firsts.end() - 1, id);
@@ -354,6 +359,7 @@ class Block {
   public:
     Block(const Job& job, std::int64_t first, std::int64_t count)
         : job_(job),
+          integers_(job.kernel.code_bytes == 1),
           first_(first),
           count_(count),
           padded_(divide_up(count, kPanel) * kPanel),
@@ -428,13 +434,14 @@ class Block {
             const Hit& hit = hits[i];
             const Query& query = queries_[hit.query];
             const float* facts = groups + hit.row / kGroup * kGroupFacts;
-            const float score = static_cast<float>(hit.score) * (query.unit * facts[kScale]) + 0.0f;
+            const float scale = query.unit * facts[kScale];
+            const float score = value(hit.score, scale) + 0.0f;
             if (!job_.exact) {
                 push(scorer, hit.query, {score, score, id + hit.row});
                 continue;
             }
             const float doubt = query.residual * facts[kReach] + query.norm * facts[kDoubt] +
-                                query.unit * facts[kScale];
+                                (integers_ ? scale : 0.0f);
             push(scorer, hit.query, {score - doubt, score + doubt, id + hit.row});
         }
     }
@@ -454,6 +461,14 @@ class Block {
         float unit, residual, norm, cut;
         std::int64_t count;  // of candidates
     };
+
+    // Of a score as the kernel gave it.
+    float value(std::int32_t score, float scale) const {
+        if (integers_) return static_cast<float>(score) * scale;
+        float bits;
+        std::memcpy(&bits, &score, sizeof bits);
+        return bits;
+    }
 
     Query& at(std::int64_t query) { return queries_[static_cast<std::size_t>(query)]; }
     float* residuals() const { return screened_.get(); }
@@ -508,6 +523,7 @@ class Block {
     }
 
     const Job& job_;
+    const bool integers_;  // the screen's scores; else floats
     const std::int64_t first_, count_, padded_;
     Buffer<float> screened_;  // [3, padded]: residuals, norms and cuts, in units of the query's scale
     Buffer<Query> queries_;
@@ -558,7 +574,8 @@ class Search {
             scorers_.push_back(std::make_unique<Scorer>(job_));
         hits_.resize(static_cast<std::size_t>(team_.threads()));
         for (std::vector<Hit>& hits : hits_) hits.reserve(256 + kGroup * kPanel);
-        scratch_ = allocate<std::int16_t>(team_.threads() * kGroup * job_.width());
+        scratch_bytes_ = scratch_bytes(job_.steps, block_ / kPanel);
+        scratch_ = allocate<std::uint8_t>(team_.threads() * scratch_bytes_);
         for (std::int64_t first = 0; first < job_.queries.rows && !team_.stopped(); first += set_) {
             const std::int64_t count = std::min(set_, job_.queries.rows - first);
             pack_queries(first, count, outcome);
@@ -698,7 +715,7 @@ class Search {
         screen.codes = stretch.packed.codes;
         screen.groups = stretch.packed.groups;
         screen.sums = stretch.packed.sums;
-        screen.scratch = scratch_.get() + worker * kGroup * job_.width();
+        screen.scratch = scratch_.get() + worker * scratch_bytes_;
         screen.stop = team_.stop_flag();
         return screen;
     }
@@ -821,7 +838,8 @@ class Search {
     std::vector<std::unique_ptr<Scorer>> scorers_;
     std::vector<std::vector<Hit>> hits_;  // per thread, not yet taken
     Buffer<std::uint8_t> panels_;
-    Buffer<std::int16_t> scratch_;
+    Buffer<std::uint8_t> scratch_;  // per thread
+    std::int64_t scratch_bytes_ = 0;
     Buffer<std::int8_t> codes_;
     Buffer<float> groups_;
     Buffer<std::int32_t> sums_;
@@ -850,7 +868,7 @@ Outcome topk_cpu(const Matrix& queries, const std::vector<Part>& bank, std::int6
     const std::int64_t kept = std::min(k, rows);
     const Job job{kernel_named(kernel), queries, bank, firsts, kept,
                   std::min(std::max<std::int64_t>(64, 4 * kept), rows + 1), threshold, exact,
-                  divide_up(queries.columns, kStep)};
+                  steps_of(kernel_named(kernel), queries.columns)};
     const bool small = queries.rows * rows < kInlineProducts / queries.columns;
     Team team(threads, small, progress, queries.rows * rows);
     Search(job, team).run(ids, scores, k, &outcome);
@@ -868,7 +886,7 @@ Outcome topk_cpu_pack(const Matrix& rows, const Packed& packed, int threads,
     Team team(threads, false, progress, rows.rows);
     std::mutex mutex;
     team.each(divide_up(groups, batch), [&](int, std::int64_t item) {
-        PackSpace space(divide_up(rows.columns, kStep) * kStep);
+        PackSpace space(steps_of(chosen, rows.columns) * kStep);
         for (std::int64_t group = item * batch; group < std::min((item + 1) * batch, groups);
              ++group) {
             const std::int64_t row =

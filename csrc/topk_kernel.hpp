@@ -28,6 +28,15 @@
 //
 // The 1 covers what underflows: scales are at least 2^-67 (rows below that keep codes of zero, scale
 // one, and their largest entry times the root of D as their norm).
+//
+// A kernel of bfloat16 codes needs no rotation and no scales: x' = x rounded to bfloat16, and the
+// scores are floats, sums in an order of the processor's choice. For them
+//
+//   doubt = max |c - c'| (1 + 2^-14) + (2^-17 + (columns + 8) 2^-23) |c|
+//
+// since a sum of n products in fp32 is off by at most n u / (1 - n u) |q'| |c'|, and |q'| |c'| is at
+// most (1 + 2^-8)^2 |q| |c|. The processor takes subnormal numbers for zeros, which is less than
+// 2^-17 |q| |c| if |q| and |c| are 2^-30 and more; rows below that keep codes of zero.
 #pragma once
 
 #include <stdint.h>
@@ -36,7 +45,7 @@ namespace pymcip {
 
 constexpr int kGroup = 32;    // rows of the bank that share a scale
 constexpr int kPanel = 32;    // queries that are scored at once
-constexpr int kStep = 64;     // columns
+constexpr int kStep = 64;     // bytes of a row: columns of 8-bit codes, twice the columns of bfloats
 constexpr int kGroupFacts = 4;
 enum { kScale, kInverseScale, kReach, kDoubt };
 
@@ -54,9 +63,9 @@ struct Screen {
     const float* cuts;
     const float* residuals;
     const float* norms;
-    void* scratch;  // kGroup * kStep * steps * 2 bytes, aligned to 64
+    void* scratch;  // scratch_bytes(steps, panel_count) bytes, aligned to 64
     // Called for a group and a panel if some score may reach its query's cut. Bit q of admitted[r]:
-    // query q and row r; scores[r][q].
+    // query q and row r; scores[r][q], floats if the kernel's are.
     void* context;
     void (*offer)(void* context, int64_t panel, int64_t group, const uint32_t* admitted,
                   const int32_t* scores);
@@ -66,13 +75,20 @@ struct Screen {
     const bool* stop;  // looked at once per group
 };
 
+constexpr int64_t scratch_bytes(int64_t steps, int64_t panel_count) {
+    const int64_t widened = kGroup * kStep * steps * 2, partial = panel_count * kGroup * kPanel * 4;
+    return widened > partial ? widened : partial;
+}
+
 struct Kernel {
     const char* name;
+    int64_t code_bytes;   // of a column: 1, or 2 for bfloats, whose scores are floats
     int64_t panel_bytes;  // per step
-    // Widens, rotates and rounds `count` <= kGroup rows of `columns` floats, which follow each other
-    // in `rows` at a distance of kStep * steps floats and are overwritten. Writes row-major codes
-    // [kGroup, kStep * steps] (zeros for missing rows), sums [kGroup], facts [kGroupFacts], and norms
-    // [kGroup] (1 + 2^-14 included). Returns the first row whose squared norm is not finite, or -1.
+    // Rotates and rounds `count` <= kGroup rows of `columns` floats, which follow each other in `rows`
+    // at a distance of kStep * steps floats and are overwritten. Writes row-major codes of
+    // kStep * steps bytes each, sums [count] (8-bit codes), facts [kGroupFacts] (both scales 1
+    // for bfloats), and norms [count] (1 + 2^-14 included). Returns the first row whose
+    // squared norm is not finite, or -1.
     int (*encode)(float* rows, int count, int64_t columns, int64_t steps, int8_t* codes,
                   int32_t* sums, float* facts, float* norms);
     // Row-major codes of kPanel queries to the layout that `screen` reads.
@@ -87,6 +103,7 @@ struct Kernel {
 
 // Null where the compiler or the processor doesn't have it.
 const Kernel* kernel_amx();
+const Kernel* kernel_amx_bf16();
 const Kernel* kernel_avx512_vnni();
 const Kernel* kernel_avx2();
 const Kernel* kernel_portable();

@@ -57,7 +57,7 @@ void widen_bfloat(const uint16_t* from, int64_t count, float* to) {
     widen_bfloats(from, count, to);
 }
 
-constexpr Kernel kKernel = {"portable", 4096,  encode,     arrange,
+constexpr Kernel kKernel = {"portable", 1,     4096,       encode,      arrange,
                             screen,     score, widen_half, widen_bfloat};
 
 }  // namespace

@@ -18,6 +18,7 @@ PACKAGES = (
     "numpy",
     "triton",
     "faiss-cpu",
+    "faiss-gpu",
     "pillow",
     "pyarrow",
     "safetensors",

@@ -106,6 +106,15 @@ BACKENDS: tuple[Backend, ...] = (
     ),
     Backend(
         op="topk",
+        name="amx_bf16",
+        devices=("cpu",),
+        dtypes=FLOATS,
+        function="pymcip.ops.topk_cpu:topk_amx_bf16",
+        probe="pymcip.ops.topk_cpu:probe_amx_bf16",
+        limits="pymcip.ops.topk_cpu:limits",
+    ),
+    Backend(
+        op="topk",
         name="triton",
         devices=("cuda",),
         dtypes=FLOATS,

@@ -1,4 +1,4 @@
-"""A bank of rows, rounded to 8 bits once, to be searched many times.
+"""A bank of rows, rounded to 8 bits (or to bfloat16) once, to be searched many times.
 
 The form is that of csrc/topk.hpp: rows rotated (so that no column stands out) and rounded, 32 to a
 scale, with bounds of what the rounding took away. A search screens it and scores the few rows that
@@ -24,14 +24,19 @@ Progress: TypeAlias = Callable[[int, int], object]
 
 FORMAT = 1  # of the saved folder and of the codes
 GROUP, STEP, FACTS = 32, 64, 4  # kGroup, kStep, kGroupFacts of csrc/topk_kernel.hpp
+PRECISIONS = {"int8": 1, "bfloat16": 2}  # bytes of a code
 _ALIGNMENT = 64
 _SAVE_ROWS = 1 << 16
 
 
 class PackedBank:
-    """Rows [M, D] and their 8-bit form, for `pymcip.ops.topk` on the CPU.
+    """Rows [M, D] and their rounded form, for `pymcip.ops.topk` on the CPU.
 
-    Takes D bytes per row (rounded up to a multiple of 64) beside the rows. `rows`: as given.
+    Takes D bytes per row (rounded up to a multiple of 64) beside the rows, twice that in bfloat16.
+
+    Attributes:
+        rows: as given.
+        precision: "int8" or "bfloat16".
     """
 
     def __init__(
@@ -40,11 +45,13 @@ class PackedBank:
         codes: np.ndarray,
         groups: np.ndarray,
         sums: np.ndarray,
+        precision: str,
     ) -> None:
         """Use `PackedBank.pack` or `PackedBank.load`."""
         self.rows = rows
+        self.precision = precision
         self._arrays = {"codes": codes, "groups": groups, "sums": sums}
-        wanted = _shapes(*rows.shape)
+        wanted = _shapes(*rows.shape, precision)
         for name, array in self._arrays.items():
             shape, dtype = wanted[name]
             if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
@@ -67,7 +74,7 @@ class PackedBank:
         rows: [M, D], NumPy (memory maps too) or torch on the CPU, float32, float16 or bfloat16, any
             strides; kept, not copied.
         backend: whose instruction set to use; see `pymcip.ops.explain("topk")`. The codes are the
-            same whichever it is.
+            same whichever it is, 8 bits, but for "amx_bf16", which packs and searches bfloat16.
         threads: CPU threads; by default torch's number.
         progress: called with the rows packed and to pack, about ten times a second.
 
@@ -79,7 +86,7 @@ class PackedBank:
         from pymcip import _core
         from pymcip.ops.dispatch import select
         from pymcip.ops.topk import check_matrix
-        from pymcip.ops.topk_cpu import KERNELS
+        from pymcip.ops.topk_cpu import KERNELS, precision
 
         check_matrix("bank", rows)
         if isinstance(rows, torch.Tensor) and rows.device.type != "cpu":
@@ -98,12 +105,15 @@ class PackedBank:
                 f"D={rows.shape[1]}; allowed: auto, {', '.join(_core.topk_kernels())}, for D <= 4096"
             )
         arrays = {
-            name: _aligned(shape, dtype) for name, (shape, dtype) in _shapes(*rows.shape).items()
+            name: _aligned(shape, dtype)
+            for name, (shape, dtype) in _shapes(*rows.shape, precision(row.name)).items()
         }
         pointer, owner = matrix_pointer(rows)
         unrankable = _core.topk_pack(
             pointer,
-            *(array.ctypes.data for array in arrays.values()),
+            arrays["codes"].ctypes.data,
+            arrays["groups"].ctypes.data,
+            arrays["sums"].ctypes.data,
             threads or torch.get_num_threads(),
             row.name,
             progress,
@@ -111,7 +121,7 @@ class PackedBank:
         del owner
         if unrankable is not None:
             raise_unrankable("bank", unrankable[1], rows[unrankable[1] : unrankable[1] + 1])
-        return cls(rows, **arrays)
+        return cls(rows, **arrays, precision=precision(row.name))
 
     def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write rows and codes into a folder (complete or absent), to be memory-mapped by `load`.
@@ -135,7 +145,8 @@ class PackedBank:
                 rows[first : first + _SAVE_ROWS] = _bits(self.rows[first : first + _SAVE_ROWS])
             rows.flush()
             del rows
-            write_json(temporary / "packed_bank.json", {"format": FORMAT, "dtype": dtype})
+            facts = {"format": FORMAT, "dtype": dtype, "precision": self.precision}
+            write_json(temporary / "packed_bank.json", facts)
         return folder
 
     @classmethod
@@ -164,7 +175,7 @@ class PackedBank:
         rows: Array = arrays.pop("rows")
         if facts["dtype"] == "bfloat16":
             rows = _as_bfloat16(rows)
-        return cls(rows, **arrays)
+        return cls(rows, **arrays, precision=facts["precision"])
 
     @property
     def addresses(self) -> tuple[int, int, int]:
@@ -191,7 +202,7 @@ class PackedBank:
         return self.shape[0]
 
     def __repr__(self) -> str:
-        return f"PackedBank({self.shape[0]} x {self.shape[1]}, {_dtype_name(self.rows)})"
+        return f"PackedBank({len(self)} x {self.shape[1]}, {_dtype_name(self.rows)} in {self.precision})"
 
 
 def matrix_pointer(matrix: Array) -> tuple[tuple[int, str, int, int, int, int], Array]:
@@ -228,8 +239,10 @@ def raise_unrankable(name: str, number: int, row: Array) -> NoReturn:
     )
 
 
-def _shapes(rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
-    groups, steps = -(-rows // GROUP), -(-columns // STEP)
+def _shapes(
+    rows: int, columns: int, precision: str
+) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+    groups, steps = -(-rows // GROUP), -(-columns // STEP) * PRECISIONS[precision]
     return {
         "codes": ((groups, 2, steps, GROUP // 2, STEP), np.dtype(np.int8)),
         "groups": ((groups, FACTS), np.dtype(np.float32)),

@@ -24,7 +24,7 @@ import torch
 from pymcip.errors import ConfigError
 from pymcip.ops.dispatch import Backend, select
 from pymcip.ops.packed_bank import PackedBank, raise_unrankable
-from pymcip.ops.topk_cpu import KERNELS
+from pymcip.ops.topk_cpu import KERNELS, probe
 
 Array: TypeAlias = Any  # np.ndarray (memory maps too) or torch.Tensor
 Progress: TypeAlias = Callable[[int, int], object]
@@ -90,6 +90,9 @@ def topk(
                 f"topk: the bank is on {place} and the queries are on {device}; move the queries "
                 "to the bank's device, or the bank to the queries' device or to the CPU"
             )
+    packed = {part.precision if isinstance(part, PackedBank) else None for part in parts}
+    if backend == "auto" and packed == {"bfloat16"} and probe("amx_bf16") is None:
+        backend = "amx_bf16"  # the others would not use the codes
     row = select(
         "topk", backend, device=device.type, dtype=_dtype_name(parts[0]), k=k, dim=queries.shape[1]
     )
@@ -158,7 +161,9 @@ def _parts(bank: Any) -> list[Any]:
     if not isinstance(bank, (list, tuple)):
         return [bank]
     if not bank:
-        raise ConfigError("topk: the bank is an empty list; give at least one part, if without rows")
+        raise ConfigError(
+            "topk: the bank is an empty list; give at least one part, if without rows"
+        )
     return list(bank)
 
 
