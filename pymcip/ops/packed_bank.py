@@ -51,7 +51,7 @@ class PackedBank:
         self.rows = rows
         self.precision = precision
         self._arrays = {"codes": codes, "groups": groups, "sums": sums}
-        wanted = _shapes(*rows.shape, precision)
+        wanted = _shapes(rows.shape, precision)
         for name, array in self._arrays.items():
             shape, dtype = wanted[name]
             if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
@@ -106,7 +106,7 @@ class PackedBank:
             )
         arrays = {
             name: _aligned(shape, dtype)
-            for name, (shape, dtype) in _shapes(*rows.shape, precision(row.name)).items()
+            for name, (shape, dtype) in _shapes(rows.shape, precision(row.name)).items()
         }
         pointer, owner = matrix_pointer(rows)
         unrankable = _core.topk_pack(
@@ -240,8 +240,9 @@ def raise_unrankable(name: str, number: int, row: Array) -> NoReturn:
 
 
 def _shapes(
-    rows: int, columns: int, precision: str
+    shape: tuple[int, int], precision: str
 ) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+    rows, columns = shape
     groups, steps = -(-rows // GROUP), -(-columns // STEP) * PRECISIONS[precision]
     return {
         "codes": ((groups, 2, steps, GROUP // 2, STEP), np.dtype(np.int8)),
