@@ -52,6 +52,9 @@ constexpr std::int64_t kStretchRows = 1 << 20;      // of packed parts: their ro
 constexpr std::int64_t kSliceGroups = 64;           // what a thread takes when a stretch is shared
 constexpr std::int64_t kVisits = 256;               // groups that a first cut is taken from
 constexpr std::int64_t kInlineProducts = 1 << 22;   // below this a thread costs more than it saves
+constexpr int kMostThreads = 1024;                  // more would but take memory
+constexpr float kCutRoundings = 0x1p-21f;           // relative: a dozen roundings and more
+constexpr float kMostFloat = std::numeric_limits<float>::max();
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 struct AlignedDelete {
@@ -182,7 +185,7 @@ class Team {
     // `inline_work`: too little of it for threads. Otherwise even a single worker is a thread of its
     // own, so that this one can report progress and be told to stop.
     Team(int threads, bool inline_work, const Progress& progress, std::int64_t total)
-        : threads_(inline_work ? 1 : std::max(threads, 1)),
+        : threads_(inline_work ? 1 : std::min(std::max(threads, 1), kMostThreads)),
           inline_(inline_work),
           progress_(progress),
           total_(total) {}
@@ -391,7 +394,10 @@ class Block {
 
     void raise(std::int64_t query, float cut) {
         at(query).cut = cut;
-        cuts()[query] = cut / at(query).unit;
+        // Without residuals nothing else covers the rounding of this cut and of a group's.
+        const bool covered = job_.exact || std::isinf(cut);
+        const float least = covered ? cut : cut - std::fabs(cut) * kCutRoundings;
+        cuts()[query] = least / at(query).unit;
     }
     float cut(std::int64_t query) const { return queries_[static_cast<std::size_t>(query)].cut; }
 
@@ -404,7 +410,7 @@ class Block {
             const auto kth = column.begin() + (job_.k - 1);
             std::nth_element(column.begin(), kth, column.end(), std::greater<float>());
             const float bound = *kth * at(query).unit;
-            const float lower = bound - std::fabs(bound) * 0x1p-22f;  // whatever the rounding
+            const float lower = bound - std::fabs(bound) * kCutRoundings;
             if (lower > cut(query)) raise(query, lower);
         }
     }
@@ -435,7 +441,9 @@ class Block {
             const Query& query = queries_[hit.query];
             const float* facts = groups + hit.row / kGroup * kGroupFacts;
             const float scale = query.unit * facts[kScale];
-            const float score = value(hit.score, scale) + 0.0f;
+            // What it approximates is finite.
+            const float score =
+                std::min(std::max(value(hit.score, scale), -kMostFloat), kMostFloat) + 0.0f;
             if (!job_.exact) {
                 push(scorer, hit.query, {score, score, id + hit.row});
                 continue;
@@ -860,11 +868,7 @@ Outcome topk_cpu(const Matrix& queries, const std::vector<Part>& bank, std::int6
     for (const Part& part : bank) firsts.push_back(firsts.back() + part.rows.rows);
     const std::int64_t rows = firsts.back();
     Outcome outcome{Outcome::Kind::complete, 0};
-    if (queries.rows == 0 || rows == 0) {
-        std::fill(ids, ids + queries.rows * k, std::int64_t{-1});
-        std::fill(scores, scores + queries.rows * k, -kInfinity);
-        return outcome;
-    }
+    if (queries.rows == 0) return outcome;
     const std::int64_t kept = std::min(k, rows);
     const Job job{kernel_named(kernel), queries, bank, firsts, kept,
                   std::min(std::max<std::int64_t>(64, 4 * kept), rows + 1), threshold, exact,

@@ -70,6 +70,19 @@ struct Butterfly {
     }
 };
 
+// A stage between vectors.
+template <int Lanes>
+PYMCIP_INLINE void stage(float* x, int64_t size, int64_t half) {
+    using Float = typename Vectors<Lanes>::Float;
+    for (int64_t block = 0; block < size; block += 2 * half)
+        for (int64_t i = block; i < block + half; i += Lanes) {
+            Float &a = at<Lanes>(x + i), &b = at<Lanes>(x + i + half);
+            const Float sum = a + b;
+            b = a - b;
+            a = sum;
+        }
+}
+
 // The orthonormal Walsh-Hadamard transform of x[0 .. size - 1], size a power of two of at least 64.
 template <int Lanes>
 PYMCIP_INLINE void hadamard(float* x, int64_t size) {
@@ -84,8 +97,11 @@ PYMCIP_INLINE void hadamard(float* x, int64_t size) {
         if constexpr (Lanes > 8) eight(value);
         at<Lanes>(x + i) = value;
     }
+    // The stages are those within 16 lanes first, then the others, from the widest: whatever the
+    // vectors' size, so that all kernels round alike.
+    for (int64_t half = Lanes; half < 16; half *= 2) stage<Lanes>(x, size, half);
     int64_t half = size / 2;
-    for (; half / 2 >= Lanes; half /= 4) {  // two stages at a time
+    for (; half / 2 >= 16; half /= 4) {  // two stages at a time
         const int64_t quarter = half / 2;
         for (int64_t block = 0; block < size; block += 2 * half)
             for (int64_t i = block; i < block + quarter; i += Lanes) {
@@ -98,14 +114,7 @@ PYMCIP_INLINE void hadamard(float* x, int64_t size) {
                 d = a_c - b_d;
             }
     }
-    for (; half >= Lanes; half /= 2)
-        for (int64_t block = 0; block < size; block += 2 * half)
-            for (int64_t i = block; i < block + half; i += Lanes) {
-                Float &a = at<Lanes>(x + i), &b = at<Lanes>(x + i + half);
-                const Float sum = a + b;
-                b = a - b;
-                a = sum;
-            }
+    if (half >= 16) stage<Lanes>(x, size, half);
 }
 
 template <int Lanes>
