@@ -86,6 +86,13 @@ gpu-check:
 	@# Timing tile sizes would compile each kernel several times; the bench does that.
 	cd $(GPU_VENV) && PYMCIP_TUNE=0 bin/python -m pytest -c ../pyproject.toml --rootdir .. -m gpu \
 	  $$(grep -l 'mark\.gpu' ../tests/*.py)
+	@# The CUDA top-k ranks its self-check under the sanitizer; each allocation is one of the device's.
+	cd $(GPU_VENV) && for tool in memcheck synccheck; do \
+	  if command -v compute-sanitizer > /dev/null; then \
+	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 90 compute-sanitizer --tool $$tool --error-exitcode 3 \
+	      bin/python -c 'from pymcip.ops.topk_cuda import probe_cuda as p; r = p(); assert not r, r' \
+	      $(passed) || exit 1; \
+	  else echo "compute-sanitizer is not in the PATH: $$tool is left out"; fi; done
 	@# At most 6 minutes; the first bench keeps the time itself, and when interrupted what it has.
 	$(call bounded,240) bench/bench_margin_softmax.py --device cuda --store --seconds 180 $(passed)
 	$(call bounded,45) bench/bench_topk.py --device cuda --store $(passed)

@@ -110,6 +110,7 @@ inline std::vector<std::unique_ptr<Thread>> pool;
 inline Block* block = nullptr;
 inline Thread* thread = nullptr;
 inline jmp_buf scheduler;
+inline std::uint64_t chance = 1;
 inline std::uint64_t progress = 0;  // anything that may end somebody's wait
 inline std::function<void()> body;
 inline dim3 grid_dim, block_dim, block_index;
@@ -169,9 +170,17 @@ inline void run_block(unsigned threads) {
     }
     int idle = 0;
     while (current.alive > 0) {
+        // Warps get on at different speeds, in no order.
         const std::uint64_t before = progress;
-        for (unsigned i = 0; i < threads; ++i)
-            if (!pool[i]->over) resume(*pool[i]);
+        chance = chance * 6364136223846793005u + 1442695040888963407u;
+        const std::uint32_t held_up = idle == 0 ? chance >> 32 & chance >> 40 : 0;
+        const unsigned warps = (threads + 31) / 32, start = (chance >> 50) % warps;
+        for (unsigned turn = 0; turn < warps; ++turn) {
+            const unsigned warp = (start + turn) % warps;
+            if (held_up >> warp & 1u) continue;
+            for (unsigned i = 32 * warp; i < std::min(threads, 32 * warp + 32); ++i)
+                if (!pool[i]->over) resume(*pool[i]);
+        }
         for (std::size_t i = 0; i < current.copies.size();) {
             if (--current.copies[i].first > 0) {
                 ++i;
