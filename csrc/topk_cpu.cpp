@@ -46,7 +46,7 @@ extern constexpr RotationSigns kRotationSigns = make_signs();
 namespace {
 
 constexpr std::int64_t kBlockBytes = 768 << 10;     // codes of a block: stays in an L2 of 1 MiB and up
-constexpr std::int64_t kSetBytes = 32 << 20;        // codes and candidates of the queries in flight
+constexpr std::int64_t kSetBytes = 40 << 20;        // codes and candidates of the queries in flight
 constexpr std::int64_t kStretchBytes = 16 << 20;    // codes of raw rows, packed when needed
 constexpr std::int64_t kStretchRows = 1 << 20;      // of packed parts: their rows stay in memory
 constexpr std::int64_t kSliceGroups = 64;           // what a thread takes when a stretch is shared
@@ -401,6 +401,15 @@ class Block {
     }
     float cut(std::int64_t query) const { return queries_[static_cast<std::size_t>(query)].cut; }
 
+    // How many of these bounds reach their query's cut.
+    std::int64_t above_cut(const float* lowest, std::int64_t visits) const {
+        std::int64_t above = 0;
+        for (std::int64_t visit = 0; visit < visits; ++visit)
+            for (std::int64_t query = 0; query < count_; ++query)
+                above += lowest[visit * padded_ + query] >= cuts()[query];
+        return above;
+    }
+
     // A first cut from bounds of the best scores of `visits` groups: [visits, padded].
     void raise_from(const float* lowest, std::int64_t visits) {
         std::vector<float> column(static_cast<std::size_t>(visits));
@@ -488,10 +497,21 @@ class Block {
         if (candidate.upper < query.cut) return;
         list(index)[query.count++] = candidate;
         if (query.count < job_.capacity) return;
+        // Ever more work for ever more room: bounds alone; scores of the k best; all scores.
+        raise_to_kth_bound(index);
+        if (query.count <= job_.capacity * 5 / 8) return;
         cut_at_kth(scorer, index);
         if (query.count <= job_.capacity * 3 / 4) return;
         scorer.score(first_ + index, list(index), query.count);
         keep_best(index);
+    }
+
+    // The k-th highest bound from below is one of the k-th best score, too.
+    void raise_to_kth_bound(std::int64_t query) {
+        Candidate* all = list(query);
+        std::nth_element(all, all + (job_.k - 1), all + at(query).count, better);
+        raise_to_lowest(query, job_.k);
+        drop(query);
     }
 
     // Scores the k candidates with the highest bounds; the lowest of these scores is the new cut.
@@ -734,15 +754,31 @@ class Search {
         const std::int64_t whole = stretch.rows / kGroup;
         const std::int64_t visits = std::min(std::max(kVisits, 2 * job_.k), whole / 16);
         if (visits < job_.k) return;
+        Block& own = *blocks_[static_cast<std::size_t>(block)];
+        // A threshold may be the better cut: then an eighth of the groups have less than k / 8 rows
+        // above it.
+        constexpr std::int64_t part = 8;
+        if (job_.threshold > -kInfinity && visits >= 2 * part) {
+            const Buffer<float> few = lowest_of(worker, block, stretch, visits / part);
+            if (team_.stopped() || part * own.above_cut(few.get(), visits / part) <
+                                       own.count() * job_.k)
+                return;
+        }
+        const Buffer<float> lowest = lowest_of(worker, block, stretch, visits);
+        if (!team_.stopped()) own.raise_from(lowest.get(), visits);
+    }
+
+    // Bounds of the best scores of groups spread over the stretch.
+    Buffer<float> lowest_of(int worker, std::int64_t block, const Stretch& stretch,
+                            std::int64_t visits) {
         Screen screen = this->screen(worker, block, stretch);
-        screen.stride = whole / visits;
+        screen.stride = stretch.rows / kGroup / visits;
         screen.first = stretch.first_group;
         screen.last = stretch.first_group + visits * screen.stride;
-        const Buffer<float> lowest = allocate<float>(visits * screen.panel_count * kPanel);
+        Buffer<float> lowest = allocate<float>(visits * screen.panel_count * kPanel);
         screen.lowest = lowest.get();
         job_.kernel.screen(screen);
-        if (!team_.stopped())
-            blocks_[static_cast<std::size_t>(block)]->raise_from(lowest.get(), visits);
+        return lowest;
     }
 
     struct Offered {
@@ -871,7 +907,7 @@ Outcome topk_cpu(const Matrix& queries, const std::vector<Part>& bank, std::int6
     if (queries.rows == 0) return outcome;
     const std::int64_t kept = std::min(k, rows);
     const Job job{kernel_named(kernel), queries, bank, firsts, kept,
-                  std::min(std::max<std::int64_t>(64, 4 * kept), rows + 1), threshold, exact,
+                  std::min(std::max<std::int64_t>(128, 4 * kept), rows + 1), threshold, exact,
                   steps_of(kernel_named(kernel), queries.columns)};
     const bool small = queries.rows * rows < kInlineProducts / queries.columns;
     Team team(threads, small, progress, queries.rows * rows);

@@ -47,7 +47,7 @@ def topk_cpu(
 ) -> tuple[Array, Array]:
     """Ids and scores [N, k], NumPy.
 
-    Beside a packed bank it takes at most 64 MiB: 32 MiB of codes and candidates of queries, 16 MiB
+    Beside a packed bank it takes at most 64 MiB: 40 MiB of codes and candidates of queries, 16 MiB
     of codes of rows that are not packed, and small buffers per thread.
     """
     from pymcip import _core
