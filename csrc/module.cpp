@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cmath>
 #include <cstdint>
 #include <exception>
 #include <optional>
@@ -57,6 +58,8 @@ using PartTuple = std::pair<
     std::optional<std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t>>>;
 
 pymcip::Packed to_packed(std::uintptr_t codes, std::uintptr_t groups, std::uintptr_t sums) {
+    if (codes == 0 || groups == 0 || sums == 0)
+        throw std::invalid_argument("a packed matrix needs addresses of codes, groups and sums");
     return {reinterpret_cast<std::int8_t*>(codes), reinterpret_cast<float*>(groups),
             reinterpret_cast<std::int32_t*>(sums)};
 }
@@ -97,6 +100,9 @@ std::optional<std::pair<std::string, std::int64_t>> topk(
     std::uintptr_t scores, const py::object& progress) {
     const pymcip::Matrix queries = to_matrix(queries_tuple);
     if (k < 1) throw std::invalid_argument("k must be at least 1");
+    if (std::isnan(threshold)) throw std::invalid_argument("threshold is NaN");
+    if (queries.rows > 0 && (ids == 0 || scores == 0))
+        throw std::invalid_argument("ids and scores need an address");
     std::vector<pymcip::Part> bank;
     for (const auto& [matrix, packed] : bank_tuples) {
         bank.push_back({to_matrix(matrix), {nullptr, nullptr, nullptr}});

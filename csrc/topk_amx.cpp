@@ -170,17 +170,21 @@ int encode_bf16(float* rows, int count, int64_t columns, int64_t steps, int8_t* 
         float* x = rows + row * width;
         int8_t* out = codes + row * width;
         for (int64_t i = columns; i < width / 2; ++i) x[i] = 0;
-        Float most = {};
+        Float most = {}, square_sum = {};
         for (int64_t i = 0; i < width / 2; i += 16) {
             const Float value = at<16>(x + i), size = value < 0 ? -value : value;
             most = size > most ? size : most;
+            square_sum += value * value;
         }
         float greatest = 0;
         for (int lane = 0; lane < 16; ++lane) greatest = most[lane] > greatest ? most[lane] : greatest;
-        const bool tiny = greatest < kTinyBfloat;
-        const uint32_t mask = tiny ? 0 : 0xffff0000u;
         alignas(64) float squares[16], rounded[16], lost[16];
-        Float square_sum = {}, rounded_sum = {}, lost_sum = {};
+        at<16>(squares) = square_sum;
+        const float square = halve(squares);
+        if (!(square < __builtin_inff())) return row;
+        const bool tiny = greatest < kTinyBfloat, coded = !tiny && square < kMostBfloats;
+        const uint32_t mask = coded ? 0xffff0000u : 0;
+        Float rounded_sum = {}, lost_sum = {};
         for (int64_t i = 0; i < width / 2; i += 16) {
             const Float value = at<16>(x + i);
             Bits bits = load<Bits>(x + i);
@@ -188,21 +192,18 @@ int encode_bf16(float* rows, int count, int64_t columns, int64_t steps, int8_t* 
             const Float code = load<Float>(&bits), rest = value - code;
             const Bfloats halves = __builtin_convertvector(bits >> 16, Bfloats);
             __builtin_memcpy(out + 2 * i, &halves, sizeof halves);
-            square_sum += value * value;
             rounded_sum += code * code;
             lost_sum += rest * rest;
         }
-        at<16>(squares) = square_sum;
         at<16>(rounded) = rounded_sum;
         at<16>(lost) = lost_sum;
-        const float square = halve(squares);
-        if (!(square < __builtin_inff())) return row;
         norms[row] = (tiny ? greatest * __builtin_sqrtf(static_cast<float>(columns))
                            : __builtin_sqrtf(square)) *
                      kSafety;
         const float own_reach = __builtin_sqrtf(halve(rounded)) * kSafety;
-        const float own_doubt = tiny ? norms[row] * kSafety
-                                     : __builtin_sqrtf(halve(lost)) * kSafety + share * norms[row];
+        const float own_doubt = coded
+                                    ? __builtin_sqrtf(halve(lost)) * kSafety + share * norms[row]
+                                    : norms[row] * kSafety;
         reach = own_reach > reach ? own_reach : reach;
         doubt = own_doubt > doubt ? own_doubt : doubt;
         sums[row] = 0;

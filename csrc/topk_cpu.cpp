@@ -955,6 +955,7 @@ void topk_cpu_scores(const Matrix& queries, const Matrix& bank, const std::int64
         const float* left = row_floats(kernel, queries, i, query.get());
         for (std::int64_t j = 0; j < count; ++j) {
             const std::int64_t id = ids[i * count + j];
+            if (id >= bank.rows) throw std::out_of_range("an id is not below the bank's rows");
             if (id >= 0 && j + 1 < count && ids[i * count + j + 1] >= 0)
                 prefetch_row(bank, ids[i * count + j + 1]);
             scores[i * count + j] =

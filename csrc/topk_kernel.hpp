@@ -36,7 +36,8 @@
 //
 // since a sum of n products in fp32 is off by at most n u / (1 - n u) |q'| |c'|, and |q'| |c'| is at
 // most (1 + 2^-8)^2 |q| |c|. The processor takes subnormal numbers for zeros, which is less than
-// 2^-17 |q| |c| if |q| and |c| are 2^-30 and more; rows below that keep codes of zero.
+// 2^-17 |q| |c| if |q| and |c| are 2^-30 and more; rows below that keep codes of zero. So do rows of
+// norms above 2^50: the sums of two such could overflow on their way.
 #pragma once
 
 #include <stdint.h>

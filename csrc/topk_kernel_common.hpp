@@ -20,6 +20,7 @@ constexpr float kSafety = 1.0f + 1.0f / 16384;      // 1 + 2^-14
 constexpr float kRoundings = 1.0f / 131072;         // 2^-17
 constexpr float kTiny = 1.0f / (1ull << 60);        // rows below it are not rounded, but bounded
 constexpr float kTinyBfloat = 1.0f / (1 << 30);     // the same for bfloats
+constexpr float kMostBfloats = 1.2676506e30f;       // 2^100: squared norm of rows of bfloats, at most
 constexpr float kMagic = 12582912.0f;               // 1.5 * 2^23: adding it rounds to integers
 constexpr float kMostScore = 1073741824.0f;         // 2^30: no integer score reaches it
 

@@ -85,7 +85,7 @@ class PackedBank:
         """
         from pymcip import _core
         from pymcip.ops.dispatch import select
-        from pymcip.ops.topk import check_matrix
+        from pymcip.ops.topk import check_count, check_matrix
         from pymcip.ops.topk_cpu import KERNELS, precision
 
         check_matrix("bank", rows)
@@ -94,10 +94,8 @@ class PackedBank:
                 f"PackedBank: the bank is on {rows.device}; packed banks are searched by the CPU: "
                 "move it with .cpu(), or give it to topk as it is"
             )
-        if threads is not None and threads < 1:
-            raise ConfigError(
-                f"PackedBank: threads={threads!r} is not allowed; allowed: None or at least 1"
-            )
+        if threads is not None:
+            threads = check_count("PackedBank", "threads", threads)
         row = select("topk", backend, device="cpu", dtype=_dtype_name(rows), dim=rows.shape[1])
         if row.name not in KERNELS:
             raise BackendError(

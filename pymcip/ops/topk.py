@@ -73,14 +73,12 @@ def topk(
                 f"topk: queries have {queries.shape[1]} columns and the bank has {part.shape[1]}; "
                 "both must come from one model"
             )
-    if not hasattr(k, "__index__") or operator.index(k) < 1:
-        raise ConfigError(f"topk: k={k!r} is not allowed; allowed: an integer of at least 1")
-    k = operator.index(k)
-    if threads is not None and threads < 1:
-        raise ConfigError(f"topk: threads={threads!r} is not allowed; allowed: None or at least 1")
-    floor = -float("inf") if threshold is None else float(torch.tensor(float(threshold)).item())
-    if floor != floor:
-        raise ConfigError("topk: threshold is NaN; allowed: a number or None")
+    k = check_count("topk", "k", k)
+    if threads is not None:
+        threads = check_count("topk", "threads", threads)
+    floor = _floor(threshold)
+    if progress is not None and not callable(progress):
+        raise ConfigError(f"topk: progress={progress!r} is not allowed; allowed: None or a function")
 
     device = _device(queries)
     for part in parts:
@@ -165,6 +163,27 @@ def _parts(bank: Any) -> list[Any]:
             "topk: the bank is an empty list; give at least one part, if without rows"
         )
     return list(bank)
+
+
+def check_count(op: str, name: str, value: Any) -> int:
+    """`value` as an int from 1 to 2^31 - 1."""
+    if not hasattr(value, "__index__") or not 1 <= operator.index(value) < 1 << 31:
+        raise ConfigError(
+            f"{op}: {name}={value!r} is not allowed; allowed: an integer of at least 1 (below 2^31)"
+        )
+    return operator.index(value)
+
+
+def _floor(threshold: Any) -> float:
+    if threshold is None:
+        return -float("inf")
+    try:
+        floor = float(torch.tensor(float(threshold), dtype=torch.float32).item())
+    except (TypeError, ValueError):
+        floor = float("nan")
+    if floor != floor:
+        raise ConfigError(f"topk: threshold={threshold!r} is not allowed; allowed: a number or None")
+    return floor
 
 
 def check_matrix(name: str, matrix: Array) -> None:
