@@ -51,6 +51,8 @@ constexpr std::int64_t kStretchBytes = 16 << 20;    // codes of raw rows, packed
 constexpr std::int64_t kStretchRows = 1 << 20;      // of packed parts: their rows stay in memory
 constexpr std::int64_t kSliceGroups = 64;           // what a thread takes when a stretch is shared
 constexpr std::int64_t kVisits = 256;               // groups that a first cut is taken from
+constexpr std::int64_t kDirectQueries = 8;          // so few are scored sooner than a bank is packed
+constexpr std::int64_t kDirectRows = 1024;          // that a thread scores at a time
 constexpr std::int64_t kInlineProducts = 1 << 22;   // below this a thread costs more than it saves
 constexpr int kMostThreads = 1024;                  // more would but take memory
 constexpr float kCutRoundings = 0x1p-21f;           // relative: a dozen roundings and more
@@ -463,6 +465,20 @@ class Block {
         }
     }
 
+    void push(Scorer& scorer, std::int64_t index, const Candidate& candidate) {
+        Query& query = at(index);
+        if (candidate.upper < query.cut) return;
+        list(index)[query.count++] = candidate;
+        if (query.count < job_.capacity) return;
+        // Ever more work for ever more room: bounds alone; scores of the k best; all scores.
+        raise_to_kth_bound(index);
+        if (query.count <= job_.capacity * 5 / 8) return;
+        cut_at_kth(scorer, index);
+        if (query.count <= job_.capacity * 3 / 4) return;
+        scorer.score(first_ + index, list(index), query.count);
+        keep_best(index);
+    }
+
     // Scores all candidates that still matter; leaves at most k, all of them known.
     void resolve(Scorer& scorer, std::int64_t query) {
         if (at(query).count > job_.k) cut_at_kth(scorer, query);
@@ -491,20 +507,6 @@ class Block {
     float* residuals() const { return screened_.get(); }
     float* norms() const { return screened_.get() + padded_; }
     float* cuts() const { return screened_.get() + 2 * padded_; }
-
-    void push(Scorer& scorer, std::int64_t index, const Candidate& candidate) {
-        Query& query = at(index);
-        if (candidate.upper < query.cut) return;
-        list(index)[query.count++] = candidate;
-        if (query.count < job_.capacity) return;
-        // Ever more work for ever more room: bounds alone; scores of the k best; all scores.
-        raise_to_kth_bound(index);
-        if (query.count <= job_.capacity * 5 / 8) return;
-        cut_at_kth(scorer, index);
-        if (query.count <= job_.capacity * 3 / 4) return;
-        scorer.score(first_ + index, list(index), query.count);
-        keep_best(index);
-    }
 
     // The k-th highest bound from below is one of the k-th best score, too.
     void raise_to_kth_bound(std::int64_t query) {
@@ -663,6 +665,10 @@ class Search {
         for (std::size_t part = 0; part < job_.bank.size(); ++part) {
             const Part& own = job_.bank[part];
             const bool packed = own.packed.codes != nullptr;
+            if (!packed && job_.exact && shared_ && job_.queries.rows <= kDirectQueries) {
+                score_directly(own.rows, job_.firsts[part], outcome);
+                continue;
+            }
             const std::int64_t rows =
                 packed ? kStretchRows
                        : std::max<std::int64_t>(kStretchBytes / job_.width() / kGroup, 1) * kGroup;
@@ -677,6 +683,34 @@ class Search {
                 search_stretch(stretch);
             }
         }
+    }
+
+    // All rows of a part that is not packed, for a few queries.
+    void score_directly(const Matrix& rows, std::int64_t id, Outcome* outcome) {
+        std::mutex mutex;
+        team_.each(divide_up(rows.rows, kDirectRows), [&](int worker, std::int64_t item) {
+            Block& block = *blocks_[static_cast<std::size_t>(worker)];
+            const std::int64_t columns = rows.columns;
+            const Buffer<float> space = allocate<float>((block.count() + 1) * columns);
+            for (std::int64_t query = 0; query < block.count(); ++query)
+                copy_row(job_.kernel, job_.queries, query, space.get() + query * columns);
+            const std::int64_t end = std::min((item + 1) * kDirectRows, rows.rows);
+            for (std::int64_t row = item * kDirectRows; row < end; ++row) {
+                const float* right =
+                    row_floats(job_.kernel, rows, row, space.get() + block.count() * columns);
+                if (!(job_.kernel.score(right, right, columns) < kInfinity)) {
+                    const std::lock_guard<std::mutex> lock(mutex);
+                    bad(outcome, Outcome::Kind::bad_bank_row, id + row);
+                    return;
+                }
+                for (std::int64_t query = 0; query < block.count(); ++query) {
+                    const float* left = space.get() + query * columns;
+                    const float score = job_.kernel.score(left, right, columns);
+                    block.push(scorer(worker), query, {score, score, id + row});
+                }
+            }
+            team_.advance((end - item * kDirectRows) * block.count());
+        });
     }
 
     Packed pack_stretch(const Matrix& matrix, std::int64_t first, std::int64_t count,
