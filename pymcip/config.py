@@ -204,17 +204,32 @@ class MineConfig(Config):
     threshold: float | Literal["auto"] = option(
         0.27, "lowest cosine of a pseudo-caption (0.27: OpenAI's CLIP), or auto"
     )
+    recall: float = option(
+        1.0,
+        "share of the pairs to find; 1: all of them. Less, such as 0.95, lets an approximate index "
+        "(faiss) miss some, for corpora beyond 10^8 captions; the recall is measured and reported",
+    )
+    index: Source | None = option(
+        None, "folder of the approximate index, to build or to use; default: one for this run"
+    )
     backend: str = option("auto", "back end of the top-k op; see pymcip.ops.explain('topk')")
     threads: int | None = option(None, "CPU threads; default: all")
-    seed: int = option(0, "seed of the threshold's sample and of the readable sample")
+    seed: int = option(0, "seed of all samples, and of the approximate index")
     overwrite: bool = option(False, "replace what is in `out`")
 
     AT_LEAST: ClassVar[dict[str, float]] = {"k": 1, "threads": 1}
 
     def problems(self) -> list[str]:
+        problems = []
         if isinstance(self.threshold, (int, float)) and not -1 <= self.threshold <= 1:
-            return [f"threshold={self.threshold!r} is not a cosine; allowed: -1 to 1, or 'auto'"]
-        return []
+            problems.append(
+                f"threshold={self.threshold!r} is not a cosine; allowed: -1 to 1, or 'auto'"
+            )
+        if not 0 < self.recall <= 1:
+            problems.append(f"recall={self.recall!r} is not a share; allowed: above 0, at most 1")
+        if self.index is not None and self.recall == 1:
+            problems.append("index is for approximate search: give recall too, such as 0.95")
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)

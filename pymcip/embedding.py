@@ -144,6 +144,23 @@ class EmbeddingFolder:
             )
         return table
 
+    def describe(self, kind: Kind, rows: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
+        """Return the metadata of some rows (ascending), holding one part of it at a time.
+
+        Raises:
+            DataError: as `metadata`.
+        """
+        files = self._metadata_files(kind)
+        bounds = np.cumsum([0, *(pyarrow.parquet.read_metadata(path).num_rows for path in files)])
+        if not files or bounds[-1] != sum(len(part) for part in self.parts(kind)):
+            self.metadata(kind)  # refuses them
+        described: list[dict[str, Any]] = []
+        for path, first, last in zip(files, bounds, bounds[1:], strict=False):
+            wanted = rows[(rows >= first) & (rows < last)] - first
+            if len(wanted):
+                described += pyarrow.parquet.read_table(path).take(wanted).to_pylist()
+        return described
+
     def rows(self, kind: Kind) -> npt.NDArray[np.int64]:
         """Return the index, in the data, of each embedded row: int64 [N], ascending."""
         if self.has_metadata(kind):

@@ -1,17 +1,25 @@
 """Pseudo-captions: for each image its k nearest captions with a cosine of at least a threshold.
 
-The search is exact: `pymcip.ops.topk` over each part of the caption embeddings, merged so that
-equal cosines are ordered by caption id. A cosine is the inner product of two stored rows, widened
-to fp32; rows stored as float16 have unit norm up to 3e-4.
+The search is exact: `pymcip.ops.topk` over the parts of the caption embeddings as they lie on the
+disk, a block of images at a time. Equal cosines are ordered by caption id. A cosine is the inner
+product of two stored rows, rounded to fp32 once; rows stored as float16 have unit norm up to 3e-4.
+
+With `recall` below 1 the blocks are searched for by a `pymcip.ops.ApproximateIndex`, for corpora
+that are too large for that: cosines are still exact, but captions may be missing, and how many are
+is measured on a sample of the images.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
+import math
+import mmap
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -23,12 +31,15 @@ from pymcip.config import MineConfig, Source
 from pymcip.embedding import EmbeddingFolder, Kind
 from pymcip.errors import DataError, StaleEmbeddingsError
 from pymcip.files import atomic_path, prepare_output, read_json, write_json, write_text
-from pymcip.ops import topk
+from pymcip.ops import ApproximateIndex, topk
 from pymcip.ops.dispatch import backends
+from pymcip.ops.topk_faiss import import_faiss
 from pymcip.progress import progress
 
 SPREADS = 3.5  # auto threshold: this many spreads above the median, see `auto_threshold`
-BLOCK_ROWS = 65_536  # images mined at a time; a block is what resuming keeps
+PASS_BYTES = 30 << 20  # of the images of a block, on a CPU; see `_block_rows`
+GPU_BLOCK_ROWS = 1 << 17
+RECALL_ROWS = 256  # images whose exact captions an approximate search is compared with
 SAMPLE_ROWS = 1024  # images and captions that stand for all in the distribution of random pairs
 SAMPLED_IMAGES = 50  # in sample.tsv
 HISTOGRAM_WIDTH = 0.01  # of a bin of the cosine histogram
@@ -38,6 +49,9 @@ _log = logging.getLogger("pymcip.mining")
 Matrix = npt.NDArray[Any]
 Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
+# Ids and cosines [rows, k] of a block of images, -1 and -inf where there are fewer; the callback is
+# told the work done and the work to do.
+Search: TypeAlias = Callable[[Matrix, Callable[[int, int], None]], tuple[Int64, Float32]]
 
 
 @dataclass(frozen=True)
@@ -188,7 +202,7 @@ def mine_captions(config: MineConfig | None = None, /, **options: Any) -> MineRe
 
     Writes into `out`: caption_table.npz and .parquet, report.json, and sample.tsv (some images with
     their captions, to look at). An interrupted run goes on with the blocks of images that are
-    missing; a finished one is opened.
+    missing, and so loses a block at most; a finished one is opened.
 
     Raises:
         ConfigError: an option is wrong.
@@ -197,8 +211,11 @@ def mine_captions(config: MineConfig | None = None, /, **options: Any) -> MineRe
         StaleEmbeddingsError: `out` was mined from other embeddings or with other options.
         OutputExistsError: `out` holds something else.
         BackendError: the back end can't run here.
+        MissingDependencyError: `recall` is below 1, and faiss is not installed.
     """
     config = MineConfig.make(config, options)
+    if config.recall < 1:
+        import_faiss()
     images = EmbeddingFolder(config.images)
     captions = images if config.captions is None else EmbeddingFolder(config.captions)
     image_parts, caption_parts = images.parts("img"), captions.parts("text")
@@ -208,6 +225,7 @@ def mine_captions(config: MineConfig | None = None, /, **options: Any) -> MineRe
         "captions": captions.identity("text"),
         "k": config.k,
         "threshold": config.threshold,
+        "recall": config.recall,
         "seed": config.seed,
     }
     ours = (out / "mine.json").is_file()
@@ -215,11 +233,15 @@ def mine_captions(config: MineConfig | None = None, /, **options: Any) -> MineRe
         out,
         overwrite=config.overwrite,
         resume=ours and not config.overwrite,
-        inputs=(config.images, config.captions),
+        inputs=(config.images, config.captions, config.index),
     )
+    device = _device(config.backend, str(caption_parts[0].dtype))
+    block_rows = _block_rows(config.k, caption_parts[0].shape[1], device)
     if ours and not config.overwrite:
-        _check_settings(out, settings)
-    write_json(out / "mine.json", settings)
+        stored = {"recall": 1.0, **read_json(out / "mine.json")}
+        _check_settings(out, stored, settings)
+        block_rows = stored.get("block_rows", block_rows)
+    write_json(out / "mine.json", {**settings, "block_rows": block_rows})
     if (out / "report.json").is_file():  # written last
         report = read_json(out / "report.json")
         return MineResult(CaptionTable.load(out), report["threshold"], report, out)
@@ -229,17 +251,18 @@ def mine_captions(config: MineConfig | None = None, /, **options: Any) -> MineRe
         caption_parts,
         k=config.k,
         threshold=config.threshold,
+        recall=config.recall,
+        index=config.index,
         backend=config.backend,
         threads=config.threads,
         seed=config.seed,
         blocks=blocks,
+        block_rows=block_rows,
     )
     table.save(out)
     write_text(out / "sample.tsv", _sample(table, images, captions, config.seed))
     write_json(out / "report.json", report)
-    for file in blocks.glob("block_*.npz"):
-        file.unlink()
-    blocks.rmdir()
+    shutil.rmtree(blocks)
     return MineResult(table, report["threshold"], report, out)
 
 
@@ -249,10 +272,13 @@ def mine_table(
     *,
     k: int,
     threshold: float | str,
+    recall: float = 1.0,
+    index: Source | None = None,
     backend: str = "auto",
     threads: int | None = None,
     seed: int = 0,
     blocks: Path | None = None,
+    block_rows: int | None = None,
 ) -> tuple[CaptionTable, dict[str, Any]]:
     """Mine the k nearest captions of each image, those with a cosine of at least `threshold`.
 
@@ -261,21 +287,29 @@ def mine_table(
         caption_parts: likewise [m, D]; M in all.
         k: captions per image, at most.
         threshold: lowest cosine, inclusive, compared in fp32; or "auto", see `auto_threshold`.
+        recall: share of the pairs to find. 1: all, by exact search; less: about this share, by an
+            approximate index (faiss).
+        index: folder of the approximate index, which is built there if there is none; default: in
+            `blocks`.
         backend: of the op; see `pymcip.ops.explain("topk")`.
         threads: CPU threads; default: torch's number.
-        seed: of the sample of random pairs.
+        seed: of the samples of random pairs and of images, and of the index.
         blocks: folder that keeps finished blocks of images, for a run that is started again with
             the same arguments; None keeps nothing.
+        block_rows: images per block, at most; default: see `_block_rows`. The result doesn't depend
+            on it. Blocks of another size than those in `blocks` are mined anew.
 
     Returns:
         The table of N images, and a report: `images`, `captions`, `k`, `threshold`,
         `threshold_from`, `random_pairs` (an `AutoThreshold`, whichever threshold is used),
         `images_by_captions` (how many images have 0, 1, … k captions), `pairs`, `captions_used`,
-        and `cosines` (of the pairs: lowest, mean, highest, histogram).
+        `cosines` (of the pairs: lowest, mean, highest, histogram), `recall` (1, or measured; None if
+        nothing could be measured) and `approximate` (None, or how `recall` was measured).
 
     Raises:
         DataError: there are no rows, widths differ, or not one caption reaches the threshold.
         BackendError: the back end can't run here.
+        MissingDependencyError: `recall` is below 1, and faiss is not installed.
     """
     _check_parts(image_parts, caption_parts)
     random_pairs = auto_threshold(image_parts, caption_parts, seed=seed)
@@ -288,8 +322,20 @@ def mine_table(
             random_pairs.median,
             random_pairs.value,
         )
+    images = sum(len(part) for part in image_parts)
+    measured: dict[str, Any] | None = None
+    if recall < 1:
+        sampled = _sample_rows(image_parts, 2 * RECALL_ROWS, np.random.default_rng(seed))
+        search, measured = _approximate_search(
+            caption_parts, k, lowest, recall, index, backend, threads, seed, blocks, sampled, images
+        )
+    else:
+        search = _exact_search(caption_parts, k, lowest, backend, threads)
+    if block_rows is None:
+        device = _device(backend, str(caption_parts[0].dtype))
+        block_rows = _block_rows(k, caption_parts[0].shape[1], device)
     found = _mine_blocks(
-        image_parts, caption_parts, k, lowest, backend=backend, threads=threads, blocks=blocks
+        image_parts, sum(len(part) for part in caption_parts), search, k, blocks, block_rows
     )
     counts = np.concatenate([(ids >= 0).sum(axis=1) for ids, _ in found])
     table = CaptionTable(
@@ -301,6 +347,8 @@ def mine_table(
     if not len(table.ids):
         raise DataError(_nothing_found(image_parts, caption_parts, lowest, random_pairs, backend))
     report = _report(table, k, lowest, random_pairs, given=not isinstance(threshold, str))
+    report["recall"] = 1.0 if measured is None else measured["recall"]
+    report["approximate"] = measured
     _log.info(
         "%d of %d images have captions with a cosine of at least %.3f: %.1f each",
         int((counts > 0).sum()),
@@ -323,38 +371,61 @@ def _check_parts(image_parts: Sequence[Matrix], caption_parts: Sequence[Matrix])
             raise DataError(f"there are no embedded {what} to mine; embed some with pymcip.embed")
 
 
+def _block_rows(k: int, columns: int, device: torch.device) -> int:
+    """Images per block: what a kill loses, and what all captions are read and rounded for once.
+
+    On a CPU that is done for as many queries as fit into a budget (kSetBytes of csrc/topk_cpu.cpp;
+    a sixteenth is left for what it rounds up): 20,480 of 512 columns with k = 10, which take two
+    cores with AMX about a minute with 12 million captions. A GPU takes seconds for far more.
+    """
+    if device.type != "cpu":
+        return GPU_BLOCK_ROWS
+    return max(256, PASS_BYTES // (-(-columns // 64) * 64 + 16 * max(64, 4 * k)))
+
+
 def _mine_blocks(
     image_parts: Sequence[Matrix],
-    caption_parts: Sequence[Matrix],
+    captions: int,
+    search: Search,
     k: int,
-    threshold: float | None,
-    *,
-    backend: str,
-    threads: int | None,
-    blocks: Path | None = None,
+    blocks: Path | None,
+    block_rows: int,
 ) -> list[tuple[Int64, Float32]]:
-    """Ids and cosines [rows, k] of each block of images; -1 and -inf where there are fewer."""
-    places = [
-        (part, start)
-        for part, rows in enumerate(image_parts)
-        for start in range(0, len(rows), BLOCK_ROWS)
-    ]
-    captions = sum(len(part) for part in caption_parts)
-    total = captions * sum(len(part) for part in image_parts)
-    device = _device(backend, str(caption_parts[0].dtype))
+    """What `search` finds for each block of images; those whose files are in `blocks` are read.
+
+    Blocks are of one size, to a row. A file is named after the rows of its block.
+    """
+    images = sum(len(part) for part in image_parts)
+    count = -(-images // block_rows)
+    bounds = [images * number // count for number in range(count + 1)]
+    places = list(itertools.pairwise(bounds))
+    files = [None if blocks is None else blocks / f"images_{a}_{b}.npz" for a, b in places]
+    finished = [file is not None and file.is_file() for file in files]
+    ready = sum(b - a for (a, b), done in zip(places, finished, strict=True) if done)
+    if ready:
+        _log.info("%d of %d images were mined before; going on with the others", ready, images)
     found = []
-    with progress(total=total, description="mining", unit="cosine") as bar:
-        for number, (part, start) in enumerate(places):
-            queries = image_parts[part][start : start + BLOCK_ROWS]
-            file = None if blocks is None else blocks / f"block_{number:06d}.npz"
-            if file is not None and file.is_file():
-                with np.load(file, allow_pickle=False) as stored:
-                    found.append((stored["ids"], stored["cosines"]))
-                bar.update(len(queries) * captions)
+    with progress(
+        total=images * captions,
+        initial=ready * captions,
+        description="mining",
+        unit="cosine",
+        unit_scale=True,
+    ) as bar:
+        for (first, last), file, done in zip(places, files, finished, strict=True):
+            if file is not None and done:
+                found.append(_read_block(file, last - first, k))
                 continue
-            ids, cosines = _nearest(
-                queries, caption_parts, k, threshold, backend, threads, device, bar.update
-            )
+            work, counted = (last - first) * captions, 0
+
+            def report(done: int, total: int) -> None:
+                nonlocal counted
+                now = work * done // max(1, total)  # noqa: B023
+                bar.update(now - counted)
+                counted = now
+
+            ids, cosines = search(_rows(image_parts, first, last), report)
+            report(1, 1)
             if file is not None:
                 with atomic_path(file) as temporary, temporary.open("wb") as handle:
                     np.savez(handle, ids=ids, cosines=cosines)
@@ -362,46 +433,172 @@ def _mine_blocks(
     return found
 
 
-def _nearest(
-    queries: Matrix,
+def _read_block(file: Path, rows: int, k: int) -> tuple[Int64, Float32]:
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            ids, cosines = stored["ids"], stored["cosines"]
+        if ids.shape == cosines.shape == (rows, k):
+            return ids, cosines
+        problem = f"it holds {ids.shape}, not {(rows, k)}"
+    except (OSError, KeyError, ValueError, EOFError) as error:
+        problem = str(error)
+    raise DataError(f"{file} is damaged: {problem}. Remove it and mine again")
+
+
+def _rows(parts: Sequence[Matrix], first: int, last: int) -> Matrix:
+    """Rows first, ..., last - 1 of all parts: a view where one part holds them."""
+    firsts = np.cumsum([0, *(len(part) for part in parts)]).tolist()
+    pieces = [
+        part[max(0, first - own) : last - own]
+        for part, own in zip(parts, firsts, strict=False)
+        if own < last and own + len(part) > first
+    ]
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+def _exact_search(
     caption_parts: Sequence[Matrix],
     k: int,
     threshold: float | None,
     backend: str,
     threads: int | None,
-    device: torch.device,
-    advance: Callable[[int], Any],
-) -> tuple[Int64, Float32]:
-    """Top-k of the whole corpus, merged part by part; equal cosines are ordered by id."""
-    ids = np.full((len(queries), k), -1, np.int64)
-    cosines = np.full((len(queries), k), -np.inf, np.float32)
-    rows: Any = queries
-    if device.type != "cpu":
-        rows = torch.from_numpy(np.ascontiguousarray(queries)).to(device)
-    first = 0
+) -> Search:
+    device = _device(backend, str(caption_parts[0].dtype))
     for part in caption_parts:
-        if not len(part):
-            continue
-        counted = 0
+        if isinstance(part, np.memmap) and hasattr(mmap, "MADV_SEQUENTIAL"):
+            # Reads ahead: a part that is not in memory takes half the time.
+            part._mmap.madvise(mmap.MADV_SEQUENTIAL)  # type: ignore[attr-defined]
 
-        def report(done: int, _total: int) -> None:
-            nonlocal counted
-            advance(done - counted)
-            counted = done
-
-        part_ids, part_cosines = topk(
-            rows, part, k, threshold, backend=backend, threads=threads, progress=report
+    def search(images: Matrix, report: Callable[[int, int], None]) -> tuple[Int64, Float32]:
+        queries: Any = images
+        if device.type != "cpu":
+            queries = torch.from_numpy(np.array(images)).to(device)
+        ids, cosines = topk(
+            queries,
+            list(caption_parts),
+            k,
+            threshold,
+            backend=backend,
+            threads=threads,
+            progress=report,
         )
-        report(len(queries) * len(part), 0)
-        part_ids, part_cosines = np.asarray(_host(part_ids)), np.asarray(_host(part_cosines))
-        shifted = np.where(part_ids >= 0, part_ids + first, -1)
-        # Earlier parts have lower ids and stand first, so a stable sort keeps ties in id order.
-        both = np.concatenate([cosines, part_cosines], axis=1)
-        order = np.argsort(-both, axis=1, kind="stable")[:, :k]
-        cosines = np.take_along_axis(both, order, axis=1)
-        ids = np.take_along_axis(np.concatenate([ids, shifted], axis=1), order, axis=1)
-        first += len(part)
-    return ids, cosines
+        return np.asarray(_host(ids)), np.asarray(_host(cosines))
+
+    return search
+
+
+def _approximate_search(
+    caption_parts: Sequence[Matrix],
+    k: int,
+    threshold: float,
+    recall: float,
+    index: Source | None,
+    backend: str,
+    threads: int | None,
+    seed: int,
+    blocks: Path | None,
+    sampled: Matrix,
+    images: int,
+) -> tuple[Search, dict[str, Any]]:
+    """A search that finds about `recall` of the pairs, and what it found of a sample of the images.
+
+    The index and what the sample told are kept, so that a run that goes on searches alike.
+    """
+    captions = list(caption_parts)
+    kept = Path(index) if index is not None else None if blocks is None else blocks / "index"
+    built = _open_index(kept, captions, seed, threads)
+    told = None if blocks is None else blocks / "approximate.json"
+    if told is not None and told.is_file():
+        measured = read_json(told)
+    else:
+        found = _with_bar(
+            "measuring recall",
+            lambda report: built.search(
+                sampled,
+                captions,
+                k,
+                threshold,
+                recall=recall,
+                sample=RECALL_ROWS,
+                population=images,
+                backend=backend,
+                seed=seed,
+                threads=threads,
+                progress=report,
+            ),
+        )
+        known = math.isfinite(found.recall)
+        measured = {
+            "asked": recall,
+            "recall": found.recall if known else None,
+            "recall_error": found.recall_error if known else None,
+            "recall_interval": list(found.recall_interval),
+            "recall_images": found.recall_queries,
+            "nprobe": found.nprobe,
+            "lists": built.lists,
+            "candidates": found.candidates,
+        }
+        if told is not None:
+            write_json(told, measured)
+    if measured["recall"] is None:
+        _log.warning(
+            "recall can't be measured: none of %d images sampled has a caption over the threshold",
+            len(sampled),
+        )
+    else:
+        _log.info(
+            "approximate search: recall %.3f (95 %% interval %.3f to %.3f, measured on %d images; "
+            "%.3f was asked for), %d of %d lists",
+            measured["recall"],
+            *measured["recall_interval"],
+            measured["recall_images"],
+            recall,
+            measured["nprobe"],
+            measured["lists"],
+        )
+
+    def search(images: Matrix, report: Callable[[int, int], None]) -> tuple[Int64, Float32]:
+        found = built.search(
+            images,
+            captions,
+            k,
+            threshold,
+            nprobe=measured["nprobe"],
+            sample=0,
+            backend=backend,
+            threads=threads,
+            progress=report,
+        )
+        return found.ids, found.scores
+
+    return search, measured
+
+
+def _open_index(
+    folder: Path | None, captions: list[Matrix], seed: int, threads: int | None
+) -> ApproximateIndex:
+    if folder is not None and (folder / "index.json").is_file():
+        return ApproximateIndex.load(folder, memory_map=True)
+    built: ApproximateIndex = _with_bar(
+        "building the index",
+        lambda report: ApproximateIndex.build(
+            captions, seed=seed, threads=threads, progress=report
+        ),
+    )
+    if folder is not None:
+        built.save(folder)
+    return built
+
+
+def _with_bar(description: str, work: Callable[[Callable[[int, int], None]], Any]) -> Any:
+    """What `work` gives, which is handed a callback for the work done and the work to do."""
+    with progress(total=0, description=description, unit="row", unit_scale=True) as bar:
+
+        def report(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return work(report)
 
 
 def _host(values: Any) -> Any:
@@ -436,8 +633,8 @@ def _nothing_found(
     backend: str,
 ) -> str:
     images = _sample_rows(image_parts, SAMPLE_ROWS, np.random.default_rng(0))
-    found = _mine_blocks([images], caption_parts, 1, None, backend=backend, threads=None)
-    best = max(float(cosines.max()) for _, cosines in found)
+    _, cosines = _exact_search(caption_parts, 1, None, backend, None)(images, lambda *_: None)
+    best = float(cosines.max())
     advice = f"give threshold='auto' ({random_pairs.value:.3f} here)"
     if best < random_pairs.value:
         advice = (
@@ -489,14 +686,15 @@ def _sample(
     """Lines image, label, cosine, caption of some images, those without captions among them."""
     generator = np.random.default_rng(seed)
     chosen = np.sort(generator.choice(len(table), min(SAMPLED_IMAGES, len(table)), replace=False))
-    described = _metadata(images, "img").take(chosen).to_pylist()
-    texts = _metadata(captions, "text")
+    described = _described(images, "img", chosen)
+    wanted = np.unique(np.concatenate([table[int(row)][0] for row in chosen]))
+    texts = dict(zip(wanted.tolist(), _described(captions, "text", wanted), strict=True))
     lines = ["image\tlabel\tcosine\tcaption"]
     for row, image in zip(chosen, described, strict=True):
         ids, cosines = table[int(row)]
         name, label = image["image_path"], image.get("label")
         found = [
-            (f"{cosine:.4f}", texts["caption"][int(caption)].as_py())
+            (f"{cosine:.4f}", texts[int(caption)]["caption"])
             for caption, cosine in zip(ids, cosines, strict=True)
         ]
         for cosine, text in found or [("", "")]:
@@ -505,19 +703,16 @@ def _sample(
     return "\n".join(lines) + "\n"
 
 
-def _metadata(folder: EmbeddingFolder, kind: Kind) -> pa.Table:
-    """Give the folder's metadata; row numbers stand for names and texts that it doesn't hold."""
+def _described(folder: EmbeddingFolder, kind: Kind, rows: Int64) -> list[dict[str, Any]]:
+    """Give some rows' metadata; row numbers stand for names and texts that the folder lacks."""
     column = "image_path" if kind == "img" else "caption"
-    if folder.has_metadata(kind):
-        table = folder.metadata(kind)
-        if column in table.column_names:
-            return table
-    rows = sum(len(part) for part in folder.parts(kind))
-    return pa.table({column: [str(row) for row in range(rows)]})
+    known = folder.describe(kind, rows) if folder.has_metadata(kind) else []
+    if known and column in known[0]:
+        return known
+    return [{column: str(row)} for row in rows]
 
 
-def _check_settings(out: Path, settings: dict[str, Any]) -> None:
-    stored = read_json(out / "mine.json")
+def _check_settings(out: Path, stored: dict[str, Any], settings: dict[str, Any]) -> None:
     differing = [name for name in settings if stored.get(name) != settings[name]]
     if differing:
         shown = ", ".join(

@@ -16,6 +16,7 @@ def progress(
     initial: int = 0,
     description: str = "",
     unit: str = "it",
+    unit_scale: bool = False,
 ) -> Any:
     """A tqdm bar on stderr that appears after two seconds, and only if stdout is a terminal."""
     return tqdm(
@@ -24,6 +25,7 @@ def progress(
         initial=initial,
         desc=description,
         unit=unit,
+        unit_scale=unit_scale,
         delay=2.0,
         disable=not sys.stdout.isatty(),
         dynamic_ncols=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +20,13 @@ import pymcip
 from pymcip import mining
 from pymcip.data import Captions, load_captions, load_images
 from pymcip.embedding import EmbeddingFolder, embed_captions, embed_images
-from pymcip.errors import ConfigError, DataError, OutputExistsError, StaleEmbeddingsError
+from pymcip.errors import (
+    ConfigError,
+    DataError,
+    MissingDependencyError,
+    OutputExistsError,
+    StaleEmbeddingsError,
+)
 from pymcip.mining import CaptionTable, auto_threshold, mine_table
 from pymcip.model import ClipModel, load
 from tests.conftest import CAPTIONS
@@ -97,11 +105,9 @@ def test_parts_and_blocks_do_not_matter(
     if not any(ids for ids, _ in oracle(rows, bank, k, threshold)):
         return
     whole, report = mine_table([rows], [bank], k=k, threshold=threshold)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mining, "BLOCK_ROWS", 3)
-        parts, same_report = mine_table(
-            split(rows, cuts[:1]), split(bank, cuts), k=k, threshold=threshold
-        )
+    parts, same_report = mine_table(
+        split(rows, cuts[:1]), split(bank, cuts), k=k, threshold=threshold, block_rows=3
+    )
     assert np.array_equal(whole.indptr, parts.indptr)
     assert np.array_equal(whole.ids, parts.ids)
     assert np.array_equal(whole.cosines, parts.cosines)
@@ -303,27 +309,34 @@ def test_captions_in_another_folder(
     assert result.table.num_captions == 4
 
 
+def stopping_topk(monkeypatch: pytest.MonkeyPatch, at: int) -> list[int]:
+    """Interrupt the op in its call `at`; the list tells the images of each call."""
+    calls: list[int] = []
+    original = mining.topk
+
+    def stopping(queries: Any, *arguments: Any, **named: Any) -> Any:
+        calls.append(len(queries))
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return original(queries, *arguments, **named)
+
+    monkeypatch.setattr(mining, "topk", stopping)
+    return calls
+
+
 def test_interrupted_mining_goes_on(
     embedded: EmbeddingFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = pymcip.mine_captions(**options(embedded, tmp_path, out=tmp_path / "whole"))
-    monkeypatch.setattr(mining, "BLOCK_ROWS", 2)
-    calls: list[int] = []
-    original = mining.topk
-
-    def stopping_topk(queries: Any, *arguments: Any, **named: Any) -> Any:
-        calls.append(len(queries))
-        if len(calls) == 8:  # three parts of captions each: in the third block of images
-            raise KeyboardInterrupt
-        return original(queries, *arguments, **named)
-
-    monkeypatch.setattr(mining, "topk", stopping_topk)
+    monkeypatch.setattr(mining, "_block_rows", lambda *_: 2)
+    calls = stopping_topk(monkeypatch, at=3)  # in the third block of images
     with pytest.raises(KeyboardInterrupt):
         pymcip.mine_captions(**options(embedded, tmp_path))
     assert len(list((tmp_path / "out" / "blocks").iterdir())) == 2
     assert not (tmp_path / "out" / "report.json").exists()
+    monkeypatch.setattr(mining, "_block_rows", lambda *_: 5)  # of another machine: the run's rule
     result = pymcip.mine_captions(**options(embedded, tmp_path))
-    assert sum(calls[8:]) == 3 * (12 - 4)  # four images were done
+    assert calls[3:] == [2] * 4  # four images were done
     assert np.array_equal(result.table.ids, whole.table.ids)
     assert np.array_equal(result.table.cosines, whole.table.cosines)
     assert result.report == whole.report
@@ -333,6 +346,253 @@ def test_interrupted_mining_goes_on(
     assert not calls
     assert again.report == result.report
     assert np.array_equal(again.table.ids, whole.table.ids)
+
+
+def test_blocks_do_not_follow_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each block reads all captions, so there are no more than needed, and all of one size."""
+    images, captions = clustered(0, 23, 41)
+    calls = stopping_topk(monkeypatch, at=0)
+    mine_table(split(images, [1, 1, 0, 6, 7]), [captions], k=2, threshold=0.5, block_rows=10)
+    assert calls == [7, 8, 8]
+    calls.clear()
+    mine_table(split(images, [1, 1]), split(captions, [5, 5]), k=2, threshold=0.5)
+    assert calls == [23]
+
+
+def test_blocks_are_one_pass_of_the_op() -> None:
+    """Rows, codes and candidates of a block stay below what the op takes at a time (32 MiB)."""
+    cpu = torch.device("cpu")
+    assert mining._block_rows(10, 512, cpu) == 20_480
+    for k, columns in [(1, 1), (10, 512), (16, 768), (64, 1152), (2048, 4096)]:
+        rows = mining._block_rows(k, columns, cpu)
+        assert rows == 256 or rows * (columns + 16 * max(64, 4 * k)) <= 30 << 20
+    assert mining._block_rows(10, 512, torch.device("cuda")) == 131_072
+
+
+def test_older_blocks_are_not_mixed_in(
+    embedded: EmbeddingFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of version 0.1 had other names, another size, and cosines with other last bits."""
+    whole = pymcip.mine_captions(**options(embedded, tmp_path, out=tmp_path / "whole"))
+    monkeypatch.setattr(mining, "_block_rows", lambda *_: 5)
+    stopping_topk(monkeypatch, at=2)
+    with pytest.raises(KeyboardInterrupt):
+        pymcip.mine_captions(**options(embedded, tmp_path))
+    out = tmp_path / "out"
+    stored = json.loads((out / "mine.json").read_text())
+    assert stored.pop("block_rows") == 5
+    assert stored.pop("recall") == 1
+    (out / "mine.json").write_text(json.dumps(stored))
+    wrong = {"ids": np.zeros((5, 3), np.int64), "cosines": np.ones((5, 3), np.float32)}
+    np.savez(out / "blocks" / "block_000000.npz", **wrong)
+    monkeypatch.setattr(mining, "_block_rows", lambda *_: 7)
+    result = pymcip.mine_captions(**options(embedded, tmp_path))
+    assert np.array_equal(result.table.ids, whole.table.ids)
+    assert np.array_equal(result.table.cosines, whole.table.cosines)
+    assert not (out / "blocks").exists()
+
+
+def test_damaged_block(
+    embedded: EmbeddingFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mining, "_block_rows", lambda *_: 6)
+    stopping_topk(monkeypatch, at=2)
+    with pytest.raises(KeyboardInterrupt):
+        pymcip.mine_captions(**options(embedded, tmp_path))
+    file = tmp_path / "out" / "blocks" / "images_0_6.npz"
+    np.savez(file, ids=np.zeros((6, 2), np.int64), cosines=np.zeros((6, 2), np.float32))
+    with pytest.raises(DataError, match=r"images_0_6\.npz is damaged: it holds \(6, 2\), not"):
+        pymcip.mine_captions(**options(embedded, tmp_path))
+    file.write_bytes(b"PK no")
+    with pytest.raises(DataError, match=r"images_0_6\.npz is damaged.*mine again"):
+        pymcip.mine_captions(**options(embedded, tmp_path))
+
+
+class Bar:
+    """Stands for tqdm's."""
+
+    def __init__(self, **named: Any) -> None:
+        self.named = named
+        self.total, self.n = named["total"], named.get("initial", 0)
+        self.places: list[float] = [self.n]
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self, count: float) -> None:
+        self.n += count
+        self.places.append(self.n)
+
+
+def test_bar_moves_within_blocks_and_goes_on(
+    embedded: EmbeddingFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bars: list[Bar] = []
+
+    def new_bar(**named: Any) -> Bar:
+        bars.append(Bar(**named))
+        return bars[-1]
+
+    original = mining.topk
+
+    def telling_topk(*arguments: Any, progress: Any, **named: Any) -> Any:
+        progress(1, 4)
+        progress(3, 4)
+        if len(bars) == 1 and bars[0].n > 12 * 8 / 2:
+            raise KeyboardInterrupt
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(mining, "progress", new_bar)
+    monkeypatch.setattr(mining, "topk", telling_topk)
+    monkeypatch.setattr(mining, "_block_rows", lambda *_: 6)
+    with pytest.raises(KeyboardInterrupt):
+        pymcip.mine_captions(**options(embedded, tmp_path))
+    pymcip.mine_captions(**options(embedded, tmp_path))
+    first, second = bars
+    assert (first.total, first.places) == (96, [0, 12, 36, 48, 60, 84])
+    assert (second.total, second.places) == (96, [48, 60, 84, 96])
+
+
+# Approximate search
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """600 images and 10,500 captions in 300 clusters: the least that an index can be trained on."""
+    pytest.importorskip("faiss")
+    generator = np.random.default_rng(5)
+    centres = generator.standard_normal((300, 16))
+    folder = tmp_path_factory.mktemp("large")
+    for kind, parts, count in (("img", 1, 600), ("text", 3, 3500)):
+        (folder / f"{kind}_emb").mkdir()
+        for part in range(parts):
+            rows = centres[generator.integers(0, 300, count)]
+            rows = unit(rows + 0.5 * generator.standard_normal(rows.shape))
+            np.save(folder / f"{kind}_emb" / f"{kind}_emb_{part}.npy", rows)
+    return folder
+
+
+def found_share(table: CaptionTable, exact: CaptionTable) -> float:
+    pairs = [
+        {(image, int(caption)) for image in range(len(each)) for caption in each[image][0]}
+        for each in (table, exact)
+    ]
+    return len(pairs[0] & pairs[1]) / len(pairs[1])
+
+
+def test_approximate_search(
+    large: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = pymcip.mine_captions(images=large, out=tmp_path / "exact", threshold=0.8, k=5)
+    assert (exact.report["recall"], exact.report["approximate"]) == (1.0, None)
+    named: dict[str, Any] = {
+        "images": large, "threshold": 0.8, "k": 5, "recall": 0.9, "index": tmp_path / "index",
+    }  # fmt: skip
+    with caplog.at_level(logging.INFO):
+        result = pymcip.mine_captions(**named, out=tmp_path / "out")
+    report = result.report["approximate"]
+    assert report["asked"] == 0.9
+    assert 1 <= report["nprobe"] < report["lists"]
+    assert result.report["recall"] == report["recall"] > 0.8
+    low, high = report["recall_interval"]
+    assert low < report["recall"] < high
+    assert f"recall {report['recall']:.3f} (95 % interval" in caplog.text
+    # 256 of 600 images were measured: five standard errors of a sample.
+    share = found_share(result.table, exact.table)
+    assert 0.5 < share < 1
+    assert share == pytest.approx(report["recall"], abs=5 * report["recall_error"])
+    exact_cosines = {
+        (image, int(i)): c for image in range(600) for i, c in zip(*exact.table[image], strict=True)
+    }
+    for image in range(600):
+        for caption, cosine in zip(*result.table[image], strict=True):
+            assert exact_cosines.get((image, int(caption)), cosine) == cosine
+    assert not (tmp_path / "out" / "blocks").exists()
+
+    def no_build(*_: Any, **__: Any) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr(mining.ApproximateIndex, "build", no_build)  # the folder is used again
+    again = pymcip.mine_captions(**named, out=tmp_path / "again")
+    assert np.array_equal(again.table.ids, result.table.ids)
+    with pytest.raises(StaleEmbeddingsError, match=r"another recall \(0\.9, now 1\.0\)"):
+        pymcip.mine_captions(images=large, out=tmp_path / "again", threshold=0.8, k=5)
+
+
+def test_interrupted_approximate_search_goes_on(
+    large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named: dict[str, Any] = {"images": large, "threshold": 0.8, "k": 5, "recall": 0.9}
+    whole = pymcip.mine_captions(**named, out=tmp_path / "whole")
+    monkeypatch.setattr(mining, "_block_rows", lambda *_: 200)
+    original = mining.ApproximateIndex.search
+    counts: list[int] = []
+
+    def stopping(self: Any, queries: Any, *arguments: Any, **options: Any) -> Any:
+        counts.append(len(queries))
+        if len(counts) == 3:  # the sample is the first
+            raise KeyboardInterrupt
+        return original(self, queries, *arguments, **options)
+
+    monkeypatch.setattr(mining.ApproximateIndex, "search", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        pymcip.mine_captions(**named, out=tmp_path / "out")
+    result = pymcip.mine_captions(**named, out=tmp_path / "out")
+    assert counts == [512, 200, 200, 200, 200]
+    assert np.array_equal(result.table.ids, whole.table.ids)
+    assert result.report == whole.report
+
+
+def test_approximate_search_of_few_images(large: Path) -> None:
+    folder = EmbeddingFolder(large)
+    images = folder.vectors("img")[:3]
+    table, report = mine_table([images], folder.parts("text"), k=5, threshold=0.8, recall=0.99)
+    assert len(table) == 3
+    assert report["approximate"]["recall_images"] == 1  # the others choose nprobe
+
+
+def test_recall_without_anything_to_measure(large: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One image of 600 has captions, and is not in the sample of the recall."""
+    folder = EmbeddingFolder(large)
+    captions = folder.parts("text")
+    images = np.zeros((2000, 16), np.float16)
+    images[0] = captions[0][0]
+    with caplog.at_level(logging.WARNING):
+        table, report = mine_table([images], captions, k=1, threshold=0.99, recall=0.9, seed=3)
+    assert table.ids.tolist() == [0]
+    assert report["recall"] is None
+    assert report["approximate"]["recall_interval"] == [0.0, 1.0]
+    assert "recall can't be measured" in caplog.text
+
+
+def test_approximate_search_refuses(
+    large: Path, embedded: EmbeddingFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match=r"recall=1\.5 is not a share; allowed: above 0"):
+        pymcip.mine_captions(images=large, out=tmp_path / "out", recall=1.5)
+    with pytest.raises(ConfigError, match=r"give recall too, such as 0\.95"):
+        pymcip.mine_captions(images=large, out=tmp_path / "out", index=tmp_path / "index")
+    with pytest.raises(DataError, match="8 rows is too small to train an approximate index"):
+        pymcip.mine_captions(**options(embedded, tmp_path, recall=0.9))
+    index = tmp_path / "index"
+    named: dict[str, Any] = {"images": large, "threshold": 0.8, "recall": 0.9, "index": index}
+    pymcip.mine_captions(**named, out=tmp_path / "whole")
+    with pytest.raises(DataError, match="the index was built from another bank"):
+        mine_table(
+            [np.eye(3, 16, dtype=np.float16)],
+            EmbeddingFolder(large).parts("text")[::-1],
+            k=1,
+            threshold=0.0,
+            recall=0.9,
+            index=index,
+        )
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(MissingDependencyError, match=r"faiss can't be imported.*pip install"):
+        pymcip.mine_captions(**named, out=tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_stale_result_is_refused(

@@ -65,7 +65,7 @@ class ApproximateResult:
         ids: int64 [N, k], by canonical score descending, then id ascending; -1 where there is none.
         scores: float32 [N, k], canonical (see `pymcip.ops.canonical`); -inf where there is none.
         recall: of all pairs in the exact answers for the sampled queries (k and threshold applied),
-            the share that was found; NaN if those answers are empty.
+            the share that was found; NaN if those answers are empty, or none was asked for.
         recall_error: its standard error, queries being the units sampled.
         recall_interval: 95 % interval (Wilson's, with as many trials as the standard error tells).
         recall_queries: how many queries were sampled.
@@ -266,6 +266,7 @@ class ApproximateIndex:
         nprobe: int | None = None,
         rerank: int = 30,
         sample: int = 256,
+        population: int | None = None,
         backend: str = "auto",
         seed: int = 0,
         threads: int | None = None,
@@ -283,7 +284,9 @@ class ApproximateIndex:
             nprobe: lists to search per query.
             rerank: candidates that are scored exactly, per place asked for (at least 100 in all).
             sample: queries whose exact answer is computed to measure the recall, each of which
-                costs M D products; and as many again to choose nprobe.
+                costs M D products; and as many again to choose nprobe. 0 measures nothing: recall is NaN.
+            population: of how many queries these are a random sample themselves; default: of none
+                but these. Error and interval of the recall are for them.
             backend: of `pymcip.ops.topk`, for the exact answers.
             seed: of the samples.
             threads: CPU threads; default: torch's number.
@@ -295,6 +298,11 @@ class ApproximateIndex:
         parts = _Parts(bank)
         topk(queries, parts.parts[0][:0], k, threshold, backend=backend)  # for its checks
         self._check_search(parts, recall, nprobe, rerank, sample)
+        if population is not None and population < len(queries):
+            raise ConfigError(
+                f"population={population!r} is not allowed; allowed: at least the {len(queries)} "
+                "queries themselves"
+            )
         threads = threads or torch.get_num_threads()
         count = len(queries)
         candidates = min(self.rows, max(100, rerank * k))
@@ -349,7 +357,10 @@ class ApproximateIndex:
             ids[first:last], scores[first:last] = block_ids, block_scores
             report(last - first)
             first = last
-        share, error, interval = _estimate(*_hits(ids[measured], exact(measured)), count)
+        share, error, interval = math.nan, math.nan, (0.0, 1.0)
+        if len(measured):
+            hits = _hits(ids[measured], exact(measured))
+            share, error, interval = _estimate(*hits, population or count)
         return ApproximateResult(
             ids=_like(queries, ids),
             scores=_like(queries, scores),
@@ -373,8 +384,9 @@ class ApproximateIndex:
             problems.append(f"nprobe={nprobe!r} is not allowed; allowed: 1 to {self.lists}")
         if rerank < 1:
             problems.append(f"rerank={rerank!r} is not allowed; allowed: at least 1")
-        if sample < 1:
-            problems.append(f"sample={sample!r} is not allowed; allowed: at least 1")
+        if sample < (nprobe is None):
+            least = "1, or 0 with nprobe given" if nprobe is None else "0"
+            problems.append(f"sample={sample!r} is not allowed; allowed: at least {least}")
         if problems:
             raise ConfigError(problems)
         shape, own = (parts.rows, parts.columns), (self.rows, self.columns)

@@ -1,0 +1,447 @@
+"""Mining at its full size: N images, M captions from the disk, a kill in the middle, resumed.
+
+`pymcip mine` runs in a process of its own, with a limit on its memory, two threads of it by default
+and a terminal, so that the bar is drawn. Once some blocks of images are finished it gets SIGKILL in
+the middle of the next one and is started again. The embeddings resemble a model's (see `Spectrum`)
+and lie on the disk as `pymcip embed` leaves them: fp16, in parts. Recall is the share of the pairs
+in an fp64 ranking of some images that were found.
+
+The rivals answer a part of the same problem, all in one run; their seconds for the whole of it are
+computed from that, and marked so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import pty
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import torch
+from harness import Report, Rival, common_arguments, compare
+from topk_rivals import Merge, MissingRivalError, Problem, faiss_flat, product_alone
+
+from pymcip import mining
+from pymcip.embedding import EmbeddingFolder
+from pymcip.mining import CaptionTable
+from pymcip.ops import topk
+
+FULL = {"images": 100_000, "captions": 12_000_000, "dim": 512, "part_rows": 100_000}
+SMOKE = {"images": 70_000, "captions": 6_000, "dim": 32, "part_rows": 1_500}
+CAPTIONS_PER_CLUSTER = 600
+GEMM_ROWS = 20_000
+POLL = 0.02  # seconds between looks at the mining process
+
+
+class Spectrum:
+    """Unit rows like those of a model: clusters, a mean that all share, a spectrum that decays.
+
+    A caption has a cosine of about 0.65 with its cluster's centre, an image one of 0.42, so that of
+    an image and a caption of its cluster is around 0.3. Blocks are drawn on their own, each from
+    its number: any order and any number of threads give the same rows.
+    """
+
+    KINDS: ClassVar = {"img": (0, 0.42, 0.85), "text": (1, 0.65, 0.7)}  # stream, own, noise
+
+    def __init__(self, dim: int, clusters: int, seed: int = 0) -> None:
+        generator = np.random.default_rng(seed)
+        self.dim, self.seed = dim, seed
+        self.centres = _unit(generator.standard_normal((clusters, dim), np.float32))
+        self.mean = 0.3 * _unit(generator.standard_normal((1, dim), np.float32))
+        self.spectrum = (1 + np.arange(dim, dtype=np.float32) / 64) ** np.float32(-0.5)
+
+    def rows(self, kind: str, block: int, count: int) -> np.ndarray:
+        """fp16 [count, D]: the block's rows."""
+        number, own, noise = self.KINDS[kind]
+        generator = np.random.default_rng([self.seed, number, block])
+        rows = generator.standard_normal((count, self.dim), np.float32)
+        rows *= self.spectrum
+        rows *= noise / _norms(rows)
+        rows += np.float32(own) * self.centres[generator.integers(0, len(self.centres), count)]
+        rows += self.mean
+        rows /= _norms(rows)
+        return torch.from_numpy(rows).half().numpy()
+
+
+def _norms(rows: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.einsum("ij,ij->i", rows, rows))[:, None]
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    return rows / _norms(rows)
+
+
+def generate(folder: Path, options: argparse.Namespace) -> float:
+    """Write the embedding folder, unless it is there; seconds."""
+    start = time.perf_counter()
+    spectrum = Spectrum(options.dim, max(1, options.captions // CAPTIONS_PER_CLUSTER))
+    layout = {"img": (options.images, "metadata"), "text": (options.captions, "text_metadata")}
+    jobs = []
+    for kind, (count, metadata) in layout.items():
+        (folder / f"{kind}_emb").mkdir(parents=True, exist_ok=True)
+        (folder / metadata).mkdir(exist_ok=True)
+        for part, first in enumerate(range(0, count, options.part_rows)):
+            jobs.append((kind, metadata, part, first, min(options.part_rows, count - first)))
+
+    def write(job: tuple[str, str, int, int, int]) -> None:
+        kind, metadata, part, first, count = job
+        described = folder / metadata / f"metadata_{part}.parquet"
+        if described.is_file():
+            return
+        np.save(folder / f"{kind}_emb" / f"{kind}_emb_{part}.npy", spectrum.rows(kind, part, count))
+        names = [
+            f"number {row} of the things that one could say" for row in range(first, first + count)
+        ]
+        column = "image_path" if kind == "img" else "caption"
+        pa.parquet.write_table(
+            pa.table({"index": range(first, first + count), column: names}), described
+        )
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, jobs))
+    return time.perf_counter() - start
+
+
+# --------------------------------------------------------------------------------------------------
+# Mining, watched
+
+
+@dataclass
+class Watched:
+    """One process: what it took, until it ended or was killed."""
+
+    seconds: float = 0.0
+    killed: bool = False
+    since_block: float = 0.0  # from the last finished block to the kill
+    peak: dict[str, int] = field(default_factory=dict)  # bytes, by /proc/PID/status's names
+    shown: str = ""  # on its terminal
+
+
+def mine(options: argparse.Namespace, folder: Path, out: Path, kill_at: float | None) -> Watched:
+    """Run `pymcip mine`; kill it when that share of the blocks, and half a block more, is done."""
+    command = [sys.executable, "-m", "pymcip", "mine", "--images", folder, "--out", out]
+    command += ["--k", options.k, "--threshold", options.threshold, "--backend", options.backend]
+    command += ["--threads", options.threads]
+    watched = Watched()
+    terminal, side = pty.openpty()
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        list(map(str, command)), stdin=side, stdout=side, stderr=side, start_new_session=True
+    )
+    os.close(side)
+    if options.memory_limit:
+        limit = int(options.memory_limit * 2**30)
+        resource.prlimit(process.pid, resource.RLIMIT_DATA, (limit, limit))
+    shown: list[bytes] = []
+    reader = threading.Thread(target=_drain, args=(terminal, shown))
+    reader.start()
+    rows = mining._block_rows(options.k, options.dim, torch.device("cpu"))
+    planned = -(-options.images // rows)
+    due = None if kill_at is None else max(1, round(kill_at * planned))
+    last, finished, spacing = start, 0, 0.0
+    while process.poll() is None:
+        time.sleep(POLL)
+        _remember(process.pid, watched.peak)
+        now = time.perf_counter()
+        done = len(list(out.glob("blocks/images_*.npz")))
+        if done > finished:
+            spacing, last, finished = (now - last) / (done - finished), now, done
+        if due is not None and done >= due and now - last >= spacing / 2:
+            process.send_signal(signal.SIGKILL)
+            watched.killed, watched.since_block = True, now - last
+            break
+    process.wait()
+    watched.seconds = time.perf_counter() - start
+    reader.join()
+    os.close(terminal)
+    watched.shown = b"".join(shown).decode(errors="replace")
+    if process.returncode != 0 and not watched.killed:
+        raise SystemExit(f"pymcip mine failed ({process.returncode}):\n{watched.shown[-4000:]}")
+    return watched
+
+
+def _drain(terminal: int, shown: list[bytes]) -> None:
+    with contextlib.suppress(OSError):  # the other side is closed
+        while block := os.read(terminal, 65_536):
+            shown.append(block)
+
+
+def _remember(pid: int, peak: dict[str, int]) -> None:
+    """The highest of each figure so far. VmHWM counts pages of the page cache that are mapped."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name in ("VmHWM", "RssAnon", "RssFile"):
+                peak[name] = max(peak.get(name, 0), int(value.split()[0]) * 1024)
+
+
+def bar_places(shown: str) -> list[int]:
+    """The percentages that the bar went through."""
+    places = []
+    for line in shown.replace("\n", "\r").split("\r"):
+        head, mark, _ = line.partition("%|")
+        if mark and head.startswith("mining:"):
+            places.append(int(head.removeprefix("mining:")))
+    return places
+
+
+# --------------------------------------------------------------------------------------------------
+# Correctness, ceiling, rivals
+
+
+def fp64_recall(
+    options: argparse.Namespace, folder: EmbeddingFolder, table: CaptionTable
+) -> dict[str, Any]:
+    """Compare a sample of the images with their ranking in fp64, scores rounded to fp32."""
+    chosen = np.linspace(0, len(table) - 1, min(options.checked, len(table))).astype(np.int64)
+    queries = torch.from_numpy(folder.vectors("img")[chosen].astype(np.float64))
+    best = torch.empty(len(chosen), 0, dtype=torch.float32)
+    ids = torch.empty(len(chosen), 0, dtype=torch.int64)
+    first = 0
+    for part in folder.parts("text"):
+        for start in range(0, len(part), 16_384):
+            rows = torch.from_numpy(part[start : start + 16_384].astype(np.float32)).double()
+            scores = (queries @ rows.T).float()
+            more, places = scores.sort(dim=1, descending=True, stable=True)
+            best = torch.cat([best, more[:, : options.k]], 1)
+            ids = torch.cat([ids, places[:, : options.k] + first + start], 1)
+            best, order = best.sort(dim=1, descending=True, stable=True)
+            best, ids = best[:, : options.k], ids.gather(1, order)[:, : options.k]
+        first += len(part)
+    due = hits = same = 0
+    for row, image in enumerate(chosen):
+        wanted = ids[row][best[row] >= np.float32(options.threshold)].tolist()
+        found = table[int(image)][0].tolist()
+        due += len(wanted)
+        hits += len(set(wanted) & set(found))
+        same += wanted == found
+    return {
+        "recall": hits / due if due else None,
+        "images": len(chosen),
+        "same_order": same / len(chosen),
+    }
+
+
+def gemm_rate(options: argparse.Namespace) -> float:
+    """GFLOP/s of torch's bf16 product alone, at this width."""
+    generator = torch.Generator().manual_seed(0)
+    problem = Problem(
+        torch.randn(2048, options.dim, generator=generator),
+        torch.randn(GEMM_ROWS, options.dim, generator=generator),
+        options.k,
+        options.threads,
+    )
+    run = product_alone(problem, torch.bfloat16, GEMM_ROWS)
+    (timing,) = compare([Rival("product", run)], repetitions=7)
+    return 2e-9 * 2048 * GEMM_ROWS * options.dim / timing.quantile(0.5)
+
+
+def rivals(options: argparse.Namespace, folder: EmbeddingFolder) -> list[Rival]:
+    """The same problem, smaller: all take fp16 parts as they lie on the disk."""
+    images = np.array(folder.parts("img")[0][: options.rival_images])
+    parts, left = [], options.rival_captions
+    for part in folder.parts("text"):
+        parts.append(part[:left])
+        left -= len(parts[-1])
+        if left <= 0:
+            break
+
+    def ours() -> Any:
+        return topk(images, parts, options.k, options.threshold, threads=options.threads)
+
+    def by_torch() -> Any:
+        queries, best, first = torch.from_numpy(images).bfloat16(), Merge(options.k), 0
+        for part in parts:
+            for start in range(0, len(part), 4000):
+                rows = torch.from_numpy(np.array(part[start : start + 4000])).bfloat16()
+                best.add(queries @ rows.T, first + start)
+            first += len(part)
+        return best.ids, best.scores
+
+    def by_faiss() -> Any:
+        best, first = Merge(options.k), 0
+        for part in parts:
+            rows = torch.from_numpy(np.array(part))
+            problem = Problem(torch.from_numpy(images), rows, options.k, options.threads)
+            ids, scores = faiss_flat(problem)()
+            best.ids, best.scores = _merged(best, ids, scores, first, options.k)
+            first += len(part)
+        return best.ids, best.scores
+
+    wanted = torch.from_numpy(ours()[0])
+
+    def recall(result: tuple[Any, Any]) -> float:
+        ids, scores = (torch.as_tensor(part) for part in result)
+        ids = torch.where(scores >= options.threshold, ids, -1)
+        due = wanted >= 0
+        hit = torch.stack([torch.isin(own, got) for own, got in zip(wanted, ids, strict=True)])
+        return float(hit[due].double().mean()) if due.any() else float("nan")
+
+    found = [Rival("pymcip topk over parts", ours, recall)]
+    found.append(Rival("torch bf16 mm+topk, 4k", by_torch, recall))
+    with contextlib.suppress(MissingRivalError, ImportError):
+        import faiss  # noqa: F401
+
+        found.append(Rival("faiss IndexFlatIP, by parts", by_faiss, recall))
+    return found
+
+
+def _merged(best: Merge, ids: Any, scores: Any, first: int, k: int) -> tuple[Any, Any]:
+    scores, ids = torch.as_tensor(scores), torch.as_tensor(ids) + first
+    if first:
+        scores, ids = torch.cat([best.scores, scores], 1), torch.cat([best.ids, ids], 1)
+        scores, order = scores.topk(min(k, scores.shape[1]), dim=1)
+        ids = ids.gather(1, order)
+    return ids, scores
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = common_arguments(__doc__)
+    parser.add_argument("--work", type=Path, help="folder for the data; default: a temporary one")
+    parser.add_argument("--keep", action="store_true", help="leave the embeddings in --work")
+    parser.add_argument("--smoke", action="store_true", help=f"small: {SMOKE}")
+    for name, value in FULL.items():
+        parser.add_argument("--" + name.replace("_", "-"), type=int, help=f"default: {value}")
+    parser.add_argument("--k", type=int, default=10)
+    parser.add_argument("--threshold", type=float, default=0.27)
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--memory-limit", type=float, help="GiB of data (RLIMIT_DATA) of the miner")
+    parser.add_argument("--kill-at", type=float, default=0.5, help="share of the blocks; 0: never")
+    parser.add_argument("--checked", type=int, default=32, help="images ranked in fp64")
+    parser.add_argument("--rival-images", type=int, default=2048)
+    parser.add_argument("--rival-captions", type=int, default=200_000)
+    parser.add_argument("--note", default="", help="what else ran on the machine; goes into rows")
+    options = parser.parse_args(words)
+    for name, value in (SMOKE if options.smoke else FULL).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    return options
+
+
+@contextlib.contextmanager
+def place(options: argparse.Namespace) -> Iterator[Path]:
+    """Where the data go, with enough room for them."""
+    rows = options.images + options.captions
+    needed = rows * (2 * options.dim + 100)
+    work = options.work or Path(tempfile.mkdtemp(prefix="bench_mining_"))
+    work.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(work).free
+    here = sum(file.stat().st_size for file in work.glob("embedded/*/*"))
+    if free < 1.1 * needed - here:
+        raise SystemExit(f"{work} has {free / 1e9:.1f} GB free; {needed / 1e9:.1f} GB are needed")
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work / "mined", ignore_errors=True)
+        if not options.keep:
+            shutil.rmtree(work / "embedded", ignore_errors=True)
+        if options.work is None:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    options = arguments(words)
+    torch.set_num_threads(options.threads)
+    report = Report("mining", device="cpu", dtype="float16", packages=("faiss-cpu",))
+    case = {
+        "N": options.images,
+        "M": options.captions,
+        "D": options.dim,
+        "k": options.k,
+        "threshold": options.threshold,
+    }
+    with place(options) as work:
+        seconds = generate(work / "embedded", options)
+        print(f"embeddings generated or found in {seconds:.1f} s")
+        figures = full_case(options, work, case)
+        report.record({"case": case, "rival": "pymcip mine", **figures})
+        smaller = case | {"N": options.rival_images, "M": options.rival_captions}
+        work_done = 2e-9 * smaller["N"] * smaller["M"] * options.dim
+        timings = compare(
+            rivals(options, EmbeddingFolder(work / "embedded")),
+            repetitions=options.repetitions,
+            warmup=1,
+        )
+    report.add(smaller, timings, work=work_done, unit="GFLOP", accuracy="recall")
+    larger = case["N"] * case["M"] / (smaller["N"] * smaller["M"])
+    for row in report.rows[1:]:
+        row["note"] = options.note
+        row["whole_case_seconds"] = {"computed": row["seconds"]["p50"] * larger}
+        print(f"{row['rival']}: {row['seconds']['p50'] * larger:.0f} s for the whole, computed")
+    summary = {"bench": "mining", "case": case, **figures}
+    summary["rivals"] = {
+        row["rival"]: row["whole_case_seconds"] | {"recall": row["accuracy"].get("recall")}
+        for row in report.rows[1:]
+    }
+    report.finish(store=options.store, summary=summary)
+
+
+def full_case(options: argparse.Namespace, work: Path, case: dict[str, Any]) -> dict[str, Any]:
+    out = work / "mined"
+    shutil.rmtree(out, ignore_errors=True)
+    before = gemm_rate(options)
+    runs = [mine(options, work / "embedded", out, options.kill_at or None)]
+    if runs[0].killed:
+        print(f"killed after {runs[0].seconds:.1f} s, {runs[0].since_block:.1f} s into a block")
+        runs.append(mine(options, work / "embedded", out, None))
+    again = mine(options, work / "embedded", out, None)  # opens what is there
+    after = gemm_rate(options)
+    whole = sum(run.seconds for run in runs)
+    lost = sum(run.since_block for run in runs) + (again.seconds if runs[0].killed else 0.0)
+    flop = 2e-9 * options.images * options.captions * options.dim
+    rate = flop / (whole - lost)
+    ceiling = (before + after) / 2
+    places = [bar_places(run.shown) for run in runs]
+    table = CaptionTable.load(out)
+    figures = {
+        "note": options.note,
+        "seconds": whole,
+        "seconds_lost_by_the_kill": lost,
+        "seconds_without_the_kill": {"computed": whole - lost},
+        "killed": runs[0].killed,
+        "pairs_per_second": options.images * options.captions / (whole - lost),
+        "rate": rate,
+        "unit": "GFLOP/s",
+        "gemm_bf16_rate": {"before": before, "after": after},
+        "times_gemm_bf16": rate / ceiling,
+        "block_rows": json.loads((out / "mine.json").read_text())["block_rows"],
+        "memory_limit_gib": options.memory_limit,
+        "peak_bytes": {
+            "without_page_cache": max(run.peak.get("RssAnon", 0) for run in runs),
+            "resident": max(run.peak.get("VmHWM", 0) for run in runs),
+            "mapped_files": max(run.peak.get("RssFile", 0) for run in runs),
+        },
+        "bar": [{"from": own[0], "to": own[-1], "places": len(set(own))} for own in places if own],
+        "pairs": len(table.ids),
+        "fp64": fp64_recall(options, EmbeddingFolder(work / "embedded"), table),
+        "threads": options.threads,
+    }
+    print(json.dumps(case))
+    for name, value in figures.items():
+        print(f"  {name}: {value}")
+    return figures
+
+
+if __name__ == "__main__":
+    main()
