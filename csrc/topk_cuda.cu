@@ -72,6 +72,15 @@ PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
 
 bool has_tensor_maps() { return tensor_map_encoder() != nullptr; }
 
+// Where code for sm_90a was left out of the build, the Hopper kernels are empty: a few registers.
+bool has_hopper_code() {
+    cudaFuncAttributes found{};
+    if (cudaFuncGetAttributes(&found, screen_hopper<Screen::bf16>) == cudaSuccess)
+        return found.numRegs >= 100;
+    cudaGetLastError();
+    return false;
+}
+
 // Boxes of kStepBytes x box_rows of a matrix of bytes, swizzled by 128 bytes.
 TensorMap tensor_map(const void* data, std::int64_t row_bytes, std::int64_t rows,
                      std::int64_t stride, int box_rows) {
@@ -94,7 +103,9 @@ TensorMap tensor_map(const void* data, std::int64_t row_bytes, std::int64_t rows
 #endif
 
 constexpr std::int64_t kRangeRows = 256;  // ranges of a chunk start at multiples of this
-constexpr int kMostQueryBlock = 8192;     // their packed rows stay in the L2 cache beside the bank's
+// Queries screened in one launch: their packed rows stay in the L2 cache beside the bank's.
+constexpr std::int64_t kMostQueryBlock = 8192;
+constexpr std::int64_t kMostQueryBlockBytes = 16 << 20;
 constexpr int kSlots = 2;
 constexpr int kLevels = 32;  // of halved ranges: more than a chunk has
 
@@ -162,7 +173,8 @@ struct Layout {
         };
         queries = tiles(std::min<std::int64_t>(limits.query_bytes / row_bytes, 1 << 24), N);
         query_block = static_cast<int>(
-            tiles(std::min<std::int64_t>(limits.candidate_bytes / capacity / 8, kMostQueryBlock),
+            tiles(std::min({limits.candidate_bytes / capacity / 8, kMostQueryBlock,
+                            kMostQueryBlockBytes / row_bytes}),
                   queries));
         std::int64_t rows = 1 << 20;
         if (!in_place) rows = std::min(rows, limits.packed_bytes / row_bytes);
@@ -180,6 +192,7 @@ struct Layout {
             pointer = reinterpret_cast<T*>(take(count * static_cast<std::int64_t>(sizeof(T))));
         };
         query_data = take(queries * row_bytes);
+        take_array(unrankable, 2);
         take_array(query_meta, queries);
         take_array(cuts, queries);
         take_array(filled, queries);
@@ -209,6 +222,7 @@ struct Layout {
     int chunk_rows;
     std::int64_t bytes = 0;
 
+    unsigned long long* unrankable;  // of the queries, of the bank
     char* query_data;
     Row* query_meta;
     float* cuts;
@@ -309,10 +323,13 @@ class Search {
     Search(const Search&) = delete;
     Search& operator=(const Search&) = delete;
 
-    void run() {
+    CudaTopkOutcome run() {
         plan_chunks();
-        for (std::int64_t first = 0; first < problem_.queries.rows; first += layout_.queries)
+        check(cudaMemsetAsync(layout_.unrankable, 0xff, 2 * sizeof(unsigned long long), stream_),
+              "clearing");
+        for (std::int64_t first = 0; first < problem_.queries.rows && good(); first += layout_.queries)
             search(first, std::min(layout_.queries, problem_.queries.rows - first));
+        return outcome_;
     }
 
   private:
@@ -347,10 +364,17 @@ class Search {
         launch(start_search, blocks_for(count * k, 256 * 4), 256, 0, stream_,
                static_cast<int>(count), k, problem_.threshold, layout_.cuts, layout_.filled,
                layout_.counts, problem_.ids + first_query * k, problem_.scores + first_query * k);
-        if (chunks_.empty()) return launched();
-        const Source queries = source_of(problem_.queries, first_query);
-        pack(queries, static_cast<int>(count), layout_.query_data, layout_.query_meta, nullptr,
-             nullptr);
+        launched();
+        PackProblem queries{};
+        queries.source = source_of(problem_.queries, first_query);
+        queries.rows = static_cast<int>(count);
+        queries.packed = layout_.query_data;
+        queries.meta = layout_.query_meta;
+        queries.unrankable = layout_.unrankable;
+        queries.first = first_query;
+        pack(queries);
+        fetch_unrankable();
+        if (!good()) return;
 
         std::unique_ptr<Step> last;
         const auto finish_last = [&] {
@@ -377,7 +401,20 @@ class Search {
             }
         }
         finish_last();
+        fetch_unrankable();
     }
+
+    void fetch_unrankable() {
+        unsigned long long found[2];
+        check(cudaMemcpyAsync(found, layout_.unrankable, sizeof found, cudaMemcpyDeviceToHost,
+                              stream_),
+              "copying");
+        check(cudaStreamSynchronize(stream_), "running the kernels");
+        outcome_.bad_query = static_cast<std::int64_t>(found[0]);  // all ones: -1
+        outcome_.bad_bank_row = static_cast<std::int64_t>(found[1]);
+    }
+
+    bool good() const { return outcome_.bad_query < 0 && outcome_.bad_bank_row < 0; }
 
     // ---- chunks
 
@@ -464,9 +501,16 @@ class Search {
                                   sizeof(float),
                               stream_),
               "clearing");
-        if (!layout_.in_place || problem_.exact)
-            pack(slot.source, slot.rows, slot.packed, slot.meta, slot.group_norm,
-                 slot.group_residual);
+        PackProblem rows{};
+        rows.source = slot.source;
+        rows.rows = slot.rows;
+        rows.packed = slot.packed;
+        rows.meta = slot.meta;
+        rows.group_norm = slot.group_norm;
+        rows.group_residual = slot.group_residual;
+        rows.unrankable = layout_.unrankable + 1;
+        rows.first = slot.first;
+        pack(rows);
         if (layout_.in_place) {
             slot.screened = static_cast<const char*>(slot.source.data);
             slot.screened_stride = slot.source.row_stride * 2;
@@ -484,38 +528,24 @@ class Search {
                 type, matrix.row_stride, matrix.column_stride};
     }
 
-    void pack(const Source& source, int rows, char* packed, Row* meta, float* group_norm,
-              float* group_residual) {
-        const PackProblem pack{source, rows,       static_cast<int>(problem_.bank.columns),
-                               layout_.row_bytes,  packed,
-                               meta,   group_norm, group_residual};
-        if (layout_.screen == Screen::bf16) {
-            const int blocks = blocks_for(rows, kPackThreads / 32);
-            switch (source.type) {
-                case Type::float32:
-                    launch(pack_bf16<Type::float32>, blocks, kPackThreads, 0, stream_, pack);
-                    break;
-                case Type::float16:
-                    launch(pack_bf16<Type::float16>, blocks, kPackThreads, 0, stream_, pack);
-                    break;
-                case Type::bfloat16:
-                    launch(pack_bf16<Type::bfloat16>, blocks, kPackThreads, 0, stream_, pack);
-                    break;
-            }
-        } else {
-            const int blocks = blocks_for(rows, 1);
-            const std::size_t shared = spread_length(layout_.row_bytes) * sizeof(float);
-            switch (source.type) {
-                case Type::float32:
-                    launch(pack_int8<Type::float32>, blocks, kPackThreads, shared, stream_, pack);
-                    break;
-                case Type::float16:
-                    launch(pack_int8<Type::float16>, blocks, kPackThreads, shared, stream_, pack);
-                    break;
-                case Type::bfloat16:
-                    launch(pack_int8<Type::bfloat16>, blocks, kPackThreads, shared, stream_, pack);
-                    break;
-            }
+    void pack(PackProblem& p) {
+        p.D = static_cast<int>(problem_.bank.columns);
+        p.row_bytes = layout_.row_bytes;
+        const bool bf16 = layout_.screen == Screen::bf16;
+        const auto start = [&](auto bf16_kernel, auto int8_kernel) {
+            launch(bf16 ? bf16_kernel : int8_kernel, blocks_for(p.rows, bf16 ? kPackThreads / 32 : 1),
+                   kPackThreads, bf16 ? 0 : spread_length(p.row_bytes) * sizeof(float), stream_, p);
+        };
+        switch (p.source.type) {
+            case Type::float32:
+                start(pack_bf16<Type::float32>, pack_int8<Type::float32>);
+                break;
+            case Type::float16:
+                start(pack_bf16<Type::float16>, pack_int8<Type::float16>);
+                break;
+            case Type::bfloat16:
+                start(pack_bf16<Type::bfloat16>, pack_int8<Type::bfloat16>);
+                break;
         }
         launched();
     }
@@ -727,11 +757,13 @@ class Search {
     Event piece_copied_[2];
     Stream copies_;
     std::future<void> staged_;
+    CudaTopkOutcome outcome_;
 };
 
 }  // namespace cuda
 
 std::vector<std::string> topk_cuda_paths(int device) {
+    const cuda::OnDevice on_device(device);
     int major = 0, minor = 0, shared = 0;
     cuda::check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
                 "asking for the compute capability");
@@ -742,7 +774,8 @@ std::vector<std::string> topk_cuda_paths(int device) {
         "asking for the shared memory");
     std::vector<std::string> paths;
     if (major < 8) return paths;
-    if (major == 9 && minor == 0 && cuda::has_tensor_maps()) paths.emplace_back("hopper");
+    if (major == 9 && minor == 0 && cuda::has_tensor_maps() && cuda::has_hopper_code())
+        paths.emplace_back("hopper");
     if (shared >= cuda::MmaShape<256>::shared_bytes) paths.emplace_back("mma");
     if (shared >= cuda::MmaShape<128>::shared_bytes) paths.emplace_back("mma128");
     return paths;
@@ -755,16 +788,17 @@ CudaTopkMemory topk_cuda_memory(const CudaTopkProblem& problem) {
     return {layout.bytes, 256 + staging};
 }
 
-bool topk_cuda(const CudaTopkProblem& problem, const CudaProgress& progress) {
-    if (problem.queries.rows == 0) return true;
+CudaTopkOutcome topk_cuda(const CudaTopkProblem& problem, const CudaProgress& progress) {
+    CudaTopkOutcome stopped;
+    stopped.finished = false;
+    if (problem.queries.rows == 0) return {};
     const cuda::OnDevice on_device(problem.device);
     cuda::Search search(problem, progress);
     try {
-        search.run();
+        return search.run();
     } catch (const cuda::Stopped&) {
-        return false;
+        return stopped;
     }
-    return true;
 }
 
 }  // namespace pymcip

@@ -1,5 +1,5 @@
 // Exact top-k on a GPU: the host's side. See topk_cuda.cu for how it works, pymcip/ops/topk.py for the
-// contract. The caller has checked that shapes agree, rows are finite and the threshold is no NaN,
+// contract. The caller has checked that shapes agree and the threshold is no NaN,
 // 1 <= k <= kMostK, 1 <= D <= kMostD; queries, ids, scores and workspace are on `device`.
 #pragma once
 
@@ -66,8 +66,16 @@ CudaTopkMemory topk_cuda_memory(const CudaTopkProblem& problem);
 // returning false stops the search. It must not throw.
 using CudaProgress = std::function<bool(std::int64_t done, std::int64_t total)>;
 
-// Returns false if `progress` stopped it; the outputs are then unspecified. When it returns, the
+struct CudaTopkOutcome {
+    bool finished = true;  // false: `progress` stopped it
+    // The lowest number of a row that can't be ranked, since its squared norm is not finite in fp32; -1:
+    // none was found. Queries that are searched together are looked at before, the bank meanwhile.
+    std::int64_t bad_query = -1;
+    std::int64_t bad_bank_row = -1;
+};
+
+// The outputs are unspecified unless the search has finished and found no bad row. When it returns, the
 // device is done with the workspace.
-bool topk_cuda(const CudaTopkProblem& problem, const CudaProgress& progress);
+CudaTopkOutcome topk_cuda(const CudaTopkProblem& problem, const CudaProgress& progress);
 
 }  // namespace pymcip

@@ -160,28 +160,8 @@ __device__ __forceinline__ float warp_max(float x) {
     return x;
 }
 
-__device__ __forceinline__ void store_row(Row* rows, float* group_norm, float* group_residual,
-                                          int row, int depth, float squares, float amax,
-                                          float residual_squares, float scale) {
-    float norm, residual;
-    if (squares >= kSmallSquares) {
-        residual = sqrtf(residual_squares) * kRaise;
-        norm = (sqrtf(squares) + residual) * kRaise;  // |x'| <= |x| + |x - x'|
-    } else {
-        norm = residual = amax * sqrtf(static_cast<float>(depth)) * (2.0f * kRaise);
-    }
-    residual += kFlushed;
-    rows[row] = {norm, residual, scale, 0.0f};
-    if (group_norm) {  // not negative: they compare as integers
-        atomicMax(reinterpret_cast<int*>(group_norm) + row / kGroupRows, __float_as_int(norm));
-        atomicMax(reinterpret_cast<int*>(group_residual) + row / kGroupRows,
-                  __float_as_int(residual));
-    }
-}
-
 // --------------------------------------------------------------------------------------------------
-// Packing: rows of `row_bytes` (a multiple of kStepBytes), zero from element D on. group_norm and
-// group_residual start as zeros, or are null.
+// Packing: rows of `row_bytes` (a multiple of kStepBytes), zero from element D on.
 
 struct PackProblem {
     Source source;
@@ -190,9 +170,31 @@ struct PackProblem {
     int row_bytes;
     void* packed;  // null: only the norms are wanted, the source itself is screened
     Row* meta;
-    float* group_norm;
+    float* group_norm;  // start as zeros, or are null
     float* group_residual;
+    unsigned long long* unrankable;  // the lowest number of a row whose squared norm isn't finite
+    std::int64_t first;              // number of row 0
 };
+
+__device__ __forceinline__ void store_row(const PackProblem& p, int row, int depth, float squares,
+                                          float amax, float residual_squares, float scale) {
+    if (!(squares < kInfinity))
+        atomicMin(p.unrankable, static_cast<unsigned long long>(p.first + row));
+    float norm, residual;
+    if (squares >= kSmallSquares) {
+        residual = sqrtf(residual_squares) * kRaise;
+        norm = (sqrtf(squares) + residual) * kRaise;  // |x'| <= |x| + |x - x'|
+    } else {
+        norm = residual = amax * sqrtf(static_cast<float>(depth)) * (2.0f * kRaise);
+    }
+    residual += kFlushed;
+    p.meta[row] = {norm, residual, scale, 0.0f};
+    if (p.group_norm) {  // not negative: they compare as integers
+        atomicMax(reinterpret_cast<int*>(p.group_norm) + row / kGroupRows, __float_as_int(norm));
+        atomicMax(reinterpret_cast<int*>(p.group_residual) + row / kGroupRows,
+                  __float_as_int(residual));
+    }
+}
 
 // A warp per row.
 template <Type type>
@@ -225,8 +227,7 @@ __global__ __launch_bounds__(kPackThreads) void pack_bf16(const PackProblem p) {
         residual_squares = warp_sum(residual_squares);
         amax = warp_max(amax);
         if (lane == 0)
-            store_row(p.meta, p.group_norm, p.group_residual, row, depth, squares, amax,
-                      residual_squares, 1.0f);
+            store_row(p, row, depth, squares, amax, residual_squares, 1.0f);
     }
 }
 
@@ -383,8 +384,7 @@ __global__ __launch_bounds__(kPackThreads) void pack_int8(const PackProblem p) {
         if (threadIdx.x == 0) {
             residual_squares = 0.0f;
             for (int w = 0; w < kPackThreads / 32; ++w) residual_squares += sums[2][w];
-            store_row(p.meta, p.group_norm, p.group_residual, row, depth, squares, amax,
-                      residual_squares, scale);
+            store_row(p, row, depth, squares, amax, residual_squares, scale);
         }
         __syncthreads();
     }

@@ -69,7 +69,8 @@ py::tuple memory(const MatrixTuple& queries, const MatrixTuple& bank, bool bank_
     return py::make_tuple(found.workspace_bytes, found.pinned_bytes);
 }
 
-void topk(const MatrixTuple& queries, const MatrixTuple& bank, bool bank_on_host, std::int64_t k,
+// Returns the numbers of a query and of a row of the bank that can't be ranked, or -1.
+py::tuple topk(const MatrixTuple& queries, const MatrixTuple& bank, bool bank_on_host, std::int64_t k,
           float threshold, bool exact, const std::string& screen, const std::string& path,
           int device, std::uintptr_t stream, int threads, std::uintptr_t ids,
           std::uintptr_t scores, std::uintptr_t workspace, std::uintptr_t pinned,
@@ -101,11 +102,13 @@ void topk(const MatrixTuple& queries, const MatrixTuple& bank, bool bank_on_host
             return false;
         }
     };
+    pymcip::CudaTopkOutcome outcome;
     {
         const py::gil_scoped_release release;
-        pymcip::topk_cuda(problem, watch);
+        outcome = pymcip::topk_cuda(problem, watch);
     }
     if (raised) std::rethrow_exception(raised);
+    return py::make_tuple(outcome.bad_query, outcome.bad_bank_row);
 }
 
 }  // namespace

@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from pymcip import _core
-from pymcip.errors import ConfigError
+from pymcip.errors import ConfigError, DataError
 from pymcip.ops.canonical import canonical_matrix, canonical_topk
 from pymcip.ops.topk_cuda import probe_cuda, topk_cuda
 
@@ -78,6 +78,20 @@ def crowd() -> tuple[np.ndarray, np.ndarray]:
     return queries, bank
 
 
+def brink() -> tuple[np.ndarray, np.ndarray]:
+    """Finite scores whose bf16 factors have infinite products, all of them negative."""
+    most = np.float32(2.0**63) * (1 - 2.0**-10)  # 4 most^2 < 2^128, but bf16 makes 2^63 of it
+    nearly = 1 - 1e-5 * (np.arange(700, dtype=np.float32) * 31 % 97)
+    return np.full((2, 4), most, np.float32), -np.outer(nearly, np.full(4, most)).astype(np.float32)
+
+
+def apart() -> tuple[np.ndarray, np.ndarray]:
+    """Every row further from the next than any screen is off."""
+    direction = gaussian(27, 1, 64)
+    powers = np.random.default_rng(28).permutation(300)[:, None]
+    return direction, (np.float32(1.07) ** powers * direction).astype(np.float32)
+
+
 def shuffled() -> tuple[torch.Tensor, torch.Tensor]:
     """Equal sums without rounding of the factors: only what a tensor core cuts off tells rows apart."""
     values = bf16(24, 1024).abs()
@@ -122,6 +136,7 @@ CASES = {
     "most D": Case(pair(2, 257, 4096), 5),
     "several blocks in D": Case(pair(4, 300, 1152), 5, everywhere=True),
     "threshold admits none": Case(pair(9, 600, 40), 5, 1e9),
+    "threshold admits nothing ever": Case(pair(2, 300, 4), 5, np.inf),
     "threshold admits all": Case(pair(9, 600, 40), 5, -1e9),
     "threshold admits some": Case(pair(9, 600, 40), 50, 5.0),
     "all equal": Case(lambda: (np.ones((3, 5), np.float32), np.ones((1500, 5), np.float32)), 7),
@@ -130,12 +145,15 @@ CASES = {
     "ramp": Case(ramp, 5, everywhere=True),
     "twins": Case(twins, 20),
     "crowd": Case(crowd, 10, everywhere=True),
+    "apart": Case(apart, 40),
     "shuffled": Case(shuffled, 10, everywhere=True),
     "magnitudes": Case(magnitudes, 9),
     "magnitudes, all of them": Case(magnitudes, 900),
     "tiny": Case(pair(3, 300, 8, 1e-20), 5),
     "vanishing": Case(pair(3, 600, 8, 3e-38), 5),
     "huge": Case(pair(3, 700, 8, 1e18), 5),
+    "on the brink": Case(brink, 9, everywhere=True),
+    "a small crowd": Case(lambda: (crowd()[0], np.float32(1e-22) * crowd()[1]), 10),
     "float16": Case(lambda: (bf16(10, 4, 100).half(), bf16(11, 500, 100).half()), 5),
     "bank screened in place": Case(lambda: (gaussian(10, 4, 72), bf16(11, 700, 72)), 5),
     "bank misaligned": Case(lambda: (bf16(10, 4, 71), bf16(11, 700, 72)[:, 1:]), 5),
@@ -240,6 +258,24 @@ def check_rough(
         if len(found) == len(line):  # nothing left out is better by more than that
             others = np.setdiff1d(np.arange(len(bank)), found)
             assert (exact[row, others] - off[row, others] <= values[-1]).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
+@pytest.mark.parametrize("screen", SCREENS)
+def test_emulated_search_names_bad_rows(emulated: ctypes.CDLL, screen: str, value: float) -> None:
+    queries, bank = gaussian(18, 9, 16), gaussian(19, 600, 16)
+    bank[[501, 400], 3] = value
+    for exact in (False, True):
+        options = {"screen": screen, "path": "mma", "exact": exact}
+        for given in (bank, torch.from_numpy(bank).bfloat16()):  # packed, and in place
+            with pytest.raises(ValueError, match="row 400 of bank"):
+                emulator.topk(emulated, queries, given, 3, **options)
+    wrong = gaussian(18, 131, 16)
+    wrong[[130, 129], 5] = value
+    with pytest.raises(ValueError, match="row 129 of queries"):
+        emulator.topk(emulated, wrong, bank, 3, **options)
+    with pytest.raises(ValueError, match="row 129 of queries"):  # in turns of 128
+        emulator.topk(emulated, wrong, bank[:20], 3, query_bytes=128 * 128, **options)
 
 
 def test_emulated_search_can_be_stopped(emulated: ctypes.CDLL) -> None:
@@ -439,6 +475,20 @@ def test_screens_own_scores(screen: str) -> None:
     for path in _core.topk_cuda_paths(0):
         ids, scores = on_gpu(queries, bank, 12, 3.0, screen=screen, path=path, exact=False)
         check_rough(ids.cpu().numpy(), scores.cpu().numpy(), queries, bank, 3.0)
+
+
+@pytest.mark.gpu
+@ON_GPU
+@pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
+@pytest.mark.parametrize("screen", SCREENS)
+def test_bad_rows_are_named(screen: str, value: float) -> None:
+    queries, bank = gaussian(18, 140, 20), gaussian(19, 30_000, 20)
+    bank[[20_801, 20_700], 3] = value
+    with pytest.raises(DataError, match="row 20700 of bank"):
+        on_gpu(queries, bank, 3, screen=screen)
+    queries[[139, 130], 5] = value
+    with pytest.raises(DataError, match="row 130 of queries"):
+        on_gpu(queries, bank, 3, screen=screen)
 
 
 @pytest.mark.gpu

@@ -12,6 +12,7 @@ import torch
 
 from pymcip.errors import ConfigError
 from pymcip.ops.canonical import canonical_topk
+from pymcip.ops.packed_bank import raise_unrankable
 
 Array: TypeAlias = Any  # np.ndarray (memory maps too) or torch.Tensor
 
@@ -35,6 +36,10 @@ def topk_cuda(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The contract of `pymcip.ops.topk`, for queries on a GPU and validated arguments.
 
+    Rows that can't be ranked (not finite, or with a squared norm that overflows float32) needn't be
+    looked for before: they are found on the way, and named by the `DataError` that is raised at
+    the end.
+
     bank: on the queries' device, or in main memory (NumPy, memory map, tensor on the CPU), from
         where it is streamed by chunks, copies overlapping with products.
     exact: False takes the screen's own scores for the answer.
@@ -46,7 +51,8 @@ def topk_cuda(
 
     Beside the results it takes at most 2.1 GiB of the device (1 GiB for packed queries, which are
     taken in turns beyond; 64 MiB of candidates; two chunks of the bank of 256 MiB, and twice that
-    for a bank in main memory), and 32 MiB of pinned memory. It returns when the work is done.
+    for a bank in main memory), or an eighth of that where there isn't as much, and 32 MiB of
+    pinned memory. It returns when the work is done.
     """
     core = _core()
     screen = screen or ("int8" if exact else "bf16")
@@ -63,23 +69,21 @@ def topk_cuda(
     bank_on_host = not (isinstance(bank, torch.Tensor) and bank.is_cuda)
     if isinstance(bank, np.ndarray):
         bank = _whole_strides(bank)
-    matrices = {
-        "queries": _pointer(queries),
-        "bank": _pointer(bank),
-        "bank_on_host": bank_on_host,
-        "k": k,
-        "exact": exact,
-        "screen": screen,
-        "limits": dict(limits or {}),
-    }
-    workspace_bytes, pinned_bytes = core.topk_cuda_memory(**matrices)
     with torch.cuda.device(device):
         ids = torch.empty((count, k), dtype=torch.int64, device=device)
         scores = torch.empty((count, k), dtype=torch.float32, device=device)
-        workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=device)
-        pinned = torch.empty(pinned_bytes, dtype=torch.uint8, pin_memory=True)
-        core.topk_cuda(
+        matrices = {
+            "queries": _pointer(queries),
+            "bank": _pointer(bank),
+            "bank_on_host": bank_on_host,
+            "k": k,
+            "exact": exact,
+            "screen": screen,
+        }
+        workspace, pinned, limits = _memory(core, matrices, dict(limits or {}), device)
+        bad_query, bad_row = core.topk_cuda(
             **matrices,
+            limits=limits,
             threshold=threshold,
             path=path,
             device=device.index,
@@ -91,7 +95,29 @@ def topk_cuda(
             pinned=pinned.data_ptr(),
             progress=progress,
         )
+    if bad_query >= 0:
+        raise_unrankable("queries", bad_query, queries[bad_query : bad_query + 1])
+    if bad_row >= 0:
+        raise_unrankable("bank", bad_row, bank[bad_row : bad_row + 1])
     return ids, scores
+
+
+def _memory(
+    core: Any, matrices: dict[str, Any], limits: dict[str, int], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, int]]:
+    """Workspace, pinned memory and limits: the wanted ones, or an eighth where memory is short."""
+    small = {"packed_bytes": 32 << 20, "raw_bytes": 32 << 20, "query_bytes": 128 << 20}
+    small["candidate_bytes"] = 8 << 20
+    for attempt in (limits, {**small, **limits}):
+        workspace_bytes, pinned_bytes = core.topk_cuda_memory(**matrices, limits=attempt)
+        try:
+            workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=device)
+        except torch.OutOfMemoryError:
+            if attempt is not limits:
+                raise
+        else:
+            return workspace, torch.empty(pinned_bytes, dtype=torch.uint8, pin_memory=True), attempt
+    raise AssertionError
 
 
 def limits_cuda(device: str, *, k: int = 1, dim: int = 1, **facts: Any) -> str | None:

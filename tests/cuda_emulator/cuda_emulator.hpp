@@ -3,7 +3,7 @@
 // wait for one another. Instructions without a C++ name are the functions of csrc/topk_cuda_ptx.cuh,
 // implemented here as the PTX ISA describes them (section names in quotes). Whatever is asynchronous is
 // done as late as the instructions allow: a copy lands, and a wgmma reads its operands, only when
-// somebody has waited for it. A block whose threads all wait for ever is reported and aborts.
+// somebody has waited for it. Warps get on at changing speeds. A block whose threads all wait for ever is reported and aborts.
 //
 // A tensor core adds a handful of products and the accumulator as fixed-point numbers aligned to the
 // largest, with 23 bits below its leading one and no more, and cuts off what doesn't fit.
@@ -320,6 +320,11 @@ T atomicAdd(T* place, T x) {
     *place += x;
     return before;
 }
+inline unsigned long long atomicMin(unsigned long long* place, unsigned long long x) {
+    const unsigned long long before = *place;
+    *place = std::min(before, x);
+    return before;
+}
 inline int atomicMax(int* place, int x) {
     const int before = *place;
     *place = std::max(before, x);
@@ -414,6 +419,7 @@ struct TensorMap {
 };
 
 inline bool has_tensor_maps() { return true; }
+inline bool has_hopper_code() { return true; }
 
 inline TensorMap tensor_map(const void* data, std::int64_t row_bytes, std::int64_t rows,
                             std::int64_t stride, int box_rows) {

@@ -68,7 +68,7 @@ const char* emulate_topk(const EmulatedProblem* given, std::int64_t stop_after,
         problem.workspace = workspace.get() + guard;
         problem.pinned = pinned.get() + guard;
         std::int64_t reports = 0;
-        const bool whole =
+        const pymcip::CudaTopkOutcome outcome =
             pymcip::topk_cuda(problem, [&](std::int64_t done, std::int64_t total) {
                 *done_at_last = done;
                 if (done > total) std::abort();
@@ -77,7 +77,13 @@ const char* emulate_topk(const EmulatedProblem* given, std::int64_t stop_after,
         if (!intact(workspace.get(), memory.workspace_bytes) ||
             !intact(pinned.get(), memory.pinned_bytes))
             return "wrote outside of its memory";
-        return whole ? nullptr : "stopped";
+        if (outcome.bad_query >= 0 || outcome.bad_bank_row >= 0) {
+            std::snprintf(message, sizeof message, "row %lld of %s",
+                          static_cast<long long>(std::max(outcome.bad_query, outcome.bad_bank_row)),
+                          outcome.bad_query >= 0 ? "queries" : "bank");
+            return message;
+        }
+        return outcome.finished ? nullptr : "stopped";
     } catch (const std::exception& error) {
         std::snprintf(message, sizeof message, "%s", error.what());
         return message;
