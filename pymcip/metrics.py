@@ -1,7 +1,8 @@
 """Retrieval, k-NN and zero-shot metrics: pure functions of arrays, all in percent.
 
 Common to all of them: embeddings [N, D] of any real type are L2-normalised in fp32, scores are
-fp32 inner products, and rankings order by (score descending, index ascending). Work is done in
+fp32 inner products, and rankings order by (score descending, index ascending). Where the first of
+a ranking suffice they are `pymcip.ops.topk`'s, the same on every device; full rankings are made in
 chunks of queries, so that memory stays bounded (a few hundred MB) for any number of rows. NumPy
 arrays and tensors are taken; tensors are worked on where they are.
 """
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pymcip.errors import ConfigError, DataError
+from pymcip.ops import topk
 
 if TYPE_CHECKING:
     from pymcip.model import ClipModel
@@ -81,13 +83,8 @@ def nearest_other_recall(embeddings: Array, labels: Array) -> float:
         raise DataError(
             "R@1 needs at least 2 images (each ranks the others), got 1; give more images"
         )
-    hits = 0
-    with _plain_fp32(vectors.device):
-        for rows in _chunks(len(vectors), len(vectors)):
-            scores = vectors[rows] @ vectors.T
-            _mask_self(scores, rows)
-            hits += int((classes[scores.argmax(dim=1)] == classes[rows]).sum())
-    return 100 * hits / len(vectors)
+    nearest, _ = _nearest_others(vectors, 1)
+    return 100 * int((classes[nearest[:, 0]] == classes).sum()) / len(vectors)
 
 
 def knn_classify(
@@ -135,24 +132,23 @@ def knn_classify(
         raise DataError("leave_one_out with one image leaves nobody to vote; give more images")
     count = min(k, len(known) - leave_one_out)
     values, compact = torch.unique(classes, return_inverse=True)
+    if leave_one_out:
+        neighbours, cosines = _nearest_others(known, count)
+    else:
+        neighbours, cosines = topk(asked, known, count)
     answers = torch.empty(len(asked), dtype=torch.int64, device=known.device)
-    with _plain_fp32(known.device):
-        for rows in _chunks(len(asked), len(known)):
-            scores = asked[rows] @ known.T
-            if leave_one_out:
-                _mask_self(scores, rows)
-            neighbours, cosines = _nearest(scores, count)
-            voters = compact[neighbours]
-            ballots = torch.zeros(len(scores), len(values), device=known.device)
-            if vote == "weighted":
-                ballots.scatter_add_(1, voters, torch.exp(cosines / KNN_TEMPERATURE))
-                winners = ballots.argmax(dim=1)
-            else:
-                ballots.scatter_add_(1, voters, torch.ones_like(cosines))
-                similarity = torch.zeros_like(ballots).scatter_add_(1, voters, cosines)
-                leading = ballots == ballots.max(dim=1, keepdim=True).values
-                winners = similarity.masked_fill(~leading, -torch.inf).argmax(dim=1)
-            answers[rows] = values[winners]
+    for rows in _chunks(len(asked), len(values)):
+        voters = compact[neighbours[rows]]
+        ballots = torch.zeros(len(voters), len(values), device=known.device)
+        if vote == "weighted":
+            ballots.scatter_add_(1, voters, torch.exp(cosines[rows] / KNN_TEMPERATURE))
+            winners = ballots.argmax(dim=1)
+        else:
+            ballots.scatter_add_(1, voters, torch.ones_like(cosines[rows]))
+            similarity = torch.zeros_like(ballots).scatter_add_(1, voters, cosines[rows])
+            leading = ballots == ballots.max(dim=1, keepdim=True).values
+            winners = similarity.masked_fill(~leading, -torch.inf).argmax(dim=1)
+        answers[rows] = values[winners]
     return answers.cpu().numpy()
 
 
@@ -218,13 +214,9 @@ def zero_shot_accuracy(
             f"labels go up to {int(targets.max())}, but the classifier has {len(classes)} rows; "
             "give one row per class, in the order of the labels"
         )
-    hits = dict.fromkeys(top, 0)
-    with _plain_fp32(vectors.device):
-        for rows in _chunks(len(vectors), len(classes)):
-            ranks = _ranks(vectors[rows] @ classes.T, targets[rows])
-            for k in hits:
-                hits[k] += int((ranks < k).sum())
-    return {k: 100 * count / len(vectors) for k, count in hits.items()}
+    first, _ = topk(vectors, classes, max([1, *top]))
+    hits = first == targets[:, None]
+    return {k: 100 * int(hits[:, : max(0, k)].sum()) / len(vectors) for k in top}
 
 
 def cross_modal_recall(
@@ -260,22 +252,17 @@ def cross_modal_recall(
         raise DataError(
             f"text_to_image names image row {int(owners.max())} of {len(images)} images"
         )
-    found = {f"{way}_r{k}": 0 for way in ("t2i", "i2t") for k in ks}
     described = torch.unique(owners)
-    with _plain_fp32(images.device):
-        for rows in _chunks(len(texts), len(images)):
-            ranks = _ranks(texts[rows] @ images.T, owners[rows])
-            for k in ks:
-                found[f"t2i_r{k}"] += int((ranks < k).sum())
-        for rows in _chunks(len(described), len(texts)):
-            scores = images[described[rows]] @ texts.T
-            own = owners[None, :] == described[rows, None]
-            best = scores.masked_fill(~own, -torch.inf).argmax(dim=1)  # the first of equal ones
-            ranks = _ranks(scores, best)
-            for k in ks:
-                found[f"i2t_r{k}"] += int((ranks < k).sum())
-    queries = {"t2i": len(texts), "i2t": len(described)}
-    return {key: 100 * hits / queries[key[:3]] for key, hits in found.items()}
+    most = max([1, *ks])
+    first, _ = topk(texts, images, most)
+    t2i = first == owners[:, None]
+    first, _ = topk(images[described], texts, most)
+    i2t = (first >= 0) & (owners[first] == described[:, None])
+    return {
+        f"{way}_r{k}": 100 * int(hits[:, : max(0, k)].any(dim=1).sum()) / len(hits)
+        for way, hits in (("t2i", t2i), ("i2t", i2t))
+        for k in ks
+    }
 
 
 def class_text_map(image_emb: Array, labels: Array, class_text_emb: Array) -> float:
@@ -326,32 +313,12 @@ def _average_precision(scores: Tensor, relevant: Tensor) -> Tensor:
     return sums.index_add_(0, rows, precision) / counts
 
 
-def _ranks(scores: Tensor, targets: Tensor) -> Tensor:
-    """Find the 0-based rank, int64 [Q], of column targets[q] in row q of scores [Q, N]."""
-    own = scores.gather(1, targets[:, None])
-    columns = torch.arange(scores.shape[1], device=scores.device)
-    ahead = (scores > own) | ((scores == own) & (columns < targets[:, None]))
-    return ahead.sum(dim=1)
-
-
-def _nearest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Find the first k columns of each row in rank order, and their scores; 1 <= k <= N.
-
-    torch.topk alone leaves open which of several equal scores it takes.
-    """
-    last = torch.topk(scores, k, dim=1).values[:, -1:]
-    above, level = scores > last, scores == last
-    room = k - above.sum(dim=1, keepdim=True)
-    taken = above | (level & (level.cumsum(dim=1) <= room))
-    columns = taken.nonzero(as_tuple=True)[1].view(len(scores), k)  # ascending in each row
-    values, order = torch.sort(scores.gather(1, columns), dim=1, descending=True, stable=True)
-    return columns.gather(1, order), values
-
-
-def _mask_self(scores: Tensor, rows: slice) -> None:
-    """Take the query itself out of the ranking: scores [Q, N] of the queries `rows` of N."""
-    queries = torch.arange(rows.start, rows.stop, device=scores.device)
-    scores[queries - rows.start, queries] = -torch.inf
+def _nearest_others(vectors: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Find the k nearest other rows of each row [N, D], and their scores; 1 <= k < N."""
+    found, scores = topk(vectors, vectors, k + 1)
+    itself = found == torch.arange(len(vectors), device=vectors.device)[:, None]
+    itself[:, k] |= ~itself.any(dim=1)  # k + 1 rows that are its equals may all come before it
+    return found[~itself].view(-1, k), scores[~itself].view(-1, k)
 
 
 def _chunks(queries: int, columns: int) -> Iterator[slice]:

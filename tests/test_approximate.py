@@ -280,7 +280,9 @@ def test_wrong_options_are_refused(world: World) -> None:
         ({"recall": 1.2}, "at most 1"),
         ({"nprobe": 65}, "1 to 64"),
         ({"rerank": 0}, "rerank=0"),
-        ({"sample": 0}, "sample=0"),
+        ({"sample": 0}, "sample=0 is not allowed; allowed: at least 1, or 0 with nprobe"),
+        ({"sample": -1, "nprobe": 3}, "sample=-1 is not allowed; allowed: at least 0"),
+        ({"population": 3}, "population=3 is not allowed; allowed: at least the"),
         ({"backend": "tpu"}, "backend='tpu'"),
     ]
     for options, message in wrong:
@@ -290,6 +292,25 @@ def test_wrong_options_are_refused(world: World) -> None:
         world.index.search(world.queries, world.bank, 0)
     with pytest.raises(ConfigError, match="columns"):
         world.index.search(world.queries[:, :8], world.bank, K)
+
+
+def test_recall_of_a_sample_of_more_queries(world: World) -> None:
+    whole = world.index.search(world.queries, world.bank, K, nprobe=4, threads=1)
+    part = world.index.search(world.queries, world.bank, K, nprobe=4, population=10**6, threads=1)
+    np.testing.assert_array_equal(part.ids, whole.ids)
+    assert part.recall == whole.recall
+    assert (whole.recall_error, whole.recall_interval) == (0, (whole.recall,) * 2)
+    assert part.recall_error > 0
+    assert part.recall_interval[0] < part.recall < part.recall_interval[1]
+
+
+def test_unmeasured_recall(world: World) -> None:
+    whole = world.index.search(world.queries, world.bank, K, nprobe=4, threads=1)
+    result = world.index.search(world.queries, world.bank, K, nprobe=4, sample=0, threads=1)
+    np.testing.assert_array_equal(result.ids, whole.ids)
+    np.testing.assert_array_equal(result.scores, whole.scores)
+    assert np.isnan([result.recall, result.recall_error]).all()
+    assert (result.recall_interval, result.recall_queries) == ((0.0, 1.0), 0)
 
 
 def test_all_rows_equal() -> None:

@@ -394,6 +394,20 @@ def test_folder_that_clip_retrieval_wrote(tmp_path: Path) -> None:
     assert folder.skipped == []
 
 
+def test_description_of_some_rows(tiny_clip: ClipModel, tmp_path: Path) -> None:
+    texts = [f"a picture of {number}" for number in range(8)]
+    folder = embed_captions(tiny_clip, Captions(texts), tmp_path, part_size=3)
+    rows = np.array([0, 2, 3, 7])
+    assert folder.describe("text", rows) == folder.metadata("text").take(rows).to_pylist()
+    assert folder.describe("text", rows[:0]) == []
+    part = tmp_path / "text_metadata" / "metadata_1.parquet"
+    pa.parquet.write_table(pa.parquet.read_table(part).slice(1), part)
+    with pytest.raises(DataError, match="7 rows of metadata for 8 embeddings"):
+        folder.describe("text", rows)
+    with pytest.raises(DataError, match="holds no metadata of images"):
+        folder.describe("img", rows)
+
+
 def test_no_embedding_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no embedding folder"):
         EmbeddingFolder(tmp_path)

@@ -236,6 +236,14 @@ def test_knn_leave_one_out_drops_the_image_itself_not_its_duplicate() -> None:
     assert got.tolist() == [1, 0, 0]
 
 
+def test_knn_leave_one_out_of_many_duplicates() -> None:
+    """All rows are equal, so that a row is not among the first of its own ranking."""
+    bank, labels = np.ones((6, 2)), np.arange(6)
+    got = metrics.knn_classify(bank, labels, bank, 2, "majority", leave_one_out=True)
+    assert got.tolist() == [1, 0, 0, 0, 0, 0]
+    assert metrics.nearest_other_recall(bank, [7, 7, 1, 1, 1, 7]) == 50
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -308,7 +316,6 @@ def test_zero_shot_accuracy_gives_equal_scores_to_the_lower_label() -> None:
     assert got == {1: 50, 2: 100}
 
 
-@pytest.mark.usefixtures("chunked")
 def test_zero_shot_accuracy_matches_the_oracle() -> None:
     images, labels = random_case(5)
     classifier = np.random.default_rng(0).normal(size=(7, 12))
@@ -343,7 +350,6 @@ def test_recall_by_hand() -> None:
     }
 
 
-@pytest.mark.usefixtures("chunked")
 def test_recall_matches_the_oracle() -> None:
     generator = np.random.default_rng(6)
     images = generator.normal(size=(20, 8)).astype(np.float32)
