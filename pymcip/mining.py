@@ -226,6 +226,7 @@ def mine_captions(config: MineConfig | None = None, /, **options: Any) -> MineRe
         "k": config.k,
         "threshold": config.threshold,
         "recall": config.recall,
+        "index": None if config.index is None else str(config.index),
         "seed": config.seed,
     }
     ours = (out / "mine.json").is_file()
@@ -238,14 +239,15 @@ def mine_captions(config: MineConfig | None = None, /, **options: Any) -> MineRe
     device = _device(config.backend, str(caption_parts[0].dtype))
     block_rows = _block_rows(config.k, caption_parts[0].shape[1], device)
     if ours and not config.overwrite:
-        stored = {"recall": 1.0, **read_json(out / "mine.json")}
+        stored = {"recall": 1.0, "index": None, **read_json(out / "mine.json")}
         _check_settings(out, stored, settings)
         block_rows = stored.get("block_rows", block_rows)
     write_json(out / "mine.json", {**settings, "block_rows": block_rows})
+    blocks = out / "blocks"
     if (out / "report.json").is_file():  # written last
+        shutil.rmtree(blocks, ignore_errors=True)  # of a run that was killed while removing them
         report = read_json(out / "report.json")
         return MineResult(CaptionTable.load(out), report["threshold"], report, out)
-    blocks = out / "blocks"
     table, report = mine_table(
         image_parts,
         caption_parts,
@@ -337,11 +339,12 @@ def mine_table(
     found = _mine_blocks(
         image_parts, sum(len(part) for part in caption_parts), search, k, blocks, block_rows
     )
-    counts = np.concatenate([(ids >= 0).sum(axis=1) for ids, _ in found])
+    counts, ids, cosines = (np.concatenate(column) for column in zip(*found, strict=True))
+    del found
     table = CaptionTable(
         indptr=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        ids=np.concatenate([ids[ids >= 0] for ids, _ in found]),
-        cosines=np.concatenate([scores[ids >= 0] for ids, scores in found]),
+        ids=ids,
+        cosines=cosines,
         num_captions=sum(len(part) for part in caption_parts),
     )
     if not len(table.ids):
@@ -390,10 +393,13 @@ def _mine_blocks(
     k: int,
     blocks: Path | None,
     block_rows: int,
-) -> list[tuple[Int64, Float32]]:
+) -> list[tuple[Int64, Int64, Float32]]:
     """What `search` finds for each block of images; those whose files are in `blocks` are read.
 
     Blocks are of one size, to a row. A file is named after the rows of its block.
+
+    Returns:
+        Of each block how many captions each image has, and all their ids and cosines.
     """
     images = sum(len(part) for part in image_parts)
     count = -(-images // block_rows)
@@ -414,7 +420,7 @@ def _mine_blocks(
     ) as bar:
         for (first, last), file, done in zip(places, files, finished, strict=True):
             if file is not None and done:
-                found.append(_read_block(file, last - first, k))
+                found.append(_filled(*_read_block(file, last - first, k)))
                 continue
             work, counted = (last - first) * captions, 0
 
@@ -429,8 +435,13 @@ def _mine_blocks(
             if file is not None:
                 with atomic_path(file) as temporary, temporary.open("wb") as handle:
                     np.savez(handle, ids=ids, cosines=cosines)
-            found.append((ids, cosines))
+            found.append(_filled(ids, cosines))
     return found
+
+
+def _filled(ids: Int64, cosines: Float32) -> tuple[Int64, Int64, Float32]:
+    there = ids >= 0
+    return there.sum(axis=1), ids[there], cosines[there]
 
 
 def _read_block(file: Path, rows: int, k: int) -> tuple[Int64, Float32]:
