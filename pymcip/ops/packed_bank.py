@@ -131,13 +131,12 @@ class PackedBank:
         if folder.exists() and not overwrite:
             raise OutputExistsError(f"{folder} exists; give overwrite=True, or another folder")
         dtype = _dtype_name(self.rows)
-        stored = np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
         with atomic_path(folder) as temporary:
             temporary.mkdir()
             for name, array in self._arrays.items():
                 np.save(temporary / f"{name}.npy", array)
             rows = np.lib.format.open_memmap(
-                temporary / "rows.npy", mode="w+", dtype=stored, shape=self.shape
+                temporary / "rows.npy", mode="w+", dtype=_stored(dtype), shape=self.shape
             )
             for first in range(0, len(self), _SAVE_ROWS):
                 rows[first : first + _SAVE_ROWS] = _bits(self.rows[first : first + _SAVE_ROWS])
@@ -157,23 +156,30 @@ class PackedBank:
         folder = Path(folder)
         try:
             facts = read_json(folder / "packed_bank.json")
+            if facts["format"] != FORMAT:
+                raise DataError(
+                    f"{folder} was packed in format {facts['format']}; this version reads {FORMAT}. "
+                    "Pack the bank again"
+                )
             arrays = {
                 name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
                 for name in ("rows", "codes", "groups", "sums")
             }
-        except (OSError, ValueError) as error:
+            rows: Array = arrays.pop("rows")
+            dtype, precision = facts["dtype"], facts["precision"]
+            if rows.ndim != 2 or rows.dtype != _stored(dtype) or precision not in PRECISIONS:
+                raise ValueError(
+                    f"its rows are {rows.dtype} {rows.shape}, not {dtype} in {precision}"
+                )
+        except DataError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
             raise DataError(
                 f"{folder} holds no complete packed bank ({error}); write one with PackedBank.save"
             ) from error
-        if facts.get("format") != FORMAT:
-            raise DataError(
-                f"{folder} was packed in format {facts.get('format')}; this version reads {FORMAT}. "
-                "Pack the bank again"
-            )
-        rows: Array = arrays.pop("rows")
-        if facts["dtype"] == "bfloat16":
+        if dtype == "bfloat16":
             rows = _as_bfloat16(rows)
-        return cls(rows, **arrays, precision=facts["precision"])
+        return cls(rows, **arrays, precision=precision)
 
     @property
     def addresses(self) -> tuple[int, int, int]:
@@ -255,6 +261,11 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
     space = np.empty(size + _ALIGNMENT, dtype=np.uint8)
     start = -space.ctypes.data % _ALIGNMENT
     return space[start : start + size].view(dtype).reshape(shape)
+
+
+def _stored(dtype: str) -> np.dtype[Any]:
+    """What rows are in a file."""
+    return np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
 
 
 def _bits(rows: Array) -> np.ndarray:

@@ -78,7 +78,9 @@ def topk(
         threads = check_count("topk", "threads", threads)
     floor = _floor(threshold)
     if progress is not None and not callable(progress):
-        raise ConfigError(f"topk: progress={progress!r} is not allowed; allowed: None or a function")
+        raise ConfigError(
+            f"topk: progress={progress!r} is not allowed; allowed: None or a function"
+        )
 
     device = _device(queries)
     for part in parts:
@@ -167,11 +169,15 @@ def _parts(bank: Any) -> list[Any]:
 
 def check_count(op: str, name: str, value: Any) -> int:
     """`value` as an int from 1 to 2^31 - 1."""
-    if not hasattr(value, "__index__") or not 1 <= operator.index(value) < 1 << 31:
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = 0
+    if not 1 <= count < 1 << 31:
         raise ConfigError(
             f"{op}: {name}={value!r} is not allowed; allowed: an integer of at least 1 (below 2^31)"
         )
-    return operator.index(value)
+    return count
 
 
 def _floor(threshold: Any) -> float:
@@ -182,7 +188,9 @@ def _floor(threshold: Any) -> float:
     except (TypeError, ValueError):
         floor = float("nan")
     if floor != floor:
-        raise ConfigError(f"topk: threshold={threshold!r} is not allowed; allowed: a number or None")
+        raise ConfigError(
+            f"topk: threshold={threshold!r} is not allowed; allowed: a number or None"
+        )
     return floor
 
 
