@@ -293,7 +293,7 @@ struct Job {
     const std::vector<Part>& bank;
     std::vector<std::int64_t> firsts;  // id of each part's first row, and the number of rows
     std::int64_t k;                    // places that can be filled at all
-    std::int64_t capacity;             // candidates of a query: at least 4 k, or all rows and one
+    std::int64_t capacity;             // candidates of a query: 4 k to 12 k, or all rows and one
     float threshold;
     bool exact;
     std::int64_t steps;                // of a packed row
@@ -308,7 +308,7 @@ struct Job {
     }
 };
 
-// Scores candidates of one query exactly. One per thread.
+// Scores candidates exactly. One per thread.
 class Scorer {
   public:
     explicit Scorer(const Job& job)
@@ -323,29 +323,37 @@ class Scorer {
             if (known(candidates[i])) continue;
             if (left == nullptr) {
                 prefetch(candidates[i]);
-                left = row_floats(job_.kernel, job_.queries, query, query_.get());
+                left = query_floats(query);
             }
             for (std::int64_t next = i + 1; next < std::min(i + 3, count); ++next)
                 if (next > reached_ && !known(candidates[next])) {
                     prefetch(candidates[next]);
                     reached_ = next;
                 }
-            std::int64_t row;
-            const Part& part = job_.part_of(candidates[i].id, &row);
-            const float* right = row_floats(job_.kernel, part.rows, row, row_.get());
-            candidates[i].lower = candidates[i].upper =
-                job_.kernel.score(left, right, job_.queries.columns);
+            score_one(left, candidates[i]);
         }
         reached_ = 0;
     }
 
-  private:
+    // Scores one candidate, its query at hand.
+    void score_one(const float* query, Candidate& candidate) {
+        std::int64_t row;
+        const Part& part = job_.part_of(candidate.id, &row);
+        candidate.lower = candidate.upper = job_.kernel.score(
+            query, row_floats(job_.kernel, part.rows, row, row_.get()), job_.queries.columns);
+    }
+
+    const float* query_floats(std::int64_t query) {
+        return row_floats(job_.kernel, job_.queries, query, query_.get());
+    }
+
     void prefetch(const Candidate& candidate) const {
         std::int64_t row;
         const Part& part = job_.part_of(candidate.id, &row);
         prefetch_row(part.rows, row);
     }
 
+  private:
     const Job& job_;
     Buffer<float> query_, row_;
     std::int64_t reached_ = 0;
@@ -486,6 +494,47 @@ class Block {
         keep_best(query);
     }
 
+    // Scores the k best candidates of all queries, for higher cuts. Rows as for resolve_all.
+    void sharpen(Scorer& scorer, std::int64_t id, std::int64_t rows) {
+        std::vector<Unknown> unknown, sorted;
+        for (std::int64_t first = 0, next; first < count_; first = next) {
+            for (next = first; next < count_ && unknown.size() < kUnknown; ++next) {
+                if (at(next).count < job_.k) continue;
+                raise_to_kth_bound(next);
+                list_unknown(next, job_.k, unknown);
+            }
+            score_sorted(scorer, id, rows, unknown, sorted);
+            for (std::int64_t query = first; query < next; ++query) {
+                if (at(query).count < job_.k) continue;
+                raise_to_lowest(query, job_.k);
+                drop(query);
+            }
+        }
+    }
+
+    // The same for all queries, with candidates that are rows id .. id + rows - 1. They are scored
+    // in the order of their rows, roughly: that is how memory gives them fastest, and a row that
+    // many queries want is read once.
+    void resolve_all(Scorer& scorer, std::int64_t id, std::int64_t rows) {
+        std::vector<Unknown> unknown, sorted;
+        for (std::int64_t first = 0, next; first < count_; first = next) {
+            for (next = first; next < count_ && unknown.size() < kUnknown; ++next) {
+                if (at(next).count > job_.k) raise_to_kth_bound(next);
+                list_unknown(next, std::min(at(next).count, job_.k), unknown);
+            }
+            score_sorted(scorer, id, rows, unknown, sorted);
+            for (std::int64_t query = first; query < next; ++query) {
+                if (at(query).count <= job_.k) continue;
+                raise_to_lowest(query, job_.k);
+                drop(query);
+                list_unknown(query, at(query).count, unknown);
+                if (unknown.size() >= kUnknown) score_sorted(scorer, id, rows, unknown, sorted);
+            }
+            score_sorted(scorer, id, rows, unknown, sorted);
+            for (std::int64_t query = first; query < next; ++query) keep_best(query);
+        }
+    }
+
     Candidate* list(std::int64_t query) { return candidates_.get() + query * job_.capacity; }
     std::int64_t found(std::int64_t query) { return at(query).count; }
 
@@ -501,6 +550,43 @@ class Block {
         float bits;
         std::memcpy(&bits, &score, sizeof bits);
         return bits;
+    }
+
+    // A candidate whose score is not known.
+    struct Unknown {
+        std::uint32_t query, place;
+    };
+    static constexpr std::size_t kUnknown = 1 << 17;
+
+    void list_unknown(std::int64_t query, std::int64_t count, std::vector<Unknown>& unknown) {
+        for (std::int64_t place = 0; place < count; ++place)
+            if (!known(list(query)[place]))
+                unknown.push_back({static_cast<std::uint32_t>(query),
+                                   static_cast<std::uint32_t>(place)});
+    }
+
+    void score_sorted(Scorer& scorer, std::int64_t id, std::int64_t rows,
+                      std::vector<Unknown>& unknown, std::vector<Unknown>& sorted) {
+        constexpr std::size_t buckets = 1024;
+        const std::int64_t bucket_rows = divide_up(rows, buckets);
+        std::size_t starts[buckets + 1] = {};
+        const auto bucket = [&](const Unknown& one) {
+            return static_cast<std::size_t>((list(one.query)[one.place].id - id) / bucket_rows);
+        };
+        for (const Unknown& one : unknown) ++starts[bucket(one) + 1];
+        for (std::size_t i = 0; i < buckets; ++i) starts[i + 1] += starts[i];
+        sorted.resize(unknown.size());
+        for (const Unknown& one : unknown) sorted[starts[bucket(one)]++] = one;
+        constexpr std::size_t ahead = 4;
+        for (std::size_t i = 0; i < sorted.size(); ++i) {
+            if (i + ahead < sorted.size()) {
+                const Unknown& next = sorted[i + ahead];
+                scorer.prefetch(list(next.query)[next.place]);
+            }
+            const Unknown& one = sorted[i];
+            scorer.score_one(scorer.query_floats(first_ + one.query), list(one.query)[one.place]);
+        }
+        unknown.clear();
     }
 
     Query& at(std::int64_t query) { return queries_[static_cast<std::size_t>(query)]; }
@@ -748,9 +834,9 @@ class Search {
             team_.each(static_cast<std::int64_t>(blocks_.size()), [&](int worker, std::int64_t b) {
                 if (warm) warm_up(worker, b, stretch);
                 scan(worker, b, stretch, 0, groups);
-                Block& block = *blocks_[static_cast<std::size_t>(b)];
-                for (std::int64_t query = 0; query < block.count() && job_.exact; ++query)
-                    block.resolve(scorer(worker), query);
+                if (job_.exact && !team_.stopped())
+                    blocks_[static_cast<std::size_t>(b)]->resolve_all(scorer(worker), stretch.id,
+                                                                      stretch.rows);
             });
             return;
         }
@@ -852,9 +938,15 @@ class Search {
         screen.stride = 1;
         screen.context = &offered;
         screen.offer = Offered::offer;
-        constexpr std::int64_t report = 512;  // groups between two reports of progress
+        constexpr std::int64_t report = 256;  // groups between two reports of progress
+        // Exact cuts after a 16th and a quarter of the stretch keep lists short; between them bounds do.
+        std::int64_t sharp = stretch.groups() / 16;
         for (std::int64_t group = first; group < last && !team_.stopped(); group += report) {
             const std::int64_t end = std::min(group + report, last);
+            if (job_.exact && !shared_ && sharp > 0 && group >= sharp) {
+                offered.block.sharpen(scorer(worker), stretch.id, stretch.rows);
+                sharp = group < stretch.groups() / 4 ? stretch.groups() / 4 : last;
+            }
             screen.first = stretch.first_group + group;
             screen.last = stretch.first_group + end;
             job_.kernel.screen(screen);
@@ -923,6 +1015,11 @@ class Search {
     Buffer<std::int32_t> sums_;
 };
 
+// Long lists save scores, but short ones stay in the caches.
+std::int64_t capacity_for(std::int64_t k) {
+    return std::max<std::int64_t>(128, 4 * k + 8 * std::min<std::int64_t>(k, 128));
+}
+
 }  // namespace
 
 std::vector<std::string> topk_cpu_kernels() {
@@ -941,7 +1038,7 @@ Outcome topk_cpu(const Matrix& queries, const std::vector<Part>& bank, std::int6
     if (queries.rows == 0) return outcome;
     const std::int64_t kept = std::min(k, rows);
     const Job job{kernel_named(kernel), queries, bank, firsts, kept,
-                  std::min(std::max<std::int64_t>(128, 4 * kept), rows + 1), threshold, exact,
+                  std::min(capacity_for(kept), rows + 1), threshold, exact,
                   steps_of(kernel_named(kernel), queries.columns)};
     const bool small = queries.rows * rows < kInlineProducts / queries.columns;
     Team team(threads, small, progress, queries.rows * rows);
