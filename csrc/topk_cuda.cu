@@ -22,7 +22,7 @@
 //
 // Device memory beyond inputs and outputs (defaults): packed queries up to 1 GiB, candidates 64 MiB,
 // two packed chunks of 256 MiB (none for a bank screened in place), for a bank in main memory two raw
-// chunks of 256 MiB, and 20 bytes per row of these; 32 MiB of pinned memory.
+// chunks of 256 MiB, and 16 bytes per row of these; 32 MiB of pinned memory.
 //
 // The file is also compiled by a plain C++ compiler against tests/cuda_emulator.
 #include "topk_cuda.hpp"
@@ -32,7 +32,7 @@
 #include <future>
 #include <memory>
 #include <stdexcept>
-#include <thread>
+#include <tuple>
 #include <utility>
 
 #include "topk_cuda_kernels.cuh"
@@ -381,7 +381,7 @@ class Search {
             if (last) finish(*last);
             last.reset();
         };
-        if (problem_.bank_on_host) start_staging(0);
+        if (problem_.bank_on_host && !chunks_.empty()) start_staging(0);
         int steps = 0;
         for (std::size_t chunk = 0; chunk < chunks_.size(); ++chunk) {
             const int slot = static_cast<int>(chunk % kSlots);
@@ -479,11 +479,11 @@ class Search {
         };
         const std::int64_t helpers = std::min<std::int64_t>(
             std::max(problem_.threads, 1), rows * layout_.raw_stride / (1 << 20));
-        std::vector<std::thread> team;
+        std::vector<std::future<void>> team;  // their destructors wait
         for (std::int64_t i = 1; i < helpers; ++i)
-            team.emplace_back(work, rows * i / helpers, rows * (i + 1) / helpers);
+            team.push_back(std::async(std::launch::async, work, rows * i / helpers,
+                                      rows * (i + 1) / helpers));
         work(0, helpers > 1 ? rows / helpers : rows);
-        for (std::thread& member : team) member.join();
     }
 
     void prepare(std::size_t chunk, Slot& slot) {

@@ -52,6 +52,7 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kTiny = 1e-30f;
+constexpr float kRounding = 1.0f / (1 << 20);
 constexpr float kRaise = 1.0f + 1.0f / 1024;                  // of norms and residuals
 constexpr float kFlushed = 1.0f / (1ull << 59) / (1ull << 59);  // 2^-118
 constexpr float kSmallSquares = 1.0f / (1ull << 60);          // 2^-60
@@ -446,7 +447,9 @@ struct Level {
 
     __device__ __forceinline__ float of(const ScreenProblem& p, float norm, float residual) const {
         if (cut == kInfinity) return kInfinity;
-        return (cut - bound(p, row, norm, residual)) / row.scale;
+        // Uncertified scores are compared exactly when hits are flushed; here, rounding must not drop any.
+        const float off = p.certified ? bound(p, row, norm, residual) : fabsf(cut) * kRounding;
+        return (cut - off) / row.scale;
     }
 };
 

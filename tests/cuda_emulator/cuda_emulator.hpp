@@ -527,7 +527,7 @@ inline void accumulate(float& sum, const unsigned char* a, const unsigned char* 
         for (const float term : terms) total += std::trunc(term / unit);
         double result = total * unit;
         float rounded = static_cast<float>(result);
-        if (std::fabs(static_cast<double>(rounded)) > std::fabs(result))
+        if (std::isfinite(rounded) && std::fabs(double{rounded}) > std::fabs(result))
             rounded = std::nextafter(rounded, 0.0f);
         sum = rounded;
     }
