@@ -177,6 +177,12 @@ struct PackProblem {
     std::int64_t first;              // number of row 0
 };
 
+// *most = max(*most, x); neither is negative, so that they compare as integers. A look before saves
+// nearly all of the atomics; what it sees may be old, but never too large.
+__device__ __forceinline__ void raise_to(float* most, float x) {
+    if (!(x <= *most)) atomicMax(reinterpret_cast<int*>(most), __float_as_int(x));
+}
+
 __device__ __forceinline__ void store_row(const PackProblem& p, int row, int depth, float squares,
                                           float amax, float residual_squares, float scale) {
     if (!(squares < kInfinity))
@@ -190,10 +196,9 @@ __device__ __forceinline__ void store_row(const PackProblem& p, int row, int dep
     }
     residual += kFlushed;
     p.meta[row] = {norm, residual, scale, 0.0f};
-    if (p.group_norm) {  // not negative: they compare as integers
-        atomicMax(reinterpret_cast<int*>(p.group_norm) + row / kGroupRows, __float_as_int(norm));
-        atomicMax(reinterpret_cast<int*>(p.group_residual) + row / kGroupRows,
-                  __float_as_int(residual));
+    if (p.group_norm) {
+        raise_to(p.group_norm + row / kGroupRows, norm);
+        raise_to(p.group_residual + row / kGroupRows, residual);
     }
 }
 
