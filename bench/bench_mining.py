@@ -14,15 +14,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import json
 import os
 import pty
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -128,6 +131,7 @@ class Watched:
     """One process: what it took, until it ended or was killed."""
 
     seconds: float = 0.0
+    cpu_seconds: float = 0.0  # of all threads: what it takes whoever else wants the cores
     killed: bool = False
     since_block: float = 0.0  # from the last finished block to the kill
     peak: dict[str, int] = field(default_factory=dict)  # bytes, by /proc/PID/status's names
@@ -141,6 +145,8 @@ def mine(options: argparse.Namespace, folder: Path, out: Path, kill_at: float | 
     command += ["--threads", options.threads]
     watched = Watched()
     terminal, side = pty.openpty()
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.perf_counter()
     process = subprocess.Popen(
         list(map(str, command)), stdin=side, stdout=side, stderr=side, start_new_session=True
@@ -169,6 +175,8 @@ def mine(options: argparse.Namespace, folder: Path, out: Path, kill_at: float | 
             break
     process.wait()
     watched.seconds = time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    watched.cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     reader.join()
     os.close(terminal)
     watched.shown = b"".join(shown).decode(errors="replace")
@@ -419,6 +427,7 @@ def full_case(options: argparse.Namespace, work: Path, case: dict[str, Any]) -> 
         "seconds": whole,
         "seconds_lost_by_the_kill": lost,
         "seconds_without_the_kill": {"computed": whole - lost},
+        "cpu_seconds": sum(run.cpu_seconds for run in runs),
         "killed": runs[0].killed,
         "pairs_per_second": options.images * options.captions / (whole - lost),
         "rate": rate,

@@ -61,6 +61,7 @@ def test_smoke(bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert summary["fp64"] == {"recall": 1.0, "images": 8, "same_order": 1.0}
     assert summary["note"] == "so"
     assert summary["seconds"] > summary["seconds_lost_by_the_kill"] >= 0
+    assert summary["cpu_seconds"] > 0
     peak = summary["peak_bytes"]
     assert 0 < peak["without_page_cache"] < peak["resident"] < 3 << 30
     assert summary["rivals"]["pymcip topk over parts"]["recall"] == 1
