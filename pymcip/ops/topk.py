@@ -121,24 +121,23 @@ def _over_parts(
 ) -> tuple[Array, Array]:
     """The answer of a back end that takes one array at a time."""
     banks = [part.rows if isinstance(part, PackedBank) else part for part in parts]
-    _check_finite("queries", queries, 0)
     firsts = np.cumsum([0, *map(len, banks)]).tolist()
-    for bank, first in zip(banks, firsts, strict=False):
-        _check_finite("bank", bank, first)
+    checks_itself = row.name == "cuda"
+    if not checks_itself or not len(queries):
+        _check_finite("queries", queries, 0)
+        for bank, first in zip(banks, firsts, strict=False):
+            _check_finite("bank", bank, first)
     run = row.load()
-    if len(banks) == 1:
-        found: tuple[Array, Array] = run(queries, banks[0], k, threshold, **options)
-        return found
-    told = options.pop("progress")
+    told = options["progress"]
     ids = scores = None
     for bank, first in zip(banks, firsts, strict=False):
-        if told is not None:
+        own = dict(options)
+        if checks_itself:
+            own["first_row"] = first
+        if told is not None and len(banks) > 1:
             before, whole = len(queries) * first, len(queries) * firsts[-1]
-            options["progress"] = lambda done, _, before=before, whole=whole: told(
-                before + done, whole
-            )
-        part_ids, part_scores = run(queries, bank, k, threshold, **{"progress": None, **options})
-        part_ids, part_scores = torch.as_tensor(part_ids), torch.as_tensor(part_scores)
+            own["progress"] = lambda done, _, before=before, whole=whole: told(before + done, whole)
+        part_ids, part_scores = map(torch.as_tensor, run(queries, bank, k, threshold, **own))
         part_ids = torch.where(part_ids < 0, part_ids, part_ids + first)
         if ids is None or scores is None:
             ids, scores = part_ids, part_scores

@@ -33,6 +33,7 @@ def topk_cuda(
     screen: str | None = None,
     path: str | None = None,
     limits: Mapping[str, int] | None = None,
+    first_row: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The contract of `pymcip.ops.topk`, for queries on a GPU and validated arguments.
 
@@ -48,6 +49,7 @@ def topk_cuda(
         the rate and its certificate is tighter, and bf16, which ranks better, for the others.
     path: one of `pymcip._core.topk_cuda_paths(device)`, by default the first.
     limits: memory to use, see CudaTopkLimits in csrc/topk_cuda.hpp.
+    first_row: number of the bank's first row in messages about rows, which packing finds.
 
     Beside the results it takes at most 2.1 GiB of the device (1 GiB for packed queries, which are
     taken in turns beyond; 64 MiB of candidates; two chunks of the bank of 256 MiB, and twice that
@@ -98,7 +100,7 @@ def topk_cuda(
     if bad_query >= 0:
         raise_unrankable("queries", bad_query, queries[bad_query : bad_query + 1])
     if bad_row >= 0:
-        raise_unrankable("bank", bad_row, bank[bad_row : bad_row + 1])
+        raise_unrankable("bank", first_row + bad_row, bank[bad_row : bad_row + 1])
     return ids, scores
 
 
