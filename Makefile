@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 GPU_PYTHON ?= $(PYTHON)
 GPU_VENV := .venv-gpu
 
+SANITIZE_VENV := .venv-sanitize
+
 # A bench that takes longer is interrupted, and that is no failure.
 bounded = timeout --signal=INT --kill-after=20 $(1) $(GPU_VENV)/bin/python
 passed = || test $$? -eq 124
@@ -14,12 +16,13 @@ passed = || test $$? -eq 124
 SOURCES := $(shell find csrc pymcip triton_kernels -type f ! -name '*.pyc' 2>/dev/null) \
            CMakeLists.txt pyproject.toml
 
-.PHONY: help setup lint test demo bench gpu-check clean
+.PHONY: help setup lint test sanitize demo bench gpu-check clean
 
 help:
 	@echo "make setup      .venv with the package, installed as a wheel, and all it needs"
 	@echo "make lint       ruff and mypy"
 	@echo "make test       lint, then the whole test suite against the installed wheel"
+	@echo "make sanitize   the tests of top-k against a build with AddressSanitizer and UBSan (GCC)"
 	@echo "make demo       run 'pymcip demo'"
 	@echo "make bench      time the ops against their rivals on the CPU"
 	@echo "make gpu-check  build with CUDA, run the GPU tests and benches (GPU_PYTHON=python with torch)"
@@ -61,6 +64,22 @@ lint: setup
 test: lint
 	$(BIN)/pytest
 
+# The extension anew, in an environment of its own that sees the packages of $(VENV). Their code is
+# not instrumented, and Python itself leaks: so the sanitizers' libraries are loaded first, and leaks
+# are not looked for.
+sanitize: setup
+	$(BIN)/python -m venv $(SANITIZE_VENV)
+	@$(BIN)/python -c 'import site; print(*site.getsitepackages(), sep="\n")' \
+	  > $$($(SANITIZE_VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])')/parent.pth
+	$(SANITIZE_VENV)/bin/python -m pip install --quiet --no-deps --force-reinstall . \
+	  -C cmake.define.PYMCIP_SANITIZE=ON -C cmake.define.PYMCIP_CUDA=OFF -C build-dir=build/sanitize
+	@# Not from the root: see gpu-check. Their reports go past Python's sys.stderr: --capture=sys.
+	cd $(SANITIZE_VENV) && \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYMCIP_EXAMPLES=0.2 \
+	  bin/python -m pytest -c ../pyproject.toml --rootdir .. --capture=sys \
+	  -k "not torch and not faiss" ../tests/test_topk.py
+
 demo: setup
 	$(BIN)/pymcip demo
 
@@ -99,4 +118,4 @@ gpu-check:
 	$(call bounded,75) bench/bench_train.py --device cuda --store $(passed)
 
 clean:
-	rm -rf $(VENV) $(GPU_VENV) build dist
+	rm -rf $(VENV) $(GPU_VENV) $(SANITIZE_VENV) build dist

@@ -5,6 +5,7 @@ The oracle is NumPy in fp64 and shares nothing with the package.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -33,6 +34,11 @@ EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 EVERY_KERNEL = pytest.mark.parametrize("backend", KERNELS)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def examples(count: int) -> int:
+    """Fewer where each takes longer: see 'make sanitize'."""
+    return max(1, round(count * float(os.environ.get("PYMCIP_EXAMPLES", "1"))))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -129,7 +135,7 @@ class Problem(NamedTuple):
     packed=st.booleans(),
     backend=st.sampled_from(BACKENDS),
 )
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=examples(250), deadline=None)
 def test_small_problems(
     rows: int,
     bank_rows: int,
@@ -602,7 +608,7 @@ def test_adversarial_data(backend: str, name: str) -> None:
     st.integers(0, 2**16),
     st.sampled_from(BACKENDS),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @example(64, 100, 18, 18, 1.0, 0, "torch")
 def test_any_scale_and_spread(
     columns: int, bank_rows: int, left: int, right: int, spread: float, seed: int, backend: str
@@ -1042,7 +1048,7 @@ odd = st.one_of(
     backend=st.sampled_from(["auto", *BACKENDS, "", "cuda", "triton", "no"]),
     threads=st.none() | odd,
 )
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 def test_any_arguments_are_searched_or_refused(
     queries: Any, bank: Any, k: Any, threshold: Any, exact: bool, backend: str, threads: Any
 ) -> None:
@@ -1085,7 +1091,7 @@ NUMBERS = st.integers(-(2**80), -1) | st.integers(2**64, 2**80)
     value=NUMBERS | st.none() | st.text(max_size=5) | st.floats() | st.binary(max_size=3),
     which=st.sampled_from(["queries", "bank"]),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @example(place=1, value="float64", which="queries")
 @example(place=1, value="", which="bank")
 @example(place=2, value=-1, which="queries")
