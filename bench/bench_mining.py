@@ -61,7 +61,8 @@ class Spectrum:
     its number: any order and any number of threads give the same rows.
     """
 
-    KINDS: ClassVar = {"img": (0, 0.42, 0.85), "text": (1, 0.65, 0.7)}  # stream, own, noise
+    # Stream (0 would be the centres' own: seeds [0, 0, 0] and 0 are one), own, noise.
+    KINDS: ClassVar = {"img": (2, 0.42, 0.85), "text": (1, 0.65, 0.7)}
 
     def __init__(self, dim: int, clusters: int, seed: int = 0) -> None:
         generator = np.random.default_rng(seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,10 @@ def test_data_are_as_described(bench: Any) -> None:
     assert not np.array_equal(captions[:500], spectrum.rows("text", 1, 500))
     norms = np.linalg.norm(captions.astype(np.float32), axis=1)
     np.testing.assert_allclose(norms, 1, atol=2**-11)
+    streams = [spectrum.centres, images.astype(np.float32), captions[:500].astype(np.float32)]
+    for first, second in itertools.combinations(streams, 2):  # drawn apart from each other
+        alike = (first[:100] * second[:100]).sum(axis=1)
+        assert np.quantile(alike, 0.75) < 0.2
     cosines = images.astype(np.float32) @ captions.astype(np.float32).T
     assert 0.02 < np.median(cosines) < 0.15  # the mean that all share
     over = (cosines >= 0.27).sum(axis=1)
