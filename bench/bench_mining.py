@@ -159,7 +159,7 @@ def mine(options: argparse.Namespace, folder: Path, out: Path, kill_at: float | 
     shown: list[bytes] = []
     reader = threading.Thread(target=_drain, args=(terminal, shown))
     reader.start()
-    rows = mining._block_rows(options.k, options.dim, torch.device("cpu"))
+    rows = mining._block_rows(options.k, options.dim, torch.device(options.device))
     planned = -(-options.images // rows)
     due = None if kill_at is None else max(1, round(kill_at * planned))
     last, finished, spacing = start, 0, 0.0
@@ -250,15 +250,16 @@ def fp64_recall(
 
 def gemm_rate(options: argparse.Namespace) -> float:
     """GFLOP/s of torch's bf16 product alone, at this width."""
-    generator = torch.Generator().manual_seed(0)
+    device = options.device
+    generator = torch.Generator(device).manual_seed(0)
     problem = Problem(
-        torch.randn(2048, options.dim, generator=generator),
-        torch.randn(GEMM_ROWS, options.dim, generator=generator),
+        torch.randn(2048, options.dim, generator=generator, device=device),
+        torch.randn(GEMM_ROWS, options.dim, generator=generator, device=device),
         options.k,
         options.threads,
     )
     run = product_alone(problem, torch.bfloat16, GEMM_ROWS)
-    (timing,) = compare([Rival("product", run)], repetitions=7)
+    (timing,) = compare([Rival("product", run)], repetitions=7, device=device)
     return 2e-9 * 2048 * GEMM_ROWS * options.dim / timing.quantile(0.5)
 
 
@@ -273,14 +274,16 @@ def rivals(options: argparse.Namespace, folder: EmbeddingFolder) -> list[Rival]:
             break
 
     def ours() -> Any:
-        return topk(images, parts, options.k, options.threshold, threads=options.threads)
+        queries = torch.from_numpy(images).to(options.device)
+        return topk(queries, parts, options.k, options.threshold, threads=options.threads)
 
     def by_torch() -> Any:
-        queries, best, first = torch.from_numpy(images).bfloat16(), Merge(options.k), 0
+        queries = torch.from_numpy(images).to(options.device, torch.bfloat16)
+        best, first = Merge(options.k), 0
         for part in parts:
             for start in range(0, len(part), 4000):
-                rows = torch.from_numpy(np.array(part[start : start + 4000])).bfloat16()
-                best.add(queries @ rows.T, first + start)
+                rows = torch.from_numpy(np.array(part[start : start + 4000]))
+                best.add(queries @ rows.to(queries.device, torch.bfloat16).T, first + start)
             first += len(part)
         return best.ids, best.scores
 
@@ -294,17 +297,17 @@ def rivals(options: argparse.Namespace, folder: EmbeddingFolder) -> list[Rival]:
             first += len(part)
         return best.ids, best.scores
 
-    wanted = torch.from_numpy(ours()[0])
+    wanted = ours()[0].cpu()
 
     def recall(result: tuple[Any, Any]) -> float:
-        ids, scores = (torch.as_tensor(part) for part in result)
+        ids, scores = (torch.as_tensor(part).cpu() for part in result)
         ids = torch.where(scores >= options.threshold, ids, -1)
         due = wanted >= 0
         hit = torch.stack([torch.isin(own, got) for own, got in zip(wanted, ids, strict=True)])
         return float(hit[due].double().mean()) if due.any() else float("nan")
 
     found = [Rival("pymcip topk over parts", ours, recall)]
-    found.append(Rival("torch bf16 mm+topk, 4k", by_torch, recall))
+    found.append(Rival("torch bf16 mm+topk, 4k", by_torch, recall))  # where the miner works
     with contextlib.suppress(MissingRivalError, ImportError):
         import faiss  # noqa: F401
 
@@ -342,6 +345,10 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rival-captions", type=int, default=200_000)
     parser.add_argument("--note", default="", help="what else ran on the machine; goes into rows")
     options = parser.parse_args(words)
+    device = mining._device(options.backend, "float16").type  # pymcip mine has no choice of it
+    if options.device != device:
+        print(f"pymcip mine works on {device} here, with backend={options.backend}")
+        options.device = device
     for name, value in (SMOKE if options.smoke else FULL).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
@@ -372,7 +379,8 @@ def place(options: argparse.Namespace) -> Iterator[Path]:
 def main(words: Sequence[str] | None = None) -> None:
     options = arguments(words)
     torch.set_num_threads(options.threads)
-    report = Report("mining", device="cpu", dtype="float16", packages=("faiss-cpu",))
+    packages = ("faiss-cpu", "faiss-gpu")
+    report = Report("mining", device=options.device, dtype="float16", packages=packages)
     case = {
         "N": options.images,
         "M": options.captions,
@@ -390,7 +398,7 @@ def main(words: Sequence[str] | None = None) -> None:
         timings = compare(
             rivals(options, EmbeddingFolder(work / "embedded")),
             repetitions=options.repetitions,
-            warmup=1,
+            device=options.device,
         )
     report.add(smaller, timings, work=work_done, unit="GFLOP", accuracy="recall")
     larger = case["N"] * case["M"] / (smaller["N"] * smaller["M"])
