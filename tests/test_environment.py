@@ -20,7 +20,7 @@ def test_the_report_is_plain_json_and_complete() -> None:
     assert report["versions"]["torch"] == metadata.version("torch")
     for row in BACKENDS:
         assert row.name in report["back ends"][row.op]
-    assert report["core"]["topk kernels"][-1] == "baseline"
+    assert "portable" in report["core"]["topk kernels"]
     assert report["cpu"]["torch threads"] == torch.get_num_threads()
     assert report["gpu"]["available to torch"] == torch.cuda.is_available()
     assert len(report["gpu"]["devices"]) == torch.cuda.device_count()
