@@ -192,6 +192,7 @@ PYBIND11_MODULE(_core, m) {
           py::arg("sums"), py::arg("threads"), py::arg("kernel"), py::arg("progress") = py::none());
     m.def("topk_scores", &topk_scores, py::arg("queries"), py::arg("bank"), py::arg("ids"),
           py::arg("count"), py::arg("scores"));
+    m.def("topk_pass", &pymcip::topk_cpu_pass, py::arg("columns"), py::arg("k"));
     m.def("topk_kernels", &pymcip::topk_cpu_kernels);
     m.def("build_info", &build_info);
 #ifdef PYMCIP_WITH_CUDA

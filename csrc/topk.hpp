@@ -76,6 +76,10 @@ Outcome topk_cpu(const Matrix& queries, const std::vector<Part>& bank, std::int6
                  float threshold, bool exact, int threads, const std::string& kernel,
                  std::int64_t* ids, float* scores, const Progress& progress);
 
+// So many queries at least are served by one pass over the bank: more take several, each of which packs
+// anew what is not packed.
+std::int64_t topk_cpu_pass(std::int64_t columns, std::int64_t k);
+
 Outcome topk_cpu_pack(const Matrix& rows, const Packed& packed, int threads,
                       const std::string& kernel, const Progress& progress);
 

@@ -65,6 +65,21 @@ const Kernel& kernel_named(const std::string& name) {
     throw std::invalid_argument("this machine has no top-k kernel called '" + name + "'");
 }
 
+// Long lists save scores, but short ones stay in the caches.
+std::int64_t capacity_for(std::int64_t k) {
+    return std::max<std::int64_t>(128, 4 * k + 8 * std::min<std::int64_t>(k, 128));
+}
+
+std::int64_t whole_panels(std::int64_t queries) {
+    return std::max<std::int64_t>(queries / kPanel, 1) * kPanel;
+}
+
+// Queries whose codes (`width` bytes each) and candidates fit the budget, and whose codes fit L2.
+std::int64_t set_queries(std::int64_t width, std::int64_t list_bytes) {
+    return whole_panels(kSetBytes / (width + list_bytes));
+}
+std::int64_t cached_queries(std::int64_t width) { return whole_panels(kBlockBytes / width); }
+
 struct Stretch {
     Packed packed;
     std::int64_t first_group;  // of `packed`
@@ -78,18 +93,15 @@ class Search {
     Search(const Job& job, Team& team) : job_(job), team_(team) {
         const std::int64_t list_bytes = job.capacity * static_cast<std::int64_t>(sizeof(Candidate));
         const std::int64_t rows = job.queries.rows, threads = team.threads();
-        const auto whole_panels = [](std::int64_t queries) {
-            return std::max<std::int64_t>(queries / kPanel, 1) * kPanel;
-        };
-        const std::int64_t most = whole_panels(kSetBytes / (job.width() + list_bytes));
-        const std::int64_t cached = whole_panels(kBlockBytes / job.width());
+        const std::int64_t most = set_queries(job.width(), list_bytes);
+        const std::int64_t cached = cached_queries(job.width());
         // Few blocks are made as many as threads, unless they get too small for it: then the threads
         // share each block, and each has candidates of its own.
         const std::int64_t blocks =
             divide_up(divide_up(rows, std::min(cached, most)), threads) * threads;
         shared_ = rows < threads * kSmallBlock;
         if (shared_) {
-            block_ = std::min(cached, whole_panels(kSetBytes / (job.width() + threads * list_bytes)));
+            block_ = std::min(cached, set_queries(job.width(), threads * list_bytes));
             set_ = block_;
         } else {
             block_ = std::min(std::min(cached, whole_panels(most / threads)),
@@ -431,11 +443,6 @@ class Search {
     Buffer<std::int32_t> sums_;
 };
 
-// Long lists save scores, but short ones stay in the caches.
-std::int64_t capacity_for(std::int64_t k) {
-    return std::max<std::int64_t>(128, 4 * k + 8 * std::min<std::int64_t>(k, 128));
-}
-
 }  // namespace
 
 std::vector<std::string> topk_cpu_kernels() {
@@ -462,6 +469,15 @@ Outcome topk_cpu(const Matrix& queries, const std::vector<Part>& bank, std::int6
     if (outcome.kind == Outcome::Kind::complete && team.stopped())
         outcome.kind = Outcome::Kind::stopped;
     return outcome;
+}
+
+std::int64_t topk_cpu_pass(std::int64_t columns, std::int64_t k) {
+    const std::int64_t width = divide_up(columns, 64) * 64;
+    const std::int64_t most =
+        set_queries(width, capacity_for(k) * static_cast<std::int64_t>(sizeof(Candidate)));
+    // A set is of whole blocks, so that it may fall short of `most` by less than one.
+    const std::int64_t cached = cached_queries(width);
+    return most > 2 * cached ? most - cached : most;
 }
 
 Outcome topk_cpu_pack(const Matrix& rows, const Packed& packed, int threads,

@@ -33,11 +33,11 @@ from pymcip.errors import DataError, StaleEmbeddingsError
 from pymcip.files import atomic_path, prepare_output, read_json, write_json, write_text
 from pymcip.ops import ApproximateIndex, topk
 from pymcip.ops.dispatch import backends
+from pymcip.ops.topk_cpu import pass_queries
 from pymcip.ops.topk_faiss import import_faiss
 from pymcip.progress import progress
 
 SPREADS = 3.5  # auto threshold: this many spreads above the median, see `auto_threshold`
-PASS_BYTES = 30 << 20  # of the images of a block, on a CPU; see `_block_rows`
 GPU_BLOCK_ROWS = 1 << 17
 RECALL_ROWS = 256  # images whose exact captions an approximate search is compared with
 SAMPLE_ROWS = 1024  # images and captions that stand for all in the distribution of random pairs
@@ -377,13 +377,13 @@ def _check_parts(image_parts: Sequence[Matrix], caption_parts: Sequence[Matrix])
 def _block_rows(k: int, columns: int, device: torch.device) -> int:
     """Images per block: what a kill loses, and what all captions are read and rounded for once.
 
-    On a CPU that is done for as many queries as fit into a budget (kSetBytes of csrc/topk_cpu.cpp;
-    a sixteenth is left for what it rounds up): 20,480 of 512 columns with k = 10, which take two
-    cores with AMX about a minute with 12 million captions. A GPU takes seconds for far more.
+    On a CPU as many as one pass over the captions serves: 14,848 of 512 columns with k = 10, which
+    take two cores with AMX three quarters of a minute with 12 million captions. A GPU takes seconds
+    for far more.
     """
     if device.type != "cpu":
         return GPU_BLOCK_ROWS
-    return max(256, PASS_BYTES // (-(-columns // 64) * 64 + 16 * max(64, 4 * k)))
+    return pass_queries(columns, k)
 
 
 def _mine_blocks(

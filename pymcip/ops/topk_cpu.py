@@ -93,6 +93,13 @@ def _row(bank: Sequence[Array | PackedBank], row: int) -> Array:
     raise AssertionError(row)
 
 
+def pass_queries(columns: int, k: int) -> int:
+    """How many queries at least one pass over the bank serves, which packs what is not packed."""
+    from pymcip import _core
+
+    return _core.topk_pass(columns, k)
+
+
 def probe(kernel: str) -> str | None:
     try:
         from pymcip import _core
