@@ -29,7 +29,11 @@ DIMS, KS, QUERIES, THRESHOLD = (512, 768, 1152), (1, 10, 64), (1, 64, 2048), 0.2
 SUBSET = {"dims": (768,), "k": (10,), "queries": QUERIES}
 BANK = {"cpu": 200_000, "cuda": 2_000_000}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-PACKED = {"pymcip packed": True, "pymcip packed, screen": False}  # and whether it is exact
+PACKED = {  # back end, and whether it is exact
+    "pymcip packed": ("auto", True),
+    "pymcip packed, screen": ("auto", False),
+    "pymcip packed, avx512_vnni": ("avx512_vnni", True),
+}
 GEMM = "torch bf16 product alone"  # the ceiling: what can't be had faster without 8 bits
 PACKAGES = ("faiss-cpu", "faiss-gpu", "numkong", "usearch", "cuvs-cu12", "cuvs-cu13")
 
@@ -195,6 +199,12 @@ def fp64_ranking(
     return ids.cpu(), scores.cpu()
 
 
+def _runs_here(backend: str) -> bool:
+    return backend == "auto" or any(
+        row.name == backend and row.unavailable() is None for row in backends("topk")
+    )
+
+
 def asked_for(name: str, options: argparse.Namespace) -> bool:
     return options.rivals is None or any(word in name for word in options.rivals)
 
@@ -267,9 +277,9 @@ def rivals(
         ]
     if packed is not None:
         chosen += [
-            Rival(name, ours(packed, "auto", exact), recall)
-            for name, exact in PACKED.items()
-            if listed(name)
+            Rival(name, ours(packed, backend, exact), recall)
+            for name, (backend, exact) in PACKED.items()
+            if listed(name) and _runs_here(backend)
         ]
     for contender in CONTENDERS:
         if contender.device != options.device or not listed(contender.name):

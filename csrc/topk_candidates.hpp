@@ -146,6 +146,13 @@ class Block {
         }
     }
 
+    // Takes over the candidates that another block of the same queries has for one of them.
+    void absorb(Scorer& scorer, std::int64_t query, Block& other) {
+        for (std::int64_t i = 0; i < other.at(query).count; ++i)
+            push(scorer, query, other.list(query)[i]);
+        other.at(query).count = 0;
+    }
+
     void raise(std::int64_t query, float cut) {
         at(query).cut = cut;
         // Without residuals nothing else covers the rounding of this cut and of a group's.

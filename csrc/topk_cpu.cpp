@@ -276,12 +276,25 @@ class Search {
             scan(worker, worker, stretch, slice * kSliceGroups,
                  std::min((slice + 1) * kSliceGroups, groups));
         });
-        if (job_.exact)
-            team_.each(static_cast<std::int64_t>(blocks_.size()), [&](int worker, std::int64_t b) {
-                Block& block = *blocks_[static_cast<std::size_t>(b)];
-                for (std::int64_t query = 0; query < block.count(); ++query)
-                    block.resolve(scorer(worker), query);
+        if (job_.exact) {
+            constexpr std::int64_t batch = 4;
+            const std::int64_t count = blocks_[0]->count();
+            team_.each(divide_up(count, batch), [&](int worker, std::int64_t item) {
+                for (std::int64_t query = item * batch;
+                     query < std::min((item + 1) * batch, count); ++query)
+                    gather(worker, query);
             });
+        }
+    }
+
+    // What the threads found for a query, resolved in the first one's block; its cut for all.
+    void gather(int worker, std::int64_t query) {
+        Block& block = *blocks_[0];
+        for (std::size_t copy = 1; copy < blocks_.size(); ++copy)
+            block.absorb(scorer(worker), query, *blocks_[copy]);
+        block.resolve(scorer(worker), query);
+        for (std::size_t copy = 1; copy < blocks_.size(); ++copy)
+            blocks_[copy]->raise(query, block.cut(query));
     }
 
     Screen screen(int worker, std::int64_t block, const Stretch& stretch) {
@@ -387,35 +400,26 @@ class Search {
     void finish(std::int64_t first, std::int64_t count, std::int64_t* ids, float* scores,
                 std::int64_t places) {
         constexpr std::int64_t batch = 64;
-        const std::int64_t copies = shared_ ? team_.threads() : 1;
         team_.each(divide_up(count, batch), [&](int worker, std::int64_t item) {
-            std::vector<Candidate> found;
             for (std::int64_t query = item * batch; query < std::min((item + 1) * batch, count);
                  ++query) {
-                found.clear();
-                for (std::int64_t copy = 0; copy < copies; ++copy) {
-                    Block& block = *blocks_[static_cast<std::size_t>(query / block_ * copies + copy)];
-                    block.resolve(scorer(worker), query % block_);
-                    const Candidate* list = block.list(query % block_);
-                    found.insert(found.end(), list, list + block.found(query % block_));
-                }
-                write(found, ids + (first + query) * places, scores + (first + query) * places,
-                      places);
+                Block& block = *blocks_[static_cast<std::size_t>(shared_ ? 0 : query / block_)];
+                const std::int64_t own = query % block_;
+                if (shared_) gather(worker, own);
+                else block.resolve(scorer(worker), own);
+                write(block.list(own), block.found(own), ids + (first + query) * places,
+                      scores + (first + query) * places, places);
             }
         });
     }
 
-    void write(std::vector<Candidate>& found, std::int64_t* ids, float* scores,
+    void write(Candidate* found, std::int64_t count, std::int64_t* ids, float* scores,
                std::int64_t places) const {
-        const auto end = std::remove_if(found.begin(), found.end(), [&](const Candidate& one) {
-            return one.lower < job_.threshold;
-        });
-        const std::int64_t count = std::min<std::int64_t>(job_.k, end - found.begin());
-        std::partial_sort(found.begin(), found.begin() + count, end, better);
+        std::sort(found, found + count, better);
         for (std::int64_t place = 0; place < places; ++place) {
             const bool filled = place < count;
-            ids[place] = filled ? found[static_cast<std::size_t>(place)].id : -1;
-            scores[place] = filled ? found[static_cast<std::size_t>(place)].lower : -kInfinity;
+            ids[place] = filled ? found[place].id : -1;
+            scores[place] = filled ? found[place].lower : -kInfinity;
         }
     }
 
