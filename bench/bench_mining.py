@@ -141,6 +141,7 @@ class Watched:
 
 def mine(options: argparse.Namespace, folder: Path, out: Path, kill_at: float | None) -> Watched:
     """Run `pymcip mine`; kill it when that share of the blocks, and half a block more, is done."""
+    folder, out = folder.resolve(), out.resolve()
     command = [sys.executable, "-m", "pymcip", "mine", "--images", folder, "--out", out]
     command += ["--k", options.k, "--threshold", options.threshold, "--backend", options.backend]
     command += ["--threads", options.threads]
@@ -150,7 +151,12 @@ def mine(options: argparse.Namespace, folder: Path, out: Path, kill_at: float | 
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.perf_counter()
     process = subprocess.Popen(
-        list(map(str, command)), stdin=side, stdout=side, stderr=side, start_new_session=True
+        list(map(str, command)),
+        stdin=side,
+        stdout=side,
+        stderr=side,
+        start_new_session=True,
+        cwd=out.parent,  # in the repository, -m would take its folder for the package
     )
     os.close(side)
     if options.memory_limit:
@@ -378,7 +384,15 @@ def place(options: argparse.Namespace) -> Iterator[Path]:
 
 def main(words: Sequence[str] | None = None) -> None:
     options = arguments(words)
+    before = torch.get_num_threads()
     torch.set_num_threads(options.threads)
+    try:
+        _run(options)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _run(options: argparse.Namespace) -> None:
     packages = ("faiss-cpu", "faiss-gpu")
     report = Report("mining", device=options.device, dtype="float16", packages=packages)
     case = {

@@ -17,6 +17,7 @@ from pymcip.ops.packed_bank import PackedBank, matrix_pointer, raise_unrankable
 Array: TypeAlias = Any  # np.ndarray (memory maps too) or torch.Tensor
 Progress: TypeAlias = Callable[[int, int], object]
 
+UNPACKED_PASS = 8192  # queries of a pass of other back ends, which pack nothing
 MOST_COLUMNS = 4096  # kMostColumns of csrc/topk.hpp
 # What each needs. All screen in 8 bits but amx_bf16: bfloat16 takes it twice the time, and bounds six
 # times tighter save it scores where many rows of a bank are nearly alike.
@@ -95,6 +96,8 @@ def _row(bank: Sequence[Array | PackedBank], row: int) -> Array:
 
 def pass_queries(columns: int, k: int) -> int:
     """How many queries at least one pass over the bank serves, which packs what is not packed."""
+    if probe("portable") is not None:
+        return UNPACKED_PASS
     from pymcip import _core
 
     return _core.topk_pass(columns, k)
