@@ -211,7 +211,7 @@ def test_resumed_after_sigkill_gives_the_same_bits(options: dict[str, Any], tmp_
             text=True,
             timeout=240,
             check=False,
-                cwd=tmp_path,  # not the repository, whose folder would be imported
+            cwd=tmp_path,  # not the repository, whose folder would be imported
         )
         assert child.returncode == -signal.SIGKILL, f"{points}: {child.stderr}"
     resumed = pymcip.train(**killed)
