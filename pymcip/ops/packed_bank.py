@@ -96,7 +96,7 @@ class PackedBank:
             )
         if threads is not None:
             threads = check_count("PackedBank", "threads", threads)
-        row = select("topk", backend, device="cpu", dtype=_dtype_name(rows), dim=rows.shape[1])
+        row = select("topk", backend, device="cpu", dtype=dtype_name(rows), dim=rows.shape[1])
         if row.name not in KERNELS:
             raise BackendError(
                 f"PackedBank: backend={row.name!r} does not search packed banks, or does not take "
@@ -130,7 +130,7 @@ class PackedBank:
         folder = Path(folder)
         if folder.exists() and not overwrite:
             raise OutputExistsError(f"{folder} exists; give overwrite=True, or another folder")
-        dtype = _dtype_name(self.rows)
+        dtype = dtype_name(self.rows)
         with atomic_path(folder) as temporary:
             temporary.mkdir()
             for name, array in self._arrays.items():
@@ -206,7 +206,7 @@ class PackedBank:
         return self.shape[0]
 
     def __repr__(self) -> str:
-        return f"PackedBank({len(self)} x {self.shape[1]}, {_dtype_name(self.rows)} in {self.precision})"
+        return f"PackedBank({len(self)} x {self.shape[1]}, {dtype_name(self.rows)} in {self.precision})"
 
 
 def matrix_pointer(matrix: Array) -> tuple[tuple[int, str, int, int, int, int], Array]:
@@ -223,7 +223,7 @@ def matrix_pointer(matrix: Array) -> tuple[tuple[int, str, int, int, int, int], 
             matrix = matrix.copy()
         address = matrix.ctypes.data
         strides = tuple(stride // matrix.itemsize for stride in matrix.strides)
-    return (address, _dtype_name(matrix), rows, columns, strides[0], strides[1]), matrix
+    return (address, dtype_name(matrix), rows, columns, strides[0], strides[1]), matrix
 
 
 def raise_unrankable(name: str, number: int, row: Array) -> NoReturn:
@@ -273,7 +273,7 @@ def _bits(rows: Array) -> np.ndarray:
     if isinstance(rows, torch.Tensor):
         rows = rows.detach()
         return rows.view(torch.uint16).numpy() if rows.dtype == torch.bfloat16 else rows.numpy()
-    return rows.view(np.uint16) if _dtype_name(rows) == "bfloat16" else rows
+    return rows.view(np.uint16) if dtype_name(rows) == "bfloat16" else rows
 
 
 def _as_bfloat16(bits: np.ndarray) -> torch.Tensor:
@@ -283,5 +283,5 @@ def _as_bfloat16(bits: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(bits).view(torch.bfloat16)
 
 
-def _dtype_name(matrix: Array) -> str:
+def dtype_name(matrix: Array) -> str:
     return str(matrix.dtype).removeprefix("torch.")

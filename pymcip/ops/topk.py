@@ -23,7 +23,7 @@ import torch
 
 from pymcip.errors import ConfigError
 from pymcip.ops.dispatch import Backend, select
-from pymcip.ops.packed_bank import PackedBank, raise_unrankable
+from pymcip.ops.packed_bank import PackedBank, dtype_name, raise_unrankable
 from pymcip.ops.topk_cpu import KERNELS, probe
 
 Array: TypeAlias = Any  # np.ndarray (memory maps too) or torch.Tensor
@@ -94,7 +94,7 @@ def topk(
     if backend == "auto" and packed == {"bfloat16"} and probe("amx_bf16") is None:
         backend = "amx_bf16"  # the others would not use the codes
     row = select(
-        "topk", backend, device=device.type, dtype=_dtype_name(parts[0]), k=k, dim=queries.shape[1]
+        "topk", backend, device=device.type, dtype=dtype_name(parts[0]), k=k, dim=queries.shape[1]
     )
     options = {
         "exact": bool(exact),
@@ -204,9 +204,9 @@ def check_matrix(name: str, matrix: Array) -> None:
         raise ConfigError(f"topk: {name} is {what}; {allowed}, dense and in native byte order")
     if matrix.ndim != 2 or matrix.shape[1] == 0:
         raise ConfigError(f"topk: {name} has shape {tuple(matrix.shape)}; {allowed}, D >= 1")
-    if _dtype_name(matrix) not in ("float32", "float16", "bfloat16"):
+    if dtype_name(matrix) not in ("float32", "float16", "bfloat16"):
         raise ConfigError(
-            f"topk: {name} holds {_dtype_name(matrix)}; {allowed}. Convert with .astype('float32') "
+            f"topk: {name} holds {dtype_name(matrix)}; {allowed}. Convert with .astype('float32') "
             "or .float()"
         )
 
@@ -230,7 +230,3 @@ def _check_finite(name: str, matrix: Array, first: int) -> None:
 def _device(matrix: Array | PackedBank) -> torch.device:
     rows = matrix.rows if isinstance(matrix, PackedBank) else matrix
     return rows.device if isinstance(rows, torch.Tensor) else torch.device("cpu")
-
-
-def _dtype_name(matrix: Array | PackedBank) -> str:
-    return str(matrix.dtype).removeprefix("torch.")

@@ -12,7 +12,7 @@ import torch
 
 from pymcip.errors import ConfigError
 from pymcip.ops.canonical import canonical_topk
-from pymcip.ops.packed_bank import raise_unrankable
+from pymcip.ops.packed_bank import matrix_pointer, raise_unrankable
 
 Array: TypeAlias = Any  # np.ndarray (memory maps too) or torch.Tensor
 
@@ -69,14 +69,14 @@ def topk_cuda(
     if path not in paths:
         raise ConfigError(f"topk: path={path!r} can't run on {device}; allowed: {paths}")
     bank_on_host = not (isinstance(bank, torch.Tensor) and bank.is_cuda)
-    if isinstance(bank, np.ndarray):
-        bank = _whole_strides(bank)
+    query_pointer, queries = matrix_pointer(queries)
+    bank_pointer, bank = matrix_pointer(bank)
     with torch.cuda.device(device):
         ids = torch.empty((count, k), dtype=torch.int64, device=device)
         scores = torch.empty((count, k), dtype=torch.float32, device=device)
         matrices = {
-            "queries": _pointer(queries),
-            "bank": _pointer(bank),
+            "queries": query_pointer,
+            "bank": bank_pointer,
             "bank_on_host": bank_on_host,
             "k": k,
             "exact": exact,
@@ -182,18 +182,3 @@ def _self_check(device: torch.device) -> str | None:
 def _core() -> Any:
     # Not typed: it has these functions only where a CUDA compiler was present.
     return import_module("pymcip._core")
-
-
-def _pointer(matrix: Array) -> tuple[int, str, int, int, int, int]:
-    rows, columns = matrix.shape
-    name = str(matrix.dtype).removeprefix("torch.")
-    if isinstance(matrix, torch.Tensor):
-        return (matrix.data_ptr(), name, rows, columns, *matrix.stride())
-    strides = (stride // matrix.itemsize for stride in matrix.strides)
-    return (matrix.ctypes.data, name, rows, columns, *strides)
-
-
-def _whole_strides(matrix: np.ndarray) -> np.ndarray:
-    """The matrix, copied if its strides or its address are no multiples of an element's size."""
-    whole = all(stride % matrix.itemsize == 0 for stride in matrix.strides)
-    return matrix if whole and matrix.flags.aligned else matrix.copy()
