@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -84,8 +84,12 @@ class FileStore:
             self._sizes[row], self._times[row] = status.st_size, status.st_mtime_ns
         if missing:
             raise DataError(
-                f"{len(missing)} of {len(names)} images of {base} are not there: {some(missing)}. "
-                "A table's filepath is relative to the table's folder, or absolute"
+                f"{len(missing)} of {len(names)} images of {base} are not there: {some(missing)}"
+                + (
+                    ". A table's filepath is relative to the table's folder, or absolute"
+                    if kind == "table"
+                    else ""
+                )
             )
 
     def key(self, row: int) -> str:
@@ -186,7 +190,10 @@ class ImageData:
         class_names: C texts, the label as the source spells it (folder name, table cell, cls).
         class_sources: int64 [C], the source each class belongs to.
         source_ids: int64 [N], the source of each image.
+        crops: float32 [N, 4], the box each image is cut to (see `cropped`), or None.
     """
+
+    crops: npt.NDArray[np.float32] | None = None
 
     def __init__(
         self,
@@ -238,7 +245,8 @@ class ImageData:
             DataError: its file is gone or has shrunk.
         """
         store, row = self._place(index)
-        return decode(store.read(row), store.key(row))
+        image = decode(store.read(row), store.key(row))
+        return image if self.crops is None else _crop(image, self.crops[index], store.key(row))
 
     def select(self, indices: npt.ArrayLike) -> ImageData:
         """Return the images at `indices` (int [M]), in that order; the classes stay the same."""
@@ -247,6 +255,33 @@ class ImageData:
         part._rows = self._rows[chosen]
         part.source_ids = self.source_ids[chosen]
         part.labels = self.labels[chosen]
+        part.crops = None if self.crops is None else self.crops[chosen]
+        return part
+
+    def cropped(self, boxes: npt.ArrayLike) -> ImageData:
+        """Return the same images, each cut to a box after decoding and before the transform.
+
+        Args:
+            boxes: float [4] for all images or [N, 4]: left, top, right, bottom in pixels, as
+                `PIL.Image.Image.crop` takes them; right and bottom of 0 or less are counted from
+                the far side, so that (2, 2, -2, -2) takes a border of two pixels off.
+
+        Raises:
+            DataError: the boxes have another shape, or are empty.
+        """
+        given = np.asarray(boxes, np.float32)
+        if given.shape not in ((4,), (len(self), 4)) or not np.isfinite(given).all():
+            raise DataError(
+                f"crops are {list(given.shape)}; needed: finite [4] or [{len(self)}, 4], left, top, "
+                "right, bottom"
+            )
+        table = np.broadcast_to(given, (len(self), 4))
+        empty = ((table[:, 2:] > 0) & (table[:, 2:] <= table[:, :2])).any(axis=1)
+        if empty.any():
+            row = int(empty.argmax())
+            raise DataError(f"the crop of {self.key(row)}, {table[row].tolist()}, is empty")
+        part = copy.copy(self)
+        part.crops = table
         return part
 
     def fingerprint(self) -> str:
@@ -259,6 +294,8 @@ class ImageData:
         digest.update(json.dumps(described).encode())
         for column in (self.source_ids, self._rows, self.labels):
             digest.update(np.ascontiguousarray(column).data)
+        if self.crops is not None:
+            digest.update(np.ascontiguousarray(self.crops).data)
         return digest.hexdigest()
 
 
@@ -289,6 +326,17 @@ def decode(content: bytes, key: str) -> Image.Image:
         if isinstance(error, UnidentifiedImageError):
             what = "not an image, or of a kind that Pillow does not read"
         raise DecodeError(f"{key} can't be decoded ({len(content)} bytes): {what}") from error
+
+
+def _crop(image: Image.Image, box: npt.NDArray[np.float32], key: str) -> Image.Image:
+    left, top, right, bottom = (float(edge) for edge in box)
+    right += image.width if right <= 0 else 0
+    bottom += image.height if bottom <= 0 else 0
+    if round(right) <= round(left) or round(bottom) <= round(top):
+        raise DecodeError(
+            f"{key} is {image.width} x {image.height}: too small for the crop {box.tolist()}"
+        )
+    return image.crop((left, top, right, bottom))  # type: ignore[arg-type]  # it rounds
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -360,6 +408,46 @@ def load_images(sources: Sources | list[Source], *, labelled: bool = True) -> Im
         np.concatenate(labels),
         class_names,
         np.array(class_sources, np.int64),
+    )
+
+
+def list_images(
+    folder: Source,
+    names: Sequence[str],
+    labels: npt.ArrayLike | None = None,
+    class_names: Sequence[str] = (),
+    *,
+    kind: str = "list",
+) -> ImageData:
+    """Make an index of named files, for readers of layouts that `load_images` doesn't know.
+
+    Args:
+        folder: what the names are relative to.
+        names: N file names.
+        labels: int [N], 0 <= label < C; None: no labels.
+        class_names: C texts.
+        kind: goes into the fingerprint.
+
+    Raises:
+        DataError: there are no names, files are missing, or the labels don't fit.
+    """
+    if not len(names):
+        raise DataError(f"{folder}: the list of images is empty")
+    store = FileStore(kind, Path(folder), list(names), None)
+    numbers = np.full(len(names), UNLABELLED) if labels is None else np.asarray(labels)
+    numbers = numbers.astype(np.int64)
+    if numbers.shape != (len(names),) or numbers.max() >= len(class_names):
+        raise DataError(
+            f"{folder}: {len(names)} images with labels {list(numbers.shape)} up to {numbers.max()} of "
+            f"{len(class_names)} classes; needed: a label below the number of classes for each"
+        )
+    return ImageData(
+        [store],
+        np.arange(len(names), dtype=np.int64),
+        np.zeros(len(names), np.int64),
+        numbers,
+        list(class_names),
+        np.zeros(len(class_names), np.int64),
     )
 
 

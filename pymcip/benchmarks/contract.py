@@ -1,0 +1,217 @@
+"""What a public data set gives to a benchmark, and what a benchmark is.
+
+A `DataSet` knows where its files lie and reads the public layout into one of three shapes:
+`Labelled`, `QuerySet` or `Captioned`. A `Benchmark` is a protocol on a data set. Readers look at names,
+lists and counts only: pixels are read when the images are embedded.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from pymcip.data import ImageData
+from pymcip.errors import DataError
+
+Int64 = npt.NDArray[np.int64]
+Group = Literal["I2I", "k-NN", "zero-shot", "T2I"]
+_log = logging.getLogger("pymcip.benchmarks")
+
+
+class AbsentError(DataError):
+    """A data set, or the part of it that is asked for, is not on the disk: nothing is broken."""
+
+
+@dataclass(frozen=True)
+class SuiteOptions:
+    """What the paper leaves open. The defaults are those of the suite "paper".
+
+    Attributes:
+        knn_k: neighbours that vote.
+        knn_vote: "weighted" (exp(cos / temperature), as DINO) or "majority".
+        knn_temperature: of the weighted vote.
+        knn_database: "train": the data set's training images vote (ImageNet-1k train for -Sketch
+            and -A too); "self": the other images of the evaluated set.
+        aircraft_database: FGVC-Aircraft's split that votes.
+        instre: "iscen": the split and queries of gnd_instre.mat, trapezoidal mAP; "all": every image
+            is a query and ranks all, relevant are those of its folder, full-ranking mAP.
+        instre_crop: crop INSTRE's queries to their boxes.
+        revisited_crop: crop ROxford's and RParis's queries to their boxes.
+        revisited_difficulty: which mAP is the benchmark's figure.
+        objectnet_border: pixels cut off each side of an ObjectNet picture (it has a red border).
+        allow_partial: take data sets that are not complete; the table marks them.
+    """
+
+    knn_k: int = 21
+    knn_vote: Literal["weighted", "majority"] = "weighted"
+    knn_temperature: float = 0.07
+    knn_database: Literal["train", "self"] = "train"
+    aircraft_database: Literal["trainval", "train"] = "trainval"
+    instre: Literal["iscen", "all"] = "iscen"
+    instre_crop: bool = False
+    revisited_crop: bool = True
+    revisited_difficulty: Literal["easy", "medium", "hard"] = "medium"
+    objectnet_border: int = 2
+    allow_partial: bool = False
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Images with classes: for retrieval by class, k-NN and zero-shot.
+
+    Attributes:
+        images: N images.
+        labels: int64 [N], the class of each, by the data set's own ids: never by the order in which
+            folders happen to be listed.
+        names: what prompts call class 0, 1, …; empty where there is no zero-shot.
+        templates: prompts with `{}` for the name.
+        candidates: the classes that zero-shot may answer (ImageNet-A: 200 of 1,000); None: all.
+        notes: what a reader of the table must know, such as "partial: 10 of 12,000 images".
+    """
+
+    images: ImageData
+    labels: Int64
+    names: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ()
+    candidates: tuple[int, ...] | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class QuerySet:
+    """Queries against a database, with the relevant rows of each.
+
+    `truth[q]` maps "ok" (INSTRE), or "easy", "hard" and "junk" (revisitop), to int64 rows of `images`.
+    """
+
+    images: ImageData
+    queries: ImageData
+    truth: tuple[dict[str, Int64], ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """N images and M captions; `owners` int64 [M]: the image row that each caption belongs to."""
+
+    images: ImageData
+    captions: tuple[str, ...]
+    owners: Int64
+    notes: tuple[str, ...] = ()
+
+
+Data = Labelled | QuerySet | Captioned
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A public data set.
+
+    Attributes:
+        name: short and stable, such as "imagenet1k-val".
+        title: as papers write it.
+        folders: names looked for below the data root; the first that is there is taken.
+        source: where to get it.
+        layout: what the folder must look like, a line per file or folder.
+        read: reads a folder; raises AbsentError if this part of it is not there, DataError if
+            what is there is not what it must be.
+    """
+
+    name: str
+    title: str
+    folders: tuple[str, ...]
+    source: str
+    layout: str
+    read: Callable[[Path, SuiteOptions], Data]
+
+    def find(self, root: Path | None, paths: Mapping[str, str]) -> Path:
+        """Return the folder: `paths[name]`, or the first of `folders` below `root`.
+
+        Raises:
+            AbsentError: there is none; the message says where to get it and what it must look like.
+            DataError: `paths` names a folder that is not there.
+        """
+        if self.name in paths:
+            given = Path(paths[self.name]).expanduser()
+            if not given.is_dir():
+                raise DataError(f"data_paths: {self.name}={given} is no folder")
+            return given
+        for name in self.folders if root is not None else ():
+            folder = Path(root) / name  # type: ignore[arg-type]
+            if folder.is_dir():
+                return folder
+        where = "no data_root is given" if root is None else f"not found below {root}"
+        raise AbsentError(f"{where}. {self.how_to_get()}")
+
+    def how_to_get(self) -> str:
+        """Say where to get the data and what the folder must look like."""
+        lines = "\n".join(f"    {line}" for line in self.layout.strip().splitlines())
+        return (
+            f"{self.title}: get it from {self.source} and lay it out below data_root as one of "
+            f"{', '.join(f'{name}/' for name in self.folders)}:\n{lines}\n"
+            f"or name its folder: data_paths={{'{self.name}': '/path'}}"
+        )
+
+
+class Embedder(Protocol):
+    """A model's unit vectors; every image and text is embedded once, whoever asks."""
+
+    def images(self, data: ImageData) -> Tensor:
+        """Return float32 [N, D]; raises DataError if one of the N can't be decoded."""
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """Return float32 [M, D]."""
+
+    def classifier(self, names: Sequence[str], templates: Sequence[str]) -> Tensor:
+        """Return float32 [C, D], as `pymcip.metrics.zero_shot_classifier` makes it."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A protocol on a data set: one column of the table.
+
+    `measure(data, database, embed, options)` returns percentages by name, the benchmark's own figure
+    first. `database` is the data set whose images vote in k-NN.
+    """
+
+    name: str
+    column: str
+    group: Group
+    metric: str
+    data: DataSet
+    measure: Callable[[Data, Labelled | None, Embedder, SuiteOptions], dict[str, float]]
+    database: DataSet | None = field(default=None)
+
+
+def check_counts(
+    title: str, found: Mapping[str, int], expected: Mapping[str, int], options: SuiteOptions
+) -> tuple[str, ...]:
+    """Compare numbers of things ("images", "classes", …) with what the public data set has.
+
+    Returns:
+        Notes for the table: none, or with `allow_partial` what is not complete.
+
+    Raises:
+        DataError: a number differs, and `allow_partial` was not given.
+    """
+    wrong = [
+        f"{found.get(what, 0):,} of {number:,} {what}"
+        for what, number in expected.items()
+        if found.get(what, 0) != number
+    ]
+    if not wrong:
+        return ()
+    if not options.allow_partial:
+        raise DataError(
+            f"{title}: found {', '.join(wrong)}; figures of an incomplete set can't be compared with "
+            "published ones. Complete it, or give allow_partial=True and have it marked in the table"
+        )
+    _log.warning("%s is not complete: %s", title, ", ".join(wrong))
+    return (f"partial: {', '.join(wrong)}",)
