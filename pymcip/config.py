@@ -288,6 +288,9 @@ class TrainConfig(ModelOptions):
     )
     threshold: float | Literal["auto"] = option(0.27, "lowest cosine of a pseudo-caption, or auto")
     k: int = option(10, "pseudo-captions per image, at most")
+    caption_noise: float = option(
+        0.0, "share of the pseudo-captions that random ones of the corpus replace (for studies)"
+    )
     negatives: Literal["mined", "bank"] | int = option(
         "mined", "caption rows beside an image's own: mined by any image, whole bank, or a sample"
     )
@@ -323,7 +326,8 @@ class TrainConfig(ModelOptions):
         **ModelOptions.AT_LEAST,
         "epochs": 1, "batch_size": 1, "wd": 0, "warmup": 0, "accum_freq": 1, "workers": 0,
         "unlock_layers": 0, "margin": 0, "caption_margin": 0, "lambda_class": 0,
-        "lambda_caption": 0, "lr_classes": 0, "k": 1, "negatives": 1, "loss_chunk": 1, "loss_delta": 0,
+        "lambda_caption": 0, "lr_classes": 0, "k": 1, "caption_noise": 0, "negatives": 1,
+        "loss_chunk": 1, "loss_delta": 0,
         "rea_epochs": 1, "rea_batch_size": 2, "rea_warmup": 0, "save_steps": 1, "log_steps": 1,
         "seed": 0, "beta1": 0, "beta2": 0,
     }  # fmt: skip
@@ -371,6 +375,8 @@ class TrainConfig(ModelOptions):
             problems.append(
                 f"threshold={self.threshold!r} is not a cosine; allowed: -1 to 1, 'auto'"
             )
+        if self.caption_noise > 1:
+            problems.append(f"caption_noise={self.caption_noise}: a share, at most 1")
         if self.loss_delta >= 1:
             problems.append(f"loss_delta={self.loss_delta}: a share of a whole, below 1")
         sources = self.train_data if isinstance(self.train_data, tuple) else (self.train_data,)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from pymcip.training.checkpoints import (
 )
 from pymcip.training.logs import MetricsLog, forget_after, log_file
 from pymcip.training.loop import Interruption, Run, fit, restore
+from pymcip.training.noise import noisy_captions
 from pymcip.training.stages import (
     ImageStage,
     Pairs,
@@ -158,7 +159,8 @@ def _check_resumable(config: TrainConfig) -> TrainResult | None:
                 "give the folder of a run, or one that is new or empty"
             )
         return None
-    before, now = read_json(out / "config.json"), config.to_dict()
+    younger = {item.name: item.default for item in fields(config)}  # than the run: not in its file
+    before, now = {**younger, **read_json(out / "config.json")}, config.to_dict()
     changed = [
         f"{name}: was {before.get(name)!r}, now {now[name]!r}"
         for name in now
@@ -305,6 +307,8 @@ class _Trainer:
             threshold=config.threshold,
             seed=config.seed,
         ).table
+        if config.caption_noise > 0:  # mined/ keeps what was mined
+            self.table = noisy_captions(self.table, config.caption_noise, config.seed)
 
     def _embed_images(self, clip: ClipModel, data: ImageData) -> EmbeddingFolder:
         name = fingerprint([clip.fingerprint("image"), data.fingerprint()])[:16]
