@@ -36,6 +36,7 @@ from pymcip.errors import DataError, StaleEmbeddingsError
 from pymcip.files import (
     atomic_path,
     file_fingerprint,
+    fingerprint,
     prepare_output,
     read_json,
     write_json,
@@ -46,6 +47,7 @@ from pymcip.progress import progress
 
 Kind = Literal["img", "text"]
 PART_SIZE = 100_000
+CACHE_PART_SIZE = 20_000  # what a kill while embedding can cost a run
 CAPTIONS_PER_IMAGE = 4  # captions per forward pass, in multiples of the images' batch size
 METADATA = {"img": "metadata", "text": "text_metadata"}
 WHAT = {"img": "images", "text": "captions"}
@@ -249,6 +251,7 @@ def embed_images(
     batch_size: int = 64,
     part_size: int = PART_SIZE,
     workers: int = 0,
+    fingerprint_of_model: str | None = None,
 ) -> EmbeddingFolder:
     """Embed all images of `data` that can be decoded; the others are listed in skipped.tsv.
 
@@ -259,6 +262,7 @@ def embed_images(
         batch_size: images per forward pass.
         part_size: images per part file, skipped ones counted.
         workers: decoding processes; 0 decodes in this one.
+        fingerprint_of_model: `clip.fingerprint("image")`, if the caller has computed it already.
 
     Raises:
         DataError: not one image can be decoded, or an embedding is not finite.
@@ -267,7 +271,7 @@ def embed_images(
     folder = Path(out)
     made_from = {
         "model": clip.name,
-        "model_fingerprint": clip.fingerprint("image"),
+        "model_fingerprint": fingerprint_of_model or clip.fingerprint("image"),
         "precision": clip.precision,
         "transform": clip.transform,
         "data": data.fingerprint(),
@@ -314,6 +318,7 @@ def embed_captions(
     *,
     batch_size: int = 256,
     part_size: int = PART_SIZE,
+    fingerprint_of_model: str | None = None,
 ) -> EmbeddingFolder:
     """Embed all captions; complete parts that are in the folder already are kept.
 
@@ -323,6 +328,7 @@ def embed_captions(
         out: the folder.
         batch_size: captions per forward pass.
         part_size: captions per part file.
+        fingerprint_of_model: `clip.fingerprint("text")`, if the caller has computed it already.
 
     Raises:
         DataError: an embedding is not finite.
@@ -331,7 +337,7 @@ def embed_captions(
     folder = Path(out)
     made_from = {
         "model": clip.name,
-        "model_fingerprint": clip.fingerprint("text"),
+        "model_fingerprint": fingerprint_of_model or clip.fingerprint("text"),
         "precision": clip.precision,
         "transform": type(clip.tokenizer).__name__,
         "data": captions.fingerprint(),
@@ -350,6 +356,57 @@ def embed_captions(
         return _Part(vectors, metadata, [])
 
     return _write_parts(folder, "text", made_from, len(captions), part_size, make_part)
+
+
+class EmbeddingCache:
+    """Embeddings of one model in a folder that runs share: what is in it is not embedded again.
+
+    Each set of images or captions has a subfolder, named by what it was made from. The model's weights
+    must not change while the cache is in use.
+    """
+
+    def __init__(
+        self, clip: ClipModel, folder: Source, *, batch_size: int = 64, workers: int = 0
+    ) -> None:
+        self.clip = clip
+        self.folder = Path(folder)
+        self.batch_size = batch_size
+        self.workers = workers
+        self._fingerprints: dict[str, str] = {}
+
+    def images(self, data: ImageData) -> EmbeddingFolder:
+        """Return the embeddings of `data`; raises what `embed_images` raises."""
+        return embed_images(
+            self.clip,
+            data,
+            self._folder("images", "image", data),
+            batch_size=self.batch_size,
+            part_size=CACHE_PART_SIZE,
+            workers=self.workers,
+            fingerprint_of_model=self._fingerprint("image"),
+        )
+
+    def captions(self, captions: Captions) -> EmbeddingFolder:
+        """Return the embeddings of `captions`; raises what `embed_captions` raises."""
+        return embed_captions(
+            self.clip,
+            captions,
+            self._folder("captions", "text", captions),
+            batch_size=CAPTIONS_PER_IMAGE * self.batch_size,
+            part_size=CACHE_PART_SIZE,
+            fingerprint_of_model=self._fingerprint("text"),
+        )
+
+    def _folder(self, name: str, part: str, data: ImageData | Captions) -> Path:
+        return (
+            self.folder
+            / f"{name}-{fingerprint([self._fingerprint(part), data.fingerprint()])[:16]}"
+        )
+
+    def _fingerprint(self, part: str) -> str:
+        if part not in self._fingerprints:
+            self._fingerprints[part] = self.clip.fingerprint(part)
+        return self._fingerprints[part]
 
 
 def _write_parts(

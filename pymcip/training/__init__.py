@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from pymcip.config import TrainConfig
 from pymcip.data import Captions, ImageData, load_captions, load_images
-from pymcip.embedding import EmbeddingFolder, embed_captions, embed_images
+from pymcip.embedding import EmbeddingCache
 from pymcip.errors import CheckpointError, ConfigError, DataError
 from pymcip.evaluation import ClassNames, evaluate_model, read_class_names
 from pymcip.exporting import write_export
-from pymcip.files import TEMPORARY_SUFFIX, fingerprint, prepare_output, read_json, write_json
+from pymcip.files import TEMPORARY_SUFFIX, prepare_output, read_json, write_json
 from pymcip.mining import CaptionTable, mine_captions
 from pymcip.model import ClipModel, load, load_configured
 from pymcip.training.checkpoints import (
@@ -54,7 +54,6 @@ from pymcip.training.towers import discard_projector
 
 __all__ = ["TrainResult", "train"]
 
-PART_SIZE = 20_000  # rows per embedding part: what a kill while embedding can cost
 EMBED_BATCH = 64
 # Options that may differ when a run is resumed: they don't change what is computed.
 RESUMABLE = (
@@ -200,7 +199,6 @@ class _Trainer:
         self.config, self.out, self.clip = config, out, clip
         self.captions, self.pair_data = captions, pair_data
         self.validation, self.names = validation, names
-        self.cache = Path(config.cache) if config.cache is not None else out / "embeddings"
         self.all_data = data
         self.metrics: dict[str, float] = {}
         self.before: dict[str, float] = {}
@@ -284,7 +282,8 @@ class _Trainer:
                 device=config.device,
                 precision=config.precision,
             )
-        self.embedded = self._embed_images(miner, self.all_data)
+        cache = self._cache(miner)
+        self.embedded = cache.images(self.all_data)
         rows = self.embedded.rows("img")
         self.data = self.all_data.select(rows)
         empty = np.setdiff1d(np.arange(self.data.num_classes), self.data.labels)
@@ -298,7 +297,7 @@ class _Trainer:
         if not config.needs_captions:
             return
         assert self.captions is not None
-        self.caption_vectors = self._embed_captions(miner, self.captions)
+        self.caption_vectors = cache.captions(self.captions)
         self.table = mine_captions(
             images=self.embedded.path,
             captions=self.caption_vectors.path,
@@ -310,27 +309,10 @@ class _Trainer:
         if config.caption_noise > 0:  # mined/ keeps what was mined
             self.table = noisy_captions(self.table, config.caption_noise, config.seed)
 
-    def _embed_images(self, clip: ClipModel, data: ImageData) -> EmbeddingFolder:
-        name = fingerprint([clip.fingerprint("image"), data.fingerprint()])[:16]
-        config = self.config
-        return embed_images(
-            clip,
-            data,
-            self.cache / f"images-{name}",
-            batch_size=EMBED_BATCH,
-            part_size=PART_SIZE,
-            workers=config.workers,
-        )
-
-    def _embed_captions(self, clip: ClipModel, captions: Captions) -> EmbeddingFolder:
-        name = fingerprint([clip.fingerprint("text"), captions.fingerprint()])[:16]
-        return embed_captions(
-            clip,
-            captions,
-            self.cache / f"captions-{name}",
-            batch_size=4 * EMBED_BATCH,
-            part_size=PART_SIZE,
-        )
+    def _cache(self, clip: ClipModel) -> EmbeddingCache:
+        """Open the cache for a model whose weights stay as they are while it is in use."""
+        folder = self.config.cache if self.config.cache is not None else self.out / "embeddings"
+        return EmbeddingCache(clip, folder, workers=self.config.workers)
 
     # --- stages -----------------------------------------------------------------------------
 
@@ -356,7 +338,7 @@ class _Trainer:
         """[C, D]: mean of the unit embeddings of every class's images, by the untrained tower."""
         embedded = self.embedded
         if self.config.projector == "discard" or self.config.mine_model is not None:
-            embedded = self._embed_images(self._untrained(), self.data)
+            embedded = self._cache(self._untrained()).images(self.data)
         vectors = torch.from_numpy(np.asarray(embedded.vectors("img"), dtype=np.float32))
         sums = torch.zeros(self.data.num_classes, vectors.shape[1])
         return nn.functional.normalize(
@@ -374,7 +356,7 @@ class _Trainer:
     def _text_stage(self) -> Stage:
         """Pairs of training images (embedded anew, by the tower as it is now) and captions."""
         data = self.data if self.pair_data is None else self.pair_data
-        embedded = self._embed_images(self.clip, data)
+        embedded = self._cache(self.clip).images(data)
         rows = embedded.rows("img")
         texts: list[str] = []
         number: dict[str, int] = {}

@@ -1,0 +1,114 @@
+"""How each kind of benchmark is measured: from a data set and its embeddings to percentages.
+
+Every function has the form that `Benchmark.measure` asks for, and returns the benchmark's own figure
+first. `pymcip.metrics` defines the metrics.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pymcip import metrics
+from pymcip.benchmarks.contract import (
+    Captioned,
+    Data,
+    Embedder,
+    Labelled,
+    QuerySet,
+    SuiteOptions,
+)
+
+Scores = dict[str, float]
+
+# GPR1200 joins six sources of 200 classes with 10 images each, in this order (MMM 2022).
+GPR1200_PARTS = ("landmarks", "inaturalist", "sketch", "instre", "sop", "faces")
+GPR1200_PART_SIZE = 2_000
+
+
+def gpr1200(
+    data: Data, database: Labelled | None, embed: Embedder, options: SuiteOptions
+) -> Scores:
+    """Measure mAP over the full ranking, the query included, and its mean over each source."""
+    assert isinstance(data, Labelled)
+    precisions = metrics.full_ranking_ap(embed.images(data.images), data.labels)
+    scores = {"map": float(np.mean(precisions))}
+    if len(precisions) == len(GPR1200_PARTS) * GPR1200_PART_SIZE:
+        parts = np.asarray(precisions).reshape(len(GPR1200_PARTS), -1).mean(axis=1)
+        scores |= dict(zip(GPR1200_PARTS, map(float, parts), strict=True))
+    return scores
+
+
+def instre(data: Data, database: Labelled | None, embed: Embedder, options: SuiteOptions) -> Scores:
+    """Measure trapezoidal mAP of the queries, or with `instre="all"` the full ranking of all."""
+    if isinstance(data, Labelled):
+        return {"map": metrics.full_ranking_map(embed.images(data.images), data.labels)}
+    assert isinstance(data, QuerySet)
+    found = metrics.trapezoidal_retrieval(
+        embed.images(data.queries), embed.images(data.images), [each["ok"] for each in data.truth]
+    )
+    return {"map": found}
+
+
+def revisited(
+    data: Data, database: Labelled | None, embed: Embedder, options: SuiteOptions
+) -> Scores:
+    """Measure mAP and mP@k of revisitop, easy, medium and hard."""
+    assert isinstance(data, QuerySet)
+    found = metrics.revisited_retrieval(
+        embed.images(data.queries), embed.images(data.images), list(data.truth)
+    )
+    figure = f"{options.revisited_difficulty}_map"
+    return {figure: found[figure], **found}
+
+
+def nearest_other(
+    data: Data, database: Labelled | None, embed: Embedder, options: SuiteOptions
+) -> Scores:
+    """Measure R@1, 2, 4 and 8, all against all."""
+    assert isinstance(data, Labelled)
+    found = metrics.recall_at_k(embed.images(data.images), data.labels, ks=(1, 2, 4, 8))
+    return {f"r{k}": value for k, value in found.items()}
+
+
+def knn(data: Data, database: Labelled | None, embed: Embedder, options: SuiteOptions) -> Scores:
+    """Measure the accuracy of k-NN: the database votes, or without one the set's other images."""
+    assert isinstance(data, Labelled)
+    queries = embed.images(data.images)
+    voters = data if database is None else database
+    answers = metrics.knn_classify(
+        queries if database is None else embed.images(database.images),
+        voters.labels,
+        queries,
+        options.knn_k,
+        options.knn_vote,
+        temperature=options.knn_temperature,
+        leave_one_out=database is None,
+    )
+    return {"top1": 100 * float(np.mean(answers == data.labels))}
+
+
+def zero_shot(
+    data: Data, database: Labelled | None, embed: Embedder, options: SuiteOptions
+) -> Scores:
+    """Measure top-1 and top-5 accuracy among the candidates' prompt ensembles."""
+    assert isinstance(data, Labelled)
+    classifier, labels = embed.classifier(data.names, data.templates), data.labels
+    if data.candidates is not None:
+        candidates = np.asarray(data.candidates)
+        classifier = classifier[candidates.tolist()]
+        row_of = np.full(len(data.names), -1)
+        row_of[candidates] = np.arange(len(candidates))
+        labels = row_of[labels]
+    found = metrics.zero_shot_accuracy(embed.images(data.images), classifier, labels)
+    return {"top1": found[1], "top5": found[5]}
+
+
+def text_to_image(
+    data: Data, database: Labelled | None, embed: Embedder, options: SuiteOptions
+) -> Scores:
+    """Measure T2I and I2T R@1, 5 and 10; the figure is T2I R@5."""
+    assert isinstance(data, Captioned)
+    found = metrics.cross_modal_recall(
+        embed.images(data.images), embed.texts(data.captions), data.owners
+    )
+    return {"t2i_r5": found["t2i_r5"], **found}
