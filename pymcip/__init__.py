@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         EvaluateConfig,
         ExportConfig,
         MineConfig,
+        SweepConfig,
         TrainConfig,
     )
     from pymcip.embedding import EmbeddingFolder, embed
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from pymcip.exporting import ExportResult, export
     from pymcip.mining import CaptionTable, MineResult, mine_captions
     from pymcip.model import ClipModel, load
+    from pymcip.studies import SweepResult, sweep
     from pymcip.training import TrainResult, train
 
 try:
@@ -37,6 +39,7 @@ _MODULES = {
         "EvaluateConfig",
         "ExportConfig",
         "MineConfig",
+        "SweepConfig",
         "TrainConfig",
     ],
     "embedding": ["EmbeddingFolder", "embed"],
@@ -44,6 +47,7 @@ _MODULES = {
     "exporting": ["ExportResult", "export"],
     "mining": ["CaptionTable", "MineResult", "mine_captions"],
     "model": ["ClipModel", "load"],
+    "studies": ["SweepResult", "sweep"],
     "training": ["TrainResult", "train"],
 }
 _WHERE = {name: f"pymcip.{module}" for module, names in _MODULES.items() for name in names}
@@ -60,6 +64,8 @@ __all__ = [
     "ExportResult",
     "MineConfig",
     "MineResult",
+    "SweepConfig",
+    "SweepResult",
     "TrainConfig",
     "TrainResult",
     "__version__",
@@ -68,6 +74,7 @@ __all__ = [
     "export",
     "load",
     "mine_captions",
+    "sweep",
     "train",
 ]
 

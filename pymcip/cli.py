@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -25,6 +26,7 @@ from pymcip.config import (
     EvaluateConfig,
     ExportConfig,
     MineConfig,
+    SweepConfig,
     TrainConfig,
 )
 from pymcip.errors import ConfigError, PymcipError
@@ -55,6 +57,9 @@ COMMANDS = {
     ),
     "demo": Command(
         DemoConfig, "pymcip.demo:run_demo", "the whole way on a small world of pictures"
+    ),
+    "sweep": Command(
+        SweepConfig, "pymcip.studies:sweep", "image search against text search over settings"
     ),
 }
 ERROR_STATUS = 2
@@ -205,11 +210,14 @@ def _add_option(parser: argparse.ArgumentParser, item: dataclasses.Field[Any], h
             help=text,
         )
         return
+    convert = _converter(elements)
+    if several and str not in elements:  # a text may hold commas of its own
+        convert = _separated(convert)
     parser.add_argument(
         flag,
         action=_Tuple if several and str not in single else _Values,
         nargs="+" if several else None,
-        type=_converter(elements),
+        type=convert,
         default=argparse.SUPPRESS,
         metavar=_metavar(elements),
         help=text,
@@ -232,7 +240,7 @@ class _Values(argparse.Action):
 
 
 class _Tuple(argparse.Action):
-    """Store values as a tuple, one value too."""
+    """Store values as a tuple, one value too; a word may have held several."""
 
     def __call__(
         self,
@@ -241,7 +249,8 @@ class _Tuple(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> None:
-        setattr(namespace, self.dest, tuple(values))
+        lists = [value if isinstance(value, list) else [value] for value in values]
+        setattr(namespace, self.dest, tuple(itertools.chain.from_iterable(lists)))
 
 
 class _Pairs(argparse.Action):
@@ -295,6 +304,11 @@ def _converter(parts: Sequence[Any]) -> Callable[[str], Any]:
         raise argparse.ArgumentTypeError(f"{word!r} is not allowed; allowed: {_metavar(parts)}")
 
     return convert
+
+
+def _separated(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """Convert a word of one value or of several with commas between them."""
+    return lambda words: [convert(word) for word in words.split(",") if word]
 
 
 def _metavar(parts: Sequence[Any]) -> str:

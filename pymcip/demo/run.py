@@ -33,7 +33,7 @@ from pymcip.demo.world import (
 )
 from pymcip.embedding import embed
 from pymcip.evaluation import evaluate
-from pymcip.files import atomic_path, prepare_output, write_json, write_text
+from pymcip.files import atomic_path, prepare_output, read_json, write_json, write_text
 from pymcip.training import train
 
 _log = logging.getLogger("pymcip.demo")
@@ -148,6 +148,39 @@ def run_demo(config: DemoConfig | None = None, /, **options: Any) -> DemoResult:
     return DemoResult(out, seeds, table, seconds, pattern, markdown)
 
 
+def prepare_world(config: WorldConfig, folder: Path) -> World:
+    """Compose a world in `folder`, or open the one that is there if it is of the same config."""
+    described = folder / "world.json"  # written last
+    settings = json.loads(json.dumps(dataclasses.asdict(config)))
+    if not described.is_file() or read_json(described) != settings:
+        described.unlink(missing_ok=True)
+        world = write_world(config, folder)
+        write_json(described, settings)
+        return world
+    return World(
+        train=tuple(sorted(folder.glob("train-*.tar"))),
+        test=tuple(sorted(folder.glob("test-*.tar"))),
+        captions=folder / "captions.txt",
+        train_names=folder / "train_names.tsv",
+        test_names=folder / "test_names.tsv",
+    )
+
+
+def train_source(world: World) -> str:
+    """`train_data` of a world: one source, so that its shards share their labels."""
+    return str(world.train[0].parent / "train-*.tar")
+
+
+def evaluation_options(world: World) -> dict[str, Any]:
+    """Options of `pymcip.evaluate` that measure a model on a world's test scenes."""
+    return {
+        "data": str(world.test[0].parent / "test-*.tar"),
+        "class_names": world.test_names,
+        "templates": TEMPLATES,
+        "batch_size": 256,
+    }
+
+
 def _run_seed(seed: int, folder: Path, recipe: Recipe, draw_to: Path) -> Table:
     """One seed's scenes, trainings and evaluations; the first seed also draws the picture."""
     clock = time.perf_counter()
@@ -158,7 +191,7 @@ def _run_seed(seed: int, folder: Path, recipe: Recipe, draw_to: Path) -> Table:
         _log.info("%s (%.0f s)", text, now - clock)
         clock = now
 
-    world = write_world(dataclasses.replace(recipe.world, seed=seed), folder / "world")
+    world = prepare_world(dataclasses.replace(recipe.world, seed=seed), folder / "world")
     tell("composed the scenes and the caption corpus")
     base = f"local-dir:{BASE_FOLDER}"
     models = {"base": base}
@@ -167,9 +200,7 @@ def _run_seed(seed: int, folder: Path, recipe: Recipe, draw_to: Path) -> Table:
 
     def run(method: str, stage: str, **options: Any) -> None:
         result = train(
-            train_data=str(
-                world.train[0].parent / "train-*.tar"
-            ),  # one source: shards share labels
+            train_data=train_source(world),
             out=folder / "runs" / method,
             method=stage,
             cache=folder / "embeddings",
@@ -198,13 +229,7 @@ def _run_seed(seed: int, folder: Path, recipe: Recipe, draw_to: Path) -> Table:
 
 
 def _measure(model: str, world: World) -> dict[str, float]:
-    found = evaluate(
-        model=model,
-        data=str(world.test[0].parent / "test-*.tar"),
-        class_names=world.test_names,
-        templates=TEMPLATES,
-        batch_size=256,
-    ).metrics
+    found = evaluate(model=model, **evaluation_options(world)).metrics
     return {name: round(found[name], 2) for name in METRICS}
 
 
@@ -303,7 +328,7 @@ def _draw_neighbours(
     models: dict[str, str], world: World, folder: Path, queries: int, out: Path
 ) -> None:
     """Random test scenes, each with its nearest others under each model; right ones are framed."""
-    sources = str(world.test[0].parent / "test-*.tar")
+    sources = evaluation_options(world)["data"]
     data = load_images(sources)
     chosen = np.random.default_rng(0).choice(len(data), min(queries, len(data)), replace=False)
     found = {}
