@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "ranks.hpp"
 #include "topk.hpp"
 #ifdef PYMCIP_WITH_CUDA
 #include "cuda_info.hpp"
@@ -137,6 +138,24 @@ void topk_scores(const MatrixTuple& queries_tuple, const MatrixTuple& bank_tuple
                             reinterpret_cast<float*>(scores));
 }
 
+// Addresses: products, with their stride; starts, ids, scores, above, below and counts of `Asked`.
+void ranks_count(std::uintptr_t products, std::int64_t stride, const MatrixTuple& queries_tuple,
+                 const MatrixTuple& bank_tuple, std::int64_t first, std::uintptr_t starts,
+                 std::uintptr_t ids, std::uintptr_t scores, std::uintptr_t above,
+                 std::uintptr_t below, std::uintptr_t counts, int threads) {
+    const pymcip::Matrix queries = to_matrix(queries_tuple);
+    const pymcip::Matrix bank = to_matrix(bank_tuple);
+    if (queries.columns != bank.columns)
+        throw std::invalid_argument("queries and bank differ in their number of columns");
+    const pymcip::Asked asked = {
+        reinterpret_cast<const std::int64_t*>(starts), reinterpret_cast<const std::int64_t*>(ids),
+        reinterpret_cast<const float*>(scores),        reinterpret_cast<const float*>(above),
+        reinterpret_cast<const float*>(below),         reinterpret_cast<std::int64_t*>(counts)};
+    const py::gil_scoped_release release;
+    pymcip::ranks_count(reinterpret_cast<const float*>(products), stride, queries, bank, first,
+                        asked, threads);
+}
+
 py::dict build_info() {
     py::dict info;
 #if defined(__clang__)
@@ -192,6 +211,9 @@ PYBIND11_MODULE(_core, m) {
           py::arg("sums"), py::arg("threads"), py::arg("kernel"), py::arg("progress") = py::none());
     m.def("topk_scores", &topk_scores, py::arg("queries"), py::arg("bank"), py::arg("ids"),
           py::arg("count"), py::arg("scores"));
+    m.def("ranks_count", &ranks_count, py::arg("products"), py::arg("stride"), py::arg("queries"),
+          py::arg("bank"), py::arg("first"), py::arg("starts"), py::arg("ids"), py::arg("scores"),
+          py::arg("above"), py::arg("below"), py::arg("counts"), py::arg("threads"));
     m.def("topk_pass", &pymcip::topk_cpu_pass, py::arg("columns"), py::arg("k"));
     m.def("topk_kernels", &pymcip::topk_cpu_kernels);
     m.def("build_info", &build_info);

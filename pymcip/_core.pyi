@@ -29,6 +29,20 @@ def topk_pack(
     progress: Callable[[int, int], object] | None = None,
 ) -> tuple[str, int] | None: ...
 def topk_scores(queries: _Matrix, bank: _Matrix, ids: int, count: int, scores: int) -> None: ...
+def ranks_count(
+    products: int,
+    stride: int,
+    queries: _Matrix,
+    bank: _Matrix,
+    first: int,
+    starts: int,
+    ids: int,
+    scores: int,
+    above: int,
+    below: int,
+    counts: int,
+    threads: int,
+) -> None: ...
 def topk_pass(columns: int, k: int) -> int: ...
 def topk_kernels() -> list[str]: ...
 def build_info() -> dict[str, str | None]: ...

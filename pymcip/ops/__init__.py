@@ -5,6 +5,7 @@ from pymcip.ops.dispatch import backends, explain
 from pymcip.ops.margin_softmax import margin_softmax
 from pymcip.ops.ordering import order_bank
 from pymcip.ops.packed_bank import PackedBank
+from pymcip.ops.ranks import ranks
 from pymcip.ops.topk import topk
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "explain",
     "margin_softmax",
     "order_bank",
+    "ranks",
     "topk",
 ]

@@ -17,9 +17,12 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from pymcip.ops.packed_bank import matrix_pointer
+
 Array: TypeAlias = Any  # np.ndarray (memory maps too) or torch.Tensor
 
 LANES = 16
+_CORE_COLUMNS = 4096  # kMostColumns of csrc/topk.hpp
 _BYTES = 1 << 24  # of the rows gathered and of what is computed from them, at a time
 
 
@@ -32,6 +35,15 @@ def canonical_scores(queries: Array, bank: Array, ids: Array) -> Array:
     The scores are of the kind of `queries` and on its device; a device without fp64 has the CPU
     compute them. Extra memory: about 16 MiB.
     """
+    core = _core(queries, bank)
+    if core is not None:
+        ids = np.ascontiguousarray(ids, dtype=np.int64)
+        scores = np.empty(ids.shape, dtype=np.float32)
+        left, left_owner = matrix_pointer(queries)
+        right, right_owner = matrix_pointer(bank)
+        core.topk_scores(left, right, ids.ctypes.data, ids.shape[1], scores.ctypes.data)
+        del left_owner, right_owner  # what the addresses point into
+        return torch.from_numpy(scores) if isinstance(queries, torch.Tensor) else scores
     if isinstance(queries, np.ndarray) and isinstance(bank, np.ndarray):
         ids = ids.cpu().numpy() if isinstance(ids, torch.Tensor) else np.asarray(ids)
         scores = np.empty(ids.shape, dtype=np.float32)
@@ -59,17 +71,39 @@ def canonical_scores(queries: Array, bank: Array, ids: Array) -> Array:
 
 
 def canonical_pairs(
-    queries: torch.Tensor, bank: torch.Tensor, rows: torch.Tensor, ids: torch.Tensor
+    queries: torch.Tensor, bank: Array, rows: torch.Tensor, ids: torch.Tensor
 ) -> torch.Tensor:
-    """Scores fp32 [P] of queries[rows[p]] with bank[ids[p]], all of them torch on one device."""
+    """Scores fp32 [P] of queries[rows[p]] with bank[ids[p]].
+
+    rows and ids are on the queries' device; the bank is there, too, or on the CPU.
+    """
     compute = _fp64_device(queries.device)
+    core = _core(queries, bank) is not None
     out = torch.empty(len(rows), dtype=torch.float32, device=compute)
     step = _pairs(2 * queries.shape[1])
     for first in range(0, len(rows), step):
         part = slice(first, first + step)
-        left, right = queries[rows[part]].to(compute), bank[ids[part]].to(compute)
-        out[part] = _sum_torch(left[:, None], right[:, None])[:, 0]
+        left = queries[rows[part]]
+        if core:
+            out[part] = canonical_scores(left, bank, ids[part, None])[:, 0]
+            continue
+        right = _gather(bank, ids[part], compute)
+        out[part] = _sum_torch(left.to(compute)[:, None], right[:, None])[:, 0]
     return out.to(queries.device)
+
+
+def canonical_lengths(rows: torch.Tensor) -> torch.Tensor:
+    """Norms fp64 [N] of rows [N, D], the same on every device: roots of sums in the score's order.
+
+    On a device without fp64 the CPU computes them, and they are there.
+    """
+    compute = _fp64_device(rows.device)
+    out = torch.empty(len(rows), dtype=torch.float64, device=compute)
+    step = _pairs(rows.shape[1])
+    for first in range(0, len(rows), step):
+        block = rows[first : first + step].to(compute)[:, None]
+        out[first : first + step] = _lanes_torch(block, block)[:, 0].sqrt_()
+    return out
 
 
 def canonical_matrix(queries: Array, bank: Array) -> Array:
@@ -149,6 +183,11 @@ def _sum_numpy(queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 def _sum_torch(queries: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """The same in torch."""
+    return _lanes_torch(queries, rows).float() + 0.0
+
+
+def _lanes_torch(queries: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """The same before it is rounded, fp64."""
     columns = queries.shape[-1]
     lanes = torch.zeros(len(queries), rows.shape[1], LANES, dtype=torch.float64, device=rows.device)
     for start in range(0, columns, LANES):
@@ -157,7 +196,21 @@ def _sum_torch(queries: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         lanes[..., : columns - start].addcmul_(left, right)
     for width in (8, 4, 2, 1):
         lanes = lanes[..., :width] + lanes[..., width : 2 * width]
-    return lanes[..., 0].float() + 0.0
+    return lanes[..., 0]
+
+
+def _core(queries: Array, bank: Array) -> Any:
+    """The extension, if it is there and takes these; its scores have the same bits."""
+    for matrix in (queries, bank):
+        if isinstance(matrix, torch.Tensor) and matrix.device.type != "cpu":
+            return None
+    if queries.shape[1] > _CORE_COLUMNS:
+        return None
+    try:
+        from pymcip import _core
+    except ImportError:
+        return None
+    return _core
 
 
 def _gather(bank: Array, ids: torch.Tensor, device: torch.device) -> torch.Tensor:

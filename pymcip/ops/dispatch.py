@@ -105,6 +105,22 @@ BACKENDS: tuple[Backend, ...] = (
         limits="pymcip.ops.topk_faiss:limits_faiss",
     ),
     Backend(
+        op="ranks",
+        name="cpu",
+        devices=("cpu",),
+        dtypes=FLOATS,
+        function="pymcip.ops.ranks_cpu:ranks_cpu",
+        probe="pymcip.ops.topk_cpu:probe_portable",
+        limits="pymcip.ops.topk_cpu:limits",
+    ),
+    Backend(
+        op="ranks",
+        name="torch",
+        devices=ANY_DEVICE,
+        dtypes=FLOATS,
+        function="pymcip.ops.ranks_torch:ranks_torch",
+    ),
+    Backend(
         op="margin_softmax",
         name="cpu",
         devices=("cpu",),

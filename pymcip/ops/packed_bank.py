@@ -226,7 +226,7 @@ def matrix_pointer(matrix: Array) -> tuple[tuple[int, str, int, int, int, int], 
     return (address, dtype_name(matrix), rows, columns, strides[0], strides[1]), matrix
 
 
-def raise_unrankable(name: str, number: int, row: Array) -> NoReturn:
+def raise_unrankable(name: str, number: int, row: Array, op: str = "topk") -> NoReturn:
     """`row`: [1, D], the row `number` of the argument called `name`, or all of the argument."""
     values = row[0 if len(row) == 1 else number]
     if isinstance(values, torch.Tensor):
@@ -238,7 +238,7 @@ def raise_unrankable(name: str, number: int, row: Array) -> NoReturn:
     else:
         problem = "has a norm that overflows float32"
     raise DataError(
-        f"topk: row {number} of {name} {problem}; only finite rows can be ranked. Embed that item "
+        f"{op}: row {number} of {name} {problem}; only finite rows can be ranked. Embed that item "
         "again, or drop the row"
     )
 

@@ -124,9 +124,9 @@ def _over_parts(
     firsts = np.cumsum([0, *map(len, banks)]).tolist()
     checks_itself = row.name == "cuda"
     if not checks_itself or not len(queries):
-        _check_finite("queries", queries, 0)
+        check_finite("queries", queries, 0)
         for bank, first in zip(banks, firsts, strict=False):
-            _check_finite("bank", bank, first)
+            check_finite("bank", bank, first)
     run = row.load()
     told = options["progress"]
     ids = scores = None
@@ -193,7 +193,7 @@ def _floor(threshold: Any) -> float:
     return floor
 
 
-def check_matrix(name: str, matrix: Array) -> None:
+def check_matrix(name: str, matrix: Array, op: str = "topk") -> None:
     allowed = "allowed: a 2-D NumPy array or torch tensor of float32, float16 or bfloat16"
     if isinstance(matrix, torch.Tensor):
         plain = matrix.layout == torch.strided and not matrix.is_meta
@@ -201,30 +201,37 @@ def check_matrix(name: str, matrix: Array) -> None:
         plain = isinstance(matrix, np.ndarray) and matrix.dtype.isnative
     if not plain:
         what = matrix.dtype if isinstance(matrix, np.ndarray) else type(matrix).__name__
-        raise ConfigError(f"topk: {name} is {what}; {allowed}, dense and in native byte order")
+        raise ConfigError(f"{op}: {name} is {what}; {allowed}, dense and in native byte order")
     if matrix.ndim != 2 or matrix.shape[1] == 0:
-        raise ConfigError(f"topk: {name} has shape {tuple(matrix.shape)}; {allowed}, D >= 1")
+        raise ConfigError(f"{op}: {name} has shape {tuple(matrix.shape)}; {allowed}, D >= 1")
     if dtype_name(matrix) not in ("float32", "float16", "bfloat16"):
         raise ConfigError(
-            f"topk: {name} holds {dtype_name(matrix)}; {allowed}. Convert with .astype('float32') "
+            f"{op}: {name} holds {dtype_name(matrix)}; {allowed}. Convert with .astype('float32') "
             "or .float()"
         )
 
 
-def _check_finite(name: str, matrix: Array, first: int) -> None:
-    """Refuse rows whose fp32 norm is not finite; by Cauchy-Schwarz all scores are finite then."""
+def check_finite(name: str, matrix: Array, first: int = 0, op: str = "topk") -> float:
+    """The largest fp32 norm of a row, 0 of no rows; it is refused if it is not finite.
+
+    By Cauchy-Schwarz all scores are finite then. `first`: number of the first row.
+    """
+    largest = 0.0
     for start in range(0, len(matrix), _CHECKED_ROWS):
         block = matrix[start : start + _CHECKED_ROWS]
         if isinstance(block, torch.Tensor):
             norms = torch.linalg.vector_norm(block, dim=1, dtype=torch.float32)
-            bad = norms.isfinite().logical_not_().nonzero()
+            top = float(norms.max())
         else:
             values = block.astype(np.float32, copy=False)
             with np.errstate(over="ignore", invalid="ignore"):
-                bad = np.flatnonzero(~np.isfinite(np.einsum("ij,ij->i", values, values)))
-        if len(bad):
-            row = int(bad[0])
-            raise_unrankable(name, first + start + row, block[row : row + 1])
+                norms = np.sqrt(np.einsum("ij,ij->i", values, values))
+            top = float(norms.max())
+        if not np.isfinite(top):
+            row = int(torch.as_tensor(norms).isfinite().logical_not().nonzero()[0])
+            raise_unrankable(name, first + start + row, block[row : row + 1], op)
+        largest = max(largest, top)
+    return largest
 
 
 def _device(matrix: Array | PackedBank) -> torch.device:

@@ -54,22 +54,21 @@ def topk_torch(
     scores = torch.full((count, k), -torch.inf, dtype=torch.float32, device=device)
     step = max(1, min(_QUERIES, _ELEMENTS // (2 * columns), _MERGED // k))
     rows_step = max(1, min(_ROWS, _ELEMENTS // columns))
-    share = (columns + 16) * 2.0**-24
-    share *= 1.01 / (1 - 3 * share) if exact else 0.0
+    share = product_error(columns) if exact else 0.0
     done, total = 0, count * len(bank)
-    with _fp32_products(device):
+    with fp32_products(device):
         for start in range(0, len(bank) if count else 0, rows_step):
-            rows = _to_fp32(bank[start : start + rows_step], device)
-            lengths = _lengths(rows)
+            rows = to_fp32(bank[start : start + rows_step], device)
+            lengths = row_lengths(rows)
             for first in range(0, count, step):
-                block = _to_fp32(queries[first : first + step], device)
+                block = to_fp32(queries[first : first + step], device)
                 # Adding +0 turns -0 into +0, which ranks the same.
                 products = (block @ rows.T).add_(0.0)
                 _merge_block(
                     block,
                     rows,
                     products,
-                    _lengths(block) * share,
+                    row_lengths(block) * share,
                     lengths,
                     start,
                     threshold,
@@ -158,11 +157,17 @@ def _merge(
     return all_ids[best], all_scores[best]
 
 
-def _lengths(rows: torch.Tensor) -> torch.Tensor:
+def product_error(columns: int) -> float:
+    """By how much |q| |c| an fp32 product may be off, with all that the certificate allows for."""
+    share = (columns + 16) * 2.0**-24
+    return share * 1.01 / (1 - 3 * share)
+
+
+def row_lengths(rows: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(rows, dim=1) + _UNDERFLOW
 
 
-def _to_fp32(block: Array, device: torch.device) -> torch.Tensor:
+def to_fp32(block: Array, device: torch.device) -> torch.Tensor:
     if isinstance(block, torch.Tensor):
         return block.to(device=device, dtype=torch.float32)
     # A copy: torch warns about read-only arrays, such as memory maps, that it would share.
@@ -170,7 +175,7 @@ def _to_fp32(block: Array, device: torch.device) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _fp32_products(device: torch.device) -> Iterator[None]:
+def fp32_products(device: torch.device) -> Iterator[None]:
     """Matrix products in true fp32, whatever autocast or precision the caller has set."""
     with torch.autocast(device.type, enabled=False):
         if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch >= 2.9

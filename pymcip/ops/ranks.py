@@ -1,0 +1,114 @@
+"""Ranks of given bank rows in the full ranking of a bank, which is not ranked for it.
+
+For each row q of `queries` [N, D] all M rows c_j of `bank` are ordered by (s(q, c_j) descending, j
+ascending), s being the score of `pymcip.ops.topk`: the inner product in fp64 in a fixed order,
+rounded to fp32 once (`pymcip.ops.canonical`). The rank of row j is the number of rows before it, so
+that the best has rank 0. It is the same on every back end and device, with any number of threads.
+
+What metrics need of a ranking are the ranks of the few relevant rows. fp32 products, which may
+differ between machines, decide about all rows whose product is further from such a row's score than
+a bound on their error; the others are scored. See `pymcip.ops.ranks_torch` for the bound.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from pymcip.errors import ConfigError
+from pymcip.ops.canonical import Array
+from pymcip.ops.dispatch import select
+from pymcip.ops.packed_bank import dtype_name
+from pymcip.ops.topk import check_count, check_finite, check_matrix
+
+
+def ranks(
+    queries: Array,
+    bank: Array,
+    indptr: Any,
+    indices: Any,
+    *,
+    backend: str = "auto",
+    threads: int | None = None,
+) -> Array:
+    """Ranks (int64 [P], 0 for the best of all M) of the bank rows asked for.
+
+    queries [N, D], bank [M, D]: NumPy arrays, memory maps or torch tensors, float32, float16 or
+        bfloat16, with finite values and any strides. The result is of the kind of `queries` and on
+        its device; the bank is there, too, or in main memory.
+    indptr, indices: integers [N + 1] and [P]; asked for are the rows indices[indptr[n] :
+        indptr[n + 1]] for query n, in any order, repeated or none at all.
+    backend: "auto" or a name from `pymcip.ops.backends("ranks")`.
+    threads: CPU threads; by default torch's number.
+
+    Memory beside the inputs: about 100 MiB and 64 bytes per rank; with D columns in other dtypes
+    than float32, blocks of them in float32 are within that.
+
+    Raises:
+        ConfigError: an argument is not allowed, or a row asked for doesn't exist.
+        DataError: a row holds NaN or infinity, or its squared norm overflows float32.
+        BackendError: the back end asked for can't take these inputs here.
+    """
+    check_matrix("queries", queries, "ranks")
+    check_matrix("bank", bank, "ranks")
+    if queries.shape[1] != bank.shape[1]:
+        raise ConfigError(
+            f"ranks: queries have {queries.shape[1]} columns and the bank has {bank.shape[1]}; "
+            "both must come from one model"
+        )
+    if threads is not None:
+        threads = check_count("ranks", "threads", threads)
+    device = queries.device if isinstance(queries, torch.Tensor) else torch.device("cpu")
+    place = bank.device if isinstance(bank, torch.Tensor) else torch.device("cpu")
+    if place not in (device, torch.device("cpu")):
+        raise ConfigError(
+            f"ranks: the bank is on {place} and the queries are on {device}; move the queries to "
+            "the bank's device, or the bank to the queries' device or to the CPU"
+        )
+    starts = _integers("indptr", indptr)
+    wanted = _integers("indices", indices)
+    rising = len(starts) == len(queries) + 1 and int(starts[0]) == 0
+    if not rising or int(starts[-1]) != len(wanted) or bool((starts.diff() < 0).any()):
+        raise ConfigError(
+            f"ranks: indptr is {starts[:8].tolist()}{'…' if len(starts) > 8 else ''} with "
+            f"{len(starts)} entries; needed: {len(queries) + 1} that rise from 0 to the "
+            f"{len(wanted)} indices, one more than queries"
+        )
+    if len(wanted) and not 0 <= int(wanted.min()) <= int(wanted.max()) < len(bank):
+        raise ConfigError(
+            f"ranks: indices go from {int(wanted.min())} to {int(wanted.max())}; allowed: rows of "
+            f"the bank, 0 to {len(bank) - 1}"
+        )
+    row = select(
+        "ranks", backend, device=device.type, dtype=dtype_name(queries), dim=queries.shape[1]
+    )
+    with torch.no_grad():
+        check_finite("queries", queries, op="ranks")
+        longest = check_finite("bank", bank, op="ranks")
+        found = row.load()(
+            queries,
+            bank,
+            starts.to(device),
+            wanted.to(device),
+            longest,
+            threads=threads or torch.get_num_threads(),
+        )
+    return found if isinstance(queries, torch.Tensor) else found.numpy()
+
+
+def _integers(name: str, values: Any) -> torch.Tensor:
+    """int64 [n], on whatever device they are."""
+    if not isinstance(values, torch.Tensor):
+        array = np.asarray(values)
+        if array.size == 0:
+            array = array.astype(np.int64)  # NumPy makes floats of an empty list
+        if array.dtype.kind not in "iu":
+            raise ConfigError(f"ranks: {name} holds {array.dtype}; allowed: integers")
+        values = torch.from_numpy(np.array(array, dtype=np.int64))
+    if values.dtype.is_floating_point or values.dtype.is_complex or values.dtype == torch.bool:
+        raise ConfigError(f"ranks: {name} holds {values.dtype}; allowed: integers")
+    if values.ndim != 1 or (name == "indptr" and len(values) == 0):
+        raise ConfigError(f"ranks: {name} has shape {tuple(values.shape)}; allowed: one dimension")
+    return values.detach().to(torch.int64)

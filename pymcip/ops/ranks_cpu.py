@@ -1,0 +1,47 @@
+"""Ranks on the CPU: torch's fp32 products, counted in C++ (csrc/ranks.hpp)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pymcip.ops.canonical import Array
+from pymcip.ops.packed_bank import matrix_pointer
+from pymcip.ops.ranks_torch import Asked, over_blocks
+
+
+def ranks_cpu(
+    queries: Array, bank: Array, starts: Tensor, ids: Tensor, longest: float, *, threads: int
+) -> Tensor:
+    """See `pymcip.ops.ranks_torch`. For as long as it runs torch has so many threads, too."""
+    from pymcip import _core
+
+    def count(
+        products: Tensor, block: Tensor, rows: Tensor, start: int, first: int, asked: Asked
+    ) -> None:
+        left, left_owner = matrix_pointer(block)
+        right, right_owner = matrix_pointer(rows)
+        _core.ranks_count(
+            products.data_ptr(),
+            products.stride(0),
+            left,
+            right,
+            start,
+            asked.starts.data_ptr() + first * asked.starts.element_size(),
+            asked.ids.data_ptr(),
+            asked.scores.data_ptr(),
+            asked.above.data_ptr(),
+            asked.below.data_ptr(),
+            asked.counts.data_ptr(),
+            threads,
+        )
+        del left_owner, right_owner  # what the addresses point into
+
+    before = torch.get_num_threads()
+    if threads == before:
+        return over_blocks(queries, bank, starts.contiguous(), ids, longest, count)
+    torch.set_num_threads(threads)
+    try:
+        return over_blocks(queries, bank, starts.contiguous(), ids, longest, count)
+    finally:
+        torch.set_num_threads(before)

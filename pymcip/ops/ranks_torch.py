@@ -1,0 +1,166 @@
+"""Ranks in plain torch, on any device it has, and what its back ends share (`pymcip.ops.ranks`).
+
+The rows asked for are scored and put into the ranking's order, for each query. Of every other row it
+remains to find between which two of these it stands; the rank of the p-th is the number of rows that
+stand before it. Blocks of fp32 matrix products tell, where they are certain.
+
+The certificate. By the bound that `pymcip.ops.topk_torch` derives, with u = 2^-24 and L the longest
+row of the bank, a product s'_j and the score s_j differ by less than
+eps = 1.01 (D + 16) u / (1 - 3 (D + 16) u) |q| L, of which 2 u |q| L are spared for the rounding of
+s_p + eps and s_p - eps to fp32, as |s_p| <= (1 + 2u) |q| L. Hence s'_j > fl(s_p + eps) implies
+s_j > s_p, and s'_j < fl(s_p - eps) implies s_j < s_p. Between them row j is scored, and s_j = s_p is
+decided by the lower number. Where |q| L > 2^126, products might overflow on their way, and all rows
+are scored.
+
+Rows are scored once for a query, however many rows asked for they are near to: the worst case, all
+rows alike, takes N M scores in fp64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from pymcip.ops.canonical import Array, canonical_pairs
+from pymcip.ops.topk_torch import fp32_products, product_error, row_lengths, to_fp32
+
+_QUERIES = 1024
+_ROWS = 4096
+_ELEMENTS = 1 << 23  # of a block of bank rows, and of one of queries
+_MOST_LENGTH = 2.0**126
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The rows asked for, in the ranking's order for each query; all on the queries' device."""
+
+    starts: Tensor  # int64 [N + 1] into the others
+    ids: Tensor  # int64 [P]
+    scores: Tensor  # fp32 [P], exact
+    above: Tensor  # fp32 [P]: a product above it is known to belong to an earlier row
+    below: Tensor  # fp32 [P]: the same for later ones
+    counts: Tensor  # int64 [P]: rows before it, and not before the one asked for before it
+
+
+# Adds to the counts of queries first, first + 1, …: products [n, m] of queries [n, D] and bank rows
+# [m, D], both fp32, the first of which is row `start`.
+Count: TypeAlias = Callable[[Tensor, Tensor, Tensor, int, int, Asked], None]
+
+
+def ranks_torch(
+    queries: Array,
+    bank: Array,
+    starts: Tensor,
+    ids: Tensor,
+    longest: float,
+    *,
+    threads: int,  # torch's own setting holds
+) -> Tensor:
+    """int64 [P], on the queries' device; `longest` is the largest norm of a bank row."""
+    return over_blocks(queries, bank, starts, ids, longest, _count)
+
+
+def over_blocks(
+    queries: Array, bank: Array, starts: Tensor, ids: Tensor, longest: float, count: Count
+) -> Tensor:
+    """Ranks int64 [P], by `count` over blocks of products."""
+    device = starts.device
+    sizes = starts.diff()
+    widest = int(sizes.max()) if len(ids) else 0
+    step = max(1, min(_QUERIES, _ELEMENTS // max(queries.shape[1], widest)))
+    rows_step = max(1, min(_ROWS, _ELEMENTS // queries.shape[1]))
+    if widest == 0:
+        return torch.zeros_like(ids)
+    with fp32_products(device):
+        asked, order = _ordered(queries, bank, starts, ids, longest, step)
+        products = torch.empty(step * min(rows_step, len(bank)), device=device)
+        places = starts[::step].tolist()
+        for start in range(0, len(bank), rows_step):
+            rows = to_fp32(bank[start : start + rows_step], device)
+            for number, first in enumerate(range(0, len(queries), step)):
+                if (places[number + 1] if number + 1 < len(places) else len(ids)) == places[number]:
+                    continue  # nothing is asked for
+                block = to_fp32(queries[first : first + step], device)
+                out = products[: len(block) * len(rows)].view(len(block), len(rows))
+                torch.mm(block, rows.T, out=out)
+                count(out, block, rows, start, first, asked)
+    # Within a query: so many rows stand before each that was asked for.
+    before = torch.cat([asked.counts.new_zeros(1), asked.counts.cumsum(0)])
+    first_of_query = torch.repeat_interleave(starts[:-1], sizes)
+    return torch.empty_like(ids).scatter_(0, order, before[1:] - before[first_of_query])
+
+
+def _ordered(
+    queries: Array, bank: Array, starts: Tensor, ids: Tensor, longest: float, step: int
+) -> tuple[Asked, Tensor]:
+    """The rows asked for in the ranking's order; `order`: where each of them was given."""
+    device = starts.device
+    scores = torch.empty(len(ids), dtype=torch.float32, device=device)
+    margins = torch.empty_like(scores)
+    bounds = starts.tolist()
+    share = product_error(queries.shape[1])
+    for first in range(0, len(queries), step):
+        block = to_fp32(queries[first : first + step], device)
+        last = first + len(block)
+        part = slice(bounds[first], bounds[last])
+        sizes = starts[first : last + 1].diff()
+        owners = torch.repeat_interleave(torch.arange(len(block), device=device), sizes)
+        scores[part] = canonical_pairs(block, bank, owners, ids[part])
+        lengths = row_lengths(block)
+        margin = lengths * share * (longest + 2.0**-50)
+        # In fp64: the product of two norms may overflow fp32.
+        margin[lengths.cpu().double().mul(longest).gt(_MOST_LENGTH).to(device)] = torch.inf
+        margins[part] = margin[owners]
+    owners = torch.repeat_interleave(torch.arange(len(queries), device=device), starts.diff())
+    order = ids.sort(stable=True).indices
+    # One key: the query, then the score falling. Its bits are monotone in it but for the sign.
+    bits = scores[order].view(torch.int32)
+    bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+    order = order[((owners[order] << 32) - bits).sort(stable=True).indices]
+    scores, margins = scores[order], margins[order]
+    asked = Asked(
+        starts, ids[order], scores, scores + margins, scores - margins, torch.zeros_like(ids)
+    )
+    return asked, order
+
+
+def _count(
+    products: Tensor, queries: Tensor, rows: Tensor, start: int, first: int, asked: Asked
+) -> None:
+    starts = asked.starts[first : first + len(queries) + 1]
+    sizes = starts.diff()[:, None]
+    # [n, widest], filled up with what is never reached; rising, as searchsorted wants it.
+    slots = torch.arange(int(sizes.max()), device=products.device)
+    taken = slots < sizes
+    sources = (starts[:-1, None] + slots).masked_fill_(~taken, 0)
+    falling = asked.above[sources].neg_().masked_fill_(~taken, torch.inf)
+    products.nan_to_num_(0.0)  # of what might overflow: any value is unclear
+    places = torch.searchsorted(falling, products.neg(), right=True)
+    places.clamp_(max=sizes)
+    lowest = asked.below[sources].gather(1, (places - 1).clamp_min_(0))
+    unclear = (places > 0) & (products >= lowest)
+    counted = (starts[:-1, None] + places)[~unclear & (places < sizes)]
+    query, row = unclear.nonzero(as_tuple=True)
+    del products, places, lowest, unclear
+    scores = canonical_pairs(queries, rows, query, row)
+    place = _place(scores, row + start, starts[query], starts[query + 1], asked)
+    counted = torch.cat([counted, place[place < starts[query + 1]]])
+    asked.counts.add_(torch.bincount(counted, minlength=len(asked.counts)))
+
+
+def _place(scores: Tensor, ids: Tensor, low: Tensor, high: Tensor, asked: Asked) -> Tensor:
+    """The first of the rows low, …, high - 1 asked for that such a row comes before, or high."""
+    widest = int((high - low).max()) if len(ids) else 0
+    for _ in range(widest.bit_length()):
+        middle = (low + high) // 2
+        probe = middle.clamp_max(len(asked.ids) - 1)  # where there is nothing left to halve
+        other = asked.scores[probe]
+        before = (scores > other) | ((scores == other) & (ids < asked.ids[probe]))
+        open_ = low < high
+        high = torch.where(open_ & before, middle, high)
+        low = torch.where(open_ & ~before, middle + 1, low)
+    return low
