@@ -166,7 +166,7 @@ def write_webdataset(
 # Classification
 
 # Labels are places among ImageNet's 1,000 sorted synsets. The first two of the development kit's
-# own numbering, 1 and 2, are n02119789 and n02100735.
+# own numbering, 1 and 2, are n02119789 and n02100735; its other ids here are made up.
 IMAGENET_CLASSES = {"n01440764": 0, "n01498041": 6, "n02100735": 212, "n02119789": 278}
 IMAGENET_A_CLASSES = {"n01498041": 6, "n01531178": 11}
 DEVELOPMENT_KIT_IDS = {"n02119789": 1, "n02100735": 2, "n01440764": 449, "n01498041": 437}
@@ -180,14 +180,14 @@ def val_name(number: int, ending: str = ".JPEG") -> str:
 def write_imagenet_val(folder: Path) -> None:
     """Write ImageNet-1k's val, 6 images of 4 classes, in a folder per synset."""
     for number, synset in enumerate(VAL_CLASSES, start=1):
-        save_jpeg(folder / "val" / synset / val_name(number), number)
+        save_picture(folder / "val" / synset / val_name(number), number)
     (folder / "val" / ".DS_Store").write_bytes(b"\0")
 
 
 def write_imagenet_val_flat(place: Path, ending: str = ".JPEG") -> None:
     """Write the same 6 images as the original archive holds them: all in one folder."""
     for number, _ in enumerate(VAL_CLASSES, start=1):
-        save_jpeg(place / val_name(number, ending), number)
+        save_picture(place / val_name(number, ending), number)
 
 
 def write_solution(path: Path) -> None:
@@ -218,14 +218,14 @@ def write_imagenet_train(folder: Path) -> None:
     """Write ImageNet-1k's train, 2 images each of 4 classes."""
     for synset, label in IMAGENET_CLASSES.items():
         for number in (10026, 1060):
-            save_jpeg(folder / "train" / synset / f"{synset}_{number}.JPEG", label + number)
+            save_picture(folder / "train" / synset / f"{synset}_{number}.JPEG", label + number)
 
 
 def write_imagenet_sketch(folder: Path) -> None:
     """Write ImageNet-Sketch, 2 images each of 4 classes."""
     for synset, label in IMAGENET_CLASSES.items():
         for number in range(2):
-            save_jpeg(folder / "sketch" / synset / f"sketch_{number}.JPEG", label + number)
+            save_picture(folder / "sketch" / synset / f"sketch_{number}.JPEG", label + number)
 
 
 def write_imagenet_a(folder: Path) -> None:
@@ -233,7 +233,7 @@ def write_imagenet_a(folder: Path) -> None:
     for synset, label in IMAGENET_A_CLASSES.items():
         for number in range(2):
             name = f"0.{number}_fire hydrant _ chain_0.5.jpg"
-            save_jpeg(folder / synset / name, label + number)
+            save_picture(folder / synset / name, label + number)
     (folder / "README.txt").write_text("This is the ImageNet-A dataset.\n")
 
 
@@ -281,14 +281,14 @@ def write_aircraft(folder: Path) -> None:
     lists = {**AIRCRAFT_LISTS, "trainval": AIRCRAFT_LISTS["train"] + AIRCRAFT_LISTS["val"]}
     for rows in AIRCRAFT_LISTS.values():
         for number, variant in rows:
-            save_jpeg(place / "images" / f"{number}.jpg", AIRCRAFT_VARIANTS.index(variant))
+            save_picture(place / "images" / f"{number}.jpg", AIRCRAFT_VARIANTS.index(variant))
     (place / "variants.txt").write_text("".join(f"{name}\n" for name in AIRCRAFT_VARIANTS))
     for split, rows in lists.items():
         text = "".join(f"{number} {variant}\n" for number, variant in rows)
         (place / f"images_variant_{split}.txt").write_text(text)
 
 
-def save_jpeg(path: Path, seed: int) -> None:
+def save_picture(path: Path, seed: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     picture(seed, COLOURS[seed % len(COLOURS)]).save(path, format="JPEG")
 

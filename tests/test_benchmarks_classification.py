@@ -1,0 +1,649 @@
+"""Readers of ImageNet and its kin, ObjectNet and FGVC-Aircraft on miniatures, and their refusals."""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pymcip import metrics
+from pymcip.benchmarks import classification
+from pymcip.benchmarks.classification import (
+    AIRCRAFT_DATABASE,
+    AIRCRAFT_TEST,
+    IMAGENET_A,
+    IMAGENET_SKETCH,
+    IMAGENET_TRAIN,
+    IMAGENET_VAL,
+    OBJECTNET,
+)
+from pymcip.benchmarks.contract import AbsentError, DataSet, Labelled, SuiteOptions
+from pymcip.errors import DataError, MissingDependencyError
+from tests.benchmark_layouts import (
+    AIRCRAFT_VARIANTS,
+    save_picture,
+    val_name,
+    write_aircraft,
+    write_development_kit,
+    write_imagenet_a,
+    write_imagenet_sketch,
+    write_imagenet_train,
+    write_imagenet_val,
+    write_imagenet_val_flat,
+    write_objectnet,
+    write_solution,
+    write_webdataset,
+)
+from tests.conftest import picture
+
+PARTIAL = SuiteOptions(allow_partial=True)
+VAL_LABELS = [278, 0, 212, 0, 6, 278]  # of the images 1 to 6
+
+
+def read(data_set: DataSet, folder: Path, options: SuiteOptions = PARTIAL) -> Labelled:
+    found = data_set.read(folder, options)
+    assert isinstance(found, Labelled)
+    assert found.labels.dtype == np.int64
+    assert len(found.labels) == len(found.images)
+    return found
+
+
+def names(found: Labelled) -> list[str]:
+    return [Path(found.images.key(row)).name for row in range(len(found.images))]
+
+
+def numbers(found: Labelled) -> dict[int, int]:
+    """Give the labels of validation images by their numbers."""
+    given = zip(names(found), found.labels.tolist(), strict=True)
+    return {int(name[15:23]): label for name, label in given}
+
+
+# The class index
+
+
+def test_the_classes_of_imagenet() -> None:
+    synsets = classification.synsets()
+    assert len(synsets) == 1_000
+    assert list(synsets) == sorted(set(synsets))
+    assert synsets[:2] == ("n01440764", "n01443537")
+    assert synsets[999] == "n15075141"
+    called = classification.imagenet_names()
+    assert len(called) == 1_000
+    assert (called[0], called[1], called[999]) == ("tench", "goldfish", "toilet paper")
+    templates = classification.imagenet_templates()
+    assert len(set(templates)) == 80
+    assert templates[0] == "a bad photo of a {}."
+    assert all(template.count("{}") == 1 for template in templates)
+
+
+def test_the_classes_of_imagenet_a() -> None:
+    known = classification.synsets("imagenet_a_synsets.txt")
+    assert len(known) == 200
+    assert list(known) == sorted(set(known) & set(classification.synsets()))
+    with pytest.raises(MissingDependencyError, match="imagenet_b.txt.*pip install"):
+        classification.synsets("imagenet_b.txt")
+
+
+# ImageNet-1k val
+
+
+def test_val_by_synset(tmp_path: Path) -> None:
+    write_imagenet_val(tmp_path)
+    found = read(IMAGENET_VAL, tmp_path)
+    assert names(found) == [val_name(number) for number in (2, 4, 5, 3, 1, 6)]
+    assert found.labels.tolist() == [0, 0, 6, 212, 278, 278]
+    assert found.names[278] == "kit fox"
+    assert found.names == classification.imagenet_names()
+    assert found.templates == classification.imagenet_templates()
+    assert found.candidates is None
+    assert found.notes == ("partial: 6 of 50,000 images, 4 of 1,000 classes",)
+    # The pictures are read from where the names say.
+    assert found.images.read(0).size == (40, 40)
+    # The folder itself may be given too.
+    assert names(read(IMAGENET_VAL, tmp_path / "val")) == names(found)
+
+
+@pytest.mark.parametrize("place", ["val", "ILSVRC/Data/CLS-LOC/val", "Data/CLS-LOC/val", "."])
+def test_flat_val_with_kaggles_solution(tmp_path: Path, place: str) -> None:
+    folder = tmp_path / "imagenet"
+    write_imagenet_val_flat(folder / place)
+    write_solution((tmp_path if place == "." else folder) / "LOC_val_solution.csv")
+    found = read(IMAGENET_VAL, folder)
+    assert names(found) == [val_name(number) for number in range(1, 7)]
+    assert found.labels.tolist() == VAL_LABELS
+
+
+@pytest.mark.parametrize("kit", ["ILSVRC2012_devkit_t12/data", "data", "val/data"])
+def test_flat_val_with_the_development_kit(tmp_path: Path, kit: str) -> None:
+    pytest.importorskip("scipy")
+    write_imagenet_val_flat(tmp_path / "val")
+    write_development_kit(tmp_path / kit)
+    if kit == "val/data":  # lists beside the images: the folder is none of images
+        (tmp_path / kit).rename(tmp_path / "data")
+    found = read(IMAGENET_VAL, tmp_path)
+    assert found.labels.tolist() == VAL_LABELS  # not the ids 1, 449, 2, … less one
+
+
+def test_flat_val_with_synsets_in_the_names(tmp_path: Path) -> None:
+    for number, synset in [(293, "n01498041"), (1, "n02119789")]:
+        save_picture(tmp_path / "val" / val_name(number, f"_{synset}.JPEG"), number)
+    assert numbers(read(IMAGENET_VAL, tmp_path)) == {1: 278, 293: 6}
+
+
+def test_every_layout_of_val_gives_the_same_labels(tmp_path: Path) -> None:
+    write_imagenet_val(tmp_path / "folders")
+    write_imagenet_val_flat(tmp_path / "flat" / "val")
+    write_solution(tmp_path / "flat" / "LOC_val_solution.csv")
+    by_folder = numbers(read(IMAGENET_VAL, tmp_path / "folders"))
+    assert by_folder == numbers(read(IMAGENET_VAL, tmp_path / "flat"))
+    assert by_folder == dict(enumerate(VAL_LABELS, start=1))
+
+
+def test_val_needs_fifty_images_of_each_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_imagenet_val(tmp_path)
+    monkeypatch.setattr(classification, "_IMAGENET_VAL", {"images": 6, "classes": 4})
+    with pytest.raises(DataError, match="found 0 of 1,000 classes of 50 images"):
+        read(IMAGENET_VAL, tmp_path, SuiteOptions())
+
+
+def test_a_partial_val_must_be_asked_for(tmp_path: Path) -> None:
+    write_imagenet_val(tmp_path)
+    with pytest.raises(DataError, match=r"6 of 50,000 images, 4 of 1,000 classes.*allow_partial"):
+        read(IMAGENET_VAL, tmp_path, SuiteOptions())
+
+
+def test_flat_val_names_missing_images(tmp_path: Path) -> None:
+    write_imagenet_val_flat(tmp_path / "val")
+    write_solution(tmp_path / "LOC_val_solution.csv")
+    (tmp_path / "val" / val_name(3)).unlink()
+    with pytest.raises(DataError, match="images that are missing: ILSVRC2012_val_00000003"):
+        read(IMAGENET_VAL, tmp_path, SuiteOptions())
+    found = read(IMAGENET_VAL, tmp_path)
+    assert found.labels.tolist() == [278, 0, 0, 6, 278]
+    assert found.notes == ("partial: 5 of 50,000 images, 3 of 1,000 classes",)
+
+
+def test_flat_val_without_classes(tmp_path: Path) -> None:
+    write_imagenet_val_flat(tmp_path / "val")
+    with pytest.raises(DataError, match=r"nothing tells their classes.*LOC_val_solution\.csv"):
+        read(IMAGENET_VAL, tmp_path)
+    write_solution(tmp_path / "LOC_val_solution.csv")
+    save_picture(tmp_path / "val" / val_name(9), 9)
+    with pytest.raises(DataError, match=r"solution\.csv has no class of ILSVRC2012_val_00000009"):
+        read(IMAGENET_VAL, tmp_path)
+
+
+def test_flat_val_with_other_images(tmp_path: Path) -> None:
+    write_imagenet_val_flat(tmp_path / "val")
+    write_solution(tmp_path / "LOC_val_solution.csv")
+    save_picture(tmp_path / "val" / val_name(2, ".png"), 9)
+    save_picture(tmp_path / "val" / "ILSVRC2012_test_00000001.JPEG", 9)
+    with pytest.raises(
+        DataError,
+        match=r"not named ILSVRC2012_val_NNNNNNNN\.JPEG: ILSVRC2012_test_00000001\.JPEG; "
+        r"images that are there twice: ILSVRC2012_val_00000002",
+    ):
+        read(IMAGENET_VAL, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("ILSVRC2012_val_00000001", "line 8: 'ILSVRC2012_val_00000001'"),
+        ("ILSVRC2012_val_00000007,n02119789 1 2 3", "line 8"),
+        ("ILSVRC2012_val_00000007,", "line 8"),
+        ("ILSVRC2012_val_00000007,n02119789 1 2 3 4 n01440764 1 2 3 4", "line 8"),
+        ("n01440764_10026,n01440764 1 2 3 4", "line 8: 'n01440764_10026"),
+        ("ILSVRC2012_val_00000001,n02119789 1 2 3 4", "line 8: .* for the second time"),
+    ],
+)
+def test_malformed_solutions(tmp_path: Path, line: str, complaint: str) -> None:
+    write_imagenet_val_flat(tmp_path / "val")
+    path = tmp_path / "LOC_val_solution.csv"
+    write_solution(path)
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(DataError, match=complaint):
+        read(IMAGENET_VAL, tmp_path)
+
+
+def test_a_solution_of_other_classes(tmp_path: Path) -> None:
+    write_imagenet_val_flat(tmp_path / "val")
+    path = tmp_path / "LOC_val_solution.csv"
+    write_solution(path)
+    path.write_text(path.read_text().replace("n02100735", "n00004475"))
+    with pytest.raises(DataError, match="classes that are not ImageNet-1k's: n00004475"):
+        read(IMAGENET_VAL, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("1\n449\n2\n0\n", "line 4: '0'"),
+        ("1\n449\n1001\n", "line 3: '1001'"),  # a class that others belong to
+        ("1\n\n2\n", "line 2: ''"),
+        ("n02119789\n", "line 1: 'n02119789'"),
+        ("", "no lines"),
+        ("1\n449\n2\n449\n437\n", "has no class of ILSVRC2012_val_00000006"),
+    ],
+)
+def test_malformed_development_kits(tmp_path: Path, text: str, complaint: str) -> None:
+    pytest.importorskip("scipy")
+    write_imagenet_val_flat(tmp_path / "val")
+    kit = tmp_path / "ILSVRC2012_devkit_t12" / "data"
+    write_development_kit(kit)
+    (kit / "ILSVRC2012_validation_ground_truth.txt").write_text(text)
+    with pytest.raises(DataError, match=complaint):
+        read(IMAGENET_VAL, tmp_path)
+
+
+def test_damaged_meta(tmp_path: Path) -> None:
+    pytest.importorskip("scipy")
+    write_imagenet_val_flat(tmp_path / "val")
+    kit = tmp_path / "ILSVRC2012_devkit_t12" / "data"
+    write_development_kit(kit)
+    (kit / "meta.mat").write_bytes(b"no MATLAB file" * 20)
+    with pytest.raises(DataError, match=r"meta\.mat can't be read.*unpack that again"):
+        read(IMAGENET_VAL, tmp_path)
+    (kit / "meta.mat").unlink()
+    with pytest.raises(DataError, match=r"meta\.mat can't be read: FileNotFoundError"):
+        read(IMAGENET_VAL, tmp_path)
+
+
+def test_the_development_kit_needs_scipy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("scipy")
+    write_imagenet_val_flat(tmp_path / "val")
+    write_development_kit(tmp_path / "ILSVRC2012_devkit_t12" / "data")
+    real = builtins.__import__
+
+    def without_scipy(name: str, *rest: Any, **named: Any) -> Any:
+        if name.startswith("scipy"):
+            raise ImportError("No module named 'scipy'")
+        return real(name, *rest, **named)
+
+    monkeypatch.setattr(builtins, "__import__", without_scipy)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'pymcip\[benchmarks\]'"):
+        read(IMAGENET_VAL, tmp_path)
+
+
+def test_val_with_folders_of_other_classes(tmp_path: Path) -> None:
+    write_imagenet_val(tmp_path)
+    save_picture(tmp_path / "val" / "n00004475" / val_name(7), 7)
+    save_picture(tmp_path / "val" / val_name(8), 8)
+    with pytest.raises(
+        DataError,
+        match="none of its 1,000 classes: n00004475; images outside of the classes' folders: "
+        "ILSVRC2012_val_00000008",
+    ):
+        read(IMAGENET_VAL, tmp_path)
+
+
+# Splits
+
+
+def test_train(tmp_path: Path) -> None:
+    write_imagenet_train(tmp_path)
+    found = read(IMAGENET_TRAIN, tmp_path)
+    assert found.labels.tolist() == [0, 0, 6, 6, 212, 212, 278, 278]
+    assert names(found)[:3] == [
+        "n01440764_10026.JPEG",
+        "n01440764_1060.JPEG",
+        "n01498041_10026.JPEG",
+    ]
+    assert found.notes == ("partial: 8 of 1,281,167 images, 4 of 1,000 classes",)
+    (tmp_path / "ILSVRC" / "Data" / "CLS-LOC").mkdir(parents=True)
+    (tmp_path / "train").rename(tmp_path / "ILSVRC" / "Data" / "CLS-LOC" / "train")
+    assert names(read(IMAGENET_TRAIN, tmp_path)) == names(found)
+    with pytest.raises(DataError, match="8 of 1,281,167 images"):
+        read(IMAGENET_TRAIN, tmp_path, SuiteOptions())
+
+
+def test_a_part_that_is_not_there_is_absent(tmp_path: Path) -> None:
+    write_imagenet_val(tmp_path)
+    with pytest.raises(AbsentError, match="ImageNet-1k train: get it from https://"):
+        read(IMAGENET_TRAIN, tmp_path)
+    with pytest.raises(AbsentError):  # validation images in folders per synset are not train
+        read(IMAGENET_TRAIN, tmp_path / "val")
+    empty = tmp_path / "empty"
+    (empty / "val").mkdir(parents=True)
+    for data_set in (IMAGENET_VAL, IMAGENET_SKETCH, IMAGENET_A, OBJECTNET, AIRCRAFT_TEST):
+        with pytest.raises(AbsentError, match=r"get it from.*\n.*lay it out|get it from"):
+            read(data_set, empty if data_set is IMAGENET_VAL else empty / "val")
+
+
+def test_wrong_splits(tmp_path: Path) -> None:
+    write_imagenet_val(tmp_path)
+    (tmp_path / "val").rename(tmp_path / "train")
+    with pytest.raises(DataError, match="names don't begin with SYNSET_: n01440764/ILSVRC2012_val"):
+        read(IMAGENET_TRAIN, tmp_path)
+    shutil.rmtree(tmp_path / "train")
+    write_imagenet_train(tmp_path)
+    (tmp_path / "train").rename(tmp_path / "val")
+    with pytest.raises(DataError, match="don't begin with ILSVRC2012_val_: n01440764/n01440764_1"):
+        read(IMAGENET_VAL, tmp_path)
+
+
+def test_a_training_image_in_the_folder_of_another_class(tmp_path: Path) -> None:
+    write_imagenet_train(tmp_path)
+    stray = tmp_path / "train" / "n01440764" / "n01440764_1060.JPEG"
+    stray.rename(tmp_path / "train" / "n02119789" / stray.name)
+    with pytest.raises(DataError, match="SYNSET_: n02119789/n01440764_1060"):
+        read(IMAGENET_TRAIN, tmp_path)
+
+
+# ImageNet-Sketch and ImageNet-A
+
+
+def test_sketch(tmp_path: Path) -> None:
+    write_imagenet_sketch(tmp_path)
+    found = read(IMAGENET_SKETCH, tmp_path)
+    assert found.labels.tolist() == [0, 0, 6, 6, 212, 212, 278, 278]
+    assert found.names == classification.imagenet_names()
+    assert found.notes == ("partial: 8 of 50,889 images, 4 of 1,000 classes",)
+    assert names(read(IMAGENET_SKETCH, tmp_path / "sketch")) == names(found)
+    (tmp_path / "sketch" / "tench").mkdir()
+    with pytest.raises(DataError, match="none of its 1,000 classes: tench"):
+        read(IMAGENET_SKETCH, tmp_path)
+
+
+@pytest.mark.parametrize("inner", [".", "imagenet-a"])
+def test_imagenet_a(tmp_path: Path, inner: str) -> None:
+    write_imagenet_a(tmp_path / inner)
+    found = read(IMAGENET_A, tmp_path)
+    assert found.labels.tolist() == [6, 6, 11, 11]
+    assert len(found.names) == 1_000
+    assert found.names[11] == "goldfinch"
+    assert found.candidates is not None
+    assert len(found.candidates) == 200  # all of them, whichever have images
+    assert found.candidates[:3] == (6, 11, 13)
+    assert found.notes == ("partial: 4 of 7,500 images, 2 of 200 classes",)
+
+
+def test_imagenet_a_of_other_classes(tmp_path: Path) -> None:
+    write_imagenet_a(tmp_path)
+    (tmp_path / "n01531178").rename(tmp_path / "n01443537")  # a class of ImageNet-R, not of -A
+    with pytest.raises(DataError, match="none of its 200 classes: n01443537"):
+        read(IMAGENET_A, tmp_path)
+
+
+def test_empty_class_folders(tmp_path: Path) -> None:
+    write_imagenet_sketch(tmp_path)
+    for path in (tmp_path / "sketch").glob("*/*.JPEG"):
+        path.unlink()
+    with pytest.raises(DataError, match="no images in folders of its classes"):
+        read(IMAGENET_SKETCH, tmp_path)
+
+
+# ObjectNet
+
+
+def test_objectnet(tmp_path: Path) -> None:
+    write_objectnet(tmp_path)
+    found = read(OBJECTNET, tmp_path)
+    # In the order of the folders' names: drinking_cup, hand_towel_or_rag, t-shirt.
+    assert found.names == ("drinking cup", "dishrag or hand towel", "t-shirt")
+    assert names(found) == [f"{row}f{number}a.png" for row in (2, 3, 4) for number in (0, 1)]
+    assert found.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert found.templates == classification.imagenet_templates()
+    assert found.candidates is None
+    assert found.notes == ("partial: 6 of 18,574 images, 3 of 113 classes",)
+    assert names(read(OBJECTNET, tmp_path / "objectnet-1.0")) == names(found)
+
+
+def test_objectnets_border(tmp_path: Path) -> None:
+    write_objectnet(tmp_path)
+    found = read(OBJECTNET, tmp_path)
+    image = found.images.read(0)
+    assert image.size == (40, 40)
+    assert np.array_equal(np.asarray(image), np.asarray(picture(2, (40, 70, 210))))
+    whole = read(OBJECTNET, tmp_path, dataclasses.replace(PARTIAL, objectnet_border=0))
+    assert whole.images.read(0).size == (44, 44)
+    assert whole.images.read(0).getpixel((1, 1)) == (255, 0, 0)
+    assert whole.images.fingerprint() != found.images.fingerprint()
+
+
+def test_objectnet_as_clip_benchmark_lays_it_out(tmp_path: Path) -> None:
+    write_objectnet(tmp_path)
+    for path in sorted((tmp_path / "objectnet-1.0" / "mappings").iterdir()):
+        path.rename(tmp_path / path.name)
+    assert read(OBJECTNET, tmp_path).labels.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_objectnets_mappings_must_fit(tmp_path: Path) -> None:
+    write_objectnet(tmp_path)
+    mappings = tmp_path / "objectnet-1.0" / "mappings"
+    shared = mappings / "objectnet_to_imagenet_1k.json"
+    folders = mappings / "folder_to_objectnet_label.json"
+    before = folders.read_text()
+    (tmp_path / "objectnet-1.0" / "images" / "drill").mkdir()
+    shared.write_text(json.dumps({**json.loads(shared.read_text()), "Wok": "wok"}))
+    with pytest.raises(DataError, match=r"label\.json lacks: drill; no folder .*1k\.json: Wok"):
+        read(OBJECTNET, tmp_path)
+    folders.write_text(json.dumps({**json.loads(before), "drill": "T-shirt"}))
+    with pytest.raises(DataError, match="gives several folders one label"):
+        read(OBJECTNET, tmp_path)
+    folders.write_text(before[:-9])
+    with pytest.raises(DataError, match="can't be read as JSON"):
+        read(OBJECTNET, tmp_path)
+    folders.write_text('["drill"]')
+    with pytest.raises(DataError, match="needed: an object"):
+        read(OBJECTNET, tmp_path)
+    folders.unlink()
+    with pytest.raises(DataError, match=r"folder_to_objectnet_label\.json is missing"):
+        read(OBJECTNET, tmp_path)
+
+
+def test_a_partial_objectnet_must_be_asked_for(tmp_path: Path) -> None:
+    write_objectnet(tmp_path)
+    shutil.rmtree(tmp_path / "objectnet-1.0" / "images" / "drinking_cup")
+    assert read(OBJECTNET, tmp_path).labels.tolist() == [1, 1, 2, 2]  # labels don't move up
+    with pytest.raises(DataError, match="4 of 18,574 images, 2 of 113 classes"):
+        read(OBJECTNET, tmp_path, SuiteOptions())
+
+
+# FGVC-Aircraft
+
+
+@pytest.mark.parametrize("inner", [".", "fgvc-aircraft-2013b", "fgvc-aircraft-2013b/data"])
+def test_aircraft(tmp_path: Path, inner: str) -> None:
+    write_aircraft(tmp_path)
+    found = read(AIRCRAFT_TEST, tmp_path / inner)
+    assert names(found) == ["1514522.jpg", "0747566.jpg", "1008575.jpg"]
+    assert found.labels.tolist() == [3, 0, 2]
+    assert found.names == AIRCRAFT_VARIANTS
+    assert found.notes == ("partial: 3 of 3,333 images, 3 of 100 classes",)
+    database = read(AIRCRAFT_DATABASE, tmp_path / inner)
+    assert names(database) == ["1025794.jpg", "0481847.jpg", "1340192.jpg", "0056978.jpg"]
+    assert database.labels.tolist() == [2, 0, 3, 2]
+    assert database.notes == ("partial: 4 of 6,667 images, 3 of 100 classes",)
+    options = dataclasses.replace(PARTIAL, aircraft_database="train")
+    train = read(AIRCRAFT_DATABASE, tmp_path / inner, options)
+    assert train.labels.tolist() == [2, 0]
+    assert train.notes == ("partial: 2 of 3,334 images, 2 of 100 classes",)
+    with pytest.raises(DataError, match="3 of 3,333 images, 3 of 100 classes"):
+        read(AIRCRAFT_TEST, tmp_path / inner, SuiteOptions())
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("1514522 F/A-18", "line 4: 1514522 for the second time"),
+        ("1514523", "line 4: '1514523'"),
+        ("1514523 F/A-19", "line 4: '1514523 F/A-19'"),
+        ("1514523 Boeing  717", "line 4"),
+        ("151452 F/A-18", "line 4"),
+        ("F/A-18 1514523", "line 4"),
+        ("9999999 F/A-18", r"1 of 4 images .* are not there: .*9999999\.jpg"),
+    ],
+)
+def test_malformed_aircraft_lists(tmp_path: Path, line: str, complaint: str) -> None:
+    write_aircraft(tmp_path)
+    path = tmp_path / "fgvc-aircraft-2013b" / "data" / "images_variant_test.txt"
+    path.write_text(path.read_text() + line + "\n\n")
+    with pytest.raises(DataError, match=complaint):
+        read(AIRCRAFT_TEST, tmp_path)
+
+
+def test_aircraft_with_missing_files(tmp_path: Path) -> None:
+    write_aircraft(tmp_path)
+    place = tmp_path / "fgvc-aircraft-2013b" / "data"
+    (place / "images_variant_test.txt").rename(place / "images_variant_tests.txt")
+    with pytest.raises(DataError, match=r"images_variant_test\.txt is missing"):
+        read(AIRCRAFT_TEST, tmp_path)
+    assert len(read(AIRCRAFT_DATABASE, tmp_path).labels) == 4
+    (place / "variants.txt").write_text("707-320\nA380\n707-320\n")
+    with pytest.raises(DataError, match="3 lines, 2 of them different"):
+        read(AIRCRAFT_DATABASE, tmp_path)
+    (place / "variants.txt").unlink()
+    with pytest.raises(DataError, match=r"variants\.txt is missing"):
+        read(AIRCRAFT_DATABASE, tmp_path)
+
+
+def test_aircraft_that_vote_for_themselves(tmp_path: Path) -> None:
+    write_aircraft(tmp_path)
+    place = tmp_path / "fgvc-aircraft-2013b" / "data"
+    with (place / "images_variant_trainval.txt").open("a") as handle:
+        handle.write("1008575 Boeing 717\n")
+    with pytest.raises(DataError, match="share 1 images: 1008575"):
+        read(AIRCRAFT_DATABASE, tmp_path)
+
+
+# Whatever the order of a listing
+
+
+def test_labels_do_not_depend_on_the_listing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_imagenet_val(tmp_path / "val")
+    write_imagenet_train(tmp_path / "train")
+    write_imagenet_sketch(tmp_path / "sketch")
+    write_imagenet_a(tmp_path / "a")
+    write_objectnet(tmp_path / "objectnet")
+    sets = [IMAGENET_VAL, IMAGENET_TRAIN, IMAGENET_SKETCH, IMAGENET_A, OBJECTNET]
+    folders = ["val", "train", "sketch", "a", "objectnet"]
+    real = os.scandir
+
+    def read_all(reverse: bool) -> list[tuple[list[str], list[int], str]]:
+        @contextlib.contextmanager
+        def ordered(path: Any) -> Iterator[Iterator[os.DirEntry[str]]]:
+            with real(path) as entries:
+                yield iter(sorted(entries, key=lambda entry: entry.name, reverse=reverse))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "scandir", ordered)
+            found = [
+                read(data_set, tmp_path / name)
+                for data_set, name in zip(sets, folders, strict=True)
+            ]
+        return [(names(each), each.labels.tolist(), each.images.fingerprint()) for each in found]
+
+    assert read_all(reverse=True) == read_all(reverse=False)
+
+
+# CLIP_benchmark's shards give the same labels
+
+
+def write_shards(folder: Path, split: str, classes: list[int], names: list[str]) -> None:
+    samples = [{"png": picture(row), "cls": str(label)} for row, label in enumerate(classes)]
+    write_webdataset(folder, samples, split=split, names=names)
+
+
+def test_shards_of_imagenet(tmp_path: Path) -> None:
+    words = [f"name {label}" for label in range(1_000)]
+    write_shards(tmp_path, "test", [278, 0, 6], words)
+    write_shards(tmp_path, "train", [999], words)
+    found = read(IMAGENET_VAL, tmp_path)
+    assert found.labels.tolist() == [278, 0, 6]
+    assert found.names == classification.imagenet_names()
+    assert found.templates == classification.imagenet_templates()
+    assert found.notes == ("partial: 3 of 50,000 images, 3 of 1,000 classes",)
+    assert read(IMAGENET_SKETCH, tmp_path).notes[0].startswith("partial: 3 of 50,889 images")
+    train = read(IMAGENET_TRAIN, tmp_path)
+    assert train.labels.tolist() == [999]
+    assert train.notes[0].startswith("partial: 1 of 1,281,167 images")
+    shutil.rmtree(tmp_path / "train")
+    with pytest.raises(AbsentError, match="no split 'train'"):
+        read(IMAGENET_TRAIN, tmp_path)
+
+
+def test_shards_of_imagenet_a(tmp_path: Path) -> None:
+    write_shards(tmp_path, "test", [1, 0, 199], [f"name {label}" for label in range(200)])
+    found = read(IMAGENET_A, tmp_path)
+    assert found.labels.tolist() == [11, 6, 988]
+    assert found.names == classification.imagenet_names()
+    assert found.candidates is not None
+    assert found.candidates[:3] == (6, 11, 13)
+    assert found.notes == ("partial: 3 of 7,500 images, 3 of 200 classes",)
+
+
+def test_shards_of_objectnet(tmp_path: Path) -> None:
+    words = [f"name {label}" for label in range(113)]
+    write_shards(tmp_path, "test", [112, 0], words)
+    found = read(OBJECTNET, tmp_path)
+    assert found.labels.tolist() == [112, 0]
+    assert found.names == tuple(words)
+    assert found.templates == classification.imagenet_templates()
+    assert found.images.read(0).size == (36, 36)  # the shards have the border: it is cut off
+
+
+def test_shards_of_aircraft(tmp_path: Path) -> None:
+    words = [f"name {label}" for label in range(100)]
+    write_shards(tmp_path, "test", [3, 99], words)
+    write_shards(tmp_path, "train", [7], words)
+    assert read(AIRCRAFT_TEST, tmp_path).labels.tolist() == [3, 99]
+    with pytest.raises(AbsentError, match='no split trainval.*aircraft_database="train"'):
+        read(AIRCRAFT_DATABASE, tmp_path)
+    options = dataclasses.replace(PARTIAL, aircraft_database="train")
+    assert read(AIRCRAFT_DATABASE, tmp_path, options).labels.tolist() == [7]
+
+
+# Figures computed by hand
+
+
+def test_knn_of_val_by_hand(tmp_path: Path) -> None:
+    write_imagenet_val(tmp_path)
+    write_imagenet_train(tmp_path)
+    val, train = read(IMAGENET_VAL, tmp_path), read(IMAGENET_TRAIN, tmp_path)
+    # train: tench at 0 and 90 degrees, stingray at 180 both, setter at 270 both, kit fox at 80, 100.
+    bank = on_circle(0, 90, 180, 180, 270, 270, 80, 100)
+    # val: tench, tench, stingray, setter, kit fox, kit fox. With k = 3:
+    #   5: tench (0); 80 and 90 are far, and count little          -> tench, right
+    #   90: tench (90) weighs e^(1/0.07), kit fox 2 e^(cos 10/0.07), 1.6 times as much -> wrong
+    #   181, 271: two of the class at one degree                   -> right
+    #   79: kit fox (80, 100), tench (90)                          -> right
+    #   -1: tench (0)                                              -> wrong
+    queries = on_circle(5, 90, 181, 271, 79, -1)
+    answers = metrics.knn_classify(bank, train.labels, queries, 3)
+    assert answers.tolist() == [0, 278, 6, 212, 278, 0]
+    assert np.mean(answers == val.labels) == 4 / 6
+
+
+def test_zero_shot_of_imagenet_a_by_hand(tmp_path: Path) -> None:
+    write_imagenet_a(tmp_path)
+    found = read(IMAGENET_A, tmp_path)
+    assert found.candidates is not None
+    classifier = np.zeros((1_000, 2))
+    classifier[:, 1] = -1  # all other classes at 270 degrees
+    classifier[[6, 11, 0]] = on_circle(0, 90, 30)
+    # stingray, stingray, goldfinch, goldfinch; tench lies at 30 degrees, but is no candidate.
+    images = on_circle(25, 50, 50, 100)
+    allowed = list(found.candidates)
+    labels = np.searchsorted(allowed, found.labels)
+    top = metrics.zero_shot_accuracy(images, classifier[allowed], labels)
+    assert top[1] == 50  # 25: stingray; 50: goldfinch, twice, one of them right; 100: goldfinch
+    assert metrics.zero_shot_accuracy(images, classifier, found.labels)[1] == 25
+
+
+def on_circle(*degrees: float) -> np.ndarray[Any, np.dtype[np.float64]]:
+    angles = np.deg2rad(degrees)
+    return np.stack([np.cos(angles), np.sin(angles)], axis=1)
