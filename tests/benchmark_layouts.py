@@ -288,11 +288,6 @@ def write_aircraft(folder: Path) -> None:
         (place / f"images_variant_{split}.txt").write_text(text)
 
 
-def save_picture(path: Path, seed: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture(seed, COLOURS[seed % len(COLOURS)]).save(path, format="JPEG")
-
-
 # Image to image
 
 

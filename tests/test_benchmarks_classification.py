@@ -89,7 +89,7 @@ def test_the_classes_of_imagenet_a() -> None:
     known = classification.synsets("imagenet_a_synsets.txt")
     assert len(known) == 200
     assert list(known) == sorted(set(known) & set(classification.synsets()))
-    with pytest.raises(MissingDependencyError, match="imagenet_b.txt.*pip install"):
+    with pytest.raises(MissingDependencyError, match=r"imagenet_b\.txt.*pip install"):
         classification.synsets("imagenet_b.txt")
 
 
@@ -256,7 +256,7 @@ def test_damaged_meta(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"meta\.mat can't be read.*unpack that again"):
         read(IMAGENET_VAL, tmp_path)
     (kit / "meta.mat").unlink()
-    with pytest.raises(DataError, match=r"meta\.mat can't be read: FileNotFoundError"):
+    with pytest.raises(DataError, match=r"meta\.mat is missing"):
         read(IMAGENET_VAL, tmp_path)
 
 
@@ -601,7 +601,7 @@ def test_shards_of_aircraft(tmp_path: Path) -> None:
     write_shards(tmp_path, "test", [3, 99], words)
     write_shards(tmp_path, "train", [7], words)
     assert read(AIRCRAFT_TEST, tmp_path).labels.tolist() == [3, 99]
-    with pytest.raises(AbsentError, match='no split trainval.*aircraft_database="train"'):
+    with pytest.raises(AbsentError, match=r'no split trainval.*aircraft_database="train"'):
         read(AIRCRAFT_DATABASE, tmp_path)
     options = dataclasses.replace(PARTIAL, aircraft_database="train")
     assert read(AIRCRAFT_DATABASE, tmp_path, options).labels.tolist() == [7]
@@ -640,7 +640,8 @@ def test_zero_shot_of_imagenet_a_by_hand(tmp_path: Path) -> None:
     allowed = list(found.candidates)
     labels = np.searchsorted(allowed, found.labels)
     top = metrics.zero_shot_accuracy(images, classifier[allowed], labels)
-    assert top[1] == 50  # 25: stingray; 50: goldfinch, twice, one of them right; 100: goldfinch
+    assert top[1] == 75  # 25: stingray; 50: goldfinch, right once of twice; 100: goldfinch
+    # Were all 1,000 candidates, tench would take 25 and 50.
     assert metrics.zero_shot_accuracy(images, classifier, found.labels)[1] == 25
 
 

@@ -482,6 +482,11 @@ def _read_development_kit(folder: Path) -> dict[int, str]:
 
 def _read_meta(path: Path) -> dict[int, str]:
     """Read the synsets of the classes (those without children) by their ILSVRC2012_ID."""
+    if not path.is_file():
+        raise DataError(
+            f"{IMAGENET_VAL.title}: {path} is missing; it is part of ILSVRC2012_devkit_t12.tar.gz and "
+            f"maps the numbers of {GROUND_TRUTH} to synsets"
+        )
     try:
         from scipy.io import loadmat
     except ImportError as error:
