@@ -34,11 +34,16 @@ from pymcip.errors import ConfigError, PymcipError
 
 @dataclass(frozen=True)
 class Command:
-    """A stage: the config that its flags come from, and `module:function` to call with it."""
+    """A stage: the config that its flags come from, and `module:function` to call with it.
+
+    `listing`: another `module:function`; `--list` prints its text, made from the flags in `listed`.
+    """
 
     config: type[Config]
     target: str
     summary: str
+    listing: str | None = None
+    listed: tuple[str, ...] = ()
 
 
 COMMANDS = {
@@ -50,7 +55,11 @@ COMMANDS = {
     ),
     "train": Command(TrainConfig, "pymcip.training:train", "fine-tune a model"),
     "evaluate": Command(
-        EvaluateConfig, "pymcip.evaluation:evaluate", "image and text search, before and after"
+        EvaluateConfig,
+        "pymcip.evaluation:evaluate",
+        "image and text search, before and after; the paper's benchmarks",
+        listing="pymcip.benchmarks:listing",
+        listed=("data_root", "data_paths"),
     ),
     "export": Command(
         ExportConfig, "pymcip.exporting:export", "weights for open_clip, an index for faiss"
@@ -129,6 +138,13 @@ def build_parser() -> argparse.ArgumentParser:
             help="JSON file of options, such as a run's config.json; flags override it",
         )
         _add_debug(stage)
+        if command.listing:
+            stage.add_argument(
+                "--list",
+                action="store_true",
+                default=argparse.SUPPRESS,
+                help="list the benchmarks, what they need and where to get it, and stop",
+            )
         hints = get_type_hints(command.config)
         for item in dataclasses.fields(command.config):
             _add_option(stage, item, hints[item.name])
@@ -142,9 +158,12 @@ def make_config(kind: type[Config], options: dict[str, Any]) -> Config:
 
 
 def _run(command: Command, options: dict[str, Any]) -> int:
+    if command.listing and options.pop("list", False):
+        given = {name: options[name] for name in command.listed if name in options}
+        print(_function(command.listing)(**given), end="", flush=True)
+        return 0
     config = make_config(command.config, options)
-    module, function = command.target.split(":")
-    result = getattr(import_module(module), function)(config)
+    result = _function(command.target)(config)
     if os.environ.get("RANK", "0") == "0":  # one voice when torchrun starts several processes
         table = getattr(result, "markdown", None) or getattr(result, "table", None)
         if isinstance(table, str):
@@ -155,6 +174,12 @@ def _run(command: Command, options: dict[str, Any]) -> int:
         print(json.dumps(summary(result), ensure_ascii=False), flush=True)
     interrupted = getattr(result, "interrupted", None)
     return 0 if interrupted is None else 128 + signal.Signals[interrupted]
+
+
+def _function(target: str) -> Callable[..., Any]:
+    module, name = target.split(":")
+    function: Callable[..., Any] = getattr(import_module(module), name)
+    return function
 
 
 def summary(result: Any) -> dict[str, Any]:

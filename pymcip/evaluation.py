@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,10 +18,13 @@ import torch
 from torch import Tensor
 
 from pymcip import metrics as measure
+from pymcip.benchmarks import BENCHMARKS, SUITES, SuiteOptions, find_suite, measure_suite
+from pymcip.benchmarks.suite import suite_table
 from pymcip.config import EvaluateConfig
 from pymcip.data import ImageData, load_images
 from pymcip.data.loading import iterate_batches
-from pymcip.errors import DataError
+from pymcip.embedding import EmbeddingCache
+from pymcip.errors import ConfigError, DataError
 from pymcip.files import prepare_output, write_json, write_text
 from pymcip.model import ClipModel, load
 from pymcip.progress import progress
@@ -31,12 +36,15 @@ _log = logging.getLogger("pymcip.evaluation")
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """What `evaluate` measured, in percent; keys as in `evaluate_model`.
+    """What `evaluate` measured, in percent.
 
-    `table` is markdown: a row per metric, columns for the baseline, the model and the difference
-    (only the model without a baseline). `counts` says on how much: images, labelled, classes,
-    captions, skipped (images that could not be decoded). `out` holds metrics.json and table.md, or
-    is None.
+    On the user's data: keys as in `evaluate_model`; `counts` says on how much: images, labelled,
+    classes, captions, skipped (images that could not be decoded). Of a suite: `metrics` and
+    `baseline` hold each benchmark's figure by its name, `details` all figures of each for the model,
+    `counts` the images of each, `missing` why the others were not measured.
+
+    `table` is markdown: a row per metric or benchmark, columns for the baseline, the model and the
+    difference (only the model without a baseline). `out` holds metrics.json and table.md, or is None.
     """
 
     metrics: dict[str, float]
@@ -44,6 +52,8 @@ class EvaluateResult:
     table: str
     counts: dict[str, int]
     out: Path | None
+    details: dict[str, dict[str, float]] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,42 +73,50 @@ class ClassTexts:
     of_class: npt.NDArray[np.int64]
 
 
-def evaluate(config: EvaluateConfig | None = None, /, **options: Any) -> EvaluateResult:
-    """Measure a model, and a baseline beside it, on labelled and captioned images.
+def evaluate(
+    config: EvaluateConfig | str | os.PathLike[str] | None = None, /, **options: Any
+) -> EvaluateResult:
+    """Measure a model, and a baseline beside it, on the user's images or on public benchmarks.
 
-    Takes the fields of `EvaluateConfig` as keywords, or a ready config. `evaluate_model` says what
-    is measured from which data; every image is embedded once per model. `image_size`, `device` and
-    `precision` hold for both models. With `out`, the folder gets metrics.json and table.md.
+    Takes the fields of `EvaluateConfig` as keywords, or a ready config, or the model's name first:
+    `evaluate("ViT-L-14-336", pretrained="openai", suite="paper", data_root="/data")`.
+
+    With `data`, `evaluate_model` says what is measured from which data; every image is embedded once
+    per model. With `suite`, the public benchmarks of the paper's Table 1 (arXiv 2409.01936) that
+    lie below `data_root` are read from their original layouts, all of them are checked before anything
+    is embedded, and each image is embedded once per model, whichever benchmarks use it.
+    `pymcip.benchmarks.listing` says what each needs and where to get it.
+
+    `image_size`, `device` and `precision` hold for both models. With `out`, the folder gets
+    metrics.json and table.md.
 
     Raises:
         ConfigError: the options are wrong.
         DataError: the data can't be read, or hold nothing to measure; the class names don't cover
-            the data's labels.
+            the data's labels; a benchmark's data are not complete.
+        MissingDependencyError: a benchmark's files need a package that is not installed.
         CheckpointError: weights can't be loaded.
         OutputExistsError: `out` is not empty, and `overwrite` was not given.
     """
-    config = EvaluateConfig.make(config, options)
+    if config is not None and not isinstance(config, EvaluateConfig):
+        options = {"model": os.fspath(config), **options}
+        config = None
+    chosen = EvaluateConfig.make(config, options)
+    return _evaluate_data(chosen) if chosen.suite is None else _evaluate_suite(chosen)
+
+
+def _evaluate_data(config: EvaluateConfig) -> EvaluateResult:
+    assert config.data is not None
     data = load_images(config.data, labelled=False)
     knn_data = None if config.knn_data is None else load_images(config.knn_data)
     names = None if config.class_names is None else read_class_names(config.class_names)
     _check_data(data, knn_data, names)
-    models: list[tuple[str, str | None]] = [(config.model, config.pretrained)]
-    if config.baseline is not None:
-        models.insert(0, (config.baseline, config.baseline_pretrained))
-    out = None
-    if config.out is not None:
-        inputs = [*models, config.data, config.knn_data, config.class_names]
-        out = prepare_output(config.out, overwrite=config.overwrite, inputs=inputs)
+    models = _models(config)
+    out = _prepare(config, [*models, config.data, config.knn_data, config.class_names])
     results = []
     counts: dict[str, int] = {}
     for name, pretrained in models:
-        clip = load(
-            name,
-            pretrained,
-            image_size=config.image_size,
-            device=config.device,
-            precision=config.precision,
-        )
+        clip = _load(config, name, pretrained)
         _log.info("evaluating %s on %d images", name, len(data))
         results.append(
             evaluate_model(
@@ -108,6 +126,8 @@ def evaluate(config: EvaluateConfig | None = None, /, **options: Any) -> Evaluat
                 templates=config.templates,
                 knn_data=knn_data,
                 knn_k=config.knn_k,
+                knn_vote=config.knn_vote,
+                knn_temperature=config.knn_temperature or measure.KNN_TEMPERATURE,
                 recall_at=config.recall_at,
                 batch_size=config.batch_size,
                 workers=config.workers,
@@ -116,20 +136,136 @@ def evaluate(config: EvaluateConfig | None = None, /, **options: Any) -> Evaluat
         )
         del clip  # one model in memory at a time
     baseline = results[0] if config.baseline is not None else None
-    headings = [name if tag is None else f"{name} ({tag})" for name, tag in models]
-    table = comparison_table(headings, results, _notes(counts, config))
-    if out is not None:
-        document = {
-            "metrics": results[-1],
-            "baseline": baseline,
-            "counts": counts,
-            "config": config.to_dict(),
-        }
-        write_json(out / "metrics.json", document)
-        write_text(out / "table.md", table)
-    return EvaluateResult(
+    table = comparison_table(_headings(models), results, _notes(counts, config))
+    result = EvaluateResult(
         metrics=results[-1], baseline=baseline, table=table, counts=counts, out=out
     )
+    _write(result, config)
+    return result
+
+
+def _evaluate_suite(config: EvaluateConfig) -> EvaluateResult:
+    assert config.suite is not None
+    unknown = [name for name in config.benchmarks if name not in BENCHMARKS]
+    if unknown:
+        raise ConfigError(f"benchmarks={unknown} are not known; allowed: {', '.join(BENCHMARKS)}")
+    sets = {
+        each.name
+        for item in BENCHMARKS.values()
+        for each in (item.data, item.database)
+        if each is not None
+    }
+    if not sets >= config.data_paths.keys():
+        unknown = sorted(config.data_paths.keys() - sets)
+        raise ConfigError(f"data_paths has {unknown}; allowed: {', '.join(sorted(sets))}")
+    options = _suite_options(config)
+    wanted = [BENCHMARKS[name] for name in BENCHMARKS if name in (config.benchmarks or BENCHMARKS)]
+    root = None if config.data_root is None else Path(config.data_root).expanduser()
+    if root is not None and not root.is_dir():
+        raise DataError(
+            f"data_root={str(root)!r} is no folder; give the one that holds the data sets"
+        )
+    found, missing = find_suite(wanted, root, config.data_paths, options)
+    if not found:
+        reasons = "\n".join(f"- {name}: {reason}" for name, reason in missing.items())
+        raise DataError(f"none of the benchmarks' data are there:\n{reasons}")
+    models = _models(config)
+    out = _prepare(
+        config, [*models, config.data_root, config.cache, *map(str, config.data_paths.values())]
+    )
+    results = []
+    with contextlib.ExitStack() as stack:
+        folder = config.cache or (
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="pymcip-"))
+            if out is None
+            else out / "embeddings"
+        )
+        for name, pretrained in models:
+            clip = _load(config, name, pretrained)
+            _log.info("evaluating %s on %d benchmarks", name, len(found))
+            cache = EmbeddingCache(
+                clip, folder, batch_size=config.batch_size, workers=config.workers
+            )
+            results.append(measure_suite(found, cache, options))
+            del clip, cache
+    for scores in results:
+        missing |= scores.failed
+    if not any(scores.scores for scores in results):
+        raise DataError(
+            "not one benchmark could be measured:\n"
+            + "\n".join(f"- {name}: {reason}" for name, reason in missing.items())
+        )
+    result = EvaluateResult(
+        metrics=results[-1].figures,
+        baseline=results[0].figures if config.baseline is not None else None,
+        table=suite_table(_headings(models), [each.figures for each in results], found, missing),
+        counts={item.benchmark.name: item.images for item in found},
+        out=out,
+        details=results[-1].scores,
+        missing=missing,
+    )
+    _write(result, config, {"protocol": asdict(options), "baseline_details": results[0].scores})
+    return result
+
+
+def _suite_options(config: EvaluateConfig) -> SuiteOptions:
+    """Combine the suite's settings with those that were given."""
+    assert config.suite is not None
+    names = {item.name for item in fields(SuiteOptions)} & {item.name for item in fields(config)}
+    given = {name: getattr(config, name) for name in names}
+    return SuiteOptions(
+        **{
+            **SUITES[config.suite],
+            **{name: value for name, value in given.items() if value is not None},
+        }
+    )
+
+
+def _models(config: EvaluateConfig) -> list[tuple[str, str | None]]:
+    """List names and weights of the models to measure: the baseline, if there is one, first."""
+    models: list[tuple[str, str | None]] = [(config.model, config.pretrained)]
+    if config.baseline is not None:
+        models.insert(0, (config.baseline, config.baseline_pretrained))
+    return models
+
+
+def _headings(models: Sequence[tuple[str, str | None]]) -> list[str]:
+    return [name if tag is None else f"{name} ({tag})" for name, tag in models]
+
+
+def _load(config: EvaluateConfig, name: str, pretrained: str | None) -> ClipModel:
+    return load(
+        name,
+        pretrained,
+        image_size=config.image_size,
+        device=config.device,
+        precision=config.precision,
+    )
+
+
+def _prepare(config: EvaluateConfig, inputs: list[Any]) -> Path | None:
+    if config.out is None:
+        return None
+    return prepare_output(
+        config.out,
+        overwrite=config.overwrite,
+        resume=config.resume is not None,
+        inputs=inputs,
+    )
+
+
+def _write(
+    result: EvaluateResult, config: EvaluateConfig, more: dict[str, Any] | None = None
+) -> None:
+    if result.out is None:
+        return
+    document = {
+        name: value for name, value in asdict(result).items() if name not in ("table", "out")
+    }
+    write_json(
+        result.out / "metrics.json", {**document, **(more or {}), "config": config.to_dict()}
+    )
+    write_text(result.out / "table.md", result.table)
 
 
 def evaluate_model(
@@ -140,6 +276,8 @@ def evaluate_model(
     templates: Sequence[str] = TEMPLATES,
     knn_data: ImageData | None = None,
     knn_k: int = 21,
+    knn_vote: Literal["weighted", "majority"] = "weighted",
+    knn_temperature: float = measure.KNN_TEMPERATURE,
     recall_at: Sequence[int] = (1, 5, 10),
     batch_size: int = 64,
     workers: int = 0,
@@ -148,7 +286,7 @@ def evaluate_model(
     """Measure a model on what the data allow; `pymcip.metrics` defines each metric.
 
     - `i2i_map`, `i2i_r1`, `knn` from labels of two or more classes; images without a label are
-      left out. k-NN takes the weighted vote of `knn_data`, or of the other images of `data`.
+      left out. k-NN takes the vote of `knn_data`, or of the other images of `data`.
     - `zero_shot`, `zero_shot_top5` from labels and class names. All names of `class_names` are
       candidates, also those without an image here; a name that several classes share is one
       candidate. Without `class_names` the data's own class names serve, unless they are numbers.
@@ -163,6 +301,8 @@ def evaluate_model(
         templates: zero-shot prompts.
         knn_data: labelled images whose classes are joined to those of `data` by their names.
         knn_k: neighbours that vote.
+        knn_vote: as in `pymcip.metrics.knn_classify`, with `knn_temperature`.
+        knn_temperature: of the weighted vote.
         recall_at: the k of R@k.
         batch_size: images per forward pass; captions go in batches four times as large.
         workers: decoding processes.
@@ -197,10 +337,15 @@ def evaluate_model(
         if knn_data is not None:
             bank_rows, bank = _embed(clip, knn_data, batch_size, workers)
             bank_labels = _shared_labels(data, knn_data)[knn_data.labels[bank_rows]]
-            answers = measure.knn_classify(bank, bank_labels, subset, knn_k)
+            answers = measure.knn_classify(
+                bank, bank_labels, subset, knn_k, knn_vote, temperature=knn_temperature
+            )
             found["knn"] = 100 * float(np.mean(answers == classes))
         elif "i2i_map" in found:
-            answers = measure.knn_classify(subset, classes, subset, knn_k, leave_one_out=True)
+            answers = measure.knn_classify(
+                subset, classes, subset, knn_k, knn_vote, temperature=knn_temperature,
+                leave_one_out=True,
+            )  # fmt: skip
             found["knn"] = 100 * float(np.mean(answers == classes))
         names, descriptions = known
         if names is not None:
@@ -319,7 +464,7 @@ def _notes(counts: dict[str, int], config: EvaluateConfig) -> str:
     if counts["labelled"]:
         parts.append(f"{counts['labelled']:,} labelled in {counts['classes']:,} classes")
         voters = "the other images" if config.knn_data is None else "knn_data"
-        parts.append(f"k-NN: k = {config.knn_k}, weighted vote of {voters}")
+        parts.append(f"k-NN: k = {config.knn_k}, {config.knn_vote} vote of {voters}")
     if counts["captions"]:
         parts.append(f"{counts['captions']:,} captions")
     if counts["skipped"]:

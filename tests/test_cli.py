@@ -371,7 +371,7 @@ def test_module_runs_as_a_program(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.startswith("pymcip evaluate: data is required: ")
+    assert done.stderr.startswith("pymcip evaluate: give data= ")
     assert "Traceback" not in done.stderr
 
 

@@ -44,7 +44,7 @@ _REGISTRY = (
     Benchmark("instre", "INS", "I2I", "mAP", INSTRE, protocols.instre),
     Benchmark("cub200", "CUB", "I2I", "R@1", CUB200, protocols.nearest_other),
     Benchmark("roxford5k", "ROx", "I2I", "mAP", ROXFORD5K, protocols.revisited),
-    Benchmark("rparis6k", "RPar", "I2I", "mAP", RPARIS6K, protocols.revisited),
+    Benchmark("rparis6k", "RPar", "I2I", "mAP", RPARIS6K, protocols.revisited, in_mean=False),
     Benchmark(
         "knn-imagenet1k", "IN-V", "k-NN", "top-1", IMAGENET_VAL, protocols.knn, IMAGENET_TRAIN
     ),
@@ -70,7 +70,7 @@ _REGISTRY = (
     Benchmark("t2i-coco", "COCO", "T2I", "R@5", COCO, protocols.text_to_image),
 )  # fmt: skip
 BENCHMARKS = {benchmark.name: benchmark for benchmark in _REGISTRY}
-PAPER = tuple(name for name in BENCHMARKS if name != "rparis6k")  # the fourteen of its mean
+PAPER = tuple(name for name, benchmark in BENCHMARKS.items() if benchmark.in_mean)
 
 # Settings of a suite. "authors" follows the evaluation scripts that an early commit of the authors'
 # repository (github.com/Visual-Computing/MCIP, 3f6bab2) held, where they differ from the
@@ -89,20 +89,19 @@ SUITES: dict[str, dict[str, Any]] = {
 def listing(
     data_root: str | Path | None = None, data_paths: Mapping[str, str] | None = None
 ) -> str:
-    """Describe every benchmark: its figure, and its data, whether there or where to get it."""
-    root = None if data_root is None else Path(data_root)
-    lines, shown = [], set()
+    """Describe every benchmark, and of each data set where it lies, or where to get it."""
+    root = None if data_root is None else Path(data_root).expanduser()
+    lines: list[str] = []
+    sets: dict[str, DataSet] = {}
     for name, benchmark in BENCHMARKS.items():
-        sets = [benchmark.data, *([benchmark.database] if benchmark.database else [])]
-        needs = " and ".join(each.name for each in sets)
-        lines.append(f"{name:<26}{benchmark.group} {benchmark.metric}; needs {needs}")
-        for each in sets:
-            if each.name in shown:
-                continue
-            shown.add(each.name)
-            try:
-                lines.append(f"  {each.name}: {each.find(root, data_paths or {})}")
-            except AbsentError:
-                told = each.how_to_get().splitlines()
-                lines += [f"  {each.name}: {told[0]}", *(f"  {line}" for line in told[1:])]
+        needed = [each for each in (benchmark.data, benchmark.database) if each is not None]
+        sets |= {each.name: each for each in needed}
+        needs = " and ".join(each.name for each in needed)
+        lines.append(f"{name:<26}{benchmark.group} {benchmark.metric}, on {needs}")
+    for each in sets.values():
+        lines += ["", f"{each.name}: {each.title}"]
+        try:
+            lines.append(f"  in {each.find(root, data_paths or {})}")
+        except AbsentError:
+            lines += [f"  {line}" for line in each.how_to_get().splitlines()]
     return "\n".join(lines) + "\n"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -147,14 +147,14 @@ class DataSet:
             folder = Path(root) / name  # type: ignore[arg-type]
             if folder.is_dir():
                 return folder
-        where = "no data_root is given" if root is None else f"not found below {root}"
-        raise AbsentError(f"{where}. {self.how_to_get()}")
+        where = "no data_root is given" if root is None else f"it is not below {root}"
+        raise AbsentError(f"{self.title}: {where}. {self.how_to_get()}")
 
     def how_to_get(self) -> str:
         """Say where to get the data and what the folder must look like."""
         lines = "\n".join(f"    {line}" for line in self.layout.strip().splitlines())
         return (
-            f"{self.title}: get it from {self.source} and lay it out below data_root as one of "
+            f"Get it from {self.source}\nand lay it out below data_root in one of "
             f"{', '.join(f'{name}/' for name in self.folders)}:\n{lines}\n"
             f"or name its folder: data_paths={{'{self.name}': '/path'}}"
         )
@@ -178,7 +178,8 @@ class Benchmark:
     """A protocol on a data set: one column of the table.
 
     `measure(data, database, embed, options)` returns percentages by name, the benchmark's own figure
-    first. `database` is the data set whose images vote in k-NN.
+    first. `database` is the data set whose images vote in k-NN; `in_mean` tells whether it is one of
+    the paper's fourteen.
     """
 
     name: str
@@ -187,7 +188,8 @@ class Benchmark:
     metric: str
     data: DataSet
     measure: Callable[[Data, Labelled | None, Embedder, SuiteOptions], dict[str, float]]
-    database: DataSet | None = field(default=None)
+    database: DataSet | None = None
+    in_mean: bool = True
 
 
 def check_counts(

@@ -25,6 +25,8 @@ from pymcip.data.sources import some
 from pymcip.embedding import EmbeddingCache
 from pymcip.errors import DataError
 
+BENCHMARKS_OF_THE_MEAN = 14  # the columns of the paper's Table 1
+
 _log = logging.getLogger("pymcip.benchmarks")
 
 
@@ -184,3 +186,55 @@ def measure_suite(
             continue
         _log.info("%s: %.2f", name, result.figures[name])
     return result
+
+
+def suite_table(
+    headings: Sequence[str],
+    results: Sequence[Mapping[str, float]],
+    found: Sequence[Found],
+    missing: Mapping[str, str],
+) -> str:
+    """Format the figures of one or two models as markdown: a row per benchmark, then the means.
+
+    Means are over the benchmarks of the paper's table that every model has; a mean over fewer than
+    the fourteen says so, and is not to be compared with the paper's.
+    """
+    heads = ["benchmark", "", *headings] + (["difference"] if len(results) == 2 else [])
+    lines = [
+        "| " + " | ".join(head.replace("|", "\\|") for head in heads) + " |",
+        "|---|---|" + "---:|" * (len(heads) - 2),
+    ]
+
+    def add(name: str, metric: str, values: Sequence[float | None]) -> None:
+        cells = ["" if value is None else f"{value:.2f}" for value in values]
+        if len(values) == 2:
+            first, second = values
+            both = first is not None and second is not None
+            cells.append(f"{second - first:+.2f}" if both else "")  # type: ignore[operator]
+        lines.append("| " + " | ".join([name, metric, *cells]) + " |")
+
+    remarks = []
+    complete = []
+    for item in found:
+        benchmark = item.benchmark
+        values = [result.get(benchmark.name) for result in results]
+        if all(value is None for value in values):
+            continue
+        mark = ""
+        if item.notes:
+            remarks.append(f"{benchmark.name}: {'; '.join(item.notes)}")
+            mark = " \\*"
+        if benchmark.in_mean and None not in values:
+            complete.append(benchmark.name)
+        add(benchmark.name + mark, f"{benchmark.group} {benchmark.metric}", values)
+    if complete:
+        means = [float(np.mean([result[name] for name in complete])) for result in results]
+        whole = len(complete) == BENCHMARKS_OF_THE_MEAN
+        title = "mean" if whole else f"mean of these {len(complete)} of {BENCHMARKS_OF_THE_MEAN}"
+        add(title, "", means)
+    text = "\n".join(lines) + "\n"
+    if remarks:
+        text += "\n" + "\n".join(f"\\* {remark}" for remark in remarks) + "\n"
+    if missing:
+        text += f"\nNot measured: {', '.join(missing)}.\n"
+    return text
