@@ -201,8 +201,6 @@ def write_solution(path: Path) -> None:
 
 def write_development_kit(folder: Path) -> None:
     """Write ILSVRC2012_devkit_t12/data: ground truth by ILSVRC2012_ID, and meta.mat."""
-    from scipy.io import savemat
-
     folder.mkdir(parents=True)
     ids = [DEVELOPMENT_KIT_IDS[synset] for synset in VAL_CLASSES]
     (folder / "ILSVRC2012_validation_ground_truth.txt").write_text("".join(f"{i}\n" for i in ids))
@@ -211,7 +209,7 @@ def write_development_kit(folder: Path) -> None:
     # Classes that others belong to have ids too; no image has them.
     rows.append((1001, "n00001740", "entity", "gloss", 2, 1))
     table = np.array([tuple(row) for row in rows], dtype=[(name, object) for name in columns])
-    savemat(folder / "meta.mat", {"synsets": table[:, None]})
+    scipy.io.savemat(folder / "meta.mat", {"synsets": table[:, None]})
 
 
 def write_imagenet_train(folder: Path) -> None:

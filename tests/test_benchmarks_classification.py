@@ -124,7 +124,6 @@ def test_flat_val_with_kaggles_solution(tmp_path: Path, place: str) -> None:
 
 @pytest.mark.parametrize("kit", ["ILSVRC2012_devkit_t12/data", "data", "val/data"])
 def test_flat_val_with_the_development_kit(tmp_path: Path, kit: str) -> None:
-    pytest.importorskip("scipy")
     write_imagenet_val_flat(tmp_path / "val")
     write_development_kit(tmp_path / kit)
     if kit == "val/data":  # lists beside the images: the folder is none of images
@@ -153,7 +152,7 @@ def test_val_needs_fifty_images_of_each_class(
 ) -> None:
     write_imagenet_val(tmp_path)
     monkeypatch.setattr(classification, "_IMAGENET_VAL", {"images": 6, "classes": 4})
-    with pytest.raises(DataError, match="found 0 of 1,000 classes of 50 images"):
+    with pytest.raises(DataError, match="found 0 of 1,000 classes of 50 images"):  # 1 or 2 each
         read(IMAGENET_VAL, tmp_path, SuiteOptions())
 
 
@@ -238,7 +237,6 @@ def test_a_solution_of_other_classes(tmp_path: Path) -> None:
     ],
 )
 def test_malformed_development_kits(tmp_path: Path, text: str, complaint: str) -> None:
-    pytest.importorskip("scipy")
     write_imagenet_val_flat(tmp_path / "val")
     kit = tmp_path / "ILSVRC2012_devkit_t12" / "data"
     write_development_kit(kit)
@@ -248,7 +246,6 @@ def test_malformed_development_kits(tmp_path: Path, text: str, complaint: str) -
 
 
 def test_damaged_meta(tmp_path: Path) -> None:
-    pytest.importorskip("scipy")
     write_imagenet_val_flat(tmp_path / "val")
     kit = tmp_path / "ILSVRC2012_devkit_t12" / "data"
     write_development_kit(kit)
@@ -261,7 +258,6 @@ def test_damaged_meta(tmp_path: Path) -> None:
 
 
 def test_the_development_kit_needs_scipy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("scipy")
     write_imagenet_val_flat(tmp_path / "val")
     write_development_kit(tmp_path / "ILSVRC2012_devkit_t12" / "data")
     real = builtins.__import__
@@ -286,6 +282,23 @@ def test_val_with_folders_of_other_classes(tmp_path: Path) -> None:
         "ILSVRC2012_val_00000008",
     ):
         read(IMAGENET_VAL, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["_IMAGENET_VAL", "_SKETCH"])
+def test_complete_sets_have_no_notes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    write_imagenet_sketch(tmp_path)
+    for synset, number in zip(classification.synsets(), range(1, 2_001, 2), strict=True):
+        for each in (number, number + 1):
+            path = tmp_path / "val" / synset / val_name(each)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    public = {"_IMAGENET_VAL": (2_000, 1_000), "_SKETCH": (8, 4)}[name]
+    monkeypatch.setattr(classification, name, dict(zip(("images", "classes"), public, strict=True)))
+    monkeypatch.setattr(classification, "_VAL_PER_CLASS", 2)
+    data_set = {"_IMAGENET_VAL": IMAGENET_VAL, "_SKETCH": IMAGENET_SKETCH}[name]
+    assert read(data_set, tmp_path, SuiteOptions()).notes == ()
 
 
 # Splits
