@@ -208,8 +208,7 @@ class _OwnStudy(_Study):
             problems += [f"{config.train}: {problem}" for problem in error.problems]
         if problems:
             raise ConfigError(problems)
-        given = {name: getattr(self.base, name) for name in ("workers", *MODEL_OPTIONS)}
-        given["templates"] = config.templates
+        given = {"workers": self.base.workers, "templates": config.templates}
         self.evaluations = {"data": {"data": data, "class_names": names, **given}}
         if config.alignment_data is not None:
             self.evaluations["alignment_data"] = {
@@ -367,7 +366,9 @@ def _qualities(config: SweepConfig, base: dict[str, Metrics]) -> dict[str, list[
             f"retrieval={config.retrieval!r} was not measured on the data; measured: "
             f"{', '.join(images)}"
         )
-    wanted = config.alignment or tuple(name for name in TEXT_METRICS if name in texts)
+    wanted: tuple[str, ...] = config.alignment or tuple(
+        name for name in TEXT_METRICS if name in texts
+    )
     missing = [name for name in wanted if name not in texts]
     if missing or not wanted:
         raise DataError(
