@@ -553,16 +553,15 @@ def measure(
     faiss = import_faiss()
     with ThreadPoolExecutor(1, initializer=faiss.omp_set_num_threads, initargs=(1,)) as pool:
         for query in QUERIES:
+            rivals = systems(query, search, measured, pool if options.threads > 1 else None)
+            shares = {
+                own.name: recall(own.answer(*own.queries, options.k), own.wanted) for own in rivals
+            }
             for batch in dict.fromkeys((1, options.batch)):
                 # A batch keeps all threads busy by itself.
-                helper = pool if batch == 1 and options.threads > 1 else None
-                rivals = systems(query, search, measured, helper)
-                shares = [recall(own.answer(*own.queries, options.k), own.wanted) for own in rivals]
+                chosen = [own for own in rivals if batch == 1 or own.name != AT_ONCE]
                 timings = compare(
-                    [
-                        own.rival(options.k, batch, share)
-                        for own, share in zip(rivals, shares, strict=True)
-                    ],
+                    [own.rival(options.k, batch, shares[own.name]) for own in chosen],
                     repetitions=options.repetitions,
                     warmup=2,
                     seconds=options.seconds,
@@ -581,9 +580,9 @@ def measure(
                 figures["queries"].setdefault(query, {})[f"batch {batch}"] = {
                     timing.rival: {
                         "seconds": {f"p{at}": timing.quantile(at / 100) for at in (20, 50, 80)},
-                        "recall": share,
+                        "recall": shares[timing.rival],
                     }
-                    for timing, share in zip(timings, shares, strict=True)
+                    for timing in timings
                 }
     return figures
 

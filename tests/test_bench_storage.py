@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import sys
@@ -29,7 +30,10 @@ def bench() -> Iterator[Any]:
         pytest.skip("no bench/ here")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(BENCH))
-        yield importlib.import_module("bench_storage")
+        module = importlib.import_module("bench_storage")
+        gc.freeze()  # the harness collects garbage for each rival; torch has much to look through
+        yield module
+        gc.unfreeze()
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
