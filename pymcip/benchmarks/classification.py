@@ -309,7 +309,7 @@ def _find_split(folder: Path, places: Iterable[str], data: DataSet, stem: str) -
                 return place
         elif folders or files:
             return place
-    raise AbsentError(f"{folder} holds none of the images. {data.how_to_get()}")
+    raise AbsentError(f"{data.title}: {folder} holds none of its images. {data.how_to_get()}")
 
 
 def _list_classes(
@@ -508,7 +508,7 @@ def _objectnet_folder(folder: Path) -> Path:
     for place in (folder, folder / "objectnet-1.0", folder / "objectnet-1.0" / "objectnet-1.0"):
         if (place / "images").is_dir():
             return place
-    raise AbsentError(f"{folder} holds no images/. {OBJECTNET.how_to_get()}")
+    raise AbsentError(f"{OBJECTNET.title}: {folder} holds no images/. {OBJECTNET.how_to_get()}")
 
 
 def _objectnet_titles(place: Path) -> dict[str, str]:
@@ -590,7 +590,7 @@ def _aircraft_folder(folder: Path, data: DataSet) -> Path:
     for place in (folder / "fgvc-aircraft-2013b" / "data", folder / "data", folder):
         if (place / "variants.txt").is_file() or (place / "images").is_dir():
             return place
-    raise AbsentError(f"{folder} holds no variants.txt. {data.how_to_get()}")
+    raise AbsentError(f"{data.title}: {folder} holds no variants.txt. {data.how_to_get()}")
 
 
 def _aircraft_list(place: Path, split: str, variants: Sequence[str], title: str) -> dict[str, int]:
