@@ -207,7 +207,7 @@ def test_nothing_there(tmp_path: Path, data_set: DataSet) -> None:
     (tmp_path / "readme.txt").write_text("hello")
     with pytest.raises(AbsentError, match=r"holds neither dataset_\w+.json"):
         data_set.read(tmp_path, PARTIAL)
-    with pytest.raises(AbsentError, match=r"(?s)get it from https?://.*dataset_\w+.json"):
+    with pytest.raises(AbsentError, match=r"(?s)https?://.*dataset_\w+.json"):
         data_set.find(tmp_path, {})
 
 
