@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "topk_kernel.hpp"
@@ -21,13 +22,30 @@ const Kernel& scoring_kernel() {
     return *kernel_portable();
 }
 
+typedef float Floats __attribute__((vector_size(16)));
+typedef std::int32_t Ints __attribute__((vector_size(16)));
+constexpr int kVectors = 4;  // of products against each bound: their counts stay in registers
+
 // places[j]: how many of `above` [count] the product j does not exceed. NaN exceeds none.
-void place_few(const float* __restrict products, std::int64_t length, const float* above,
-               std::int64_t count, std::int32_t* __restrict places) {
-    std::fill_n(places, length, 0);
-    for (std::int64_t asked = 0; asked < count; ++asked) {
-        const float bound = above[asked];
-        for (std::int64_t j = 0; j < length; ++j) places[j] += !(products[j] > bound);
+void place_few(const float* products, std::int64_t length, const float* above, std::int64_t count,
+               std::int32_t* places) {
+    const std::int32_t all = static_cast<std::int32_t>(count);
+    std::int64_t j = 0;
+    for (; j + 4 * kVectors <= length; j += 4 * kVectors) {
+        Floats own[kVectors];
+        Ints found[kVectors];
+        std::memcpy(own, products + j, sizeof own);
+        for (Ints& vector : found) vector = Ints{all, all, all, all};
+        for (std::int64_t asked = 0; asked < count; ++asked) {
+            const float bound = above[asked];
+            const Floats bounds = {bound, bound, bound, bound};
+            for (int i = 0; i < kVectors; ++i) found[i] += own[i] > bounds;  // -1 where it is
+        }
+        std::memcpy(places + j, found, sizeof found);
+    }
+    for (; j < length; ++j) {
+        places[j] = all;
+        for (std::int64_t asked = 0; asked < count; ++asked) places[j] -= products[j] > above[asked];
     }
 }
 

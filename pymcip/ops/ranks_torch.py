@@ -30,6 +30,7 @@ from pymcip.ops.topk_torch import fp32_products, product_error, row_lengths, to_
 
 _QUERIES = 1024
 _ROWS = 4096
+_SIDE = 2048  # of both, where the bank is the queries
 _ELEMENTS = 1 << 23  # of a block of bank rows, and of one of queries
 _MOST_LENGTH = 2.0**126
 
@@ -71,27 +72,47 @@ def over_blocks(
     device = starts.device
     sizes = starts.diff()
     widest = int(sizes.max()) if len(ids) else 0
-    step = max(1, min(_QUERIES, _ELEMENTS // max(queries.shape[1], widest)))
-    rows_step = max(1, min(_ROWS, _ELEMENTS // queries.shape[1]))
     if widest == 0:
         return torch.zeros_like(ids)
+    mirrored = _same(queries, bank)
+    columns = queries.shape[1]
+    rows_step = max(1, min(_SIDE if mirrored else _ROWS, _ELEMENTS // columns))
+    step = max(1, min(_SIDE if mirrored else _QUERIES, _ELEMENTS // max(columns, widest)))
+    if mirrored:
+        step = rows_step = min(step, rows_step)
+    bounds = starts.tolist()
+    space = torch.empty(min(step, len(queries)) * min(rows_step, len(bank)), device=device)
+    turned = torch.empty_like(space) if mirrored else space[:0]
     with fp32_products(device):
         asked, order = _ordered(queries, bank, starts, ids, longest, step)
-        products = torch.empty(step * min(rows_step, len(bank)), device=device)
-        places = starts[::step].tolist()
         for start in range(0, len(bank), rows_step):
             rows = to_fp32(bank[start : start + rows_step], device)
-            for number, first in enumerate(range(0, len(queries), step)):
-                if (places[number + 1] if number + 1 < len(places) else len(ids)) == places[number]:
-                    continue  # nothing is asked for
-                block = to_fp32(queries[first : first + step], device)
-                out = products[: len(block) * len(rows)].view(len(block), len(rows))
-                torch.mm(block, rows.T, out=out)
-                count(out, block, rows, start, first, asked)
+            for first in range(start if mirrored else 0, len(queries), step):
+                last = min(first + step, len(queries))
+                wanted = bounds[first] < bounds[last]
+                mirror = mirrored and first > start and bounds[start] < bounds[start + len(rows)]
+                if not wanted and not mirror:
+                    continue
+                block = to_fp32(queries[first:last], device)
+                products = space[: len(block) * len(rows)].view(len(block), len(rows))
+                torch.mm(block, rows.T, out=products)
+                if mirror:  # the same products for the rows as queries
+                    other = turned[: products.numel()].view(len(rows), len(block))
+                    count(other.copy_(products.T), rows, block, first, start, asked)
+                if wanted:
+                    count(products, block, rows, start, first, asked)
     # Within a query: so many rows stand before each that was asked for.
     before = torch.cat([asked.counts.new_zeros(1), asked.counts.cumsum(0)])
     first_of_query = torch.repeat_interleave(starts[:-1], sizes)
     return torch.empty_like(ids).scatter_(0, order, before[1:] - before[first_of_query])
+
+
+def _same(queries: Array, bank: Array) -> bool:
+    """Whether the bank is the queries themselves, so that half of the products suffice."""
+    if isinstance(queries, Tensor) and isinstance(bank, Tensor):
+        facts = [(x.data_ptr(), x.dtype, x.shape, x.stride(), x.device) for x in (queries, bank)]
+        return facts[0] == facts[1]
+    return queries is bank
 
 
 def _ordered(
