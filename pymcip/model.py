@@ -203,7 +203,18 @@ def _check_source(name: str, pretrained: str | None) -> bool:
             f"({', '.join(tags) or 'there is none for this model'}), a checkpoint's path, or "
             "pretrained='random' if that is meant"
         )
-    if pretrained == "random" or Path(pretrained).is_file():
+    if pretrained != "random" and Path(pretrained).is_file():
+        quick = f"{name}-quickgelu"
+        if quick in open_clip.list_models():
+            _log.warning(
+                "%s is loaded into %s, which has GELU; weights that descend from OpenAI's need "
+                "QuickGELU, which a file does not tell: model=%r",
+                pretrained,
+                name,
+                quick,
+            )
+        return False
+    if pretrained == "random":
         return False
     tag = open_clip.get_pretrained_cfg(name, pretrained)
     if not tag:

@@ -138,6 +138,26 @@ def test_checkpoint_path_is_loaded(known_model: dict[str, Any]) -> None:
     assert weights_fingerprint(clip.model.state_dict()) == wanted
 
 
+def test_published_checkpoint_loads(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A plain state dict of ViT-L-14-336, as MCIP's authors publish it; the weights are random."""
+    with torch.device("meta"):
+        state = open_clip.create_model("ViT-L-14-336", device="meta").state_dict()
+    largest = max(value.numel() for value in state.values())
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randn(largest + len(state), generator=generator).half()
+    for start, (name, value) in enumerate(state.items()):  # all of them share one storage
+        state[name] = numbers[start : start + value.numel()].view(value.shape)
+    path = tmp_path / "MCIP-ViT-L-14-336.pth"
+    torch.save(state, path)
+    clip = load("ViT-L-14-336", str(path), device="cpu")
+    loaded = clip.model.state_dict()
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(value, state[name].float()) for name, value in loaded.items())
+    assert clip.embed_dim == 768
+    assert clip.preprocess_cfg["size"] in (336, (336, 336))
+    assert "model='ViT-L-14-336-quickgelu'" in caplog.text
+
+
 @pytest.mark.parametrize(("tag", "quick"), [("plain", False), ("quick", True)])
 def test_quick_gelu_follows_the_tag(known_model: dict[str, Any], tag: str, quick: bool) -> None:
     clip = load("tiny", tag, device="cpu", precision="fp32")
