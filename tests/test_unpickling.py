@@ -85,22 +85,29 @@ def test_arrays_come_back_as_they_are(written: Write, array: Any, protocol: int)
         found[...] = found  # writable: its bytes are its own
 
 
-def test_a_pickle_of_python_2_is_read(written: Write) -> None:
-    # cPickle.dumps({"junk": array([1, 200], "<u1"), "bbx": [1.5], "\xe9": None}, 2): strings of
-    # bytes, names of NumPy 1, the array's data as a string with a byte above 127.
-    array = (
-        b"cnumpy.core.multiarray\n_reconstruct\nq\x02cnumpy\nndarray\nq\x03K\x00\x85U\x01b\x87Rq\x04"
-        b"(K\x01K\x02\x85cnumpy\ndtype\nq\x05U\x02u1K\x00K\x01\x87Rq\x06"
-        b"(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89U\x02\x01\xc8tb"
-    )
-    content = (
-        b"\x80\x02}q\x01(U\x04junk"
-        + array
-        + b"U\x03bbx]G?\xf8\x00\x00\x00\x00\x00\x00aU\x01\xe9Nu."
-    )
-    found = load_restricted(written(content))
+# cPickle.dumps({"junk": numpy.array([1, 200], "u2"), "bbx": [1.5], "\xe9": None}) in protocols 0
+# and 2, by Python 2.7 and NumPy 1.16: strings of bytes, also for the array's data.
+PYTHON_2 = {
+    0: (
+        b"(dp1\nS'\\xe9'\nNsS'junk'\np2\ncnumpy.core.multiarray\n_reconstruct\np3\n(cnumpy\nndarray\n"
+        b"p4\n(I0\ntS'b'\ntRp5\n(I1\n(I2\ntcnumpy\ndtype\np6\n(S'u2'\nI0\nI1\ntRp7\n(I3\nS'<'\nNNN"
+        b"I-1\nI-1\nI0\ntbI00\nS'\\x01\\x00\\xc8\\x00'\ntbsS'bbx'\np8\n(lp9\nF1.5\nas."
+    ),
+    2: (
+        b"\x80\x02}q\x01(U\x01\xe9NU\x04junkq\x02cnumpy.core.multiarray\n_reconstruct\nq\x03cnumpy\n"
+        b"ndarray\nq\x04K\x00\x85U\x01b\x87Rq\x05(K\x01K\x02\x85cnumpy\ndtype\nq\x06U\x02u2K\x00K"
+        b"\x01\x87Rq\x07(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89U\x04\x01\x00"
+        b"\xc8\x00tbU\x03bbxq\x08]q\tG?\xf8\x00\x00\x00\x00\x00\x00au."
+    ),
+}
+
+
+@pytest.mark.parametrize("protocol", PYTHON_2)
+def test_a_pickle_of_python_2_is_read(written: Write, protocol: int) -> None:
+    found = load_restricted(written(PYTHON_2[protocol]))
     assert set(found) == {"junk", "bbx", "é"}
     assert found["junk"].tolist() == [1, 200]
+    assert found["junk"].dtype == np.uint16
     assert found["bbx"] == [1.5]
 
 
@@ -237,7 +244,9 @@ def test_a_file_that_is_cut_short_is_refused(written: Write, protocol: int) -> N
 
 
 def test_other_files_are_refused(written: Write, tmp_path: Path) -> None:
-    assert "is no pickle, cut short or damaged" in refusal(written(b"<html>404 Not Found</html>"))
+    message = refusal(written(b"<html>404 Not Found</html>"))
+    assert "is no pickle, cut short or damaged (ValueError: '<' is no instruction)" in message
+    assert "it has no end" in refusal(written(b""))
     assert "can't be read: No such file" in refusal(tmp_path / "absent.pkl")
     assert "can't be read: Is a directory" in refusal(tmp_path)
 

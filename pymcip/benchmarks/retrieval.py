@@ -378,6 +378,8 @@ def _texts(path: Path, key: str, value: Any) -> list[str]:
     for part in parts if isinstance(parts, (list, tuple, np.ndarray)) else [None]:
         if isinstance(part, np.ndarray) and part.size == 1:  # a cell
             part = part.reshape(-1)[0]
+        if isinstance(part, bytes):  # of an array that Python 2 wrote
+            part = part.decode("latin1")
         if not isinstance(part, str) or not part.strip():
             raise DataError(f"{path}: {key} holds {part!r:.60}; needed: names of images")
         texts.append(str(part).strip().lstrip("/"))

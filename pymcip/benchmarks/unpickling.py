@@ -16,7 +16,7 @@ import pickle
 import pickletools
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ MOST_BYTES = 64 << 20  # ground truth of 11,000 images takes half a megabyte
 DEEPEST = 32
 _PLAIN = (str, bytes, bytearray, bool, int, float, complex, type(None))
 _DTYPE = re.compile(r"[<>=|]?(?:b1|[iu][1248]|f[248]|c(?:8|16)|[SU][1-9][0-9]{0,5})")
+_OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
 _REFUSED = {  # what instructions do that data don't need, of pickletools' names
     "PERSID": "an object kept elsewhere",
     "BINPERSID": "an object kept elsewhere",
@@ -91,16 +92,33 @@ class _RefusedError(Exception):
     """A pickle asks for what is not allowed; the text names it."""
 
 
+def _instructions(content: bytes) -> Iterator[tuple[str, Any]]:
+    """Yield each instruction's name and argument, as `pickletools.genops` does.
+
+    But genops takes the strings of Python 2's protocol 0 for ASCII.
+    """
+    stream = io.BytesIO(content)
+    name = ""
+    while name != "STOP":
+        code = stream.read(1).decode("latin1")
+        if code not in _OPCODES:
+            raise ValueError(f"{code!r} is no instruction" if code else "it has no end")
+        instruction = _OPCODES[code]
+        name = instruction.name
+        if name == "STRING":
+            yield name, stream.readline()
+        else:
+            yield name, None if instruction.arg is None else instruction.arg.reader(stream)
+
+
 def _check_instructions(content: bytes) -> None:
     """Refuse, before anything runs, instructions that data don't need and memory they don't fill."""
-    for instruction, argument, _ in pickletools.genops(content):
-        if instruction.name in _REFUSED:
-            raise _RefusedError(
-                f"{_REFUSED[instruction.name]} ({instruction.name} {argument!r:.60})"
-            )
+    for name, argument in _instructions(content):
+        if name in _REFUSED:
+            raise _RefusedError(f"{_REFUSED[name]} ({name} {argument!r:.60})")
         # The unpickler makes its memo as large as the highest number, here of as many gigabytes as
         # it likes; a pickler counts from 0.
-        if "PUT" in instruction.name and int(argument or 0) > len(content):
+        if "PUT" in name and int(argument) > len(content):
             raise _RefusedError(f"a memo of {argument} entries in {len(content)} bytes")
 
 
