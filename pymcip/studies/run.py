@@ -12,12 +12,12 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pymcip.config import SweepConfig, TrainConfig
 from pymcip.demo.run import SMOKE, Recipe, evaluation_options, prepare_world, train_source
@@ -442,25 +442,21 @@ def _rows(
 
 def _summary(values: list[Metrics], bases: list[Metrics]) -> dict[str, dict[str, float | None]]:
     """By quality: mean and deviation over the seeds, of the value and of its gain over the base."""
-    found = {}
+    found: dict[str, dict[str, float | None]] = {}
     for name in values[0]:
         value = np.array([one[name] for one in values])
         gain = value - np.array([base[name] for base in bases])
-        statistics: list[tuple[str, Callable[[Any], Any], Any]] = [
-            ("mean", np.mean, value),
-            ("deviation", _deviation, value),
-            ("gain", np.mean, gain),
-            ("gain_deviation", _deviation, gain),
-        ]
         found[name] = {
-            key: None if (result := statistic(array)) is None else round(float(result), 4)
-            for key, statistic, array in statistics
+            "mean": round(float(value.mean()), 4),
+            "deviation": _deviation(value),
+            "gain": round(float(gain.mean()), 4),
+            "gain_deviation": _deviation(gain),
         }
     return found
 
 
-def _deviation(values: Any) -> float | None:
-    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+def _deviation(values: npt.NDArray[np.float64]) -> float | None:
+    return round(float(values.std(ddof=1)), 4) if len(values) > 1 else None
 
 
 def _markdown(
