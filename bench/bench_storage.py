@@ -695,7 +695,11 @@ def tables(found: Mapping[str, Any], options: argparse.Namespace) -> str:
     for name, figures in found.items():
         if figures["knob"]:
             values = ", ".join(f"{query} {value}" for query, value in figures["values"].items())
-            lines += ["", f"{name}, {figures['knob']}: {values}."]
+            lines += [
+                "",
+                f"{name}, {figures['knob']}: {values}. At its texts' value, a combined search of one "
+                "index costs what a text query costs.",
+            ]
     return "\n".join(lines) + "\n"
 
 
