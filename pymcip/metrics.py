@@ -1,17 +1,19 @@
 """Retrieval, k-NN and zero-shot metrics: pure functions of arrays, all in percent.
 
-Common to all of them: embeddings [N, D] of any real type are L2-normalised in fp32, scores are
-fp32 inner products, and rankings order by (score descending, index ascending). Where the first of
-a ranking suffice they are `pymcip.ops.topk`'s, the same on every device; full rankings are made in
-chunks of queries, so that memory stays bounded (a few hundred MB) for any number of rows. NumPy
+Common to all of them: embeddings [N, D] of any real type are L2-normalised to fp32, and rankings
+order by (score descending, index ascending), the score being the inner product in fp64 rounded to
+fp32 (`pymcip.ops.canonical`). The first of a ranking come from `pymcip.ops.topk`, the places of
+relevant rows in a full one from `pymcip.ops.ranks`; both are the same on every device, with any
+number of threads. No ranking is ever whole in memory, which stays bounded (a few hundred MB). NumPy
 arrays and tensors are taken; tensors are worked on where they are.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+import math
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,19 +21,41 @@ import torch
 from torch import Tensor, nn
 
 from pymcip.errors import ConfigError, DataError
+from pymcip.ops import ranks as ranks_of
 from pymcip.ops import topk
+from pymcip.ops.canonical import canonical_unit
 
 if TYPE_CHECKING:
     from pymcip.model import ClipModel
 
 Array = npt.ArrayLike | Tensor
+Int64: TypeAlias = npt.NDArray[np.int64]
+Float64: TypeAlias = npt.NDArray[np.float64]
 
 KNN_TEMPERATURE = 0.07  # of the weighted vote, as in DINO (arXiv 2104.14294)
+REVISITED = {  # what counts as relevant and what is junk (Radenović et al., section 4)
+    "easy": (("easy",), ("junk", "hard")),
+    "medium": (("easy", "hard"), ("junk",)),
+    "hard": (("hard",), ("junk", "easy")),
+}
 _SCORES_AT_ONCE = 1 << 22
+_RANKS_AT_ONCE = 1 << 21
 
 
 def full_ranking_map(embeddings: Array, labels: Array) -> float:
     """Measure image-to-image mAP over the full ranking, as GPR1200 defines it.
+
+    The mean of `full_ranking_ap`, which says how, what is taken and what is raised. Not comparable
+    with mAP variants that leave the query out or that stop at rank k.
+
+    Returns:
+        Mean AP over the N queries, percent.
+    """
+    return float(full_ranking_ap(embeddings, labels).mean())
+
+
+def full_ranking_ap(embeddings: Array, labels: Array) -> Float64:
+    """Measure each image's average precision over the full ranking, as GPR1200 defines it.
 
     Every image is a query and ranks all N images. The query itself is in the ranking and counts as
     relevant. AP = (1 / n_rel) * sum over hits of (hit number / 1-based rank), the step form.
@@ -41,50 +65,227 @@ def full_ranking_map(embeddings: Array, labels: Array) -> float:
         labels: int [N]; images with equal labels are relevant for each other.
 
     Returns:
-        Mean AP over the N queries, percent.
+        float64 [N], percent. Means of slices are the means of GPR1200's parts.
 
     Raises:
         DataError: wrong shapes, values that are not finite, or negative labels.
 
-    Source: Schall et al., GPR1200 (MMM 2022). Not comparable with mAP variants that leave the
-    query out or that stop at rank k.
+    Source: Schall et al., GPR1200 (MMM 2022).
     """
     vectors = _unit(embeddings, "embeddings")
     classes = _labels(labels, "labels", vectors)
     _rows_match(vectors, "embeddings", classes, "labels")
-    total = 0.0
-    with _plain_fp32(vectors.device):
-        for rows in _chunks(len(vectors), len(vectors)):
-            relevant = classes[rows, None] == classes[None, :]
-            total += float(_average_precision(vectors[rows] @ vectors.T, relevant).sum())
-    return 100 * total / len(vectors)
+    return 100 * _average_precisions(vectors, classes, vectors, classes)
+
+
+def trapezoidal_map(
+    ranks: npt.ArrayLike,
+    positives: Sequence[npt.ArrayLike],
+    junk: Sequence[npt.ArrayLike] | None = None,
+) -> float:
+    """Measure mAP of given rankings by the trapezoidal rule, as Oxford5k, revisitop and INSTRE do.
+
+    Junk is taken out of the ranking, so that what follows moves up. For positive j (0-based) at
+    0-based rank r the precision before it is p0 = j / r (1 where r = 0) and with it
+    p1 = (j + 1) / (r + 1); AP is the sum of (p0 + p1) / 2 over the positives that are ranked, divided
+    by the number of all distinct positives, ranked or not. Queries without positives are left out.
+
+    Args:
+        ranks: int [database, queries]: column q holds database rows, best first, as in revisitop.
+            It may be cut short; places that hold -1 are empty.
+        positives: of each query the relevant database rows, 0-based, in any order.
+        junk: of each query the rows to take out; None: no junk. A row that is both stays, and moves
+            up what follows (revisitop).
+
+    Returns:
+        Mean AP over the queries with positives, percent.
+
+    Raises:
+        DataError: wrong shapes or lists, a row ranked twice, or no query has positives.
+
+    Source: Radenović et al., Revisiting Oxford and Paris (CVPR 2018), their evaluate.py; for INSTRE
+    the split of Iscen et al. (CVPR 2017).
+    """
+    columns = _ranking(ranks, len(positives))
+    wanted = _row_lists(positives, "positives", len(positives))
+    ignored = _row_lists(junk, "junk", len(positives))
+    places = [
+        _listed(column, np.union1d(*lists))
+        for column, *lists in zip(columns.T, wanted, ignored, strict=True)
+    ]
+    return _mean(_trapezoids(places, wanted, ignored)[0], "positives")
+
+
+def trapezoidal_retrieval(
+    queries: Array,
+    database: Array,
+    positives: Sequence[npt.ArrayLike],
+    junk: Sequence[npt.ArrayLike] | None = None,
+) -> float:
+    """Measure `trapezoidal_map` of the full rankings of a database's embeddings.
+
+    Args:
+        queries: float [N, D].
+        database: float [M, D].
+        positives: of each query the relevant rows of `database`, 0-based, in any order.
+        junk: of each query the rows to take out of the ranking; None: no junk.
+
+    Returns:
+        Mean AP over the queries with positives, percent.
+
+    Raises:
+        DataError: wrong shapes or lists, values that are not finite, or no query has positives.
+    """
+    asked, known = _pair(queries, "queries", database, "database")
+    wanted = _row_lists(positives, "positives", len(asked), len(known))
+    ignored = _row_lists(junk, "junk", len(asked), len(known))
+    needed = [
+        np.union1d(*lists) if len(lists[0]) else lists[0]
+        for lists in zip(wanted, ignored, strict=True)
+    ]
+    places = _placed(asked, known, needed)
+    return _mean(_trapezoids(places, wanted, ignored)[0], "positives")
+
+
+def revisited_map(
+    ranks: npt.ArrayLike,
+    gnd: Sequence[Mapping[str, Any]],
+    ks: Sequence[int] = (1, 5, 10),
+) -> dict[str, float]:
+    """Measure revisitop's figures (ROxford, RParis) of given rankings.
+
+    Easy: relevant are the easy rows, junk and hard ones are taken out of the ranking. Medium: easy
+    and hard ones are relevant, junk is taken out. Hard: hard ones are relevant, junk and easy ones are
+    taken out. AP as in `trapezoidal_map`. Precision at k is the share of relevant rows among the
+    first min(k, 1-based rank of the last relevant one); 0 if none is ranked. Queries without
+    relevant rows are left out of a difficulty's means.
+
+    Args:
+        ranks: int [database, queries], as `trapezoidal_map` takes it.
+        gnd: of each query the rows "easy", "hard" and "junk" (0-based; junk may be missing), as in
+            gnd_roxford5k.pkl's "gnd". Other keys are ignored.
+        ks: the k wanted of mP@k.
+
+    Returns:
+        {"easy_map", "medium_map", "hard_map", "easy_mp1", …, "hard_mp10"}, percent.
+
+    Raises:
+        ConfigError: a k below 1.
+        DataError: wrong shapes or lists, a row ranked twice, or a difficulty for which no query
+            has relevant rows: there is no mean of nothing.
+
+    Source: Radenović et al., Revisiting Oxford and Paris (CVPR 2018), their evaluate.py.
+    """
+    columns = _ranking(ranks, len(gnd))
+    lists = _truth(gnd, len(gnd), None)
+    needed = [np.unique(np.concatenate(own)) for own in zip(*lists.values(), strict=True)]
+    places = [_listed(column, rows) for column, rows in zip(columns.T, needed, strict=True)]
+    return _revisited(places, lists, ks)
+
+
+def revisited_retrieval(
+    queries: Array,
+    database: Array,
+    gnd: Sequence[Mapping[str, Any]],
+    ks: Sequence[int] = (1, 5, 10),
+) -> dict[str, float]:
+    """Measure `revisited_map` of the full rankings of a database's embeddings.
+
+    Args:
+        queries: float [N, D].
+        database: float [M, D].
+        gnd: of each query the rows of `database` that are "easy", "hard" and "junk".
+        ks: the k wanted of mP@k.
+
+    Returns:
+        As `revisited_map`, percent.
+
+    Raises:
+        ConfigError: a k below 1.
+        DataError: wrong shapes or lists, values that are not finite, or a difficulty for which no
+            query has relevant rows.
+    """
+    asked, known = _pair(queries, "queries", database, "database")
+    lists = _truth(gnd, len(asked), len(known))
+    needed = [np.unique(np.concatenate(own)) for own in zip(*lists.values(), strict=True)]
+    return _revisited(_placed(asked, known, needed), lists, ks)
+
+
+def recall_at_k(
+    embeddings: Array,
+    labels: Array,
+    ks: Sequence[int] = (1, 2, 4, 8),
+    *,
+    queries: Array | None = None,
+    query_labels: Array | None = None,
+) -> dict[int, float]:
+    """Measure R@k: how often one of the k nearest images has the query's label.
+
+    Without `queries` it is all against all, each image against the *others*: the diagonal is masked,
+    so an exact duplicate of the query may be its nearest neighbour. An image whose class has no
+    other image can't be hit and counts as a miss.
+
+    Args:
+        embeddings: float [N, D]; N >= 2 without `queries`.
+        labels: int [N].
+        ks: the k wanted; where fewer images are ranked, all of them count.
+        queries: float [Q, D], which rank all N.
+        query_labels: int [Q].
+
+    Returns:
+        {k: percent of the queries}.
+
+    Raises:
+        ConfigError: a k below 1, or only one of queries and query_labels.
+        DataError: wrong shapes, fewer than two images, values that are not finite.
+
+    Source: Musgrave et al., A Metric Learning Reality Check (arXiv 2003.08505), section 2; for
+    CUB-200, Cars-196 and SOP all against all.
+    """
+    counts = _counts(ks)
+    if (queries is None) != (query_labels is None):
+        raise ConfigError("queries and query_labels belong together; give both, or neither")
+    known = _unit(embeddings, "embeddings")
+    classes = _labels(labels, "labels", known)
+    _rows_match(known, "embeddings", classes, "labels")
+    if queries is None:
+        if len(known) < 2:
+            raise DataError(
+                "R@k needs at least 2 images (each ranks the others), got 1; give more images"
+            )
+        asked, targets = known, classes
+    else:
+        asked = _unit(queries, "queries").to(known.device)
+        targets = _labels(query_labels, "query_labels", known)
+        _rows_match(asked, "queries", targets, "query_labels")
+        _widths_match(known, "embeddings", asked, "queries")
+    most = min(max(counts), len(known) - (queries is None))
+    hits = dict.fromkeys(counts, 0)
+    for rows in _chunks(len(asked), most):
+        if queries is None:
+            found, _ = _nearest_others(known, most, rows)
+        else:
+            found, _ = topk(asked[rows], known, most)
+        hit = classes[found] == targets[rows, None]
+        for k in counts:
+            hits[k] += int(hit[:, :k].any(dim=1).sum())
+    return {k: 100 * count / len(asked) for k, count in hits.items()}
 
 
 def nearest_other_recall(embeddings: Array, labels: Array) -> float:
     """Measure R@1, all against all: how often the nearest *other* image has the query's label.
-
-    The diagonal is masked, so an exact duplicate of the query may be its nearest neighbour. An
-    image whose class has no other image can't be hit and counts as a miss.
 
     Args:
         embeddings: float [N, D], N >= 2.
         labels: int [N].
 
     Returns:
-        Percent of the N images.
+        Percent of the N images: `recall_at_k` for k = 1, which says more.
 
     Raises:
         DataError: wrong shapes, fewer than two images, values that are not finite.
     """
-    vectors = _unit(embeddings, "embeddings")
-    classes = _labels(labels, "labels", vectors)
-    _rows_match(vectors, "embeddings", classes, "labels")
-    if len(vectors) < 2:
-        raise DataError(
-            "R@1 needs at least 2 images (each ranks the others), got 1; give more images"
-        )
-    nearest, _ = _nearest_others(vectors, 1)
-    return 100 * int((classes[nearest[:, 0]] == classes).sum()) / len(vectors)
+    return recall_at_k(embeddings, labels, (1,))[1]
 
 
 def knn_classify(
@@ -94,6 +295,7 @@ def knn_classify(
     k: int = 21,
     vote: Literal["weighted", "majority"] = "weighted",
     *,
+    temperature: float = KNN_TEMPERATURE,
     leave_one_out: bool = False,
 ) -> npt.NDArray[np.int64]:
     """Label each query by the vote of its k nearest bank rows.
@@ -103,21 +305,28 @@ def knn_classify(
         bank_labels: int [M], any values >= 0.
         queries: float [N, D].
         k: neighbours that vote; all of them where the bank has fewer.
-        vote: `"weighted"` sums exp(cos / 0.07) by class in fp32 (DINO), ties go to the lower
+        vote: `"weighted"` sums exp(cos / temperature) by class in fp32 (DINO), ties go to the lower
             label; `"majority"` counts, ties go to the larger summed cosine, then the lower label.
+        temperature: of the weighted vote.
         leave_one_out: the queries are the bank's own rows, in order, and no row votes for itself.
 
     Returns:
         int64 [N], values of `bank_labels`.
 
     Raises:
-        ConfigError: k < 1 or an unknown vote.
+        ConfigError: k < 1, a temperature <= 0, or an unknown vote.
         DataError: wrong shapes, an empty bank, values that are not finite.
     """
     if vote not in ("weighted", "majority"):
         raise ConfigError(f"vote={vote!r} is not allowed; allowed: 'weighted', 'majority'")
     if k < 1:
         raise ConfigError(f"k={k} is not allowed; it must be >= 1")
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ConfigError(
+            f"temperature={temperature} is not allowed; it must be finite and above 0"
+        )
+    if not temperature > 0:
+        raise ConfigError(f"temperature={temperature} is not allowed; it must be > 0")
     known = _unit(bank, "bank")
     asked = _unit(queries, "queries").to(known.device)
     classes = _labels(bank_labels, "bank_labels", known)
@@ -141,7 +350,9 @@ def knn_classify(
         voters = compact[neighbours[rows]]
         ballots = torch.zeros(len(voters), len(values), device=known.device)
         if vote == "weighted":
-            ballots.scatter_add_(1, voters, torch.exp(cosines[rows] / KNN_TEMPERATURE))
+            # Where exp would overflow less the best cosine, which changes no vote.
+            best = cosines[rows, :1] if temperature < 0.0125 else 0.0
+            ballots.scatter_add_(1, voters, torch.exp((cosines[rows] - best) / temperature))
             winners = ballots.argmax(dim=1)
         else:
             ballots.scatter_add_(1, voters, torch.ones_like(cosines[rows]))
@@ -293,30 +504,114 @@ def class_text_map(image_emb: Array, labels: Array, class_text_emb: Array) -> fl
             "one per class, in the order of the labels"
         )
     present = torch.unique(classes)
-    total = 0.0
-    with _plain_fp32(images.device):
-        for rows in _chunks(len(present), len(images)):
-            relevant = present[rows, None] == classes[None, :]
-            total += float(_average_precision(texts[present[rows]] @ images.T, relevant).sum())
-    return 100 * total / len(present)
+    return 100 * float(_average_precisions(texts[present], present, images, classes).mean())
 
 
-def _average_precision(scores: Tensor, relevant: Tensor) -> Tensor:
-    """Compute each row's step AP, float64 [Q], of scores [Q, N]; each has a relevant column."""
-    order = torch.sort(scores, dim=1, descending=True, stable=True).indices
-    rows, ranks = relevant.gather(1, order).nonzero(as_tuple=True)
-    counts = relevant.sum(dim=1)
-    before = counts.cumsum(0) - counts  # hits of the earlier rows, as `rows` lists them
-    hit_numbers = torch.arange(1, len(rows) + 1, device=rows.device) - before[rows]
-    precision = hit_numbers.double() / (ranks + 1)
-    sums = torch.zeros(len(scores), dtype=torch.float64, device=scores.device)
-    return sums.index_add_(0, rows, precision) / counts
+def _average_precisions(queries: Tensor, wanted: Tensor, bank: Tensor, classes: Tensor) -> Float64:
+    """Compute the step AP, float64 [N], of the full ranking of `bank` [M, D] for each query [N, D].
+
+    Relevant are the rows whose class is the query's `wanted` one; every query has some.
+    """
+    members = classes.sort(stable=True).indices
+    values, counts = torch.unique(classes, return_counts=True)
+    own = torch.searchsorted(values, wanted)
+    firsts = (counts.cumsum(0) - counts)[own]  # of each query's relevant rows, in `members`
+    sizes = counts[own].cpu().numpy()
+    precisions = np.empty(len(queries))
+    for rows in _shares(sizes, _RANKS_AT_ONCE):
+        indptr = np.concatenate([[0], np.cumsum(sizes[rows])])
+        owners = np.repeat(np.arange(len(indptr) - 1), sizes[rows])
+        numbers = np.arange(indptr[-1]) - indptr[owners]  # of a query's relevant rows
+        places = firsts[rows][torch.from_numpy(owners).to(bank.device)]
+        places += torch.from_numpy(numbers).to(bank.device)
+        found = ranks_of(queries[rows], bank, indptr, members[places]).cpu().numpy()
+        # In the order of their ranks within each query.
+        found = np.sort(owners * len(bank) + found) - owners * len(bank)
+        precisions[rows] = np.add.reduceat((numbers + 1) / (found + 1), indptr[:-1]) / sizes[rows]
+    return precisions
 
 
-def _nearest_others(vectors: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _placed(queries: Tensor, bank: Tensor, needed: Sequence[Int64]) -> list[tuple[Int64, Int64]]:
+    """Find the ranks of each query's needed rows of `bank`: these rows and ranks, per query."""
+    sizes = np.array([len(rows) for rows in needed], dtype=np.int64)
+    places: list[tuple[Int64, Int64]] = []
+    for part in _shares(sizes, _RANKS_AT_ONCE):
+        indptr = np.concatenate([[0], np.cumsum(sizes[part])])
+        rows = needed[part]
+        found = ranks_of(queries[part], bank, indptr, np.concatenate(rows)).cpu().numpy()
+        places += zip(rows, np.split(found, indptr[1:-1]), strict=True)
+    return places
+
+
+def _listed(column: Int64, needed: Int64) -> tuple[Int64, Int64]:
+    """Those of the needed rows that a ranking lists, and their ranks."""
+    ranks = np.flatnonzero(np.isin(column, needed))
+    rows = column[ranks]
+    values, counts = np.unique(rows, return_counts=True)
+    if len(values) < len(rows):
+        raise DataError(
+            f"a ranking lists row {int(values[counts.argmax()])} {int(counts.max())} times; list each "
+            "database row once"
+        )
+    return rows, ranks
+
+
+def _trapezoids(
+    places: Sequence[tuple[Int64, Int64]], positives: Sequence[Int64], junk: Sequence[Int64]
+) -> tuple[list[float], list[Int64]]:
+    """Compute the trapezoidal AP of each query that has positives, and their ranks without junk."""
+    precisions, kept = [], []
+    for (rows, ranks), wanted, ignored in zip(places, positives, junk, strict=True):
+        if not len(wanted):
+            continue
+        found = np.sort(ranks[np.isin(rows, wanted)])
+        found = found - np.searchsorted(np.sort(ranks[np.isin(rows, ignored)]), found)
+        hits = np.arange(len(found))
+        before = np.where(found > 0, hits / np.maximum(found, 1), 1.0)
+        precisions.append(float((before + (hits + 1) / (found + 1)).sum()) / (2 * len(wanted)))
+        kept.append(found)
+    return precisions, kept
+
+
+def _revisited(
+    places: Sequence[tuple[Int64, Int64]], lists: Mapping[str, list[Int64]], ks: Sequence[int]
+) -> dict[str, float]:
+    maps: dict[str, float] = {}
+    shares: dict[str, float] = {}
+    counts = _counts(ks)
+    for difficulty, kinds in REVISITED.items():
+        wanted, ignored = (
+            [
+                np.unique(np.concatenate(own))
+                for own in zip(*(lists[kind] for kind in chosen), strict=True)
+            ]
+            for chosen in kinds
+        )
+        precisions, kept = _trapezoids(places, wanted, ignored)
+        maps[f"{difficulty}_map"] = _mean(precisions, " or ".join(kinds[0]) + " rows")
+        for k in counts:
+            reached = [min(k, int(found[-1]) + 1) if len(found) else 1 for found in kept]
+            hits = [
+                float((found < reach).sum()) / reach
+                for found, reach in zip(kept, reached, strict=True)
+            ]
+            shares[f"{difficulty}_mp{k}"] = _mean(hits, "")
+    return maps | shares
+
+
+def _mean(shares: Sequence[float], what: str) -> float:
+    """The mean in percent."""
+    if not shares:
+        raise DataError(
+            f"no query has {what}, so that there is nothing to average; check the ground truth"
+        )
+    return 100 * math.fsum(shares) / len(shares)
+
+
+def _nearest_others(vectors: Tensor, k: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
     """Find the k nearest other rows of each row [N, D], and their scores; 1 <= k < N."""
-    found, scores = topk(vectors, vectors, k + 1)
-    itself = found == torch.arange(len(vectors), device=vectors.device)[:, None]
+    found, scores = topk(vectors[rows], vectors, k + 1)
+    itself = found == torch.arange(len(vectors), device=vectors.device)[rows, None]
     itself[:, k] |= ~itself.any(dim=1)  # k + 1 rows that are its equals may all come before it
     return found[~itself].view(-1, k), scores[~itself].view(-1, k)
 
@@ -327,24 +622,24 @@ def _chunks(queries: int, columns: int) -> Iterator[slice]:
         yield slice(start, min(start + step, queries))
 
 
-@contextlib.contextmanager
-def _plain_fp32(device: torch.device) -> Iterator[None]:
-    """Rank in fp32 whatever the caller has set: no autocast, no TF32 or bf16 matmul, no graph."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+def _shares(sizes: Int64, most: int) -> Iterator[slice]:
+    """Consecutive slices whose sizes add up to `most` at most, or of a single one."""
+    ends = np.cumsum(sizes)
+    first = 0
+    while first < len(sizes):
+        before = int(ends[first - 1]) if first else 0
+        last = max(first + 1, int(np.searchsorted(ends, before + most, side="right")))
+        yield slice(first, last)
+        first = last
 
 
 def _tensor(values: Any) -> Tensor:
     if isinstance(values, Tensor):
         return values.detach()
     array = np.asarray(values)
-    if array.dtype == np.float16 or not array.flags.writeable or not array.flags.c_contiguous:
-        array = np.array(array, dtype=np.float32 if array.dtype == np.float16 else None, order="C")
+    low = array.dtype == np.float16 or array.dtype.name == "bfloat16"  # which torch doesn't know
+    if low or not array.flags.writeable or not array.flags.c_contiguous:
+        array = np.array(array, dtype=np.float32 if low else None, order="C")
     return torch.from_numpy(array)
 
 
@@ -363,7 +658,15 @@ def _unit(values: Any, name: str) -> Tensor:
         raise DataError(
             f"{name} has NaN or infinite values in {bad} of {len(rows)} rows; embed them again"
         )
-    return nn.functional.normalize(rows, dim=-1)
+    return canonical_unit(rows)
+
+
+def _pair(first: Any, name: str, second: Any, other_name: str) -> tuple[Tensor, Tensor]:
+    """Unit rows of both, on the second's device."""
+    known = _unit(second, other_name)
+    asked = _unit(first, name).to(known.device)
+    _widths_match(asked, name, known, other_name)
+    return asked, known
 
 
 def _labels(values: Any, name: str, like: Tensor) -> Tensor:
@@ -392,3 +695,63 @@ def _widths_match(first: Tensor, name: str, second: Tensor, other_name: str) -> 
             f"{name} has {first.shape[1]} dimensions, {other_name} has {second.shape[1]}; "
             "both must come from the same model"
         )
+
+
+def _counts(ks: Sequence[int]) -> list[int]:
+    counts = [operator.index(k) for k in ks]
+    if not counts or min(counts) < 1:
+        raise ConfigError(f"ks={list(ks)} is not allowed; give at least one k, each >= 1")
+    return counts
+
+
+def _ranking(ranks: Any, queries: int) -> Int64:
+    columns = np.asarray(ranks)
+    if columns.ndim != 2 or columns.dtype.kind not in "iu" or columns.shape[1] != queries:
+        raise DataError(
+            f"ranks is {columns.dtype} {columns.shape}; needed: integers [database, queries], with "
+            f"a column for each of the {queries} queries"
+        )
+    return columns.astype(np.int64, copy=False)
+
+
+def _truth(
+    gnd: Sequence[Mapping[str, Any]], queries: int, database: int | None
+) -> dict[str, list[Int64]]:
+    """Lists of rows of each query, by kind."""
+    for number, truth in enumerate(gnd):
+        missing = [kind for kind in ("easy", "hard") if kind not in truth]
+        if missing:
+            raise DataError(
+                f"gnd[{number}] has {', '.join(map(str, truth)) or 'nothing'}, but no "
+                f"{' and no '.join(missing)}; needed: lists of rows 'easy', 'hard' and, if any, 'junk'"
+            )
+    return {
+        kind: _row_lists([truth.get(kind, ()) for truth in gnd], f"gnd {kind}", queries, database)
+        for kind in ("easy", "hard", "junk")
+    }
+
+
+def _row_lists(
+    lists: Sequence[Any] | None, name: str, queries: int, database: int | None = None
+) -> list[Int64]:
+    """Distinct rows of each query, sorted; none of any query for None."""
+    if lists is None:
+        return [np.empty(0, dtype=np.int64)] * queries
+    if len(lists) != queries:
+        raise DataError(f"{name} has {len(lists)} lists for {queries} queries; give one per query")
+    found = []
+    for number, values in enumerate(lists):
+        rows = np.asarray(values)
+        if rows.size == 0:
+            rows = rows.astype(np.int64)  # NumPy makes floats of an empty list
+        if rows.dtype.kind not in "iu":
+            raise DataError(f"{name}[{number}] holds {rows.dtype}; needed: integers, rows from 0")
+        rows = np.unique(rows).astype(np.int64)
+        if len(rows) and (rows[0] < 0 or (database is not None and rows[-1] >= database)):
+            allowed = "" if database is None else f", below {database}"
+            raise DataError(
+                f"{name}[{number}] goes from {rows[0]} to {rows[-1]}; needed: rows from 0{allowed} "
+                "(MATLAB files count from 1)"
+            )
+        found.append(rows)
+    return found

@@ -92,17 +92,20 @@ def canonical_pairs(
     return out.to(queries.device)
 
 
-def canonical_lengths(rows: torch.Tensor) -> torch.Tensor:
-    """Norms fp64 [N] of rows [N, D], the same on every device: roots of sums in the score's order.
+def canonical_unit(rows: torch.Tensor) -> torch.Tensor:
+    """Rows fp32 [N, D] divided by their norms; a row of zeros stays one.
 
-    On a device without fp64 the CPU computes them, and they are there.
+    Norms are fp64 roots of sums in the score's order, and the quotients are rounded once, so that
+    the bits are the same on every device. One without fp64 has the CPU compute them.
     """
     compute = _fp64_device(rows.device)
-    out = torch.empty(len(rows), dtype=torch.float64, device=compute)
-    step = _pairs(rows.shape[1])
+    out = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
+    step = _pairs(2 * rows.shape[1])
     for first in range(0, len(rows), step):
-        block = rows[first : first + step].to(compute)[:, None]
-        out[first : first + step] = _lanes_torch(block, block)[:, 0].sqrt_()
+        block = rows[first : first + step].to(compute)
+        norms = _lanes_torch(block[:, None], block[:, None]).sqrt_()
+        norms[norms == 0] = 1
+        out[first : first + step] = block.double().div_(norms)
     return out
 
 
