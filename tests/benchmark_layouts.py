@@ -181,7 +181,7 @@ def write_imagenet_val(folder: Path) -> None:
     """Write ImageNet-1k's val, 6 images of 4 classes, in a folder per synset."""
     for number, synset in enumerate(VAL_CLASSES, start=1):
         save_picture(folder / "val" / synset / val_name(number), number)
-    (folder / "val" / ".DS_Store").write_bytes(b"\0")
+    (folder / "val" / "n01440764" / f"._{val_name(2)}").write_bytes(b"\0")  # macOS leaves them
 
 
 def write_imagenet_val_flat(place: Path, ending: str = ".JPEG") -> None:
