@@ -99,7 +99,7 @@ def test_all_benchmarks_run_and_each_image_is_embedded_once(
                 distinct[data.fingerprint()] = data
         if item.database is not None:
             distinct[item.database.images.fingerprint()] = item.database.images
-    assert len(distinct) == 16  # 13 data sets, INSTRE's, ROxford's and RParis's queries
+    assert len(distinct) == 17  # 14 data sets, INSTRE's, ROxford's and RParis's queries
     assert sum(embedded) == sum(map(len, distinct.values()))
     # Now all of it is in the cache.
     embedded.clear()
