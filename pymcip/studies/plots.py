@@ -11,7 +11,10 @@ from pymcip.errors import MissingDependencyError
 from pymcip.files import atomic_path
 
 BARS = "bars: deviation over seeds of the difference to the base"
+LABEL_SIZE = 8.0  # points
 LOGARITHMIC = 20.0  # values that span more than this factor are drawn on a logarithmic axis
+
+Box = tuple[float, float, float, float]  # left, bottom, right, top
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,8 @@ def draw_front(marks: Sequence[Mark], x_title: str, y_title: str, out: Path) -> 
     """Draw all points with their errors and the Pareto front as a step line; marks[0] is the base."""
     figure, axes = _figure()
     groups = list(dict.fromkeys(mark.group for mark in marks[1:]))
-    for number, mark in enumerate(marks):
-        colour = "black" if number == 0 else f"C{groups.index(mark.group) % 10}"
+    colours = ["black", *(f"C{groups.index(mark.group) % 10}" for mark in marks[1:])]
+    for number, (mark, colour) in enumerate(zip(marks, colours, strict=True)):
         axes.errorbar(
             mark.x,
             mark.y,
@@ -66,31 +69,58 @@ def draw_front(marks: Sequence[Mark], x_title: str, y_title: str, out: Path) -> 
             linestyle="none",
             zorder=3,
         )
-        axes.annotate(
-            mark.label,
-            (mark.x, mark.y),
-            xytext=(5, 5 if number % 2 else -12),
-            textcoords="offset points",
-            fontsize=8,
-            color=colour,
-            zorder=4,
-        )
-    # Between two points of the front the second quality is that of the right one, up to the left one.
+    axes.margins(0.12)
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    # What the front's points dominate lies under and left of them: from the frame's left edge, along
+    # the second quality of the next point on the right, to its lower edge.
     front = sorted((mark.x, -mark.y) for mark in marks if mark.front)
     axes.step(
-        [x for x, _ in front],
-        [-y for _, y in front],
+        [left, *(x for x, _ in front), front[-1][0]],
+        [-front[0][1], *(-y for _, y in front), bottom],
         where="pre",
         color="grey",
         linewidth=1,
         label="Pareto front",
         zorder=2,
     )
-    axes.margins(0.12)
+    axes.set(xlim=(left, right), ylim=(bottom, top))
     axes.set_xlabel(x_title)
     axes.set_ylabel(y_title)
     _legend(axes, any(mark.x_error or mark.y_error for mark in marks))
+    _label(figure, axes, marks, colours)
     _save(figure, out)
+
+
+def _label(figure: Any, axes: Any, marks: Sequence[Mark], colours: Sequence[str]) -> None:
+    """Write each mark's label beside it, where it covers the fewest other marks and labels."""
+    figure.draw_without_rendering()  # only now is it known where the marks are
+    points = 72 / figure.dpi
+    places = [axes.transData.transform((mark.x, mark.y)) * points for mark in marks]
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in places]
+    for mark, colour, (x, y) in zip(marks, colours, places, strict=True):
+        width, height = 0.6 * LABEL_SIZE * len(mark.label), 1.1 * LABEL_SIZE
+        boxes = [
+            (x + right, y + up, x + right + width, y + up + height)
+            for up in (4, -4 - height, -height / 2, 4 + height, -4 - 2 * height)
+            for right in (5, -5 - width)
+        ]
+        best = min(boxes, key=lambda box: sum(_overlap(box, other) for other in taken))
+        taken.append(best)
+        axes.annotate(
+            mark.label,
+            (mark.x, mark.y),
+            xytext=(best[0] - x, best[1] - y + 0.2 * height),
+            textcoords="offset points",
+            fontsize=LABEL_SIZE,
+            color=colour,
+            zorder=4,
+        )
+
+
+def _overlap(one: Box, other: Box) -> float:
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    return max(0.0, width) * max(0.0, height)
 
 
 def draw_curves(curves: Sequence[Curve], x_title: str, out: Path) -> None:
