@@ -232,6 +232,15 @@ def test_data_paths_name_single_folders(
         pymcip.evaluate(**{**options, "data_paths": {"gpr": str(data_root)}})
 
 
+def test_parts_of_a_set_may_lie_in_different_folders(
+    options: dict[str, Any], data_root: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(data_root / "imagenet1k" / "train", tmp_path / "ILSVRC2012" / "train")
+    shutil.copytree(data_root / "imagenet1k" / "val", tmp_path / "imagenet1k" / "val")
+    result = pymcip.evaluate(**{**options, "data_root": tmp_path, "benchmarks": ["knn-imagenet1k"]})
+    assert list(result.metrics) == ["knn-imagenet1k"]
+
+
 # What is refused
 
 

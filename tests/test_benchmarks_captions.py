@@ -166,7 +166,7 @@ def test_webdataset_folders(tmp_path: Path, data_set: DataSet, total: str) -> No
     samples = [{"jpg": picture(0), "txt": "one\ntwo\nthree"}, {"jpg": picture(1), "txt": "a\nb"}]
     folder = tmp_path / data_set.folders[-1]
     write_webdataset(folder, samples)
-    assert data_set.find(tmp_path, {}) == folder
+    assert data_set.find(tmp_path, {}) == [folder]
     found = read(data_set, folder)
     assert found.captions == ("one", "two", "three", "a", "b")
     assert found.owners.tolist() == [0, 0, 0, 1, 1]

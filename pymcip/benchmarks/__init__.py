@@ -101,7 +101,7 @@ def listing(
     for each in sets.values():
         lines += ["", f"{each.name}: {each.title}"]
         try:
-            lines.append(f"  in {each.find(root, data_paths or {})}")
+            lines += [f"  in {folder}" for folder in each.find(root, data_paths or {})]
         except AbsentError:
             lines += [f"  {line}" for line in each.how_to_get().splitlines()]
     return "\n".join(lines) + "\n"

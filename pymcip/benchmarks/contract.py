@@ -131,8 +131,8 @@ class DataSet:
     layout: str
     read: Callable[[Path, SuiteOptions], Data]
 
-    def find(self, root: Path | None, paths: Mapping[str, str]) -> Path:
-        """Return the folder: `paths[name]`, or the first of `folders` below `root`.
+    def find(self, root: Path | None, paths: Mapping[str, str]) -> list[Path]:
+        """List the folders that may hold it: `paths[name]`, or those of `folders` below `root`.
 
         Raises:
             AbsentError: there is none; the message says where to get it and what it must look like.
@@ -142,13 +142,25 @@ class DataSet:
             given = Path(paths[self.name]).expanduser()
             if not given.is_dir():
                 raise DataError(f"data_paths: {self.name}={given} is no folder")
-            return given
-        for name in self.folders if root is not None else ():
-            folder = Path(root) / name  # type: ignore[arg-type]
-            if folder.is_dir():
-                return folder
-        where = "no data_root is given" if root is None else f"it is not below {root}"
-        raise AbsentError(f"{self.title}: {where}. {self.how_to_get()}")
+            return [given]
+        found = [] if root is None else [root / name for name in self.folders]
+        there = [folder for folder in found if folder.is_dir()]
+        if not there:
+            where = "no data_root is given" if root is None else f"it is not below {root}"
+            raise AbsentError(f"{self.title}: {where}. {self.how_to_get()}")
+        return there
+
+    def load(self, root: Path | None, paths: Mapping[str, str], options: SuiteOptions) -> Data:
+        """Read it from the first of these folders that holds it; raises what `find` and `read` do."""
+        absent: AbsentError | None = None
+        for folder in self.find(root, paths):
+            try:
+                _log.info("reading %s in %s", self.title, folder)
+                return self.read(folder, options)
+            except AbsentError as error:  # another part of the set may lie in another folder
+                absent = absent or error
+        assert absent is not None
+        raise absent
 
     def how_to_get(self) -> str:
         """Say where to get the data and what the folder must look like."""

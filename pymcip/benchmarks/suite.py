@@ -85,9 +85,7 @@ def find_suite(
     def get(data_set: DataSet) -> Data:
         if data_set.name not in read:
             try:
-                folder = data_set.find(root, paths)
-                _log.info("reading %s in %s", data_set.title, folder)
-                read[data_set.name] = data_set.read(folder, options)
+                read[data_set.name] = data_set.load(root, paths, options)
             except DataError as error:
                 read[data_set.name] = error
         known = read[data_set.name]
