@@ -20,8 +20,8 @@ reaches --recall on one half of the queries, for each kind of query its own, but
 the same in both spaces; the other half is measured. Where no value reaches it, it gets the smallest
 that comes within 0.005 of the best one's recall. The mean of an image and a text vector lies nearer
 to images than a text does, so that a combined search of one index may do with a smaller value than
-the search by text that the other system needs. How much smaller depends on the data; at the same
-value it costs what a text query costs. The values are printed.
+the search by text that the other system needs. How much smaller depends on the data, and these are
+drawn: the same search with the texts' value stands beside it. The values are printed.
 
 faiss searches with one thread for a single query. Batches are of 256 because faiss 1.15's flat
 index multiplies matrices only where queries x D >= 128,000, and is 20 times slower below that.
@@ -360,7 +360,9 @@ Search = Callable[[Floats, int], Ids]
 # Of which space an index is searched, with which query.
 SEARCHES = (("image", "image"), ("joint", "image"), ("joint", "text"), ("joint", "combined"))
 QUERIES = ("image", "text", "combined")
-TWO, ONE, AT_ONCE = "two embeddings", "one embedding", "two embeddings, at once"
+TWO, ONE = "two embeddings", "one embedding"
+AT_ONCE = "two embeddings, at once"  # a thread for each index
+TEXTS = "one embedding, texts' knob"
 
 
 @dataclass(frozen=True)
@@ -387,9 +389,18 @@ def systems(
     query: str,
     search: Mapping[tuple[str, str], Search],
     asked: Mapping[tuple[str, str], Asked],
-    pool: ThreadPoolExecutor | None,
+    pool: ThreadPoolExecutor | None = None,
+    by_texts_knob: Search | None = None,
 ) -> list[System]:
-    """The rivals that answer a kind of query. `pool`: for those who search two indexes at once."""
+    """The rivals that answer a kind of query.
+
+    Args:
+        query: one of `QUERIES`.
+        search, asked: by `SEARCHES`.
+        pool: for a rival that searches two indexes at once.
+        by_texts_knob: the joint index's search with the knob of text queries, where that differs
+            from the knob of combined ones.
+    """
     if query != "combined":
         places = {TWO: ("image" if query == "image" else "joint", query), ONE: ("joint", query)}
         return [
@@ -414,7 +425,11 @@ def systems(
         System(TWO, in_turn, queries, wanted),
         System(ONE, search["joint", "combined"], (both.queries,), both.wanted),
     ]
-    return [*rivals, System(AT_ONCE, at_once, queries, wanted)] if pool else rivals
+    if by_texts_knob is not None:
+        rivals.append(System(TEXTS, by_texts_knob, (both.queries,), both.wanted))
+    if pool is not None:
+        rivals.append(System(AT_ONCE, at_once, queries, wanted))
+    return rivals
 
 
 # --------------------------------------------------------------------------------------------------
@@ -554,10 +569,14 @@ def measure(
         "values": knobs,
         "queries": {},
     }
+    by_texts_knob = None
+    if knobs["combined"] != knobs["text"]:
+        by_texts_knob = kind.search(loaded["joint"][0], knobs["text"])
     faiss = import_faiss()
     with ThreadPoolExecutor(1, initializer=faiss.omp_set_num_threads, initargs=(1,)) as pool:
         for query in QUERIES:
-            rivals = systems(query, search, measured, pool if options.threads > 1 else None)
+            helper = pool if options.threads > 1 else None
+            rivals = systems(query, search, measured, helper, by_texts_knob)
             shares = {
                 own.name: recall(own.answer(*own.queries, options.k), own.wanted) for own in rivals
             }
@@ -678,29 +697,40 @@ def tables(found: Mapping[str, Any], options: argparse.Namespace) -> str:
     ]
     for name, figures in found.items():
         for query, batches in figures["queries"].items():
-            single, batch = batches["batch 1"], batches[f"batch {options.batch}"]
-            cells = [name, query]
-            for part, size in ((single, 1), (batch, options.batch)):
-                two, one = part[TWO]["seconds"], part[ONE]["seconds"]
-                cells += [_milliseconds(two, size), _milliseconds(one, size)]
-                cells.append(f"{one['p50'] / two['p50']:.2f}")
-            cells += [f"{100 * single[system]['recall']:.1f}" for system in (TWO, ONE)]
-            lines.append(f"| {' | '.join(cells)} |")
-            if AT_ONCE in single:
-                two, one = single[AT_ONCE]["seconds"], single[ONE]["seconds"]
-                cells = [name, f"{query}, both indexes at once", _milliseconds(two, 1)]
-                cells += [_milliseconds(one, 1), f"{one['p50'] / two['p50']:.2f}", "", "", ""]
-                cells += [f"{100 * single[system]['recall']:.1f}" for system in (AT_ONCE, ONE)]
-                lines.append(f"| {' | '.join(cells)} |")
+            lines.append(_row(name, query, batches, TWO, ONE, options))
+            if TEXTS in batches["batch 1"]:
+                shown = f"{query}, {figures['knob']} {figures['values']['text']} for one"
+                lines.append(_row(name, shown, batches, TWO, TEXTS, options))
+            if AT_ONCE in batches["batch 1"]:
+                shown = f"{query}, two indexes at once"
+                lines.append(_row(name, shown, batches, AT_ONCE, ONE, options))
     for name, figures in found.items():
         if figures["knob"]:
             values = ", ".join(f"{query} {value}" for query, value in figures["values"].items())
-            lines += [
-                "",
-                f"{name}, {figures['knob']}: {values}. At its texts' value, a combined search of one "
-                "index costs what a text query costs.",
-            ]
+            lines += ["", f"{name}, {figures['knob']}: {values}."]
     return "\n".join(lines) + "\n"
+
+
+def _row(
+    name: str,
+    shown: str,
+    batches: Mapping[str, Any],
+    two: str,
+    one: str,
+    options: argparse.Namespace,
+) -> str:
+    """A line of the table of queries; rivals that take no batches leave their cells empty."""
+    cells = [name, shown]
+    for size in (1, options.batch):
+        part = batches[f"batch {size}"]
+        if two in part:
+            first, second = part[two]["seconds"], part[one]["seconds"]
+            cells += [_milliseconds(first, size), _milliseconds(second, size)]
+            cells.append(f"{second['p50'] / first['p50']:.2f}")
+        else:
+            cells += ["", "", ""]
+    cells += [f"{100 * batches['batch 1'][system]['recall']:.1f}" for system in (two, one)]
+    return f"| {' | '.join(cells)} |"
 
 
 def _size(count: float) -> str:
@@ -710,6 +740,10 @@ def _size(count: float) -> str:
 def _milliseconds(seconds: Mapping[str, float], size: int) -> str:
     low, middle, high = (f"{1e3 * seconds[at] / size:.3g}" for at in ("p20", "p50", "p80"))
     return f"{middle} ({low} to {high})"
+
+
+def _rounded(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
 
 
 def _import_figure() -> Any:
@@ -724,28 +758,35 @@ def _import_figure() -> Any:
 
 
 def plot(found: Mapping[str, Any], path: Path, options: argparse.Namespace) -> None:
-    """Bars of both systems for each index: bytes, build, a combined query. A PNG."""
+    """Bars of both systems for each index: bytes, build, a combined query. A PNG.
+
+    Of a combined query, one embedding's search has the knob that text queries need.
+    """
+
+    def milliseconds(own: Mapping[str, Any], system: str) -> float:
+        timed = own["queries"]["combined"]["batch 1"]
+        return 1e3 * timed[TEXTS if system == ONE and TEXTS in timed else system]["seconds"]["p50"]
+
     figure = _import_figure()(figsize=(9, 2.8), layout="constrained")
     panels = {
         "index, bytes per image": lambda own, system: (
             own["storage"][system]["bytes"] / options.vectors
         ),
         "build, seconds": lambda own, system: own["storage"][system]["build_seconds"],
-        "combined query, p50 ms": lambda own, system: (
-            1e3 * own["queries"]["combined"]["batch 1"][system]["seconds"]["p50"]
-        ),
+        "combined query, p50 ms": milliseconds,
     }
     places = np.arange(len(found))
     for axes, (title, value) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for shift, system in ((-0.2, TWO), (0.2, ONE)):
             heights = [value(own, system) for own in found.values()]
             bars = axes.bar(places + shift, heights, 0.4, label=system)
-            axes.bar_label(bars, [f"{height:.3g}" for height in heights], fontsize=7)
+            axes.bar_label(bars, [_rounded(height) for height in heights], fontsize=7)
         axes.set_yscale("log")
         axes.margins(y=0.15)
         axes.set_xticks(places, list(found))
         axes.set_title(title, fontsize=9)
-    figure.axes[0].legend(fontsize=7)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
 
