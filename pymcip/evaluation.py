@@ -18,7 +18,14 @@ import torch
 from torch import Tensor
 
 from pymcip import metrics as measure
-from pymcip.benchmarks import BENCHMARKS, SUITES, SuiteOptions, find_suite, measure_suite
+from pymcip.benchmarks import (
+    BENCHMARKS,
+    SUITES,
+    SuiteOptions,
+    find_suite,
+    measure_suite,
+    paper,
+)
 from pymcip.benchmarks.suite import suite_table
 from pymcip.config import EvaluateConfig
 from pymcip.data import ImageData, load_images
@@ -195,10 +202,13 @@ def _evaluate_suite(config: EvaluateConfig) -> EvaluateResult:
             "not one benchmark could be measured:\n"
             + "\n".join(f"- {name}: {reason}" for name, reason in missing.items())
         )
+    headings = _headings(models)
     result = EvaluateResult(
         metrics=results[-1].figures,
         baseline=results[0].figures if config.baseline is not None else None,
-        table=suite_table(_headings(models), [each.figures for each in results], found, missing),
+        table=suite_table(
+            headings, [each.figures for each in results], found, missing, _reported(models)
+        ),
         counts={item.benchmark.name: item.images for item in found},
         out=out,
         details=results[-1].scores,
@@ -231,6 +241,15 @@ def _models(config: EvaluateConfig) -> list[tuple[str, str | None]]:
 
 def _headings(models: Sequence[tuple[str, str | None]]) -> list[str]:
     return [name if tag is None else f"{name} ({tag})" for name, tag in models]
+
+
+def _reported(models: Sequence[tuple[str, str | None]]) -> dict[str, dict[str, float]]:
+    """Find the paper's own figures of these models, under headings for the table."""
+    found = {
+        f"paper: {heading}": paper.reported(*model)
+        for heading, model in zip(_headings(models), models, strict=True)
+    }
+    return {heading: figures for heading, figures in found.items() if figures}
 
 
 def _load(config: EvaluateConfig, name: str, pretrained: str | None) -> ClipModel:

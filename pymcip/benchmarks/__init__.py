@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pymcip.benchmarks import protocols
+from pymcip.benchmarks import paper, protocols
 from pymcip.benchmarks.captions import COCO, FLICKR30K
 from pymcip.benchmarks.classification import (
     AIRCRAFT_DATABASE,
@@ -37,6 +37,7 @@ __all__ = [
     "find_suite",
     "listing",
     "measure_suite",
+    "paper",
 ]
 
 _REGISTRY = (

@@ -191,32 +191,38 @@ def suite_table(
     results: Sequence[Mapping[str, float]],
     found: Sequence[Found],
     missing: Mapping[str, str],
+    reported: Mapping[str, Mapping[str, float]] | None = None,
 ) -> str:
     """Format the figures of one or two models as markdown: a row per benchmark, then the means.
 
     Means are over the benchmarks of the paper's table that every model has; a mean over fewer than
-    the fourteen says so, and is not to be compared with the paper's.
+    the fourteen says so, and is not to be compared with the paper's. `reported` has columns of the
+    paper's own figures, by their headings.
     """
-    heads = ["benchmark", "", *headings] + (["difference"] if len(results) == 2 else [])
+    columns = [*results, *(reported or {}).values()]
+    heads = ["benchmark", "", *headings]
+    heads += ["difference"] if len(results) == 2 else []
+    heads += list(reported or {})
     lines = [
         "| " + " | ".join(head.replace("|", "\\|") for head in heads) + " |",
         "|---|---|" + "---:|" * (len(heads) - 2),
     ]
 
     def add(name: str, metric: str, values: Sequence[float | None]) -> None:
-        cells = ["" if value is None else f"{value:.2f}" for value in values]
-        if len(values) == 2:
-            first, second = values
-            both = first is not None and second is not None
-            cells.append(f"{second - first:+.2f}" if both else "")  # type: ignore[operator]
+        own, theirs = values[: len(results)], values[len(results) :]
+        cells = ["" if value is None else f"{value:.2f}" for value in own]
+        if len(own) == 2:
+            both = own[0] is not None and own[1] is not None
+            cells.append(f"{own[1] - own[0]:+.2f}" if both else "")  # type: ignore[operator]
+        cells += ["" if value is None else f"{value:.1f}" for value in theirs]
         lines.append("| " + " | ".join([name, metric, *cells]) + " |")
 
     remarks = []
     complete = []
     for item in found:
         benchmark = item.benchmark
-        values = [result.get(benchmark.name) for result in results]
-        if all(value is None for value in values):
+        values = [column.get(benchmark.name) for column in columns]
+        if all(value is None for value in values[: len(results)]):
             continue
         mark = ""
         if item.notes:
@@ -226,7 +232,7 @@ def suite_table(
             complete.append(benchmark.name)
         add(benchmark.name + mark, f"{benchmark.group} {benchmark.metric}", values)
     if complete:
-        means = [float(np.mean([result[name] for name in complete])) for result in results]
+        means = [float(np.mean([column[name] for name in complete])) for column in columns]
         whole = len(complete) == BENCHMARKS_OF_THE_MEAN
         title = "mean" if whole else f"mean of these {len(complete)} of {BENCHMARKS_OF_THE_MEAN}"
         add(title, "", means)
