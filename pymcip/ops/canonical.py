@@ -37,6 +37,7 @@ def canonical_scores(queries: Array, bank: Array, ids: Array) -> Array:
     """
     core = _core(queries, bank)
     if core is not None:
+        ids = ids.cpu().numpy() if isinstance(ids, torch.Tensor) else ids
         ids = np.ascontiguousarray(ids, dtype=np.int64)
         scores = np.empty(ids.shape, dtype=np.float32)
         left, left_owner = matrix_pointer(queries)

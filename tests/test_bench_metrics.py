@@ -1,0 +1,53 @@
+"""The bench of metrics: its data, and that all rivals give one answer."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BENCH = Path(__file__).parents[1] / "bench"
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[Any]:
+    if not BENCH.is_dir():
+        pytest.skip("no bench/ here")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCH))
+        yield importlib.import_module("bench_metrics")
+
+
+def test_cases_have_the_sizes_of_the_data_sets(bench: Any) -> None:
+    sizes = {case.name: (case.queries, case.database) for case in bench.CASES}
+    assert sizes == {"gpr1200": (0, 12_000), "instre": (1250, 27_293), "roxford": (70, 4993)}
+    problem = bench.resembling(bench.SMALL[2])
+    norms = torch.cat([problem.queries, problem.database]).norm(dim=1)
+    torch.testing.assert_close(norms, torch.ones_like(norms))
+    for own in problem.truth:
+        kinds = [row for kind in ("easy", "hard", "junk") for row in own[kind]]
+        assert sorted(kinds) == own["ok"].tolist()
+
+
+def test_a_run(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    bench.main(["--smoke", "--repetitions", "1"])
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(last["rows"]) == 9
+    assert {row["case"]["case"] for row in last["rows"]} == {"gpr1200", "instre", "roxford"}
+    for row in last["rows"]:
+        assert 20 < row["case"]["mAP"] < 99.9  # neither hopeless nor trivial
+        assert row["points off"] < 0.2  # near-ties that fp32 turns round
+        if row["rival"] == bench.OURS:
+            assert row["points off"] < 1e-9
+    assert set(last["goals"]) == {"gpr1200", "instre", "roxford"}
+
+
+def test_one_case(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    bench.main(["--smoke", "--repetitions", "1", "--cases", "roxford"])
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {row["case"]["case"] for row in last["rows"]} == {"roxford"}
