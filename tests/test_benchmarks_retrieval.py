@@ -352,6 +352,14 @@ def test_instre_refuses_truth_of_another_form(tmp_path: Path) -> None:
     assert "gnd has the fields []" in refusal(INSTRE, tmp_path)
 
 
+def test_instre_goes_by_the_place_of_fields_of_other_names(tmp_path: Path) -> None:
+    fields = {"pos": [[[1.0]], [[5.0, 6]]], "box": [[[4.0, 6, 24, 28]], [[0.0, 0, 40, 30]]]}
+    write_instre(tmp_path, gnd=matlab_structs(**fields))
+    found = query_set(INSTRE, tmp_path, SuiteOptions(allow_partial=True, instre_crop=True))
+    assert [each["ok"].tolist() for each in found.truth] == [[0], [4, 5]]
+    assert found.queries.read(1).size == (40, 30)
+
+
 def test_instre_refuses_boxes_of_another_form_if_it_crops(tmp_path: Path) -> None:
     sizes = [[[30.0, 6, 8, 28]], [[1.0, 2, 3]]]  # x, y, width, height; three numbers
     write_instre(tmp_path, gnd=matlab_structs(ok=[[[1.0]], [[2.0]]], bbx=sizes))
@@ -472,6 +480,30 @@ def test_rparis_in_folders_of_landmarks_with_its_damaged_pictures(tmp_path: Path
         "jpg/paris/eiffel/paris_eiffel_000128.jpg",
     ]
     assert found.queries.read(1).size == (20, 20)
+
+
+def test_a_picture_that_is_there_twice_is_taken_from_the_first_path(tmp_path: Path) -> None:
+    write_rparis6k(tmp_path)
+    for folder in ("jpg/a", "jpg/z"):
+        save_picture(tmp_path / folder / "paris_defense_000001.jpg", 3)
+    found = query_set(RPARIS6K, tmp_path)
+    assert names_of(found.images, tmp_path)[:2] == [
+        "jpg/paris/defense/paris_defense_000000.jpg",
+        "jpg/a/paris_defense_000001.jpg",
+    ]
+
+
+def test_revisited_names_may_be_arrays(tmp_path: Path) -> None:
+    write_roxford5k(tmp_path)
+    plain = query_set(ROXFORD5K, tmp_path)
+    path = tmp_path / "gnd_roxford5k.pkl"
+    content = pickle.loads(path.read_bytes())
+    content["imlist"] = np.array(content["imlist"])
+    content["qimlist"] = np.array(content["qimlist"], "S")  # as Python 2 has them
+    path.write_bytes(pickle.dumps(content))
+    found = query_set(ROXFORD5K, tmp_path)
+    assert found.images.fingerprint() == plain.images.fingerprint()
+    assert found.queries.fingerprint() == plain.queries.fingerprint()
 
 
 def test_revisited_names_what_is_missing(tmp_path: Path) -> None:

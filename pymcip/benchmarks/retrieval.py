@@ -205,15 +205,18 @@ def _instre(folder: Path, base: Path, options: SuiteOptions) -> QuerySet:
 
 
 def read_roxford5k(folder: Path, options: SuiteOptions) -> QuerySet:
-    """Read revisited Oxford: see `_read_revisited`."""
+    """Read ROxford5k: 70 queries, 4,993 images, and what is easy, hard and junk for each query.
+
+    `_read_revisited` says what is read, and what is refused.
+    """
     return _read_revisited(ROXFORD5K, ROXFORD_COUNTS, folder, options)
 
 
 def read_rparis6k(folder: Path, options: SuiteOptions) -> QuerySet:
-    """Read revisited Paris: see `_read_revisited`.
+    """Read RParis6k: 70 queries, 6,322 images, and what is easy, hard and junk for each query.
 
-    The 20 pictures of Paris6k that were damaged when it was published (they hold an HTML page) are in
-    none of its lists.
+    `_read_revisited` says what is read, and what is refused. The 20 pictures of Paris6k that were
+    damaged when it was published (they hold an HTML page) are in none of its lists.
     """
     return _read_revisited(RPARIS6K, RPARIS_COUNTS, folder, options)
 
