@@ -11,7 +11,7 @@ trains one embedding for both. Here both systems hold the same N images:
 
 For an image query, or a text query, both systems search one index of N rows of D numbers: the same
 work, and the tables show how far the timings of the same work differ (for text even the index is
-the same one). What one embedding saves is bytes, build time, and half of the combined queries.
+the same one). One embedding saves bytes, build time, and one of the searches of a combined query.
 
 The embeddings are drawn (`Space`), not a model's: they decide how hard the search is, and say
 nothing on which system finds the better images. Recall is against an exact search of the same
