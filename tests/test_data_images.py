@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pymcip.data import ImageData, load_images
+from pymcip.data import ImageData, list_images, load_images
 from pymcip.data.loading import Skipped, iterate_batches
 from pymcip.data.sources import expand_braces, natural
 from pymcip.errors import DataError, DecodeError
@@ -618,3 +618,75 @@ def test_a_path_with_braces_is_a_path(shards: Callable[..., list[Path]], tmp_pat
 
 def test_natural_order() -> None:
     assert sorted(["b", "a10", "a2", "10", "9"], key=natural) == ["9", "10", "a2", "a10", "b"]
+
+
+# Lists of names, crops
+
+
+def test_lists_of_names_keep_their_order(tmp_path: Path) -> None:
+    for number, name in enumerate(("b/1.png", "a.jpg", "b/0.png")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        picture(number).save(tmp_path / name)
+    data = list_images(tmp_path, ["b/1.png", "a.jpg", "b/0.png"], [1, 0, 1], ["x", "y"])
+    assert [data.key(i) for i in range(3)] == [
+        str(tmp_path / name) for name in ("b/1.png", "a.jpg", "b/0.png")
+    ]
+    assert data.labels.tolist() == [1, 0, 1]
+    assert np.array_equal(np.asarray(data.read(2)), np.asarray(picture(2)))
+    unlabelled = list_images(tmp_path, ["a.jpg"])
+    assert unlabelled.labels.tolist() == [-1]
+    other = list_images(tmp_path, ["a.jpg", "b/1.png", "b/0.png"], [0, 1, 1], ["x", "y"])
+    assert other.fingerprint() != data.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "message"),
+    [
+        ([], None, "the list of images is empty"),
+        (["a.png", "no.png"], None, r"1 of 2 images of .* are not there: .*no\.png$"),
+        (["a.png"], [2], r"labels \[1\] up to 2 of 2 classes"),
+        (["a.png"], [0, 1], r"1 images with labels \[2\]"),
+    ],
+)
+def test_lists_that_do_not_fit(tmp_path: Path, names: list[str], labels: Any, message: str) -> None:
+    picture(0).save(tmp_path / "a.png")
+    with pytest.raises(DataError, match=message):
+        list_images(tmp_path, names, labels, ["x", "y"])
+
+
+def test_crops_are_cut_before_the_transform(tmp_path: Path) -> None:
+    for number in range(2):
+        picture(number, size=40).save(tmp_path / f"{number}.png")
+    data = list_images(tmp_path, ["0.png", "1.png"])
+    pixels = [np.asarray(picture(number, size=40)) for number in range(2)]
+    boxes = [[3, 5, 20, 33], [1.4, 2.6, 38.4, 30.6]]  # Pillow rounds
+    cropped = data.cropped(boxes)
+    assert np.array_equal(np.asarray(cropped.read(0)), pixels[0][5:33, 3:20])
+    assert np.array_equal(np.asarray(cropped.read(1)), pixels[1][3:31, 1:38])
+    assert np.array_equal(np.asarray(cropped.select([1]).read(0)), pixels[1][3:31, 1:38])
+    border = data.cropped((2, 2, -2, -2))
+    assert np.array_equal(np.asarray(border.read(1)), pixels[1][2:-2, 2:-2])
+    assert np.array_equal(np.asarray(data.read(0)), pixels[0])  # itself unchanged
+    assert len({each.fingerprint() for each in (data, cropped, border)}) == 3
+    assert data.cropped(boxes).fingerprint() == cropped.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("boxes", "message"),
+    [
+        ([1, 2, 3], r"crops are \[3\]"),
+        ([[0, 0, 5, 5]] * 2, r"crops are \[2, 4\]"),
+        ([0, 0, float("nan"), 5], "needed: finite"),
+        ([[5, 0, 5, 9]], r"a\.png, \[5\.0, 0\.0, 5\.0, 9\.0\], is empty"),
+    ],
+)
+def test_crops_that_do_not_fit(tmp_path: Path, boxes: Any, message: str) -> None:
+    picture(0).save(tmp_path / "a.png")
+    with pytest.raises(DataError, match=message):
+        list_images(tmp_path, ["a.png"]).cropped(boxes)
+
+
+def test_an_image_smaller_than_its_border_cannot_be_decoded(tmp_path: Path) -> None:
+    picture(0, size=4).save(tmp_path / "a.png")
+    with pytest.raises(DecodeError, match="is 4 x 4: too small for the crop"):
+        list_images(tmp_path, ["a.png"]).cropped((2, 2, -2, -2)).read(0)

@@ -21,7 +21,7 @@ import torch
 import pymcip
 from pymcip.data import Captions, ImageData, load_captions, load_images
 from pymcip.data.loading import DecodedImages
-from pymcip.embedding import EmbeddingFolder, embed_captions, embed_images
+from pymcip.embedding import EmbeddingCache, EmbeddingFolder, embed_captions, embed_images
 from pymcip.errors import (
     ConfigError,
     DataError,
@@ -474,3 +474,41 @@ def test_moved_folder_is_the_same_folder(
     before = files(tmp_path / "b")
     embed_captions(tiny_clip, captions, tmp_path / "b")
     assert files(tmp_path / "b") == before
+
+
+# The cache
+
+
+def test_cache_embeds_once_per_model_and_data(
+    tiny_clip: ClipModel, tiny_images: Callable[..., Path], tmp_path: Path, monkeypatch: Any
+) -> None:
+    data = load_images(tiny_images())
+    captions = Captions(["one", "two"])
+    cache = EmbeddingCache(tiny_clip, tmp_path / "cache", batch_size=5)
+    images, texts = cache.images(data), cache.captions(captions)
+    wanted = embed_images(tiny_clip, data, tmp_path / "plain")
+    assert np.array_equal(images.vectors("img"), wanted.vectors("img"))
+    assert texts.captions() == ["one", "two"]
+    calls: list[str] = []
+    for name in ("encode_images", "encode_texts"):
+        encode = getattr(ClipModel, name)
+
+        def counted(
+            self: ClipModel, *given: Any, _e: Any = encode, _n: str = name, **more: Any
+        ) -> Any:
+            calls.append(_n)
+            return _e(self, *given, **more)
+
+        monkeypatch.setattr(ClipModel, name, counted)
+    again = EmbeddingCache(tiny_clip, tmp_path / "cache")
+    assert again.images(data).path == images.path
+    assert again.captions(captions).path == texts.path
+    assert calls == []
+    # Other data, other crops and other weights are other subfolders.
+    assert again.images(data.cropped((1, 1, -1, -1))).path != images.path
+    with torch.no_grad():
+        next(tiny_clip.model.visual.parameters()).add_(1)
+    changed = EmbeddingCache(tiny_clip, tmp_path / "cache")
+    assert changed.images(data).path != images.path
+    assert changed.captions(captions).path == texts.path  # the text tower is the same
+    assert set(calls) == {"encode_images"}

