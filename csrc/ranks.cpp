@@ -54,10 +54,9 @@ void place_many(const float* products, std::int64_t length, const float* above, 
     std::fill_n(places, length, 0);
     std::int64_t left = count;
     for (; left > 1; left -= left / 2) {
-        const std::int64_t half = left / 2;
+        const std::int32_t half = static_cast<std::int32_t>(left / 2);
         for (std::int64_t j = 0; j < length; ++j)
-            places[j] +=
-                products[j] > above[places[j] + half - 1] ? 0 : static_cast<std::int32_t>(half);
+            places[j] += half * !(products[j] > above[places[j] + half - 1]);  // without a branch
     }
     for (std::int64_t j = 0; j < length; ++j) places[j] += !(products[j] > above[places[j]]);
 }

@@ -564,13 +564,21 @@ def _trapezoids(
     for (rows, ranks), wanted, ignored in zip(places, positives, junk, strict=True):
         if not len(wanted):
             continue
-        found = np.sort(ranks[np.isin(rows, wanted)])
-        found = found - np.searchsorted(np.sort(ranks[np.isin(rows, ignored)]), found)
+        found = np.sort(ranks[_among(rows, wanted)])
+        found = found - np.searchsorted(np.sort(ranks[_among(rows, ignored)]), found)
         hits = np.arange(len(found))
         before = np.where(found > 0, hits / np.maximum(found, 1), 1.0)
         precisions.append(float((before + (hits + 1) / (found + 1)).sum()) / (2 * len(wanted)))
         kept.append(found)
     return precisions, kept
+
+
+def _among(rows: Int64, wanted: Int64) -> npt.NDArray[np.bool_]:
+    """Which of the rows are among the wanted ones, which are sorted."""
+    if not len(wanted):
+        return np.zeros(len(rows), dtype=bool)
+    places = np.searchsorted(wanted, rows).clip(max=len(wanted) - 1)
+    return np.asarray(wanted[places] == rows)
 
 
 def _revisited(
@@ -653,7 +661,8 @@ def _unit(values: Any, name: str) -> Tensor:
     if tensor.dtype.is_complex or tensor.dtype == torch.bool:
         raise DataError(f"{name} has dtype {tensor.dtype}; needed: real numbers")
     rows = tensor.float()
-    if not bool(torch.isfinite(rows).all()):
+    # The sum of what is not finite isn't; that of finite values is but for overflow.
+    if not math.isfinite(float(rows.sum())) and not bool(torch.isfinite(rows).all()):
         bad = int((~torch.isfinite(rows)).any(dim=1).sum())
         raise DataError(
             f"{name} has NaN or infinite values in {bad} of {len(rows)} rows; embed them again"

@@ -103,10 +103,14 @@ def canonical_unit(rows: torch.Tensor) -> torch.Tensor:
     out = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
     step = _pairs(2 * rows.shape[1])
     for first in range(0, len(rows), step):
-        block = rows[first : first + step].to(compute)
-        norms = _lanes_torch(block[:, None], block[:, None]).sqrt_()
+        block = rows[first : first + step].to(compute).double()
+        lanes = torch.zeros(len(block), LANES, dtype=torch.float64, device=compute)
+        for start in range(0, rows.shape[1], LANES):
+            part = block[:, start : start + LANES]
+            lanes[:, : part.shape[1]].addcmul_(part, part)
+        norms = _halved(lanes)[:, None].sqrt_()
         norms[norms == 0] = 1
-        out[first : first + step] = block.double().div_(norms)
+        out[first : first + step] = block.div_(norms)
     return out
 
 
@@ -187,17 +191,17 @@ def _sum_numpy(queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 def _sum_torch(queries: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """The same in torch."""
-    return _lanes_torch(queries, rows).float() + 0.0
-
-
-def _lanes_torch(queries: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """The same before it is rounded, fp64."""
     columns = queries.shape[-1]
     lanes = torch.zeros(len(queries), rows.shape[1], LANES, dtype=torch.float64, device=rows.device)
     for start in range(0, columns, LANES):
         part = slice(start, start + LANES)
         left, right = queries[..., part].double(), rows[..., part].double()
         lanes[..., : columns - start].addcmul_(left, right)
+    return _halved(lanes).float() + 0.0
+
+
+def _halved(lanes: torch.Tensor) -> torch.Tensor:
+    """Sums [...] of lanes [..., 16]."""
     for width in (8, 4, 2, 1):
         lanes = lanes[..., :width] + lanes[..., width : 2 * width]
     return lanes[..., 0]
