@@ -39,7 +39,7 @@ REVISITED = {  # what counts as relevant and what is junk (Radenović et al., se
     "hard": (("hard",), ("junk", "easy")),
 }
 _SCORES_AT_ONCE = 1 << 22
-_RANKS_AT_ONCE = 1 << 21
+_RANKS_AT_ONCE = 1 << 20
 
 
 def full_ranking_map(embeddings: Array, labels: Array) -> float:

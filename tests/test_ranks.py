@@ -18,9 +18,12 @@ BACKENDS = ("cpu", "torch")
 few_settings = settings(max_examples=40, deadline=None)
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+@pytest.fixture(params=[(name, wide) for name in BACKENDS for wide in (False, True)])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each of them, with products in fp32 and in fp64."""
+    name, wide = request.param
+    monkeypatch.setattr(ranks_torch, "_WIDE", -1.0 if wide else 2.0)
+    return str(name)
 
 
 def scores(queries: np.ndarray, bank: np.ndarray) -> np.ndarray:
@@ -190,13 +193,16 @@ def test_products_within_the_bound_decide_nothing_else(
     bank = np.vstack([near_ties(generator, 100, 48), generator.standard_normal((400, 48))])
     bank = (bank / np.linalg.norm(bank, axis=1, keepdims=True)).astype(np.float32)
     indptr, indices = asked(generator, 60, 500, 20)
-    plain, off = torch.mm, share * product_error(48) * 0.6  # some of it is for roundings
+    wide = ranks_torch._WIDE < 0
+    plain = torch.mm
+    # Some of the bound is for roundings: of both limits and, in fp64, of scores and products.
+    off = share * (2.0**-24 * 0.5 if wide else product_error(48) * 0.6)
     changed = []
 
     def wrong(left: torch.Tensor, right: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
         plain(left, right, out=out)
         before = out.clone()
-        out += off * torch.from_numpy(np.sign(generator.standard_normal(out.shape))).float()
+        out += off * torch.from_numpy(np.sign(generator.standard_normal(out.shape))).to(out.dtype)
         changed.append(int((out != before).sum()))
         return out
 
@@ -219,6 +225,22 @@ def test_products_are_in_fp32_whatever_the_caller_has_set(backend: str) -> None:
     finally:
         torch.set_float32_matmul_precision(before)
     assert found.tolist() == ranked(bank[:30], bank, indptr, indices)
+
+
+def test_fp64_where_many_rows_are_close(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, seen = torch.mm, []
+    monkeypatch.setattr(
+        torch, "mm", lambda *pair, out: (seen.append(out.dtype), plain(*pair, out=out))
+    )
+    generator = np.random.default_rng(12)
+    bank = generator.standard_normal((400, 32)).astype(np.float32)
+    alike = near_ties(generator, 400, 32)
+    for rows, dtype in ((bank, torch.float32), (alike, torch.float64)):
+        seen.clear()
+        indptr, indices = asked(generator, 10, 400, 20)
+        found = ranks(rows[:10], rows, indptr, indices)
+        assert set(seen) == {dtype}
+        assert found.tolist() == ranked(rows[:10], rows, indptr, indices)
 
 
 def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:

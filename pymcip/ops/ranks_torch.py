@@ -9,7 +9,12 @@ row of the bank, a product s'_j and the score s_j differ by less than
 eps = 1.01 (D + 16) u / (1 - 3 (D + 16) u) |q| L, of which 2 u |q| L are spared for the rounding of
 s_p + eps and s_p - eps to fp32, as |s_p| <= (1 + 2u) |q| L. Hence s'_j > fl(s_p + eps) implies
 s_j > s_p, and s'_j < fl(s_p - eps) implies s_j < s_p. Between them row j is scored, and s_j = s_p is
-decided by the lower number. Where |q| L > 2^126, products might overflow on their way, and all rows
+decided by the lower number.
+
+Where many rows are asked for, or alike, this leaves too many rows to be scored one by one. A sample
+tells; products are in fp64 then and rounded to fp32. Such a product and the score are roundings of
+sums that differ by less than D 2^-52 |q| L: with the rounding of the limits
+eps = 1.01 (4 + D 2^-27) u / (1 - 3 (D + 16) u) |q| L. Where |q| L > 2^126, products might overflow on their way, and all rows
 are scored.
 
 Rows are scored once for a query, however many rows asked for they are near to: the worst case, all
@@ -25,7 +30,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from pymcip.ops.canonical import Array, canonical_pairs
+from pymcip.ops.canonical import Array, canonical_pairs, canonical_scores
 from pymcip.ops.topk_torch import fp32_products, product_error, row_lengths, to_fp32
 
 _QUERIES = 1024
@@ -33,6 +38,9 @@ _ROWS = 4096
 _SIDE = 2048  # of both, where the bank is the queries
 _ELEMENTS = 1 << 23  # of a block of bank rows, and of one of queries
 _MOST_LENGTH = 2.0**126
+_SAMPLE = (32, 256)  # queries and bank rows
+_WIDE = 0.08  # share of rows to be scored from which on fp64 products are cheaper
+_PADDED = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,8 @@ def over_blocks(
     space = torch.empty(min(step, len(queries)) * min(rows_step, len(bank)), device=device)
     turned = torch.empty_like(space) if mirrored else space[:0]
     with fp32_products(device):
-        asked, order = _ordered(queries, bank, starts, ids, longest, step)
+        asked, order, wide = _ordered(queries, bank, starts, ids, longest)
+        spacious = torch.empty_like(space, dtype=torch.float64) if wide else space
         for start in range(0, len(bank), rows_step):
             rows = to_fp32(bank[start : start + rows_step], device)
             for first in range(start if mirrored else 0, len(queries), step):
@@ -94,8 +103,14 @@ def over_blocks(
                 if not wanted and not mirror:
                     continue
                 block = to_fp32(queries[first:last], device)
-                products = space[: len(block) * len(rows)].view(len(block), len(rows))
-                torch.mm(block, rows.T, out=products)
+                shape = len(block), len(rows)
+                products = space[: len(block) * len(rows)].view(shape)
+                if wide:
+                    exact = spacious[: len(block) * len(rows)].view(shape)
+                    torch.mm(block.double(), rows.double().T, out=exact)
+                    products.copy_(exact)
+                else:
+                    torch.mm(block, rows.T, out=products)
                 if mirror:  # the same products for the rows as queries
                     other = turned[: products.numel()].view(len(rows), len(block))
                     count(other.copy_(products.T), rows, block, first, start, asked)
@@ -116,37 +131,76 @@ def _same(queries: Array, bank: Array) -> bool:
 
 
 def _ordered(
-    queries: Array, bank: Array, starts: Tensor, ids: Tensor, longest: float, step: int
-) -> tuple[Asked, Tensor]:
-    """The rows asked for in the ranking's order; `order`: where each of them was given."""
+    queries: Array, bank: Array, starts: Tensor, ids: Tensor, longest: float
+) -> tuple[Asked, Tensor, bool]:
+    """The rows asked for in the ranking's order; where each was given; whether fp64 is cheaper."""
     device = starts.device
     scores = torch.empty(len(ids), dtype=torch.float32, device=device)
-    margins = torch.empty_like(scores)
+    lengths = torch.empty(len(queries), dtype=torch.float32, device=device)
+    sizes = starts.diff()
     bounds = starts.tolist()
-    share = product_error(queries.shape[1])
+    step = max(1, min(_QUERIES, _PADDED // int(sizes.max())))
     for first in range(0, len(queries), step):
         block = to_fp32(queries[first : first + step], device)
         last = first + len(block)
+        lengths[first:last] = row_lengths(block)
         part = slice(bounds[first], bounds[last])
-        sizes = starts[first : last + 1].diff()
-        owners = torch.repeat_interleave(torch.arange(len(block), device=device), sizes)
-        scores[part] = canonical_pairs(block, bank, owners, ids[part])
-        lengths = row_lengths(block)
-        margin = lengths * share * (longest + 2.0**-50)
-        # In fp64: the product of two norms may overflow fp32.
-        margin[lengths.cpu().double().mul(longest).gt(_MOST_LENGTH).to(device)] = torch.inf
-        margins[part] = margin[owners]
-    owners = torch.repeat_interleave(torch.arange(len(queries), device=device), starts.diff())
+        scores[part] = _scores(block, bank, sizes[first:last], ids[part])
+    owners = torch.repeat_interleave(torch.arange(len(queries), device=device), sizes)
     order = ids.sort(stable=True).indices
     # One key: the query, then the score falling. Its bits are monotone in it but for the sign.
     bits = scores[order].view(torch.int32)
     bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
     order = order[((owners[order] << 32) - bits).sort(stable=True).indices]
-    scores, margins = scores[order], margins[order]
-    asked = Asked(
-        starts, ids[order], scores, scores + margins, scores - margins, torch.zeros_like(ids)
-    )
-    return asked, order
+    del bits
+    ids, scores = ids[order], scores[order]
+    counts = torch.zeros_like(ids)
+
+    # In fp64: the product of two norms may overflow fp32.
+    huge = lengths.cpu().double().mul(longest).gt(_MOST_LENGTH).to(device)
+
+    def limited(share: float) -> Asked:
+        margins = lengths * share * (longest + 2.0**-50)
+        margins[huge] = torch.inf
+        own = margins[owners]
+        return Asked(starts, ids, scores, scores + own, scores - own, counts)
+
+    asked = limited(product_error(queries.shape[1]))
+    wide = device.type in ("cpu", "cuda") and _unclear(queries, bank, asked) > _WIDE
+    return limited(_wide_error(queries.shape[1])) if wide else asked, order, wide
+
+
+def _wide_error(columns: int) -> float:
+    """The same as product_error of fp64 products, rounded to fp32."""
+    return 1.01 * (4 + columns * 2.0**-27) * 2.0**-24 / (1 - 3 * (columns + 16) * 2.0**-24)
+
+
+def _scores(queries: Tensor, bank: Array, sizes: Tensor, ids: Tensor) -> Tensor:
+    """Exact, [P]; `sizes` [n] of them are of each query [n, D]."""
+    widest = int(sizes.max())
+    if len(queries) * widest <= 2 * len(ids):  # filled up: no query is gathered for each row
+        taken = torch.arange(widest, device=ids.device) < sizes[:, None]
+        places = torch.full(taken.shape, -1, dtype=torch.int64, device=ids.device)
+        found: Tensor = canonical_scores(queries, bank, places.masked_scatter_(taken, ids))
+        return found[taken]
+    owners = torch.repeat_interleave(torch.arange(len(queries), device=ids.device), sizes)
+    return canonical_pairs(queries, bank, owners, ids)
+
+
+def _unclear(queries: Array, bank: Array, asked: Asked) -> float:
+    """The share of the rows of a sample that fp32 products leave to be scored."""
+    device = asked.starts.device
+    rows = to_fp32(bank[:: -(-len(bank) // _SAMPLE[1])], device)
+    found, sampled = 0, 0
+    for query in range(0, len(queries), -(-len(queries) // _SAMPLE[0])):
+        first, last = asked.starts[query : query + 2].tolist()
+        products = rows @ to_fp32(queries[query : query + 1], device)[0]
+        places = torch.searchsorted(-asked.above[first:last], -products, right=True)
+        if first < last:
+            lowest = asked.below[first:last][(places - 1).clamp_min_(0)]
+            found += int(((places > 0) & (products >= lowest)).sum())
+        sampled += len(rows)
+    return found / sampled
 
 
 def _count(
