@@ -7,7 +7,8 @@ that the best has rank 0. It is the same on every back end and device, with any 
 
 What metrics need of a ranking are the ranks of the few relevant rows. fp32 products, which may
 differ between machines, decide about all rows whose product is further from such a row's score than
-a bound on their error; the others are scored. See `pymcip.ops.ranks_torch` for the bound.
+a bound on their error; the others are scored. See `pymcip.ops.ranks_torch` for the bound, and for
+what is done where it leaves many rows to be scored. If `bank` is `queries`, half of the products do.
 """
 
 from __future__ import annotations
@@ -43,8 +44,7 @@ def ranks(
     backend: "auto" or a name from `pymcip.ops.backends("ranks")`.
     threads: CPU threads; by default torch's number.
 
-    Memory beside the inputs: about 100 MiB and 64 bytes per rank; with D columns in other dtypes
-    than float32, blocks of them in float32 are within that.
+    Memory beside the inputs: at most about 150 MB and 100 bytes per rank.
 
     Raises:
         ConfigError: an argument is not allowed, or a row asked for doesn't exist.
