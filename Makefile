@@ -86,6 +86,7 @@ demo: setup
 bench: setup
 	$(BIN)/python bench/bench_margin_softmax.py
 	$(BIN)/python bench/bench_topk.py
+	$(BIN)/python bench/bench_metrics.py
 	$(BIN)/python bench/bench_train.py
 	$(BIN)/python bench/bench_depthwise.py
 

@@ -5,9 +5,10 @@ queries, 27,293 images) and ROxford (70 queries, 4,993 images; easy, hard and ju
 resemble embeddings: classes around centres of their own and a common mean, noise with a decaying
 spectrum. The straightforward rivals multiply in fp32, argsort whole rankings (stable, so that ties go
 to the lower row) and add up each query's hits in a loop of Python. "points off" is the largest
-difference from the same in fp64, in points of a percentage.
+difference from the same in fp64, in points of a percentage. One of them leaves open how ties fall.
 
-The goal is a fifth of the time of the quicker rival, and at most 500 MB beside the embeddings.
+The goal, set for GPR1200, is a fifth of the time of the quicker rival that decides ties, and at most
+500 MB beside the embeddings.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from harness import Report, Rival, Timing, common_arguments, compare
 
 from pymcip import metrics
 
-OURS = "pymcip"
+OURS, OPEN_TIES = "pymcip", "numpy, ties left open"
 MOST_BYTES, TIMES = 500_000_000, 5.0
 BLOCK = 1000  # queries whose rankings a rival holds at once: all of GPR1200's would be 1.2 GB
 
@@ -106,6 +107,11 @@ def resembling(case: Case) -> Problem:
 
 def rankings_numpy(queries: np.ndarray, database: np.ndarray) -> np.ndarray:
     return np.argsort(-(queries @ database.T), axis=1, kind="stable")
+
+
+def rankings_unstable(queries: np.ndarray, database: np.ndarray) -> np.ndarray:
+    """NumPy's default sort, which has AVX-512 and leaves open how ties fall."""
+    return np.argsort(-(queries @ database.T), axis=1)
 
 
 def rankings_torch(queries: torch.Tensor, database: torch.Tensor) -> np.ndarray:
@@ -193,13 +199,14 @@ def points_off(exact: Any) -> Callable[[Any], float]:
 
 
 def goal(timings: Sequence[Timing]) -> dict[str, Any]:
-    """How many times quicker than the quicker rival, and the peak of memory."""
+    """How many times quicker than the quicker rival that decides ties, and the peak of memory."""
     medians = {timing.rival: timing.quantile(0.5) for timing in timings}
-    own = medians.pop(OURS)
+    own, open_ties = medians.pop(OURS), medians.pop(OPEN_TIES)
     memory = next(timing.memory for timing in timings if timing.rival == OURS)
     times = min(medians.values()) / own
     return {
         "times_quicker": round(times, 2),
+        "times_quicker_than_open_ties": round(open_ties / own, 2),
         "peak_bytes": memory,
         "met": times >= TIMES and (memory is None or memory <= MOST_BYTES),
     }
@@ -222,6 +229,11 @@ def main(words: Sequence[str] | None = None) -> None:
                 straightforward(
                     case, problem, rankings_torch, lambda rows: rows.to(options.device)
                 ),
+                check,
+            ),
+            Rival(
+                OPEN_TIES,
+                straightforward(case, problem, rankings_unstable, lambda rows: rows.numpy()),
                 check,
             ),
             Rival(

@@ -37,7 +37,7 @@ def test_cases_have_the_sizes_of_the_data_sets(bench: Any) -> None:
 def test_a_run(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
     bench.main(["--smoke", "--repetitions", "1"])
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert len(last["rows"]) == 9
+    assert len(last["rows"]) == 12
     assert {row["case"]["case"] for row in last["rows"]} == {"gpr1200", "instre", "roxford"}
     for row in last["rows"]:
         assert 20 < row["case"]["mAP"] < 99.9  # neither hopeless nor trivial
