@@ -114,9 +114,10 @@ gpu-check:
 	      $(passed) || exit 1; \
 	  else echo "compute-sanitizer is not in the PATH: $$tool is left out"; fi; done
 	@# At most 6 minutes; the first two keep the time themselves, and when interrupted what they have.
-	$(call bounded,170) bench/bench_margin_softmax.py --device cuda --store --seconds 130 $(passed)
+	$(call bounded,150) bench/bench_margin_softmax.py --device cuda --store --seconds 115 $(passed)
 	$(call bounded,130) bench/bench_topk.py --device cuda --store --seconds 100 $(passed)
-	$(call bounded,60) bench/bench_train.py --device cuda --store $(passed)
+	$(call bounded,30) bench/bench_metrics.py --device cuda --cases gpr1200 --store $(passed)
+	$(call bounded,50) bench/bench_train.py --device cuda --store $(passed)
 
 clean:
 	rm -rf $(VENV) $(GPU_VENV) $(SANITIZE_VENV) build dist

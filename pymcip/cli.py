@@ -28,8 +28,9 @@ from pymcip.config import (
     MineConfig,
     SweepConfig,
     TrainConfig,
+    read_options,
 )
-from pymcip.errors import ConfigError, PymcipError
+from pymcip.errors import PymcipError
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,9 @@ def build_parser() -> argparse.ArgumentParser:
 def make_config(kind: type[Config], options: dict[str, Any]) -> Config:
     """Make a stage's config from parsed flags; `config` among them names a JSON file."""
     path = options.pop("config", None)
-    return kind.make(None, {**_read_config(path), **options} if path is not None else options)
+    return kind.make(
+        None, {**read_options(path, "--config"), **options} if path is not None else options
+    )
 
 
 def _run(command: Command, options: dict[str, Any]) -> int:
@@ -356,18 +359,6 @@ def _help(item: dataclasses.Field[Any]) -> str:
     elif isinstance(item.default, bool):
         text += f" (default: {'yes' if item.default else 'no'})"
     return text.replace("%", "%%")
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--config {path} can't be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"--config {path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"--config {path} holds {type(values).__name__}; needed: a JSON object")
-    return values
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ stage that opens them, still before it does any work.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,6 +104,23 @@ class Config:
             return value
 
         return {item.name: plain(getattr(self, item.name)) for item in dataclasses.fields(self)}
+
+
+def read_options(path: Path, name: str) -> dict[str, Any]:
+    """Read a JSON file of options, such as a run's config.json; `name` is what to call it in errors.
+
+    Raises:
+        ConfigError: it can't be read, or holds no JSON object.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{name} {path} can't be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{name} {path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{name} {path} holds {type(values).__name__}; needed: a JSON object")
+    return values
 
 
 def _allowed_types(hint: Any) -> str:

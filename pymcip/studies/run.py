@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pymcip.config import SweepConfig, TrainConfig
+from pymcip.config import SweepConfig, TrainConfig, read_options
 from pymcip.demo.run import SMOKE, Recipe, evaluation_options, prepare_world, train_source
 from pymcip.demo.world import BASE_FOLDER, load_sprites
 from pymcip.errors import ConfigError, DataError, PymcipError
@@ -192,7 +192,7 @@ class _OwnStudy(_Study):
 
     def __init__(self, config: SweepConfig) -> None:
         assert config.train is not None
-        options = _read_options(Path(config.train))
+        options = read_options(Path(config.train), "train:")
         validation = options.pop("val_data", None), options.pop("val_class_names", None)
         for name in ("out", "resume", "overwrite"):
             options.pop(name, None)
@@ -224,18 +224,6 @@ class _OwnStudy(_Study):
 
     def settings(self) -> dict[str, Any]:
         return {"train": self.base.to_dict(), "evaluations": _plain(self.evaluations)}
-
-
-def _read_options(path: Path) -> dict[str, Any]:
-    try:
-        options = read_json(path)
-    except OSError as error:
-        raise ConfigError(f"train: {path} can't be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"train: {path} is not JSON: {error}") from error
-    if not isinstance(options, dict):
-        raise ConfigError(f"train: {path} holds {type(options).__name__}; needed: a JSON object")
-    return options
 
 
 def _plain(value: Any) -> Any:
