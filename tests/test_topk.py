@@ -1231,7 +1231,10 @@ def test_signals_interrupt_the_search(backend: str, threads: int, alarm: list[fl
     assert len(alarm) == 1
 
 
-def test_ctrl_c_interrupts_the_search() -> None:
+def test_ctrl_c_interrupts_the_search(request: pytest.FixtureRequest) -> None:
+    # A shell has its background jobs ignore SIGINT, and Python leaves it at that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     start = time.monotonic()
     timer = threading.Timer(0.1, signal.raise_signal, [signal.SIGINT])
     timer.start()
