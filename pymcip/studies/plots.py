@@ -92,17 +92,21 @@ def draw_front(marks: Sequence[Mark], x_title: str, y_title: str, out: Path) -> 
 
 
 def _label(figure: Any, axes: Any, marks: Sequence[Mark], colours: Sequence[str]) -> None:
-    """Write each mark's label beside it, where it covers the fewest other marks and labels."""
+    """Write each mark's label beside it, where it covers least of other marks, labels, the frame."""
     figure.draw_without_rendering()  # only now is it known where the marks are
     points = 72 / figure.dpi
     places = [axes.transData.transform((mark.x, mark.y)) * points for mark in marks]
     taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in places]
+    left, bottom, right, top = (edge * points for edge in axes.bbox.extents)
+    far = 1e4  # labels end at the frame, too
+    taken += [(left - far, -far, left, far), (right, -far, right + far, far)]
+    taken += [(-far, bottom - far, far, bottom), (-far, top, far, top + far)]
     for mark, colour, (x, y) in zip(marks, colours, places, strict=True):
         width, height = 0.6 * LABEL_SIZE * len(mark.label), 1.1 * LABEL_SIZE
         boxes = [
-            (x + right, y + up, x + right + width, y + up + height)
+            (x + over, y + up, x + over + width, y + up + height)
             for up in (4, -4 - height, -height / 2, 4 + height, -4 - 2 * height)
-            for right in (5, -5 - width)
+            for over in (5, -5 - width)
         ]
         best = min(boxes, key=lambda box: sum(_overlap(box, other) for other in taken))
         taken.append(best)
