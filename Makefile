@@ -22,7 +22,7 @@ help:
 	@echo "make setup      .venv with the package, installed as a wheel, and all it needs"
 	@echo "make lint       ruff and mypy"
 	@echo "make test       lint, then the whole test suite against the installed wheel"
-	@echo "make sanitize   the tests of top-k against a build with AddressSanitizer and UBSan (GCC)"
+	@echo "make sanitize   the tests of top-k and ranks against a build with AddressSanitizer and UBSan (GCC)"
 	@echo "make demo       run 'pymcip demo'"
 	@echo "make bench      time the ops against their rivals on the CPU"
 	@echo "make gpu-check  build with CUDA, run the GPU tests and benches (GPU_PYTHON=python with torch)"
@@ -78,7 +78,7 @@ sanitize: setup
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYMCIP_EXAMPLES=0.2 \
 	  bin/python -m pytest -c ../pyproject.toml --rootdir .. --capture=sys \
-	  -k "not torch and not faiss" ../tests/test_topk.py
+	  -k "not torch and not faiss" ../tests/test_topk.py ../tests/test_ranks.py
 
 demo: setup
 	$(BIN)/pymcip demo
