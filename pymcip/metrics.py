@@ -393,9 +393,15 @@ def zero_shot_classifier(
     for start in range(0, len(names), step):
         group = names[start : start + step]
         prompts = [template.replace("{}", name) for name in group for template in templates]
-        features = nn.functional.normalize(clip.encode_texts(prompts, batch_size), dim=-1)
-        parts.append(features.view(len(group), len(templates), -1).mean(dim=1))
-    return nn.functional.normalize(torch.cat(parts), dim=-1)
+        parts.append(prompt_ensemble(clip.encode_texts(prompts, batch_size), len(templates)))
+    return torch.cat(parts)
+
+
+def prompt_ensemble(vectors: Tensor, templates: int) -> Tensor:
+    """Make one unit vector per class of float [C * templates, D]: normalise, mean, normalise."""
+    unit = nn.functional.normalize(vectors, dim=-1)
+    means = unit.view(-1, templates, unit.shape[-1]).mean(dim=1)
+    return nn.functional.normalize(means, dim=-1)
 
 
 def zero_shot_accuracy(

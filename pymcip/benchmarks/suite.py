@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pymcip.benchmarks.contract import (
     AbsentError,
@@ -24,6 +24,7 @@ from pymcip.data import Captions, ImageData
 from pymcip.data.sources import some
 from pymcip.embedding import EmbeddingCache
 from pymcip.errors import DataError
+from pymcip.metrics import prompt_ensemble
 
 BENCHMARKS_OF_THE_MEAN = 14  # the columns of the paper's Table 1
 
@@ -158,9 +159,7 @@ class CachedEmbedder:
         key = tuple(names), tuple(templates)
         if key not in self._classifiers:
             prompts = [template.replace("{}", name) for name in names for template in templates]
-            vectors = nn.functional.normalize(self.texts(prompts), dim=-1)
-            means = vectors.view(len(names), len(templates), -1).mean(dim=1)
-            self._classifiers[key] = nn.functional.normalize(means, dim=-1)
+            self._classifiers[key] = prompt_ensemble(self.texts(prompts), len(templates))
         return self._classifiers[key]
 
     def _tensor(self, vectors: np.ndarray) -> Tensor:
