@@ -20,6 +20,7 @@ from torch import Tensor
 from pymcip import metrics as measure
 from pymcip.benchmarks import (
     BENCHMARKS,
+    DATA_SETS,
     SUITES,
     SuiteOptions,
     find_suite,
@@ -156,15 +157,9 @@ def _evaluate_suite(config: EvaluateConfig) -> EvaluateResult:
     unknown = [name for name in config.benchmarks if name not in BENCHMARKS]
     if unknown:
         raise ConfigError(f"benchmarks={unknown} are not known; allowed: {', '.join(BENCHMARKS)}")
-    sets = {
-        each.name
-        for item in BENCHMARKS.values()
-        for each in (item.data, item.database)
-        if each is not None
-    }
-    if not sets >= config.data_paths.keys():
-        unknown = sorted(config.data_paths.keys() - sets)
-        raise ConfigError(f"data_paths has {unknown}; allowed: {', '.join(sorted(sets))}")
+    unknown = sorted(config.data_paths.keys() - DATA_SETS.keys())
+    if unknown:
+        raise ConfigError(f"data_paths has {unknown}; allowed: {', '.join(sorted(DATA_SETS))}")
     options = _suite_options(config)
     wanted = [BENCHMARKS[name] for name in BENCHMARKS if name in (config.benchmarks or BENCHMARKS)]
     root = None if config.data_root is None else Path(config.data_root).expanduser()

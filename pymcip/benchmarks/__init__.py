@@ -27,6 +27,7 @@ from pymcip.benchmarks.suite import Found, SuiteScores, find_suite, measure_suit
 
 __all__ = [
     "BENCHMARKS",
+    "DATA_SETS",
     "PAPER",
     "SUITES",
     "Benchmark",
@@ -45,7 +46,7 @@ _REGISTRY = (
     Benchmark("instre", "INS", "I2I", "mAP", INSTRE, protocols.instre),
     Benchmark("cub200", "CUB", "I2I", "R@1", CUB200, protocols.nearest_other),
     Benchmark("roxford5k", "ROx", "I2I", "mAP", ROXFORD5K, protocols.revisited),
-    Benchmark("rparis6k", "RPar", "I2I", "mAP", RPARIS6K, protocols.revisited, in_mean=False),
+    Benchmark("rparis6k", "RPar", "I2I", "mAP", RPARIS6K, protocols.revisited),
     Benchmark(
         "knn-imagenet1k", "IN-V", "k-NN", "top-1", IMAGENET_VAL, protocols.knn, IMAGENET_TRAIN
     ),
@@ -71,7 +72,8 @@ _REGISTRY = (
     Benchmark("t2i-coco", "COCO", "T2I", "R@5", COCO, protocols.text_to_image),
 )  # fmt: skip
 BENCHMARKS = {benchmark.name: benchmark for benchmark in _REGISTRY}
-PAPER = tuple(name for name, benchmark in BENCHMARKS.items() if benchmark.in_mean)
+PAPER = tuple(name for name in BENCHMARKS if name in paper.BENCHMARKS)
+DATA_SETS = {each.name: each for benchmark in _REGISTRY for each in benchmark.data_sets}
 
 # Settings of a suite. "authors" follows the evaluation scripts that an early commit of the authors'
 # repository (github.com/Visual-Computing/MCIP, 3f6bab2) held, where they differ from the
@@ -93,13 +95,10 @@ def listing(
     """Describe every benchmark, and of each data set where it lies, or where to get it."""
     root = None if data_root is None else Path(data_root).expanduser()
     lines: list[str] = []
-    sets: dict[str, DataSet] = {}
     for name, benchmark in BENCHMARKS.items():
-        needed = [each for each in (benchmark.data, benchmark.database) if each is not None]
-        sets |= {each.name: each for each in needed}
-        needs = " and ".join(each.name for each in needed)
+        needs = " and ".join(each.name for each in benchmark.data_sets)
         lines.append(f"{name:<26}{benchmark.group} {benchmark.metric}, on {needs}")
-    for each in sets.values():
+    for each in DATA_SETS.values():
         lines += ["", f"{each.name}: {each.title}"]
         try:
             lines += [f"  in {folder}" for folder in each.find(root, data_paths or {})]

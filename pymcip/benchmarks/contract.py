@@ -190,8 +190,7 @@ class Benchmark:
     """A protocol on a data set: one column of the table.
 
     `measure(data, database, embed, options)` returns percentages by name, the benchmark's own figure
-    first. `database` is the data set whose images vote in k-NN; `in_mean` tells whether it is one of
-    the paper's fourteen.
+    first. `database` is the data set whose images vote in k-NN.
     """
 
     name: str
@@ -201,7 +200,10 @@ class Benchmark:
     data: DataSet
     measure: Callable[[Data, Labelled | None, Embedder, SuiteOptions], dict[str, float]]
     database: DataSet | None = None
-    in_mean: bool = True
+
+    @property
+    def data_sets(self) -> tuple[DataSet, ...]:
+        return (self.data,) if self.database is None else (self.data, self.database)
 
 
 def check_counts(

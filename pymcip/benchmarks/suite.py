@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pymcip.benchmarks import paper
 from pymcip.benchmarks.contract import (
     AbsentError,
     Benchmark,
@@ -26,7 +27,7 @@ from pymcip.embedding import EmbeddingCache
 from pymcip.errors import DataError
 from pymcip.metrics import prompt_ensemble
 
-BENCHMARKS_OF_THE_MEAN = 14  # the columns of the paper's Table 1
+BENCHMARKS_OF_THE_MEAN = len(paper.BENCHMARKS)
 
 _log = logging.getLogger("pymcip.benchmarks")
 
@@ -81,7 +82,7 @@ def find_suite(
         DataError: data are there but not what they must be; all such problems in one message.
         MissingDependencyError: reading a layout takes a package that is not installed.
     """
-    read: dict[str, Data | AbsentError | DataError] = {}
+    read: dict[str, Data | DataError] = {}
 
     def get(data_set: DataSet) -> Data:
         if data_set.name not in read:
@@ -227,7 +228,7 @@ def suite_table(
         if item.notes:
             remarks.append(f"{benchmark.name}: {'; '.join(item.notes)}")
             mark = " \\*"
-        if benchmark.in_mean and None not in values:
+        if benchmark.name in paper.BENCHMARKS and None not in values:
             complete.append(benchmark.name)
         add(benchmark.name + mark, f"{benchmark.group} {benchmark.metric}", values)
     if complete:
