@@ -9,10 +9,12 @@ import torch
 if not torch.cuda.is_available():  # Triton decides at its import, and others import it
     os.environ["TRITON_INTERPRET"] = "1"
 
+import contextlib
+import importlib
 import io
 import json
 import tarfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -202,3 +204,14 @@ def captions_file(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@contextlib.contextmanager
+def bench_module(name: str) -> Iterator[Any]:
+    """Import a bench by its name, with bench/ on the path meanwhile; skip the test without one."""
+    folder = Path(__file__).parents[1] / "bench"
+    if not folder.is_dir():
+        pytest.skip("no bench/ here")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        yield importlib.import_module(name)

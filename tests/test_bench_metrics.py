@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-BENCH = Path(__file__).parents[1] / "bench"
+from tests.conftest import bench_module
 
 
 @pytest.fixture(scope="module")
 def bench() -> Iterator[Any]:
-    if not BENCH.is_dir():
-        pytest.skip("no bench/ here")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCH))
-        yield importlib.import_module("bench_metrics")
+    with bench_module("bench_metrics") as module:
+        yield module
 
 
 def test_cases_have_the_sizes_of_the_data_sets(bench: Any) -> None:

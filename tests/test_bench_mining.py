@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
 from collections.abc import Iterator
@@ -12,16 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-BENCH = Path(__file__).parents[1] / "bench"
+from tests.conftest import bench_module
 
 
 @pytest.fixture(scope="module")
 def bench() -> Iterator[Any]:
-    if not BENCH.is_dir():
-        pytest.skip("no bench/ here")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCH))
-        yield importlib.import_module("bench_mining")
+    with bench_module("bench_mining") as module:
+        yield module
 
 
 def test_data_are_as_described(bench: Any) -> None:

@@ -15,8 +15,8 @@ import pytest
 
 from pymcip.errors import MissingDependencyError
 from pymcip.ops.topk_faiss import probe_faiss
+from tests.conftest import bench_module
 
-BENCH = Path(__file__).parents[1] / "bench"
 N, D = 2000, 64
 SMALL = ["--vectors", str(N), "--dimensions", str(D), "--queries", "40", "--batch", "8"]
 QUICK = ["--repetitions", "3", "--seconds", "0.1", "--threads", "1"]
@@ -26,11 +26,7 @@ needs_faiss = pytest.mark.skipif(probe_faiss() is not None, reason="needs faiss"
 
 @pytest.fixture(scope="module")
 def bench() -> Iterator[Any]:
-    if not BENCH.is_dir():
-        pytest.skip("no bench/ here")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCH))
-        module = importlib.import_module("bench_storage")
+    with bench_module("bench_storage") as module:
         gc.freeze()  # the harness collects garbage for each rival; torch has much to look through
         yield module
         gc.unfreeze()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,21 +12,17 @@ import pytest
 import torch
 
 from pymcip.ops.topk_faiss import faiss_threads, probe_faiss
-
-BENCH = Path(__file__).parents[1] / "bench"
+from tests.conftest import bench_module
 
 
 @pytest.fixture(scope="module")
 def bench() -> Iterator[Any]:
-    if not BENCH.is_dir():
-        pytest.skip("no bench/ here")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCH))
+    with bench_module("bench_topk") as module:
         if probe_faiss() is not None:
-            yield importlib.import_module("bench_topk")
+            yield module
             return
         with faiss_threads(torch.get_num_threads()):  # which the rivals set for themselves
-            yield importlib.import_module("bench_topk")
+            yield module
 
 
 @pytest.fixture(scope="module")
