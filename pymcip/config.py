@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_ty
 
 from pymcip.errors import ConfigError
 
-Method = Literal["gpr", "2sft", "mcip", "mcip+rea", "rea"]
+Method = Literal["gpr", "2sft", "mcip", "mcip+rea", "rea", "mcip+"]
 Precision = Literal["fp32", "amp_bf16"]
 Projector = Literal["keep", "lock", "discard"]
 Continuation = Literal["linear", "none", "easy"]
@@ -257,7 +257,7 @@ class TrainConfig(ModelOptions):
 
     train_data: Sources = required("labelled image sources; each source's labels are its own")
     out: Source = required("run folder to write")
-    method: Method = option("mcip", "gpr, 2sft, mcip, mcip+rea or rea")
+    method: Method = option("mcip", "gpr, 2sft, mcip, mcip+rea, rea or mcip+")
     captions: Sources | None = option(None, "caption corpus to mine pseudo-captions from")
     val_data: Sources | None = option(None, "labelled images, evaluated after every epoch")
     val_class_names: Source | None = option(
@@ -325,6 +325,47 @@ class TrainConfig(ModelOptions):
         0.0, "share of a row's caption softmax mass that its gradient may leave out; 0: none"
     )
 
+    alignment_budget: float | None = option(
+        None,
+        "share of its alignment, measured on the probe, that the exported model may lose; "
+        "default: no budget; of mcip+ 0.02",
+    )
+    probe_data: Sources | None = option(
+        None, "images of the probe, not trained on; default: made from training images"
+    )
+    probe_captions: Sources | None = option(
+        None,
+        "captions of the probe; default: a sample of `captions`, which distillation leaves out",
+    )
+    probe_class_names: Source | None = option(
+        None, "TSV label<TAB>name: the probe asks for these names instead of captions"
+    )
+    distill: float | None = option(
+        None,
+        "weight of staying near the untrained model's caption distribution; default: 0, of mcip+ 1",
+    )
+    distill_captions: int = option(8192, "captions drawn from the bank per step for it")
+    distill_data: Sources | None = option(
+        None, "generic images without labels to distill on too; default: none"
+    )
+    mixtures: float | None = option(
+        None,
+        "mixtures of training images to distill on, per training image; default: 0, of mcip+ 0.125",
+    )
+    ema: float | None = option(
+        None, "decay of a running average of the image tower's weights; default: none"
+    )
+    layer_decay: float = option(
+        1.0, "each layer group's learning rate is this times that of the group above it"
+    )
+    lora_rank: int = option(0, "train low-rank updates of the image tower instead; 0: all weights")
+    caption_weights: Literal["uniform", "cosine"] = option(
+        "uniform", "pseudo-captions of an image weigh the same, or by their cosine"
+    )
+    class_captions: bool = option(
+        False, "class names are captions too: positives of their class's images"
+    )
+
     rea_data: Sources | None = option(
         None, "image-caption pairs for re-alignment; default: train_data with its pseudo-captions"
     )
@@ -349,10 +390,22 @@ class TrainConfig(ModelOptions):
         "loss_chunk": 1, "loss_delta": 0,
         "rea_epochs": 1, "rea_batch_size": 2, "rea_warmup": 0, "save_steps": 1, "log_steps": 1,
         "seed": 0, "beta1": 0, "beta2": 0,
+        "alignment_budget": 0, "distill": 0, "distill_captions": 2, "mixtures": 0, "ema": 0,
+        "lora_rank": 0,
     }  # fmt: skip
+    # What an option that is None stands for, by method; {} for the others, where None is "none" or 0.
+    RECIPES: ClassVar[dict[str, dict[str, Any]]] = {
+        "mcip+": {"alignment_budget": 0.02, "distill": 1.0, "mixtures": 0.125},
+    }
     MORE_THAN: ClassVar[dict[str, float]] = {
-        "lr": 0, "rea_lr": 0, "scale": 0, "caption_scale": 0, "eps": 0, "grad_clip_norm": 0,
+        "layer_decay": 0, "lr": 0, "rea_lr": 0, "scale": 0, "caption_scale": 0, "eps": 0, "grad_clip_norm": 0,
     }  # fmt: skip
+
+    def resolved(self) -> TrainConfig:
+        """This config with what its method sets where an option was left open (`RECIPES`)."""
+        recipe = {"distill": 0.0, "mixtures": 0.0, **self.RECIPES.get(self.method, {})}
+        open_options = {n: v for n, v in recipe.items() if getattr(self, n) is None}
+        return dataclasses.replace(self, **open_options)
 
     @property
     def trains_images(self) -> bool:
@@ -360,7 +413,7 @@ class TrainConfig(ModelOptions):
 
     @property
     def uses_captions_for_images(self) -> bool:
-        return self.method in ("mcip", "mcip+rea")
+        return self.method in ("mcip", "mcip+rea", "mcip+")
 
     @property
     def realigns(self) -> bool:
