@@ -143,7 +143,7 @@ def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
     write_json(out / "config.json", config.to_dict())
     (out / "checkpoints").mkdir(exist_ok=True)
     remove_leftovers(out / "checkpoints")
-    trainer = _Trainer(config, out, clip, data, captions, validation, names, pair_data)
+    trainer = _Trainer(config.resolved(), out, clip, data, captions, validation, names, pair_data)
     with Interruption().installed() as interruption, log_file(out / "out.log"):
         return trainer.run(interruption)
 
