@@ -462,8 +462,39 @@ class TrainConfig(ModelOptions):
                 )
             if any(weight <= 0 for weight in self.train_weights):
                 problems.append(f"train_weights={self.train_weights}: each must be above 0")
+        problems += self._budget_problems()
+        if self.ema is not None and self.ema >= 1:
+            problems.append(f"ema={self.ema}: a decay, below 1; 0.999 averages 1000 steps")
         if self.uses_captions_for_images and self.lambda_class + self.lambda_caption == 0:
             problems.append("lambda_class and lambda_caption are both 0; nothing would be trained")
+        return problems
+
+    def _budget_problems(self) -> list[str]:
+        probe = ("probe_data", "probe_captions", "probe_class_names")
+        given = [name for name in probe if getattr(self, name) is not None]
+        recipe = self.RECIPES.get(self.method, {}).get("alignment_budget")
+        budget = recipe if self.alignment_budget is None else self.alignment_budget
+        problems = []
+        if "probe_captions" in given and "probe_class_names" in given:
+            problems.append("probe_captions and probe_class_names exclude each other; give one")
+        if budget is None:
+            problems += [f"{name} is for a budget; give alignment_budget too" for name in given]
+            return problems
+        if budget > 1:
+            problems.append(
+                f"alignment_budget={budget}: a share, 0 to 1 (0.02: lose 2 % at most; 1: no budget)"
+            )
+        if self.projector == "discard":
+            problems.append(
+                "alignment_budget is not allowed with projector='discard', which gives up the joint "
+                "space; allowed: keep, lock"
+            )
+        texts = {"probe_captions", "probe_class_names"} & set(given)
+        if self.captions is None and not self.needs_captions and not texts:
+            problems.append(
+                f"alignment_budget={budget} is measured with texts; give captions=, probe_captions= "
+                "or probe_class_names="
+            )
         return problems
 
 

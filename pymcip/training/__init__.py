@@ -11,9 +11,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -27,10 +30,25 @@ from pymcip.data import Captions, ImageData, load_captions, load_images
 from pymcip.embedding import EmbeddingCache
 from pymcip.errors import CheckpointError, ConfigError, DataError
 from pymcip.evaluation import ClassNames, evaluate_model, read_class_names
-from pymcip.exporting import write_export
+from pymcip.exporting import plain_state, write_export
 from pymcip.files import TEMPORARY_SUFFIX, prepare_output, read_json, write_json
 from pymcip.mining import CaptionTable, mine_captions
 from pymcip.model import ClipModel, load, load_configured
+from pymcip.training.alignment import (
+    EVALUATIONS_OF_SEARCH,
+    FEWEST_CAPTIONS,
+    FEWEST_IMAGES,
+    MOST_CAPTIONS,
+    MOST_IMAGES,
+    AlignmentProbe,
+    Kept,
+    ProbeSources,
+    affordable,
+    load_probe_sources,
+    probe_pixels,
+    probe_rows,
+)
+from pymcip.training.averaging import RunningAverage
 from pymcip.training.checkpoints import (
     Position,
     checkpoint_files,
@@ -39,6 +57,7 @@ from pymcip.training.checkpoints import (
     position_of,
     remove_leftovers,
 )
+from pymcip.training.interpolation import interpolated, largest_coefficient
 from pymcip.training.logs import MetricsLog, forget_after, log_file
 from pymcip.training.loop import Interruption, Run, fit, restore
 from pymcip.training.noise import noisy_captions
@@ -77,9 +96,21 @@ _log = logging.getLogger("pymcip.training")
 class TrainResult:
     """What `train` returns, and writes as `result.json`.
 
-    `metrics`: last evaluation on `val_data` in percent, `before`: the same before training (both {}
-    without `val_data`). `interrupted`: "SIGINT" or "SIGTERM" if the run stopped early with a
-    checkpoint, else None; `hub` and `state_dict` are None then.
+    `metrics`: last evaluation on `val_data` in percent, that of the exported model; `before`: the
+    same before training (both {} without `val_data`). `interrupted`: "SIGINT" or "SIGTERM" if the
+    run stopped early with a checkpoint, else None; `hub` and `state_dict` are None then.
+
+    `alignment`, of a run with `alignment_budget` (None without, or if interrupted; also written as
+    `alignment.json`):
+
+    - `budget`; `respected`: whether there is a model that keeps it. If not, nothing is exported:
+      `hub` and `state_dict` are None, and `checkpoint` holds the tuned model.
+    - `coefficient`: how far the exported model is on the line from the original weights (0) to the
+      tuned ones (1).
+    - `kept`: what it keeps of the original's alignment, 0 to 1; `image_to_text`, `text_to_image`:
+      the same by direction. `kept_tuned`: of the tuned model, `kept_by_epoch`: while it was trained.
+    - `probe`: how many `images` and `captions` were asked for, and their `source`.
+    - `tried`: [coefficient, kept] in the order of the search; `seconds`: spent on all probing.
     """
 
     out: Path
@@ -94,13 +125,18 @@ class TrainResult:
     skipped_steps: int
     seconds: float
     interrupted: str | None
+    alignment: dict[str, Any] | None = None
 
 
 def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
     """Fine-tune an open_clip model for image search; `pymcip.TrainConfig` lists the options.
 
     Writes a run folder: `config.json`, `out.log`, `metrics.jsonl`, `embeddings/` and `mined/` (the
-    pseudo-captions), `checkpoints/`, `exported/` (plain open_clip weights), `result.json`.
+    pseudo-captions), `checkpoints/`, `exported/` (plain open_clip weights), `result.json`;
+    with a budget `alignment.json`.
+
+    With `alignment_budget` the tuned weights are drawn back towards the original ones as far as the
+    budget asks for (`TrainResult.alignment`); if nothing keeps it, nothing is exported.
 
     With `resume="latest"` a run that was killed goes on from its last checkpoint, on the CPU to the
     same bits as if it had not been.
@@ -125,6 +161,7 @@ def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
             f"rea_data={config.rea_data!r} has images but no captions; give a title column, .txt "
             "members or json with a caption, or leave rea_data out to use pseudo-captions"
         )
+    probe_sources = load_probe_sources(config.resolved(), captions)
     clip = load_configured(config, config.aug_cfg)
     if config.resume:
         finished = _check_resumable(config)
@@ -138,12 +175,14 @@ def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
             (config.model, config.pretrained, config.mine_model, config.mine_pretrained),
             *(config.train_data, config.captions, config.rea_data, config.cache),
             *(config.val_data, config.val_class_names),
+            *(config.probe_data, config.probe_captions, config.probe_class_names),
         ),
     )
     write_json(out / "config.json", config.to_dict())
     (out / "checkpoints").mkdir(exist_ok=True)
     remove_leftovers(out / "checkpoints")
     trainer = _Trainer(config.resolved(), out, clip, data, captions, validation, names, pair_data)
+    trainer.probe_sources = probe_sources
     with Interruption().installed() as interruption, log_file(out / "out.log"):
         return trainer.run(interruption)
 
@@ -202,11 +241,18 @@ class _Trainer:
         self.all_data = data
         self.metrics: dict[str, float] = {}
         self.before: dict[str, float] = {}
+        self.probe_sources: ProbeSources | None = None
+        self.probe: AlignmentProbe | None = None
+        self.probe_seconds = 0.0
 
     def run(self, interruption: Interruption) -> TrainResult:
         started = time.perf_counter()
         config = self.config
         self._embed_and_mine()
+        if self.probe_sources is not None:
+            with self._probing():
+                self.original = plain_state(self.clip.model)
+                self.probe = self._make_probe(self.probe_sources)
         if config.grad_checkpointing:
             self.clip.model.set_grad_checkpointing(True)  # type: ignore[operator]
         if config.projector == "discard":
@@ -234,18 +280,31 @@ class _Trainer:
                 stage = (
                     self._image_stage() if names[position.stage] == "image" else self._text_stage()
                 )
+                if config.ema and stage.name == "image":
+                    run.average = RunningAverage(self.clip.model.visual, config.ema)  # type: ignore[arg-type]
                 if state is not None:
-                    restore(state, stage)
+                    restore(state, stage, run.average)
                     state = None
                 fit(run, stage)
                 if not interruption.requested:
+                    if run.average is not None:
+                        run.average.store()
+                        run.average = None
                     position.stage, position.epoch, position.step = position.stage + 1, 0, 0
                     run.save(None)
         assert run.checkpoint is not None
         best = self.out / "checkpoints" / "best.pt"
-        exported = (
-            None if interruption.requested else write_export(self.clip, self.out / "exported")
-        )
+        exported = alignment = None
+        if not interruption.requested:
+            if self.probe is not None:
+                with self._probing():
+                    alignment = self._keep_alignment(self.probe)
+                alignment["seconds"] = self.probe_seconds
+                write_json(self.out / "alignment.json", alignment)
+                if self.validation is not None and 0 < alignment["coefficient"] < 1:
+                    self.metrics = self._evaluate()
+            if alignment is None or alignment["respected"]:
+                exported = write_export(self.clip, self.out / "exported")
         result = TrainResult(
             out=self.out,
             method=config.method,
@@ -259,8 +318,9 @@ class _Trainer:
             skipped_steps=position.skipped_steps,
             seconds=time.perf_counter() - started,
             interrupted=interruption.requested,
+            alignment=alignment,
         )
-        if exported:
+        if not interruption.requested:
             plain = {
                 name: str(value.relative_to(self.out)) if isinstance(value, Path) else value
                 for name, value in asdict(result).items()
@@ -416,8 +476,13 @@ class _Trainer:
             run.log.write({"evaluation": self.before, "global_step": 0})
 
     def _end_of_epoch(self, run: Run, stage: Stage) -> None:
-        if self.validation is None:
-            return
+        with run.average.in_place() if run.average is not None else nullcontext():
+            if self.validation is not None:
+                self._evaluate_epoch(run, stage)
+            if self.probe is not None:
+                self._probe_epoch(run, stage, self.probe)
+
+    def _evaluate_epoch(self, run: Run, stage: Stage) -> None:
         self.metrics = self._evaluate()
         position = run.position
         run.log.write(
@@ -433,6 +498,115 @@ class _Trainer:
         if score > position.best_score and run.checkpoint is not None:
             position.best_score = score
             mark_best(run.checkpoints, run.checkpoint)
+
+    # --- alignment --------------------------------------------------------------------------
+
+    @contextmanager
+    def _probing(self) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.probe_seconds += time.perf_counter() - started
+
+    def _make_probe(self, sources: ProbeSources) -> AlignmentProbe:
+        """The probe with the original's answers: `clip` has its weights still."""
+        config = self.config
+        image_epochs = config.epochs * config.trains_images
+        text_epochs = config.rea_epochs * config.realigns
+        evaluations = image_epochs + text_epochs + EVALUATIONS_OF_SEARCH
+        images = affordable(
+            len(self.data) * (image_epochs or text_epochs),
+            evaluations,
+            fewest=FEWEST_IMAGES,
+            most=MOST_IMAGES,
+        )
+        pixels = probe_pixels(
+            self.clip, sources.images, self.data, images, config.seed, config.workers
+        )
+        if sources.names is not None:
+            return AlignmentProbe(self.clip, pixels, sources.names, seed=config.seed, names=True)
+        assert sources.captions is not None
+        embedded = sources.from_corpus and config.needs_captions and config.mine_model is None
+        free = embedded and not config.realigns
+        most = affordable(
+            len(self.data) * (text_epochs or image_epochs),
+            text_epochs + EVALUATIONS_OF_SEARCH if config.realigns else 1,
+            fewest=FEWEST_CAPTIONS,
+            most=MOST_CAPTIONS,
+        )
+        rows = probe_rows(len(sources.captions), config.seed, part=sources.from_corpus)
+        rows = rows[: MOST_CAPTIONS if free else most]
+        vectors = None
+        if free:  # the text tower stays as it is, and mining has embedded them
+            vectors = torch.from_numpy(np.array(self.caption_vectors.vectors("text")[rows]))
+        texts = [sources.captions[row] for row in rows]
+        return AlignmentProbe(self.clip, pixels, texts, seed=config.seed, vectors=vectors)
+
+    def _measure_kept(self, probe: AlignmentProbe, *, texts: bool) -> Kept:
+        return probe.measure(self.clip, images=self.config.trains_images, texts=texts)
+
+    def _probe_epoch(self, run: Run, stage: Stage, probe: AlignmentProbe) -> None:
+        with self._probing():
+            kept = self._measure_kept(probe, texts=stage.name == "text")
+        position = run.position
+        run.log.write(
+            {
+                "alignment": asdict(kept),
+                "stage": stage.name,
+                "epoch": position.epoch,
+                "global_step": position.global_step,
+            }
+        )
+        _log.info("epoch %d keeps %.4f of its alignment", position.epoch + 1, kept.alignment)
+
+    def _keep_alignment(self, probe: AlignmentProbe) -> dict[str, Any]:
+        """Draw the model back until it keeps the budget; what `TrainResult.alignment` says."""
+        config, model = self.config, self.clip.model
+        assert config.alignment_budget is not None
+        tuned = plain_state(model)
+        measured: dict[float, Kept] = {}
+
+        def kept(coefficient: float) -> float:
+            model.load_state_dict(interpolated(self.original, tuned, coefficient))
+            measured[coefficient] = self._measure_kept(probe, texts=config.realigns)
+            return measured[coefficient].alignment
+
+        search = largest_coefficient(
+            kept, 1 - config.alignment_budget, evaluations=EVALUATIONS_OF_SEARCH
+        )
+        respected = search.coefficient > 0
+        model.load_state_dict(interpolated(self.original, tuned, search.coefficient))
+        records = [json.loads(line) for line in (self.out / "metrics.jsonl").open(encoding="utf-8")]
+        if respected:
+            _log.info(
+                "coefficient %.4f keeps %.4f of its alignment (tuned: %.4f)",
+                search.coefficient, search.kept, search.tried[0][1],
+            )  # fmt: skip
+        else:
+            _log.warning(
+                "nothing is exported: no model between the original and the tuned one keeps the "
+                "alignment_budget of %g (tuned: %.4f kept; coefficient %.4f: %.4f). Lower lr, train "
+                "fewer epochs, raise distill, or allow a larger budget",
+                config.alignment_budget, search.tried[0][1], *search.tried[-1],
+            )  # fmt: skip
+        return {
+            "budget": config.alignment_budget,
+            "respected": respected,
+            "coefficient": search.coefficient,
+            "kept": search.kept,
+            **asdict(measured.get(search.coefficient, Kept(1.0, 1.0))),
+            "kept_tuned": search.tried[0][1],
+            "kept_by_epoch": [
+                Kept(**record["alignment"]).alignment for record in records if "alignment" in record
+            ],
+            "probe": {
+                "images": len(probe.pixels),
+                "captions": len(probe.texts),
+                "source": self.probe_sources.description if self.probe_sources else "",
+            },
+            "tried": [list(pair) for pair in search.tried],
+        }
 
 
 def _score(metrics: dict[str, float]) -> float:

@@ -14,6 +14,8 @@ from pymcip.errors import MissingDependencyError
 from pymcip.files import write_text
 from pymcip.training.checkpoints import Position
 
+MEASURED = {"evaluation", "alignment"}  # keys of what an epoch's end writes
+
 
 @contextmanager
 def log_file(path: Path) -> Iterator[None]:
@@ -69,7 +71,8 @@ def forget_after(path: Path, position: Position) -> dict[str, float]:
     """Drop the lines of metrics.jsonl that a killed run wrote after its last checkpoint.
 
     A checkpoint at the end of an epoch (`step` > 0) is written before that epoch is evaluated: an
-    evaluation at its step is dropped too and done again. Returns the last evaluation that is kept.
+    evaluation or a probe at its step is dropped too and done again. Returns the last evaluation that
+    is kept.
     """
     if not path.exists():
         return {}
@@ -82,7 +85,7 @@ def forget_after(path: Path, position: Position) -> dict[str, float]:
         except json.JSONDecodeError:  # the line being written when the run was killed
             continue
         behind = position.global_step - record["global_step"]
-        if behind > 0 or (behind == 0 and (evaluated or "evaluation" not in record)):
+        if behind > 0 or (behind == 0 and (evaluated or not MEASURED & record.keys())):
             kept.append(line + "\n")
             evaluation = record.get("evaluation", evaluation)
     write_text(path, "".join(kept))
