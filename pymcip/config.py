@@ -463,10 +463,31 @@ class TrainConfig(ModelOptions):
             if any(weight <= 0 for weight in self.train_weights):
                 problems.append(f"train_weights={self.train_weights}: each must be above 0")
         problems += self._budget_problems()
+        problems += self._distillation_problems()
         if self.ema is not None and self.ema >= 1:
             problems.append(f"ema={self.ema}: a decay, below 1; 0.999 averages 1000 steps")
         if self.uses_captions_for_images and self.lambda_class + self.lambda_caption == 0:
             problems.append("lambda_class and lambda_caption are both 0; nothing would be trained")
+        return problems
+
+    def _distillation_problems(self) -> list[str]:
+        problems = []
+        recipe = self.RECIPES.get(self.method, {})
+        distill = recipe.get("distill", 0.0) if self.distill is None else self.distill
+        if distill > 0 and self.trains_images:
+            if self.captions is None and not self.needs_captions:
+                problems.append("distill needs captions=: distributions over them are what is kept")
+            if self.projector == "discard":
+                problems.append(
+                    "distill and projector='discard' exclude each other: without the projector there "
+                    "is no joint space to keep; allowed: keep, lock"
+                )
+        if distill == 0 and self.distill_data is not None:
+            problems.append("distill_data is for distillation; give distill too, such as 1")
+        if distill == 0 and self.mixtures and self.mixtures != recipe.get("mixtures"):
+            problems.append("mixtures are for distillation; give distill too, such as 1")
+        if self.layer_decay > 1:
+            problems.append(f"layer_decay={self.layer_decay}: above 0, at most 1")
         return problems
 
     def _budget_problems(self) -> list[str]:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pymcip.data import ImageData
 from pymcip.training.sampling import Indices
 
 
@@ -35,10 +35,14 @@ def random_state(seed: int) -> Iterator[None]:
         np.random.set_state(before[2])  # noqa: NPY002
 
 
+class Readable(Protocol):
+    def read(self, index: int) -> Image.Image: ...
+
+
 class AugmentedImages(Dataset[tuple[Tensor, int]]):
     """Item (epoch, position, row): image `row` under the augmentation of that place in the run."""
 
-    def __init__(self, data: ImageData, transform: Callable[[Any], Tensor], seed: int) -> None:
+    def __init__(self, data: Readable, transform: Callable[[Any], Tensor], seed: int) -> None:
         self.data, self.transform, self.seed = data, transform, seed
 
     def __getitem__(self, item: tuple[int, int, int]) -> tuple[Tensor, int]:  # type: ignore[override]

@@ -5,8 +5,9 @@ A stage says what its batches are and how a step's gradients come about; `loop.f
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,21 +16,28 @@ from torch import Tensor, nn
 
 from pymcip.config import TrainConfig
 from pymcip.data import ImageData
+from pymcip.errors import DataError
 from pymcip.losses import ArcMargin, MCArcMargin, info_nce
 from pymcip.mining import CaptionTable
 from pymcip.model import ClipModel, is_convolutional
 from pymcip.ops import order_bank
 from pymcip.training.batches import AugmentedImages, image_batches
 from pymcip.training.depthwise import speed_up_depthwise
+from pymcip.training.distillation import Distillation, TwoSets
+from pymcip.training.lora import LowRank
 from pymcip.training.optim import make_optimizer, parameter_groups
 from pymcip.training.sampling import epoch_order, random_generator
 from pymcip.training.towers import (
     image_parameters,
     image_tower_to_train_mode,
+    layer_depths,
     text_parameters,
     unlock_image_tower,
     unlock_text_tower,
 )
+
+CLASS_CAPTION = "a photo of a {}."
+WEIGHT_FLOOR = 0.01  # of a caption at the threshold: a hundredth of cosine above it
 
 
 class Stage(Protocol):
@@ -54,10 +62,12 @@ class Stage(Protocol):
 
 @dataclass
 class Positives:
-    """CSR rows of positives on the CPU, looked up per batch."""
+    """CSR rows of positives on the CPU, looked up per batch; `weights` are None for equal ones."""
 
     indptr: np.ndarray
     indices: np.ndarray
+    cosines: np.ndarray | None = None  # of each image and its positive; NaN: no mined pair
+    weights: np.ndarray | None = None
 
     def counts(self, rows: np.ndarray) -> np.ndarray:
         """How many positives each of the rows has, without touching the other rows."""
@@ -65,13 +75,40 @@ class Positives:
 
     def batch(self, rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
         """indptr int64 [B + 1] and indices int64 [nnz] of the given rows."""
-        starts, counts = self.indptr[rows], self.counts(rows)
-        indptr = np.concatenate([[0], np.cumsum(counts)])
-        flat = np.arange(indptr[-1]) + np.repeat(starts - indptr[:-1], counts)
+        indptr, flat = self._places(rows)
         return (
             torch.from_numpy(indptr.astype(np.int64)).to(device),
             torch.from_numpy(self.indices[flat].astype(np.int64)).to(device),
         )
+
+    def batch_weights(self, rows: np.ndarray, device: torch.device) -> Tensor | None:
+        """Weights fp32 [nnz] of the same positives, or None."""
+        if self.weights is None:
+            return None
+        return torch.from_numpy(self.weights[self._places(rows)[1]]).to(device)
+
+    def _places(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        starts, counts = self.indptr[rows], self.counts(rows)
+        indptr = np.concatenate([[0], np.cumsum(counts)])
+        return indptr, np.arange(indptr[-1]) + np.repeat(starts - indptr[:-1], counts)
+
+    def weighted(self, threshold: float) -> Positives:
+        """The same positives, weighted by how far their cosines are above `threshold`.
+
+        Weights of an image sum to 1 and are proportional to cosine - threshold + WEIGHT_FLOOR. A pair
+        that was not mined counts as the image's lowest.
+        """
+        assert self.cosines is not None
+        counts = np.diff(self.indptr)
+        owner = np.repeat(np.arange(len(counts)), counts)
+        known = np.where(np.isnan(self.cosines), np.inf, self.cosines.astype(np.float64))
+        lowest = np.full(len(counts), np.inf)
+        np.minimum.at(lowest, owner, known)
+        lowest[np.isinf(lowest)] = threshold  # none of the image's pairs was mined
+        cosines = np.where(np.isinf(known), lowest[owner], known)
+        raw = np.maximum(cosines - threshold, 0) + WEIGHT_FLOOR
+        sums = np.bincount(owner, raw, minlength=len(counts))
+        return replace(self, weights=(raw / sums[owner]).astype(np.float32))
 
 
 def caption_bank(
@@ -83,14 +120,54 @@ def caption_bank(
     n: the mined rows and a sample of the others, n rows in all (or more, if more are mined).
     """
     if negatives == "bank":
-        return vectors, Positives(table.indptr, table.ids)
+        return vectors, Positives(table.indptr, table.ids, table.cosines)
     rows = np.unique(table.ids)
     if isinstance(negatives, int) and negatives > len(rows):
         others = np.setdiff1d(np.arange(len(vectors)), rows, assume_unique=True)
         extra = min(negatives - len(rows), len(others))
         drawn = random_generator(seed, 3).choice(others, extra, replace=False)
         rows = np.sort(np.concatenate([rows, drawn]))
-    return vectors[rows], Positives(table.indptr, np.searchsorted(rows, table.ids))
+    positives = Positives(table.indptr, np.searchsorted(rows, table.ids), table.cosines)
+    return vectors[rows], positives
+
+
+def class_captions(data: ImageData) -> list[str]:
+    """A caption for each class, from its name as it is.
+
+    Raises:
+        DataError: the classes of some source have numbers for names.
+    """
+    for source in np.unique(data.class_sources):
+        of_source = np.flatnonzero(data.class_sources == source)
+        names = [data.class_names[i] for i in of_source]
+        if all(name.lstrip("-").isdecimal() for name in names):
+            raise DataError(
+                f"class_captions=True needs class names, but source {source} of train_data has "
+                f"numbers (such as {names[0]!r}); name its folders or labels in words, or leave "
+                "class_captions out"
+            )
+    return [CLASS_CAPTION.format(name) for name in data.class_names]
+
+
+def add_class_captions(
+    bank: np.ndarray, positives: Positives, vectors: np.ndarray, labels: np.ndarray
+) -> tuple[np.ndarray, Positives]:
+    """The bank with a row per class at its end (`vectors` [C, D]), a positive of the class's images.
+
+    Its cosine is set to the image's highest: unlike a mined caption it is known to be right.
+    """
+    counts = np.diff(positives.indptr)
+    indices = np.insert(positives.indices, positives.indptr[1:], len(bank) + labels)
+    cosines = None
+    if positives.cosines is not None:
+        highest = np.full(len(counts), -np.inf, np.float32)
+        owner = np.repeat(np.arange(len(counts)), counts)
+        np.fmax.at(highest, owner, positives.cosines)
+        highest[np.isinf(highest)] = np.nan
+        cosines = np.insert(positives.cosines, positives.indptr[1:], highest)
+    indptr = positives.indptr + np.arange(len(positives.indptr))
+    added = np.concatenate([bank, vectors.astype(bank.dtype)])
+    return added, Positives(indptr, indices, cosines)
 
 
 def order_caption_bank(
@@ -98,13 +175,14 @@ def order_caption_bank(
 ) -> tuple[np.ndarray, Positives]:
     """The same bank with its clusters in a row, so that the certified filter can leave out cells."""
     order = order_bank(bank, seed=seed, device=device)
-    return bank[order], Positives(positives.indptr, order.argsort()[positives.indices])
+    return bank[order], replace(positives, indices=order.argsort()[positives.indices])
 
 
 class ImageStage:
     """gpr: ArcMargin on class labels. mcip: ArcMargin and MCArcMargin on pseudo-captions.
 
-    Rows of `data` and `positives` correspond; `class_rows` [C, D] starts the class matrix.
+    Rows of `data`, `positives` and `distillation` correspond; `class_rows` [C, D] starts the class
+    matrix. `original` is the image tower before training, which LoRA's updates are added to.
     """
 
     name = "image"
@@ -118,8 +196,13 @@ class ImageStage:
         class_rows: Tensor | None,
         bank: np.ndarray | None = None,
         positives: Positives | None = None,
+        distillation: Distillation | None = None,
+        original: nn.Module | None = None,
     ) -> None:
         self.clip, self.data, self.config, self.positives = clip, data, config, positives
+        self.distillation = distillation
+        self._distill = distillation.weight if distillation is not None else 0.0
+        self.place = (0, 0)  # epoch and step of the micro-batches given out last
         self.epochs, self.warmup = config.epochs, config.warmup
         self.samples_per_step = config.batch_size * config.accum_freq
         self.steps_per_epoch = max(1, len(data) // self.samples_per_step)
@@ -156,14 +239,32 @@ class ImageStage:
                 compute=compute,
                 delta=config.loss_delta,
             )
-        tower = parameter_groups(image_parameters(clip.model), lr=config.lr, wd=config.wd)
+        depths = layer_depths(clip) if config.layer_decay != 1 else None
+        parameters: list[tuple[str, Tensor]] = list(image_parameters(clip.model))
+        weight_decay = config.wd
+        self.low_rank: LowRank | None = None
+        if config.lora_rank > 0:
+            visual: nn.Module = clip.model.visual  # type: ignore[assignment]
+            before = copy.deepcopy(visual) if original is None else original
+            self.low_rank = LowRank(visual, before, config.lora_rank, config.seed)
+            self.heads["low_rank"] = self.low_rank
+            parameters = [(f"visual.{name}", p) for name, p in self.low_rank.named_factors()]
+            weight_decay = 0.0  # it would pull towards the original, which is the budget's business
+        tower = parameter_groups(
+            parameters, lr=config.lr, wd=weight_decay, depths=depths, decay=config.layer_decay
+        )
         lr_classes = 10 * config.lr if config.lr_classes is None else config.lr_classes
         matrix = {"params": [self.classes.weight], "weight_decay": 0.0, "peak_lr": lr_classes}
         self.optimizer: torch.optim.Optimizer = make_optimizer([*tower, matrix], config)
+        if self.low_rank is not None:
+            low_rank = self.low_rank
+            self.optimizer.register_step_post_hook(lambda *_: low_rank.write())
         self.convolutional = is_convolutional(clip.model)
         if clip.device.type == "cpu" and clip.precision == "amp_bf16":
             speed_up_depthwise(clip.model)
-        self.images = AugmentedImages(data, clip.preprocess_train, config.seed)
+        generic = distillation.generic if distillation is not None else None
+        source = data if generic is None else TwoSets(data, generic)
+        self.images = AugmentedImages(source, clip.preprocess_train, config.seed)
 
     def train_mode(self) -> None:
         image_tower_to_train_mode(self.clip.model, self.config.freeze_bn_stats)
@@ -177,55 +278,92 @@ class ImageStage:
             class_balanced=config.class_balanced,
             source_weights=config.train_weights,
         )
+        batch_size = config.batch_size
+        if self.distillation is not None and self.distillation.generic is not None:
+            shown = order[: self.steps_per_epoch * accumulate * batch_size]
+            order = self.distillation.order_with_generic(shown, batch_size, epoch)
+            batch_size += self.distillation.extra(batch_size)
         batches = image_batches(
             self.images,
             order,
             epoch=epoch,
-            batch_size=config.batch_size,
+            batch_size=batch_size,
             first_batch=first_step * accumulate,
             num_batches=self.steps_per_epoch * accumulate,
             workers=config.workers,
             pin_memory=self.clip.device.type == "cuda",
         )
-        step = []
+        step, number = [], first_step
         for batch in batches:
             step.append(batch)
             if len(step) == accumulate:
+                self.place = (epoch, number)
                 yield step
-                step = []
+                step, number = [], number + 1
         if step:  # fewer images than one step takes: a single short step
+            self.place = (epoch, number)
             yield step
 
     def backward(self, micro_batches: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         """Mean losses over the whole step, whichever way it is cut into micro-batches.
 
-        ArcMargin is averaged over all images, MCArcMargin over those that have pseudo-captions.
+        ArcMargin is averaged over all images, MCArcMargin over those that have pseudo-captions, the
+        terms of distillation each over its own images. Rows beyond `data` are generic images.
         """
-        config, device = self.config, self.clip.device
+        device, distillation = self.clip.device, self.distillation
         all_rows = [rows.numpy() for _, rows in micro_batches]
-        images_in_step = sum(map(len, all_rows))
+        trained = [rows[rows < len(self.data)] for rows in all_rows]
+        images_in_step = sum(map(len, trained))
         captioned = 0
         if self.positives is not None:
-            captioned = max(1, sum(int((self.positives.counts(r) > 0).sum()) for r in all_rows))
+            captioned = max(1, sum(int((self.positives.counts(r) > 0).sum()) for r in trained))
+        extra_in_step = 0
+        if distillation is not None:
+            extra_in_step = max(1, sum(distillation.extra(len(rows)) for rows in trained))
+            drawn = distillation.captions.vectors(*self.place, device)
         totals: dict[str, Tensor] = {}
-        for (pixels, _), rows in zip(micro_batches, all_rows, strict=True):
+        for number, (pixels, _) in enumerate(micro_batches):
+            rows, own = all_rows[number], trained[number]
             pixels = pixels.to(device, non_blocking=True)
+            mixed = pixels[:0]
+            if distillation is not None and distillation.generic is None:
+                mixed = distillation.mixed(pixels, *self.place, number)
+            seen = torch.cat([pixels, mixed]) if len(mixed) else pixels
             if self.convolutional:
-                pixels = pixels.contiguous(memory_format=torch.channels_last)
-            features = self.clip.image_features(pixels)
-            labels = torch.from_numpy(self.data.labels[rows]).to(device)
+                seen = seen.contiguous(memory_format=torch.channels_last)
+            all_features = self.clip.image_features(seen)
+            features = all_features[: len(own)]
+            labels = torch.from_numpy(self.data.labels[own]).to(device)
             parts = {"arc_margin": self.classes(features, labels).sum() / images_in_step}
-            loss = parts["arc_margin"]
+            weights = {"arc_margin": 1.0}
             if self.captions is not None and self.positives is not None:
-                indptr, indices = self.positives.batch(rows, device)
-                parts["caption_margin"] = self.captions(features, indptr, indices).sum() / captioned
-                loss = (
-                    config.lambda_class * parts["arc_margin"]
-                    + config.lambda_caption * parts["caption_margin"]
-                )
+                indptr, indices = self.positives.batch(own, device)
+                shares = self.positives.batch_weights(own, device)
+                margins = self.captions(features, indptr, indices, shares)
+                parts["caption_margin"] = margins.sum() / captioned
+                weights["arc_margin"] = self.config.lambda_class
+                weights["caption_margin"] = self.config.lambda_caption
+            if distillation is not None:
+                known = distillation.cached(rows, device)
+                total = distillation.sum(features, known[: len(own)], drawn)
+                parts["distill"] = total / images_in_step
+                if len(mixed):
+                    taught = distillation.taught(seen[len(rows) :])
+                    total = distillation.sum(all_features[len(rows) :], taught, drawn)
+                    parts["distill_mixtures"] = total / extra_in_step
+                elif len(rows) > len(own):
+                    generic = all_features[len(own) : len(rows)]
+                    total = distillation.sum(generic, known[len(own) :], drawn)
+                    parts["distill_data"] = total / extra_in_step
+            loss = sum(
+                (weights.get(name, self._distill) * part for name, part in parts.items()),
+                torch.zeros((), device=device),
+            )
             loss.backward()  # type: ignore[no-untyped-call]
             for name, value in {"loss": loss, **parts}.items():
                 totals[name] = totals.get(name, 0) + value.detach()
+        if self.low_rank is not None:
+            self.low_rank.take_gradients()
         return totals
 
 

@@ -1,0 +1,204 @@
+"""Distillation of the untrained model's distributions over captions, so that training keeps them.
+
+For an image with unit embedding f0 by the untrained model and f by the one in training, and a random
+sample T of unit captions of the corpus (the text tower is locked, so both models share them):
+
+    p0 = softmax(s T f0),    p = softmax(s T f),    loss = KL(p0 || p) = sum p0 (log p0 - log p)
+
+with s the model's own exp(logit_scale), at most 100 as in CLIP (arXiv 2103.00020). This is learning
+without forgetting (arXiv 1606.09282) where captions stand for the old task's classes.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from pymcip.data import ImageData
+from pymcip.errors import DataError
+from pymcip.model import ClipModel, evaluation_mode
+from pymcip.training.mixtures import mixtures
+from pymcip.training.sampling import Indices, random_generator
+
+MAX_SCALE = 100.0
+GENERIC_RATE = 1 / 8  # generic images per training image, at least
+
+CAPTION_STREAM, MIXTURE_STREAM, GENERIC_STREAM = 7, 8, 9  # of `random_generator`
+
+Matrix = npt.NDArray[np.floating]
+
+
+def caption_divergence(
+    features: Tensor, original: Tensor, captions: Tensor, scale: float
+) -> Tensor:
+    """KL(p0 || p) of every image, fp32 [B]; see the module.
+
+    Args:
+        features: unit rows [B, D] of the model in training; the gradient goes to them alone.
+        original: unit rows [B, D] of the untrained model.
+        captions: unit rows [M, D].
+        scale: s.
+    """
+    captions = captions.detach()
+    now = torch.log_softmax(scale * features @ captions.T, dim=1)
+    before = torch.log_softmax(scale * original.detach() @ captions.T, dim=1)
+    return (before.exp() * (before - now)).sum(dim=1)
+
+
+def logit_scale(clip: ClipModel) -> float:
+    """Return s = exp(logit_scale) of the model, at most 100."""
+    model = clip.model
+    return min(MAX_SCALE, math.exp(float(model.logit_scale.detach())))  # type: ignore[union-attr,operator,arg-type]
+
+
+def frozen_copy(clip: ClipModel) -> ClipModel:
+    """Return the same model with a copy of its image tower that training will not change.
+
+    The text side is shared; the copy is for images.
+    """
+    model = copy.copy(clip.model)
+    visual = copy.deepcopy(clip.model.visual).eval().requires_grad_(False)  # type: ignore[union-attr,operator]
+    model._modules = {**clip.model._modules, "visual": visual}
+    return dataclasses.replace(clip, model=model)
+
+
+class CaptionSample:
+    """Random rows of caption embeddings on the disk; no others are read.
+
+    `parts`: float [n, D] each, memory-mapped, as `EmbeddingFolder.parts` gives them. `left_out`: rows
+    (counted over all parts) that are never drawn.
+
+    Raises:
+        DataError: fewer than two rows are left.
+    """
+
+    def __init__(
+        self, parts: Sequence[Matrix], count: int, seed: int, left_out: Indices | None = None
+    ) -> None:
+        self.parts, self.count, self.seed = list(parts), count, seed
+        self.ends = np.cumsum([len(part) for part in parts])
+        total = int(self.ends[-1])
+        self.rows: Indices | None = None
+        if left_out is not None and len(left_out):
+            self.rows = np.setdiff1d(np.arange(total, dtype=np.int64), left_out)
+        self.available = total if self.rows is None else len(self.rows)
+        if self.available < 2:
+            raise DataError(
+                f"distillation has {self.available} of {total} captions, as the probe keeps the "
+                "others; give a larger corpus, or captions of the probe's own (probe_captions)"
+            )
+
+    def drawn(self, epoch: int, step: int) -> Indices:
+        """Return the rows of one step, ascending: a function of seed, epoch and step alone."""
+        generator = random_generator(self.seed, CAPTION_STREAM, epoch, step)
+        size = min(self.count, self.available)
+        drawn = np.sort(generator.choice(self.available, size, replace=False, shuffle=False))
+        return drawn if self.rows is None else self.rows[drawn]
+
+    def vectors(self, epoch: int, step: int, device: torch.device) -> Tensor:
+        """Return the embeddings of these rows, fp32 [M, D] on `device`."""
+        rows = self.drawn(epoch, step)
+        cuts = np.searchsorted(rows, self.ends)
+        first = np.concatenate([[0], cuts])
+        start = np.concatenate([[0], self.ends])
+        taken = [
+            part[rows[first[i] : first[i + 1]] - start[i]] for i, part in enumerate(self.parts)
+        ]
+        return torch.from_numpy(np.concatenate(taken)).to(device).float()
+
+
+class TwoSets:
+    """Images of one set and then of another, numbered through, for one loader."""
+
+    def __init__(self, first: ImageData, second: ImageData) -> None:
+        self.first, self.second = first, second
+
+    def read(self, index: int) -> Image.Image:
+        behind = index - len(self.first)
+        return self.first.read(index) if behind < 0 else self.second.read(behind)
+
+
+class Distillation:
+    """What the image stage distils: on training images, and on mixtures or generic images.
+
+    Args:
+        teacher: the untrained model; runs on mixtures only.
+        captions: what to draw the captions from.
+        vectors: float [N, D], the untrained model's embeddings of the training images.
+        weight: of each of the terms.
+        rate: mixtures per training image; with `generic`, images of it per training image.
+        seed: of the mixtures and of the order of the generic images.
+        generic: images without labels that are drawn instead of mixtures.
+        generic_vectors: float [G, D], the untrained model's embeddings of them.
+    """
+
+    def __init__(
+        self,
+        teacher: ClipModel,
+        captions: CaptionSample,
+        vectors: Matrix,
+        *,
+        weight: float,
+        rate: float,
+        seed: int,
+        generic: ImageData | None = None,
+        generic_vectors: Matrix | None = None,
+    ) -> None:
+        self.teacher, self.captions = teacher, captions
+        self.known = [vectors] if generic_vectors is None else [vectors, generic_vectors]
+        self.weight, self.seed = weight, seed
+        self.generic = generic
+        self.rate = rate if generic is None else max(rate, GENERIC_RATE)
+        self.scale = logit_scale(teacher)
+
+    def extra(self, images: int) -> int:
+        """Return how many mixtures or generic images go with a micro-batch of `images`."""
+        return round(self.rate * images)
+
+    def order_with_generic(self, order: Indices, batch_size: int, epoch: int) -> Indices:
+        """Put each batch's generic images behind it, numbered on from the N training images."""
+        assert self.generic is not None
+        n, batches = len(self.known[0]), np.split(order, range(batch_size, len(order), batch_size))
+        counts = [self.extra(len(batch)) for batch in batches]
+        generator = random_generator(self.seed, GENERIC_STREAM, epoch)
+        rounds = -(-sum(counts) // len(self.generic))
+        drawn = [generator.permutation(len(self.generic)) for _ in range(rounds)]
+        parts = np.split(np.concatenate([*drawn, order[:0]]), np.cumsum(counts))
+        return np.concatenate(
+            [x for pair in zip(batches, parts, strict=False) for x in (pair[0], n + pair[1])]
+        )
+
+    def mixed(self, pixels: Tensor, epoch: int, step: int, micro_batch: int) -> Tensor:
+        """Return the micro-batch's mixtures [n, 3, H, W] of its `pixels` [B, 3, H, W]."""
+        generator = random_generator(self.seed, MIXTURE_STREAM, epoch, step, micro_batch)
+        described = self.teacher.preprocess_cfg
+        count = self.extra(len(pixels))
+        return mixtures(pixels, count, generator, described["mean"], described["std"])
+
+    def cached(self, rows: npt.NDArray[np.int64], device: torch.device) -> Tensor:
+        """Return the untrained model's unit embeddings of images, fp32 [B, D]."""
+        n = len(self.known[0])
+        inside = rows < n
+        parts = [np.asarray(self.known[0][rows[inside]])]
+        if not inside.all():  # generic images stand behind the training images
+            parts.append(np.asarray(self.known[1][rows[~inside] - n]))
+        vectors = torch.from_numpy(np.concatenate(parts)).to(device).float()
+        return nn.functional.normalize(vectors, dim=1)
+
+    @torch.no_grad()
+    def taught(self, pixels: Tensor) -> Tensor:
+        """Return the untrained model's unit embeddings, fp32 [B, D], of images that are new."""
+        with evaluation_mode(self.teacher.model.visual):  # type: ignore[arg-type]
+            return self.teacher.image_features(pixels)
+
+    def sum(self, features: Tensor, original: Tensor, captions: Tensor) -> Tensor:
+        """Return the sum of the images' divergences."""
+        return caption_divergence(features, original, captions, self.scale).sum()
