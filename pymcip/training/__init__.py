@@ -96,9 +96,10 @@ _log = logging.getLogger("pymcip.training")
 class TrainResult:
     """What `train` returns, and writes as `result.json`.
 
-    `metrics`: last evaluation on `val_data` in percent, that of the exported model; `before`: the
-    same before training (both {} without `val_data`). `interrupted`: "SIGINT" or "SIGTERM" if the
-    run stopped early with a checkpoint, else None; `hub` and `state_dict` are None then.
+    `metrics`: last evaluation on `val_data` in percent, of the exported model if there is one;
+    `before`: the same before training (both {} without `val_data`). `interrupted`: "SIGINT" or
+    "SIGTERM" if the run stopped early with a checkpoint, else None; `hub` and `state_dict` are None
+    then.
 
     `alignment`, of a run with `alignment_budget` (None without, or if interrupted; also written as
     `alignment.json`):
@@ -108,7 +109,8 @@ class TrainResult:
     - `coefficient`: how far the exported model is on the line from the original weights (0) to the
       tuned ones (1).
     - `kept`: what it keeps of the original's alignment, 0 to 1; `image_to_text`, `text_to_image`:
-      the same by direction. `kept_tuned`: of the tuned model, `kept_by_epoch`: while it was trained.
+      the same by direction (all None if nothing is exported). `kept_tuned`: of the tuned model,
+      `kept_by_epoch`: while it was trained.
     - `probe`: how many `images` and `captions` were asked for, and their `source`.
     - `tried`: [coefficient, kept] in the order of the search; `seconds`: spent on all probing.
     """
@@ -243,6 +245,7 @@ class _Trainer:
         self.before: dict[str, float] = {}
         self.probe_sources: ProbeSources | None = None
         self.probe: AlignmentProbe | None = None
+        self.original: dict[str, Tensor] = {}  # its weights, of a run with a budget
         self.probe_seconds = 0.0
 
     def run(self, interruption: Interruption) -> TrainResult:
@@ -576,8 +579,12 @@ class _Trainer:
             kept, 1 - config.alignment_budget, evaluations=EVALUATIONS_OF_SEARCH
         )
         respected = search.coefficient > 0
+        directions: dict[str, float | None] = dict.fromkeys(["image_to_text", "text_to_image"])
+        if respected:
+            directions |= asdict(measured[search.coefficient])
         model.load_state_dict(interpolated(self.original, tuned, search.coefficient))
-        records = [json.loads(line) for line in (self.out / "metrics.jsonl").open(encoding="utf-8")]
+        lines = (self.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        records = [json.loads(line) for line in lines]
         if respected:
             _log.info(
                 "coefficient %.4f keeps %.4f of its alignment (tuned: %.4f)",
@@ -594,8 +601,8 @@ class _Trainer:
             "budget": config.alignment_budget,
             "respected": respected,
             "coefficient": search.coefficient,
-            "kept": search.kept,
-            **asdict(measured.get(search.coefficient, Kept(1.0, 1.0))),
+            "kept": search.kept if respected else None,
+            **directions,
             "kept_tuned": search.tried[0][1],
             "kept_by_epoch": [
                 Kept(**record["alignment"]).alignment for record in records if "alignment" in record
