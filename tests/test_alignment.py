@@ -1,0 +1,637 @@
+"""The alignment budget: mixtures, the probe, the search, the running average, and whole runs."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import pymcip
+from pymcip.data import load_images
+from pymcip.errors import ConfigError, DataError
+from pymcip.model import ClipModel, load
+from pymcip.training import alignment, loop
+from pymcip.training.alignment import AlignmentProbe, affordable, probe_pixels, probe_rows
+from pymcip.training.averaging import RunningAverage
+from pymcip.training.checkpoints import checkpoint_files, load_checkpoint
+from pymcip.training.interpolation import interpolated, largest_coefficient
+from pymcip.training.mixtures import mixtures
+
+THINGS = ["red square", "green square", "dog", "city at night", "wooden box", "tree", "cup", "car"]
+TEXTS = [f"a photo of a {thing}, number {number}" for number in range(16) for thing in THINGS]
+
+
+def perturbed(clip: ClipModel, amount: float, seed: int = 0) -> ClipModel:
+    """The same model, its weights moved by `amount` of their own spread."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in clip.model.named_parameters():
+            if name != "logit_scale":
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter += amount * parameter.std(correction=0) * noise
+    return clip
+
+
+def random_pixels(count: int, size: int = 32) -> torch.Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(7))
+
+
+# --- mixtures -----------------------------------------------------------------------------------
+
+GREY = {"mean": (0.48, 0.46, 0.41), "std": (0.27, 0.26, 0.28)}
+
+
+def normalised(images: torch.Tensor) -> torch.Tensor:
+    mean, std = (torch.tensor(GREY[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
+    return (images - mean) / std
+
+
+def shown(pixels: torch.Tensor) -> torch.Tensor:
+    mean, std = (torch.tensor(GREY[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
+    return pixels * std + mean
+
+
+def test_mixtures_depend_on_the_generator_alone() -> None:
+    pixels = normalised(torch.rand(5, 3, 20, 24, generator=torch.Generator().manual_seed(0)))
+    before = pixels.clone()
+    state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    one = mixtures(pixels, 9, np.random.default_rng(3), **GREY)
+    assert torch.equal(torch.get_rng_state(), state[0])
+    assert np.array_equal(np.random.get_state()[1], state[1])  # noqa: NPY002
+    assert torch.equal(pixels, before)
+    assert one.shape == (9, 3, 20, 24)
+    assert torch.equal(one, mixtures(pixels, 9, np.random.default_rng(3), **GREY))
+    assert not torch.equal(one, mixtures(pixels, 9, np.random.default_rng(4), **GREY))
+    assert shown(one).min() >= -1e-6
+    assert shown(one).max() <= 1 + 1e-6
+    assert mixtures(pixels, 0, np.random.default_rng(3), **GREY).shape == (0, 3, 20, 24)
+
+
+def test_rectangles_are_pasted_and_colours_changed() -> None:
+    """Of plain mid-grey images only the brightness can change: what differs in it was pasted."""
+    pixels = normalised(torch.full((2, 3, 40, 40), 0.5))
+    made = shown(mixtures(pixels, 600, np.random.default_rng(0), **GREY))
+    corner = made[:, :, :1, :1]
+    inner = ((made - corner).abs() > 1e-4).all(1)
+    areas = inner.float().mean((1, 2))
+    areas = torch.minimum(areas, 1 - areas)  # the corner itself may lie in the rectangle
+    pasted = areas > 0
+    # 4 of 10 are pasted; of those, both parts keep their colours (0.4 * 0.4) and look the same
+    assert abs(float(pasted.float().mean()) - 0.4 * (1 - 0.16)) < 0.05
+    assert areas[pasted].min() >= 0.29**2
+    assert areas[pasted].max() <= 0.5
+    grey = (made[:, 0, 0, 0] - 0.5).abs() < 1e-4
+    assert 0.15 < float(grey.float().mean()) < 0.4
+
+
+# --- the probe ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("captions", "rows"), [(1, 0), (4, 2), (100, 50), (256, 64), (1000, 250)])
+def test_rows_of_the_probe(captions: int, rows: int) -> None:
+    drawn = probe_rows(captions, seed=3)
+    assert drawn.dtype == np.int64
+    assert len(np.unique(drawn)) == len(drawn) == rows
+    assert set(drawn.tolist()) <= set(range(captions))
+    assert np.array_equal(drawn, probe_rows(captions, seed=3))
+    assert len(probe_rows(captions, seed=3, part=False)) == captions
+
+
+def test_large_corpora_give_4096_rows() -> None:
+    drawn = probe_rows(100_000, seed=0)
+    assert len(drawn) == len(probe_rows(5000, seed=0, part=False)) == 4096
+    assert not np.array_equal(drawn, probe_rows(100_000, seed=1))
+
+
+def test_the_probe_costs_at_most_its_share() -> None:
+    count = affordable(10_000 * 3, 11, fewest=32, most=1024)
+    assert count * 11 <= 0.08 * 3 * 10_000 * 3 < (count + 1) * 11
+    assert affordable(100, 11, fewest=32, most=1024) == 32
+    assert affordable(10**7, 11, fewest=32, most=1024) == 1024
+
+
+def oracle(base: np.ndarray, tuned: np.ndarray, scale: float, tasks: list[np.ndarray]) -> float:
+    """The definition, in fp64: rows are queries, columns what they choose from."""
+    given = best = 0.0
+    for row in range(len(base)):
+        for task in tasks:
+            logits = scale * base[row, task]
+            shares = np.exp(logits - logits.max())
+            shares /= shares.sum()
+            given += shares[np.argmax(tuned[row, task])]
+            best += shares.max()
+    return given / best
+
+
+@pytest.mark.parametrize(
+    ("images", "texts", "names"), [(20, 40, False), (70, 80, False), (70, 80, True)]
+)
+def test_probe_against_the_definition(
+    images: int, texts: int, names: bool, tiny_clip: ClipModel, tiny_model_dir: Path
+) -> None:
+    pixels = random_pixels(images).half()
+    asked = TEXTS[:texts]
+    prompts = [template.format(text) for text in asked for template in ("a photo of a {}.", "{}")]
+    probe = AlignmentProbe(tiny_clip, pixels, asked, seed=5, names=names)
+
+    def embed(clip: ClipModel) -> tuple[np.ndarray, np.ndarray]:
+        vectors = clip.encode_texts(prompts if names else asked).numpy().astype(np.float64)
+        if names:
+            vectors = vectors.reshape(texts, 2, -1).mean(1)
+            vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        return clip.encode_images(pixels.float()).numpy().astype(np.float64), vectors
+
+    scale = float(np.exp(float(tiny_clip.model.logit_scale.detach())))  # type: ignore[arg-type,union-attr,operator]
+    original_images, original_texts = embed(tiny_clip)
+    tuned = perturbed(load(f"local-dir:{tiny_model_dir}", device="cpu", precision="fp32"), 0.3)
+    tuned_images, tuned_texts = embed(tuned)
+    base = original_images @ original_texts.T
+    text_tasks, image_tasks = probe._text_tasks, probe._image_tasks
+    assert len(text_tasks) == (1 if names or texts <= 64 else 100)
+    assert len(image_tasks) == (1 if images <= 64 else 100)
+    assert {len(set(task.tolist())) for task in text_tasks} == {texts if names else min(64, texts)}
+    for anew, now in ((False, original_texts), (True, tuned_texts)):
+        kept = probe.measure(tuned, texts=anew)
+        similarities = tuned_images @ now.T
+        forth = oracle(base, similarities, scale, text_tasks)
+        back = oracle(base.T, similarities.T, scale, image_tasks)
+        assert kept.image_to_text == pytest.approx(forth, abs=1e-6)
+        assert kept.text_to_image == pytest.approx(back, abs=1e-6)
+        assert kept.alignment == kept.image_to_text < 1
+    only_texts = probe.measure(tuned, images=False, texts=True)
+    forth = oracle(base, original_images @ tuned_texts.T, scale, text_tasks)
+    assert only_texts.image_to_text == pytest.approx(forth, abs=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "amp_bf16"])
+@pytest.mark.parametrize("stored", [False, True])
+def test_the_original_keeps_everything(precision: str, stored: bool, tiny_model_dir: Path) -> None:
+    clip = load(f"local-dir:{tiny_model_dir}", device="cpu", precision=precision)
+    vectors = clip.encode_texts(TEXTS).half() if stored else None
+    probe = AlignmentProbe(clip, random_pixels(130), TEXTS, seed=0, vectors=vectors)
+    kept = probe.measure(clip, texts=not stored)
+    assert (kept.image_to_text, kept.text_to_image) == (1.0, 1.0)
+    assert probe.measure(perturbed(clip, 0.02)).alignment < 1
+
+
+def test_an_answer_the_original_was_sure_of_costs_more(tiny_clip: ClipModel) -> None:
+    """Two texts, p0 by hand: the scale makes the original sure, and the tuned one errs always."""
+    with torch.no_grad():
+        tiny_clip.model.logit_scale.fill_(np.log(100.0))  # type: ignore[union-attr,operator]
+    pixels, texts = random_pixels(8), TEXTS[:2]
+    images = tiny_clip.encode_images(pixels.half().float()).double()
+    margins = 100 * (images @ tiny_clip.encode_texts(texts).double().T).diff(dim=1)[:, 0].abs()
+    probe = AlignmentProbe(tiny_clip, pixels, texts, seed=0)
+    probe._vectors = probe._vectors.flip(0)  # every answer is the other one
+    sure = torch.sigmoid(margins)
+    expected = float((1 - sure).sum() / sure.sum())
+    assert probe.measure(tiny_clip).image_to_text == pytest.approx(expected, rel=1e-4)
+
+
+def test_pixels_of_the_probe(
+    tiny_clip: ClipModel, tiny_images: Callable[..., Path], tmp_path: Path
+) -> None:
+    training = load_images(tiny_images("train"))
+    mixed = probe_pixels(tiny_clip, None, training, 40, 0, 0)
+    assert mixed.shape == (40, 3, 32, 32)  # more than there are images
+    assert mixed.dtype == torch.float16
+    assert torch.equal(mixed, probe_pixels(tiny_clip, None, training, 40, 0, 0))
+    given = load_images(tiny_images("given", classes=2), labelled=False)
+    own = probe_pixels(tiny_clip, given, training, 40, 0, 0)
+    every = {tiny_clip.preprocess_val(given.read(i)).half().numpy().tobytes() for i in range(8)}
+    assert {image.numpy().tobytes() for image in own} == every
+    assert len(probe_pixels(tiny_clip, given, training, 5, 0, 0)) == 5
+    (tmp_path / "bad").mkdir()
+    for index in range(3):
+        (tmp_path / "bad" / f"{index}.jpg").write_bytes(b"no image")
+    with pytest.raises(DataError, match="0 of 3 images of the probe"):
+        probe_pixels(tiny_clip, load_images(tmp_path / "bad", labelled=False), training, 5, 0, 0)
+
+
+def test_memory_of_the_probe_is_bounded(
+    tiny_clip: ClipModel, tiny_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(alignment, "PIXEL_BYTES", 2 * 3 * 32 * 32 * 100)
+    training = load_images(tiny_images("train"))
+    assert 100 <= len(probe_pixels(tiny_clip, None, training, 1000, 0, 0)) < 100 + alignment.BATCH
+
+
+# --- between two models -------------------------------------------------------------------------
+
+
+def test_interpolation_is_exact_at_its_ends_and_where_nothing_changed() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)) for _ in range(2)]
+    for layer, mean in zip(layers, (0.1, 0.7), strict=True):
+        layer[1].running_mean.fill_(mean)  # type: ignore[union-attr,operator]
+        layer(torch.randn(2, 3, 4, 4))
+    original, tuned = (layer.state_dict() for layer in layers)
+    tuned["0.bias"] = original["0.bias"].clone()
+    tuned["1.num_batches_tracked"] += 6
+    for coefficient, expected in ((0.0, original), (1.0, tuned)):
+        found = interpolated(original, tuned, coefficient)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    for coefficient in (1 / 128, 0.3, 0.5, 0.9):
+        found = interpolated(original, tuned, coefficient)
+        assert torch.equal(found["0.bias"], original["0.bias"])
+        assert int(found["1.num_batches_tracked"]) == 7
+        for name in ("0.weight", "1.running_mean", "1.running_var"):
+            one, other = original[name].double(), tuned[name].double()
+            exact = (1 - coefficient) * one + coefficient * other
+            torch.testing.assert_close(found[name].double(), exact, rtol=1e-6, atol=1e-7)
+    with pytest.raises(ValueError, match="1 names are in one state alone"):
+        interpolated(original, {**tuned, "extra": torch.zeros(1)}, 0.5)
+
+
+def test_search_takes_the_tuned_model_if_it_may() -> None:
+    search = largest_coefficient(lambda c: 1 - 0.01 * c, 0.99)
+    assert (search.coefficient, search.kept) == (1.0, 0.99)
+    assert search.tried == [(1.0, 0.99)]
+
+
+@pytest.mark.parametrize("end", [0.01, 0.3, 0.4142, 0.77, 0.999])
+def test_search_finds_the_end_of_what_is_allowed(end: float) -> None:
+    search = largest_coefficient(lambda c: 1.0 if c <= end else 0.5, 0.98)
+    assert search.coefficient <= end < search.coefficient + 1 / 128
+    assert len(search.tried) == 8
+    assert [c for c, _ in search.tried[:2]] == [1.0, 0.5]
+
+
+def test_what_the_search_returns_was_measured_and_respects_the_bound() -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        heights = generator.uniform(0.9, 1.0, 1000)
+        search = largest_coefficient(lambda c: heights[int(c * 999)], 0.95)  # noqa: B023
+        respecting = [pair for pair in search.tried if pair[1] >= 0.95]
+        if respecting:
+            assert (search.coefficient, search.kept) == max(respecting)
+        else:
+            assert (search.coefficient, search.kept) == (0.0, 1.0)
+    calls: list[float] = []
+    none = largest_coefficient(lambda c: calls.append(c) or 0.2, 0.9, evaluations=5)  # type: ignore[func-returns-value]
+    assert none.coefficient == 0
+    assert calls == [1.0, 0.5, 0.25, 0.125, 0.0625]
+
+
+# --- the running average ------------------------------------------------------------------------
+
+
+def test_running_average_against_its_recursion() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
+    for parameter in module[2].parameters():  # type: ignore[union-attr]
+        parameter.requires_grad_(False)
+    average = RunningAverage(module, decay=0.3)
+    names = ["0.weight", "1.bias", "1.running_mean"]
+    expected = {name: module.state_dict()[name].double().numpy().copy() for name in names}
+    for update in range(6):
+        decay = min(0.3, (1 + update) / (10 + update))
+        with torch.no_grad():
+            for name in names:
+                value = module.state_dict()[name]
+                value += torch.randn(value.shape)
+                expected[name] = decay * expected[name] + (1 - decay) * value.double().numpy()
+        average.update()
+    own = {name: value.clone() for name, value in module.state_dict().items()}
+    with average.in_place():
+        for name in names:
+            np.testing.assert_allclose(module.state_dict()[name].numpy(), expected[name], atol=1e-6)
+        assert torch.equal(module.state_dict()["2.weight"], own["2.weight"])
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, own[name])
+    again = RunningAverage(module, decay=0.3)
+    again.load_state_dict(average.state_dict())
+    again.store()
+    np.testing.assert_allclose(
+        module.state_dict()["0.weight"].numpy(), expected["0.weight"], atol=1e-6
+    )
+    assert again.updates == 6
+    with pytest.raises(KeyError):
+        RunningAverage(nn.Linear(2, 2), 0.3).load_state_dict(average.state_dict())
+
+
+# --- whole runs ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def options(
+    tmp_path: Path,
+    tiny_model_dir: Path,
+    tiny_images: Callable[..., Path],
+    captions_file: Callable[..., Path],
+) -> dict[str, Any]:
+    """Options of a run of 2 x 3 steps whose budget bites."""
+    return {
+        "model": f"local-dir:{tiny_model_dir}",
+        "train_data": str(tiny_images("train")),
+        "captions": str(captions_file(TEXTS)),
+        "threshold": -1.0,
+        "out": str(tmp_path / "run"),
+        "device": "cpu",
+        "precision": "fp32",
+        "epochs": 2,
+        "batch_size": 4,
+        "lr": 1e-2,
+        "warmup": 2,
+        "rea_epochs": 2,
+        "rea_batch_size": 6,
+        "rea_lr": 1e-5,
+        "log_steps": 1,
+        "save_steps": 2,
+        "alignment_budget": 0.05,
+    }
+
+
+def lines_of(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def remeasured(options: dict[str, Any], hub: Path) -> float:
+    """What the exported model keeps on the run's probe, made again from its definition."""
+    original, tuned = (
+        load(name, device="cpu", precision="fp32")
+        for name in (options["model"], f"local-dir:{hub}")
+    )
+    pixels = probe_pixels(original, None, load_images(options["train_data"]), 32, 0, 0)
+    texts = [TEXTS[row] for row in probe_rows(len(TEXTS), 0)]
+    probe = AlignmentProbe(original, pixels, texts, seed=0)
+    return probe.measure(tuned, texts=True).alignment
+
+
+@pytest.mark.parametrize("method", ["mcip", "gpr", "mcip+rea"])
+def test_exported_model_keeps_the_budget(method: str, options: dict[str, Any]) -> None:
+    result = pymcip.train(**options, method=method)
+    found = result.alignment
+    assert found is not None
+    assert result.hub is not None
+    assert found["respected"]
+    assert 0 < found["coefficient"] < 1
+    assert found["kept_tuned"] < 0.95 <= found["kept"]
+    assert [found["coefficient"], found["kept"]] in found["tried"]
+    # the probe of mcip has the stored, rounded vectors of its captions
+    assert remeasured(options, result.hub) == pytest.approx(found["kept"], abs=2e-3)
+    assert found["probe"]["images"] == 32
+    assert found["probe"]["captions"] == 64
+    records = [record for record in lines_of(result.out) if "alignment" in record]
+    steps = [3, 6, 8, 10] if method == "mcip+rea" else [3, 6]
+    assert [record["global_step"] for record in records] == steps
+    by_epoch = [record["alignment"]["image_to_text"] for record in records]
+    assert by_epoch == found["kept_by_epoch"]
+    assert by_epoch[-1] == found["kept_tuned"]
+    assert json.loads((result.out / "alignment.json").read_text()) == found
+    assert pymcip.train(**options, method=method, resume="latest") == result
+
+
+def test_exported_weights_lie_between(options: dict[str, Any], tiny_clip: ClipModel) -> None:
+    options = {**options, "val_data": options["train_data"], "method": "mcip"}
+    result = pymcip.train(**options)
+    tuned = load_checkpoint(result.checkpoint)["model"]  # as trained: to be searched again
+    assert result.alignment is not None
+    expected = interpolated(tiny_clip.model.state_dict(), tuned, result.alignment["coefficient"])
+    exported = torch.load(result.state_dict, weights_only=True)
+    assert expected.keys() == exported.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in exported.items())
+    assert not torch.equal(exported["visual.proj"], tuned["visual.proj"])
+    measured = pymcip.evaluate(
+        str(result.out), data=options["val_data"], device="cpu", precision="fp32"
+    ).metrics
+    assert result.metrics == {name: measured[name] for name in result.metrics}
+    last = [record for record in lines_of(result.out) if "evaluation" in record][-1]
+    assert last["evaluation"] != result.metrics
+
+
+def test_a_generous_budget_changes_nothing(options: dict[str, Any], tmp_path: Path) -> None:
+    plain = pymcip.train(**{**options, "alignment_budget": None}, method="gpr")
+    assert plain.alignment is None
+    assert not (plain.out / "alignment.json").exists()
+    for budget in (0.999999, 1.0):
+        kept = pymcip.train(
+            **{**options, "alignment_budget": budget, "out": tmp_path / f"{budget}"}, method="gpr"
+        )
+        one, other = (torch.load(run.state_dict, weights_only=True) for run in (plain, kept))
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
+        if budget < 1:
+            assert kept.alignment is not None
+            assert kept.alignment["coefficient"] == 1
+        else:
+            assert kept.alignment is None
+
+
+def test_a_budget_that_nothing_keeps_exports_nothing(
+    options: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {**options, "alignment_budget": 0.0, "lr": 1.0, "method": "mcip"}
+    result = pymcip.train(**options)
+    assert result.alignment is not None
+    assert not result.alignment["respected"]
+    assert result.alignment["coefficient"] == 0
+    assert result.alignment["kept"] is None
+    assert len(result.alignment["tried"]) == 8
+    assert result.hub is None
+    assert result.state_dict is None
+    assert result.interrupted is None
+    assert not (result.out / "exported").exists()
+    assert result.checkpoint.is_file()
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert any("nothing is exported" in text and "Lower lr" in text for text in warnings)
+    assert pymcip.train(**options, resume="latest") == result
+
+
+def test_probe_of_ones_own(
+    options: dict[str, Any], tiny_images: Callable[..., Path], tmp_path: Path
+) -> None:
+    own = tiny_images("own", classes=5)
+    (tmp_path / "names.tsv").write_text("0\tred square\n1\tgreen square\n2\tdog\n3\tdog\n")
+    sources = {"probe_data": str(own), "probe_class_names": str(tmp_path / "names.tsv")}
+    result = pymcip.train(**{**options, **sources, "captions": None}, method="gpr")
+    assert result.alignment is not None
+    assert result.alignment["probe"] == {
+        "images": 20,
+        "captions": 3,
+        "source": "probe_data, probe_class_names",
+    }
+    (tmp_path / "own.txt").write_text("one caption\nand another\n")
+    result = pymcip.train(
+        **{**options, "out": tmp_path / "second", "probe_captions": str(tmp_path / "own.txt")},
+        method="rea",
+    )
+    assert result.alignment is not None
+    assert result.alignment["probe"]["captions"] == 2
+
+
+# --- resuming -----------------------------------------------------------------------------------
+
+KILLED = """
+import json, os, signal, sys
+import pymcip
+from pymcip.training import loop
+
+step, options = int(sys.argv[1]), json.loads(sys.argv[2])
+inner = loop._step
+
+def killed(run, stage, micro_batches):
+    values = inner(run, stage, micro_batches)
+    if run.position.global_step + 1 == step:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return values
+
+loop._step = killed
+pymcip.train(**options)
+"""
+
+
+def assert_same_run(first: pymcip.TrainResult, second: pymcip.TrainResult) -> None:
+    """Exported bits, running average included in the checkpoints, logged numbers, the search."""
+    one, other = (torch.load(run.state_dict, weights_only=True) for run in (first, second))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    files = [checkpoint_files(run.out / "checkpoints")[-2] for run in (first, second)]
+    averages = [load_checkpoint(path)["average"] for path in files]
+    assert averages[0]["updates"] == averages[1]["updates"] > 0
+    for name, value in averages[0]["average"].items():
+        assert torch.equal(value, averages[1]["average"][name])
+    logs = [
+        [{k: v for k, v in line.items() if k != "samples_per_second"} for line in lines_of(run.out)]
+        for run in (first, second)
+    ]
+    assert logs[0] == logs[1]
+    assert first.alignment is not None
+    assert second.alignment is not None
+    assert {**first.alignment, "seconds": 0} == {**second.alignment, "seconds": 0}
+    assert first.metrics == second.metrics
+
+
+def test_resumed_after_sigkill_gives_the_same_bits(options: dict[str, Any], tmp_path: Path) -> None:
+    options = {**options, "method": "mcip", "epochs": 3, "ema": 0.5}
+    options |= {"val_data": options["train_data"], "precision": "amp_bf16"}
+    whole = pymcip.train(**options)
+    killed = {**options, "out": str(tmp_path / "killed"), "resume": "latest"}
+    point = random.SystemRandom().randrange(4, 10)
+    child = subprocess.run(
+        [sys.executable, "-c", KILLED, str(point), json.dumps(killed)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        cwd=tmp_path,  # not the repository, whose folder would be imported
+    )
+    assert child.returncode == -signal.SIGKILL, f"{point}: {child.stderr}"
+    assert_same_run(whole, pymcip.train(**killed))
+
+
+@pytest.mark.parametrize("where", ["_probe_epoch", "_keep_alignment"])
+def test_resumed_after_a_kill_while_probing(
+    where: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**options, "method": "mcip", "ema": 0.5, "val_data": options["train_data"]}
+    whole = pymcip.train(**options)
+    stopped = {**options, "out": str(tmp_path / "stopped")}
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pymcip.training._Trainer, where, stop)
+        with pytest.raises(KeyboardInterrupt):
+            pymcip.train(**stopped)
+    assert not (tmp_path / "stopped" / "result.json").exists()
+    assert_same_run(whole, pymcip.train(**stopped, resume="latest"))
+
+
+def test_average_is_what_is_evaluated_and_exported(
+    options: dict[str, Any], tiny_clip: ClipModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "visual.proj"
+    expected = tiny_clip.model.state_dict()[name].double().numpy()
+    seen = [expected]
+    inner = loop._step
+
+    def watched(run: Any, stage: Any, micro_batches: Any) -> dict[str, float]:
+        values = inner(run, stage, micro_batches)
+        seen.append(run.clip.model.state_dict()[name].double().numpy())
+        return values
+
+    monkeypatch.setattr(loop, "_step", watched)
+    options = {**options, "alignment_budget": None, "method": "2sft", "ema": 0.2}
+    options["val_data"] = options["train_data"]
+    result = pymcip.train(**options)
+    for update in range(6):
+        decay = min(0.2, (1 + update) / (10 + update))
+        expected = decay * expected + (1 - decay) * seen[update + 1]
+    exported = torch.load(result.state_dict, weights_only=True)
+    np.testing.assert_allclose(exported[name].numpy(), expected, atol=1e-6)
+    assert np.abs(seen[6] - expected).max() > 1e-4
+    assert np.array_equal(seen[7], exported[name].double().numpy())  # what re-alignment sees
+    measured = pymcip.evaluate(
+        str(result.out), data=options["val_data"], device="cpu", precision="fp32"
+    ).metrics
+    assert result.metrics == {name: measured[name] for name in result.metrics}
+
+
+# --- bad options --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"alignment_budget": -0.1}, "alignment_budget=-0.1"),
+        ({"alignment_budget": 1.5}, "alignment_budget=1.5: a share"),
+        ({"method": "2sft", "projector": "discard"}, "gives up the joint"),
+        ({"method": "gpr", "captions": None}, "give captions=, probe_captions= or probe_class"),
+        ({"alignment_budget": None, "probe_data": "x"}, "probe_data is for a budget"),
+        ({"alignment_budget": None, "probe_captions": "x"}, "probe_captions is for a budget"),
+        ({"probe_captions": "x", "probe_class_names": "y"}, "exclude each other"),
+        ({"ema": 1.0}, "ema=1.0: a decay, below 1"),
+        ({"ema": -0.5}, "ema=-0.5"),
+    ],
+)
+def test_bad_options(changes: dict[str, Any], message: str, options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=message):
+        pymcip.train(**{**options, **changes})
+    assert not Path(options["out"]).exists()
+
+
+def test_the_recipe_has_a_budget(options: dict[str, Any]) -> None:
+    plain = {name: value for name, value in options.items() if name != "alignment_budget"}
+    config = pymcip.TrainConfig(**plain, method="mcip+", probe_data="x")
+    assert config.alignment_budget is None
+    assert config.resolved().alignment_budget == 0.02
+    with pytest.raises(ConfigError, match="probe_data is for a budget"):
+        pymcip.TrainConfig(**plain, method="mcip", probe_data="x")
+
+
+def test_bad_sources_are_refused_before_any_work(options: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("a single caption\n")
+    (tmp_path / "one.tsv").write_text("0\tdog\n1\tdog\n")
+    (tmp_path / "single").mkdir()
+    Image.new("RGB", (40, 40)).save(tmp_path / "single" / "one.jpg")
+    for changes, message in [
+        ({"captions": str(tmp_path / "one.txt")}, "1 captions, too few"),
+        ({"probe_captions": str(tmp_path / "one.txt")}, "holds one caption"),
+        ({"probe_class_names": str(tmp_path / "one.tsv")}, "holds one name"),
+        ({"probe_data": str(tmp_path / "single")}, "holds one image"),
+        ({"probe_data": str(tmp_path / "nowhere")}, "nowhere"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            pymcip.train(**{**options, **changes}, method="gpr")
+    assert not Path(options["out"]).exists()
+
+
+def test_the_probe_is_not_overwritten(
+    options: dict[str, Any], tiny_images: Callable[..., Path]
+) -> None:
+    inside = tiny_images("run/probe")
+    with pytest.raises(pymcip.errors.OutputExistsError, match="overwrite would remove"):
+        pymcip.train(**options, method="gpr", probe_data=str(inside), overwrite=True)
+    assert inside.is_dir()
