@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import random
@@ -57,6 +58,7 @@ from pymcip.training.checkpoints import (
     position_of,
     remove_leftovers,
 )
+from pymcip.training.distillation import CaptionSample, Distillation, frozen_copy
 from pymcip.training.interpolation import interpolated, largest_coefficient
 from pymcip.training.logs import MetricsLog, forget_after, log_file
 from pymcip.training.loop import Interruption, Run, fit, restore
@@ -66,7 +68,9 @@ from pymcip.training.stages import (
     Pairs,
     Stage,
     TextStage,
+    add_class_captions,
     caption_bank,
+    class_captions,
     order_caption_bank,
 )
 from pymcip.training.towers import discard_projector
@@ -163,6 +167,13 @@ def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
             f"rea_data={config.rea_data!r} has images but no captions; give a title column, .txt "
             "members or json with a caption, or leave rea_data out to use pseudo-captions"
         )
+    generic = (
+        load_images(config.distill_data, labelled=False)
+        if config.distill_data is not None
+        else None
+    )
+    if config.class_captions:
+        class_captions(data)  # refuses classes without names
     probe_sources = load_probe_sources(config.resolved(), captions)
     clip = load_configured(config, config.aug_cfg)
     if config.resume:
@@ -178,13 +189,14 @@ def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
             *(config.train_data, config.captions, config.rea_data, config.cache),
             *(config.val_data, config.val_class_names),
             *(config.probe_data, config.probe_captions, config.probe_class_names),
+            config.distill_data,
         ),
     )
     write_json(out / "config.json", config.to_dict())
     (out / "checkpoints").mkdir(exist_ok=True)
     remove_leftovers(out / "checkpoints")
     trainer = _Trainer(config.resolved(), out, clip, data, captions, validation, names, pair_data)
-    trainer.probe_sources = probe_sources
+    trainer.probe_sources, trainer.generic = probe_sources, generic
     with Interruption().installed() as interruption, log_file(out / "out.log"):
         return trainer.run(interruption)
 
@@ -243,6 +255,9 @@ class _Trainer:
         self.all_data = data
         self.metrics: dict[str, float] = {}
         self.before: dict[str, float] = {}
+        self.generic: ImageData | None = None
+        self.distillation: Distillation | None = None
+        self.original_tower: nn.Module | None = None
         self.probe_sources: ProbeSources | None = None
         self.probe: AlignmentProbe | None = None
         self.original: dict[str, Tensor] = {}  # its weights, of a run with a budget
@@ -252,6 +267,8 @@ class _Trainer:
         started = time.perf_counter()
         config = self.config
         self._embed_and_mine()
+        if config.trains_images:
+            self._remember_original()
         if self.probe_sources is not None:
             with self._probing():
                 self.original = plain_state(self.clip.model)
@@ -361,16 +378,54 @@ class _Trainer:
             return
         assert self.captions is not None
         self.caption_vectors = cache.captions(self.captions)
-        self.table = mine_captions(
+        mined = mine_captions(
             images=self.embedded.path,
             captions=self.caption_vectors.path,
             out=self.out / "mined",
             k=config.k,
             threshold=config.threshold,
             seed=config.seed,
-        ).table
+        )
+        self.table, self.threshold = mined.table, mined.threshold
         if config.caption_noise > 0:  # mined/ keeps what was mined
             self.table = noisy_captions(self.table, config.caption_noise, config.seed)
+
+    def _remember_original(self) -> None:
+        """Take from the untrained model, which `clip` still is here, what the image stage needs."""
+        config = self.config
+        own = self._cache(self.clip)
+        if config.uses_captions_for_images and config.mine_model is not None:
+            assert self.captions is not None
+            self.caption_vectors = own.captions(self.captions)  # the miner's are of another space
+        if config.class_captions:
+            vectors = self.clip.encode_texts(class_captions(self.data))
+            self.class_vectors = vectors.numpy().astype(np.float16)
+        if config.lora_rank > 0:
+            self.original_tower = copy.deepcopy(self.clip.model.visual)  # type: ignore[assignment]
+        if not config.distill:
+            return
+        assert self.captions is not None  # `TrainConfig.problems` sees to it
+        embedded = self.embedded if config.mine_model is None else own.images(self.data)
+        generic_vectors = None
+        if self.generic is not None:
+            embedded_generic = own.images(self.generic)
+            self.generic = self.generic.select(embedded_generic.rows("img"))
+            generic_vectors = embedded_generic.vectors("img")
+        left_out = None
+        if self.probe_sources is not None and self.probe_sources.from_corpus:
+            left_out = probe_rows(len(self.captions), config.seed)
+        parts = own.captions(self.captions).parts("text")
+        mixes = bool(config.mixtures) and self.generic is None
+        self.distillation = Distillation(
+            frozen_copy(self.clip) if mixes else self.clip,
+            CaptionSample(parts, config.distill_captions, config.seed, left_out),
+            embedded.vectors("img"),
+            weight=config.distill,
+            rate=config.mixtures or 0.0,
+            seed=config.seed,
+            generic=self.generic,
+            generic_vectors=generic_vectors,
+        )
 
     def _cache(self, clip: ClipModel) -> EmbeddingCache:
         """Open the cache for a model whose weights stay as they are while it is in use."""
@@ -386,6 +441,12 @@ class _Trainer:
             assert self.table is not None
             vectors = self.caption_vectors.vectors("text")
             bank, positives = caption_bank(self.table, vectors, config.negatives, config.seed)
+            if config.class_captions:
+                bank, positives = add_class_captions(
+                    bank, positives, self.class_vectors, self.data.labels
+                )
+            if config.caption_weights == "cosine":
+                positives = positives.weighted(self.threshold)
             if config.loss_delta > 0:
                 bank, positives = order_caption_bank(bank, positives, config.seed, self.clip.device)
         return ImageStage(
@@ -395,6 +456,8 @@ class _Trainer:
             class_rows=self._class_means() if config.class_init == "mean" else None,
             bank=bank,
             positives=positives,
+            distillation=self.distillation,
+            original=self.original_tower,
         )
 
     def _class_means(self) -> Tensor:
