@@ -19,7 +19,10 @@ Box = tuple[float, float, float, float]  # left, bottom, right, top
 
 @dataclass(frozen=True)
 class Mark:
-    """A point of the front's figure; points of one `group` share a colour."""
+    """A point of the front's figure; points of one `group` share a colour.
+
+    A `chosen` one was picked by a run itself, on its probe: a star.
+    """
 
     label: str
     x: float
@@ -28,6 +31,7 @@ class Mark:
     y_error: float
     group: str
     front: bool
+    chosen: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,8 @@ def draw_front(marks: Sequence[Mark], x_title: str, y_title: str, out: Path) -> 
             xerr=mark.x_error or None,
             yerr=mark.y_error or None,
             color=colour,
-            marker="s" if number == 0 else "o",
+            marker="s" if number == 0 else "*" if mark.chosen else "o",
+            markersize=12 if mark.chosen else None,
             markerfacecolor=colour if mark.front else "white",
             elinewidth=0.8,
             linestyle="none",

@@ -32,6 +32,7 @@ from pymcip.training import train
 
 TEXT_METRICS = ("t2i_r5", "zero_shot")  # what alignment is the mean of, by default
 MODEL_OPTIONS = ("image_size", "device", "precision")
+KEPT = ("coefficient", "kept")  # what a run with an alignment budget has chosen on its probe
 NO_CHECKPOINTS = 1_000_000  # save_steps of runs that are short: a checkpoint an epoch is enough
 TITLES = {"i2i_map": "I2I mAP", "i2i_r1": "I2I R@1", "knn": "k-NN", "zero_shot": "zero-shot",
           "zero_shot_top5": "zero-shot top-5", "t2i_map": "T2I mAP"}  # fmt: skip
@@ -303,7 +304,10 @@ def _run_point(prepared: _Seed, point: Point, failed: dict[str, PymcipError]) ->
     model |= {name: getattr(point.config, name) for name in MODEL_OPTIONS}
     file = prepared.folder / "metrics" / f"{point.run}.json"
     record: dict[str, Any] = {"metrics": _measured(model, prepared.evaluations, file)}
-    record["seconds"] = round(read_json(folder / "result.json")["seconds"], 1)
+    result = read_json(folder / "result.json")
+    record["seconds"] = round(result["seconds"], 1)
+    if result.get("alignment") is not None:
+        record |= {name: result["alignment"][name] for name in KEPT}
     mined = folder / "mined" / "report.json"
     if point.config.needs_captions and mined.is_file():
         report = read_json(mined)
@@ -416,7 +420,7 @@ def _rows(
             rows.append({**row, "error": " ".join(errors[0].split())})
             continue
         row |= _summary([_values(one["metrics"], names) for one in per_seed], bases)
-        for name in ("threshold", "captions_per_image"):
+        for name in ("threshold", "captions_per_image", *KEPT):
             if all(name in one for one in per_seed):
                 row[name] = round(float(np.mean([one[name] for one in per_seed])), 4)
         rows.append(row)
@@ -455,7 +459,9 @@ def _markdown(
     counted = {"threshold", "k"} & config.axes.keys()
     heads = [next(iter(config.axes)).replace("_", " ") if len(config.axes) == 1 else "settings"]
     heads += [_title(name, names) for name in qualities]
-    heads += (["captions per image"] if counted else []) + ["front"]
+    chosen = any("coefficient" in row for row in table)
+    heads += (["captions per image"] if counted else []) + (["chosen, kept"] if chosen else [])
+    heads += ["front"]
     lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 2) + ":---:|"]
     for row in table:
         name = row["point"]
@@ -471,9 +477,13 @@ def _markdown(
                 cells.append(
                     f"{row['captions_per_image']:.1f}" if "captions_per_image" in row else ""
                 )
+            if chosen:
+                cells.append(
+                    f"{row['coefficient']:.2f}, {100 * row['kept']:.1f}" if "kept" in row else ""
+                )
             cells.append("yes" if row["front"] else "")
         lines.append("| " + " | ".join([name, *cells]) + " |")
-    return "\n".join(lines) + "\n\n" + _notes(names, seeds) + "\n"
+    return "\n".join(lines) + "\n\n" + _notes(names, seeds, chosen) + "\n"
 
 
 def _cell(quality: dict[str, float | None], is_base: bool) -> str:
@@ -486,13 +496,18 @@ def _cell(quality: dict[str, float | None], is_base: bool) -> str:
     return f"{text} ({number(quality['gain'], quality['gain_deviation'], '+')})"
 
 
-def _notes(names: dict[str, list[str]], seeds: int) -> str:
+def _notes(names: dict[str, list[str]], seeds: int, chosen: bool) -> str:
     spread = " ± their standard deviation" if seeds > 1 else ""
     text = f"Percent, means over {seeds} seed{'s' if seeds > 1 else ''}{spread}; "
     text += "in brackets the difference to the base (the model before training). "
     if len(names["alignment"]) > 1:
         parts = " and ".join(_title(name, {}) for name in names["alignment"])
         text += f"Alignment: mean of {parts}. "
+    if chosen:
+        text += (
+            "Chosen: how far the exported weights are on the line from the base (0) to the tuned ones "
+            "(1), found on the probe; kept: the share of its alignment that they keep there, in percent. "
+        )
     return text + "Front: no other row is better in one quality and as good in the other."
 
 
@@ -520,6 +535,7 @@ def _draw(
                 y_error=row["retrieval"]["gain_deviation"] or 0.0,
                 group=_group(row["settings"]),
                 front=row["front"],
+                chosen="coefficient" in row,
             )
             for row in done
         ],

@@ -1,0 +1,228 @@
+"""What keeps alignment: each means beside plain mcip, and how well the probe foretells the loss.
+
+    python bench/bench_alignment.py ablation --seeds 3 --out runs/alignment --store
+    python bench/bench_alignment.py probe --runs runs/alignment/seed*/runs/* --store
+
+`ablation` trains every variant on the demo's worlds with the demo's recipe and the same epochs, and
+gives its gains over the untrained model on the test scenes, whose emoji training never sees. All
+variants but those with a budget of their own are measured by the probe without being held to it.
+
+`probe` compares what the probe says a run has lost with what it has lost on data that neither of
+them has seen: zero-shot accuracy on `--data` (by default the test scenes of each run's own world),
+relative to the untrained model's. Every run is measured at each of `--coefficients` between the
+untrained and the tuned weights. The last line of stdout is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from harness import Report
+
+import pymcip
+from pymcip.config import TrainConfig
+from pymcip.data import load_captions, load_images
+from pymcip.demo.run import Recipe, evaluation_options, prepare_world, train_source
+from pymcip.demo.world import BASE_FOLDER, World
+from pymcip.evaluation import evaluate_model, read_class_names
+from pymcip.files import read_json
+from pymcip.model import load_configured
+from pymcip.training.alignment import AlignmentProbe, probe_pixels, probe_rows
+from pymcip.training.checkpoints import checkpoint_files, load_checkpoint
+from pymcip.training.interpolation import interpolated
+
+UNBOUND = {"alignment_budget": 0.999}  # measured, and not held to anything
+VARIANTS: dict[str, dict[str, Any]] = {
+    "gpr": {"method": "gpr", **UNBOUND},
+    "mcip": {"method": "mcip", **UNBOUND},
+    "mcip, caption weights by cosine": {"caption_weights": "cosine", **UNBOUND},
+    "mcip, whole bank as negatives": {"negatives": "bank", **UNBOUND},
+    "mcip, running average 0.99": {"ema": 0.99, **UNBOUND},
+    "mcip, layer decay 0.7": {"layer_decay": 0.7, **UNBOUND},
+    "mcip, LoRA of rank 8": {"lora_rank": 8, **UNBOUND},
+    "mcip, distill 1": {"distill": 1.0, **UNBOUND},
+    "mcip, distill 1, mixtures 1/8": {"distill": 1.0, "mixtures": 0.125, **UNBOUND},
+    "mcip, budget 5 %": {"alignment_budget": 0.05},
+    "gpr, distill 1": {"method": "gpr", "distill": 1.0, **UNBOUND},
+    "mcip+": {"method": "mcip+"},
+}
+METRICS = ("i2i_map", "zero_shot", "t2i_r5")
+IMAGES = 512  # of the probe, for the correlation
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    ablation = commands.add_parser("ablation")
+    ablation.add_argument("--seeds", type=int, default=3)
+    ablation.add_argument("--first-seed", type=int, default=0)
+    ablation.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS))
+    ablation.add_argument("--out", type=Path, default=Path("runs/alignment"))
+    probe = commands.add_parser("probe")
+    probe.add_argument("--runs", type=Path, nargs="+", required=True)
+    probe.add_argument("--coefficients", type=float, nargs="+", default=[0.25, 0.5, 0.75, 1.0])
+    probe.add_argument("--data", help="images of a domain that training did not see")
+    probe.add_argument("--class-names", type=Path)
+    probe.add_argument("--templates", nargs="+", default=["a photo of a {}", "{}"])
+    probe.add_argument("--image-size", type=int, help="of the evaluation")
+    for command in (ablation, probe):
+        command.add_argument("--store", action="store_true", help="add the rows to bench/results")
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    report = Report("alignment", device=device, dtype="bfloat16 autocast")
+    run = run_ablation if arguments.command == "ablation" else run_probe
+    report.finish(store=arguments.store, summary=run(report, arguments))
+
+
+# --- ablation -----------------------------------------------------------------------------
+
+
+def run_ablation(report: Report, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train every variant in every world; a row per variant."""
+    seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
+    worlds = {seed: _world(arguments.out / f"seed{seed}", seed) for seed in seeds}
+    base = f"local-dir:{BASE_FOLDER}"
+    before = {
+        seed: pymcip.evaluate(model=base, **evaluation_options(world)).metrics
+        for seed, world in worlds.items()
+    }
+    summary = {}
+    for name in arguments.variants:
+        found = [
+            _variant(name, arguments.out / f"seed{seed}", seed, world)
+            for seed, world in worlds.items()
+        ]
+        row: dict[str, Any] = {"command": "ablation", "variant": name, "options": VARIANTS[name]}
+        row["seeds"] = list(seeds)
+        for metric in METRICS:
+            gains = np.array(
+                [one[metric] - before[seed][metric] for seed, one in zip(seeds, found, strict=True)]
+            )
+            row[metric] = {
+                "base": round(float(np.mean([before[seed][metric] for seed in seeds])), 2),
+                "gain": round(float(gains.mean()), 2),
+                "deviation": round(float(gains.std(ddof=1)), 2) if len(gains) > 1 else None,
+            }
+        for figure in ("kept", "coefficient", "seconds", "probe_seconds"):
+            row[figure] = round(float(np.mean([one[figure] for one in found])), 4)
+        report.record(row)
+        summary[name] = {metric: row[metric]["gain"] for metric in METRICS}
+    return summary
+
+
+def _world(folder: Path, seed: int) -> World:
+    return prepare_world(dataclasses.replace(Recipe().world, seed=seed), folder / "world")
+
+
+def _variant(name: str, folder: Path, seed: int, world: World) -> dict[str, float]:
+    options = {"method": "mcip", **Recipe().train, **VARIANTS[name]}
+    result = pymcip.train(
+        model=f"local-dir:{BASE_FOLDER}",
+        train_data=train_source(world),
+        captions=str(world.captions),
+        cache=folder / "embeddings",
+        out=folder / "runs" / re.sub(r"[^a-z0-9+]+", "-", name.lower()),
+        seed=seed,
+        save_steps=1_000_000,
+        resume="latest",  # a finished run with these options is used as it is
+        **options,
+    )
+    assert result.alignment is not None
+    metrics = pymcip.evaluate(model=str(result.out), **evaluation_options(world)).metrics
+    return {
+        **metrics,
+        "kept": result.alignment["kept"],
+        "coefficient": result.alignment["coefficient"],
+        "seconds": result.seconds,
+        "probe_seconds": result.alignment["seconds"],
+    }
+
+
+# --- the probe against the truth ------------------------------------------------------------
+
+
+def run_probe(report: Report, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure every run at every coefficient; a row with all points and their rank correlation."""
+    points = []
+    for folder in arguments.runs:
+        started = time.perf_counter()
+        found = _points(folder, arguments)
+        points += found
+        print(f"{folder}: {found} ({time.perf_counter() - started:.0f} s)", flush=True)
+    summary: dict[str, Any] = {"command": "probe", "points": len(points)}
+    losses = {
+        name: np.array([point[name] for point in points])
+        for name in ("image_to_text", "text_to_image", "unseen")
+    }
+    for name in ("image_to_text", "text_to_image"):
+        summary[f"spearman_{name}"] = round(rank_correlation(losses[name], losses["unseen"]), 3)
+    report.record({**summary, "data": arguments.data or "test scenes", "each": points})
+    return summary
+
+
+def _points(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """What the probe and the unseen data say of a run's tuned weights at each coefficient."""
+    options = read_json(folder / "config.json")
+    config = TrainConfig.make(None, {**options, "out": folder})
+    clip = load_configured(config)
+    original = {name: value.clone() for name, value in clip.model.state_dict().items()}
+    training = load_images(config.train_data)
+    captions = load_captions(config.captions or ())
+    rows = probe_rows(len(captions), config.seed)
+    pixels = probe_pixels(clip, None, training, IMAGES, config.seed, config.workers)
+    probe = AlignmentProbe(clip, pixels, [captions[int(i)] for i in rows], seed=config.seed)
+    evaluation = config.to_dict() | {"image_size": arguments.image_size or config.image_size}
+    unseen = load_configured(TrainConfig.make(None, evaluation))
+    if arguments.data is None:
+        world = folder.parent.parent / "world"
+        data, names = str(world / "test-*.tar"), world / "test_names.tsv"
+    else:
+        data, names = arguments.data, arguments.class_names
+    tested = load_images(data, labelled=False)
+    class_names = read_class_names(names)
+
+    def zero_shot() -> float:
+        return evaluate_model(
+            unseen, tested, class_names=class_names, templates=arguments.templates
+        )["zero_shot"]
+
+    before = zero_shot()
+    tuned = load_checkpoint(checkpoint_files(folder / "checkpoints")[-1])["model"]
+    found = []
+    for coefficient in arguments.coefficients:
+        state = interpolated(original, tuned, coefficient)
+        clip.model.load_state_dict(state)
+        unseen.model.load_state_dict(state)
+        kept = probe.measure(clip)
+        found.append(
+            {
+                "run": folder.name,
+                "coefficient": coefficient,
+                "image_to_text": round(1 - kept.image_to_text, 4),
+                "text_to_image": round(1 - kept.text_to_image, 4),
+                "unseen": round(1 - zero_shot() / before, 4),
+            }
+        )
+    return found
+
+
+def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
+    """Spearman's rank correlation; equal values share their mean rank."""
+
+    def ranks(values: np.ndarray) -> np.ndarray:
+        below = (values[None, :] < values[:, None]).sum(axis=1)
+        equal = (values[None, :] == values[:, None]).sum(axis=1)
+        return below + (equal - 1) / 2
+
+    return float(np.corrcoef(ranks(first), ranks(second))[0, 1])
+
+
+if __name__ == "__main__":
+    main()
