@@ -6,6 +6,7 @@ A stage says what its batches are and how a step's gradients come about; `loop.f
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -35,6 +36,8 @@ from pymcip.training.towers import (
     unlock_image_tower,
     unlock_text_tower,
 )
+
+_log = logging.getLogger("pymcip.training")
 
 CLASS_CAPTION = "a photo of a {}."
 WEIGHT_FLOOR = 0.01  # of a caption at the threshold: a hundredth of cosine above it
@@ -263,6 +266,16 @@ class ImageStage:
         if clip.device.type == "cpu" and clip.precision == "amp_bf16":
             speed_up_depthwise(clip.model)
         generic = distillation.generic if distillation is not None else None
+        if (
+            distillation is not None
+            and distillation.rate > 0
+            and not distillation.extra(config.batch_size)
+        ):
+            _log.warning(
+                "%g mixtures or generic images per training image, times batch_size=%d, rounds to none; "
+                "raise mixtures or batch_size to have any",
+                distillation.rate, config.batch_size,
+            )  # fmt: skip
         source = data if generic is None else TwoSets(data, generic)
         self.images = AugmentedImages(source, clip.preprocess_train, config.seed)
 

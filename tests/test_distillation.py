@@ -1,0 +1,601 @@
+"""What keeps the image stage near the original model: distillation, layer rates, LoRA, captions."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+
+import pymcip
+from pymcip.config import TrainConfig
+from pymcip.data import load_images
+from pymcip.errors import ConfigError, DataError
+from pymcip.mining import CaptionTable
+from pymcip.model import ClipModel, load
+from pymcip.training.alignment import probe_rows
+from pymcip.training.checkpoints import checkpoint_files, load_checkpoint
+from pymcip.training.distillation import (
+    CaptionSample,
+    Distillation,
+    caption_divergence,
+    frozen_copy,
+)
+from pymcip.training.lora import LowRank
+from pymcip.training.optim import parameter_groups
+from pymcip.training.stages import (
+    ImageStage,
+    Positives,
+    add_class_captions,
+    caption_bank,
+    class_captions,
+)
+from pymcip.training.towers import image_parameters, layer_depths, unlock_image_tower
+
+RESNET = {"vision_cfg": {"layers": [1, 1, 1, 1], "width": 8, "head_width": 16, "image_size": 32}}
+TIMM = {
+    "vision_cfg": {
+        "timm_model_name": "test_efficientnet", "timm_model_pretrained": False,
+        "timm_pool": "avg", "timm_proj": "linear", "image_size": 32,
+    }
+}  # fmt: skip
+DEPTHS = {  # of some parameters of each tower
+    "vit": {"class_embedding": 0, "conv1.weight": 0, "transformer.resblocks.0.ln_1.bias": 1,
+            "ln_post.weight": 2, "proj": 2},
+    "resnet": {"conv1.weight": 0, "bn3.bias": 0, "layer1.0.conv1.weight": 1,
+               "layer4.0.downsample.0.weight": 4, "attnpool.c_proj.bias": 5},
+    "timm": {"trunk.conv_stem.weight": 0, "trunk.bn1.weight": 0},
+}  # fmt: skip
+
+
+@pytest.fixture
+def options(
+    tmp_path: Path,
+    tiny_model_dir: Path,
+    tiny_images: Callable[..., Path],
+    captions_file: Callable[..., Path],
+) -> dict[str, Any]:
+    """Options of a run of 2 x 3 image steps."""
+    return {
+        "model": f"local-dir:{tiny_model_dir}",
+        "train_data": str(tiny_images("train")),
+        "captions": str(captions_file([f"{word} number {i}" for i in range(20) for word in "abc"])),
+        "threshold": -1.0,
+        "out": str(tmp_path / "run"),
+        "device": "cpu",
+        "precision": "fp32",
+        "method": "mcip",
+        "epochs": 2,
+        "batch_size": 4,
+        "lr": 1e-3,
+        "warmup": 2,
+        "log_steps": 1,
+        "save_steps": 2,
+    }
+
+
+@pytest.fixture
+def towers(hub_folder: Callable[..., Path]) -> Callable[[str], ClipModel]:
+    """Load the tiny model with another image tower: "vit", "resnet" or "timm"."""
+
+    def make(kind: str) -> ClipModel:
+        changes = {"vit": {}, "resnet": RESNET, "timm": TIMM}[kind]
+        return load(f"local-dir:{hub_folder(kind, **changes)}", device="cpu", precision="fp32")
+
+    return make
+
+
+def records_of(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def unit(rows: int, columns: int, seed: int) -> np.ndarray:
+    values = np.random.default_rng(seed).standard_normal((rows, columns))
+    return values / np.linalg.norm(values, axis=1, keepdims=True)
+
+
+def config_for(**changes: Any) -> TrainConfig:
+    return TrainConfig(**{"model": "m", "train_data": "d", "captions": "c", "out": "o", **changes})
+
+
+# --- the divergence -----------------------------------------------------------------------------
+
+
+def divergence(features: np.ndarray, original: np.ndarray, captions: np.ndarray) -> np.ndarray:
+    """KL(p0 || p) in fp64 at scale 20, from the definition."""
+    before, now = (20 * rows @ captions.T for rows in (original, features))
+    p0, p = (np.exp(x) / np.exp(x).sum(axis=1, keepdims=True) for x in (before, now))
+    result: np.ndarray = (p0 * (np.log(p0) - np.log(p))).sum(axis=1)
+    return result
+
+
+def test_divergence_against_fp64() -> None:
+    features, original, captions = unit(5, 12, 0), unit(5, 12, 1), unit(40, 12, 2)
+    tensors = [torch.from_numpy(x).float() for x in (features, original, captions)]
+    found = caption_divergence(*tensors, 20.0)
+    # logits are at most 20: fp32 rounds them to 20 * 2^-23, and a KL of a few is made of a few
+    expected = divergence(features, original, captions)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-5)
+    assert expected.min() > 0.1
+    same = caption_divergence(tensors[1], tensors[1], tensors[2], 20.0)
+    assert torch.equal(same, torch.zeros(5))
+
+
+def test_gradient_goes_to_the_student_alone() -> None:
+    tensors = [
+        torch.from_numpy(unit(n, 12, seed)).requires_grad_() for n, seed in ((3, 0), (3, 1), (9, 2))
+    ]
+    caption_divergence(*tensors, 20.0).sum().backward()
+    features, original, captions = (tensor.detach().numpy() for tensor in tensors)
+    assert tensors[1].grad is None
+    assert tensors[2].grad is None
+    before, now = (
+        np.exp(x) / np.exp(x).sum(axis=1, keepdims=True)
+        for x in (20 * original @ captions.T, 20 * features @ captions.T)
+    )
+    assert tensors[0].grad is not None
+    np.testing.assert_allclose(tensors[0].grad.numpy(), 20 * (now - before) @ captions, rtol=1e-9)
+
+
+# --- what is drawn ------------------------------------------------------------------------------
+
+
+def test_sample_is_a_function_of_seed_epoch_and_step() -> None:
+    whole = unit(50, 4, 0).astype(np.float16)
+    parts = np.split(whole, [7, 7, 30])  # one part is empty
+    left_out = np.array([3, 8, 49, 11])
+    sample = CaptionSample(parts, 20, 1, left_out)
+    seen: set[int] = set()
+    for epoch, step in ((0, 0), (0, 1), (1, 0)):
+        rows = sample.drawn(epoch, step)
+        assert len(np.unique(rows)) == 20
+        found = sample.vectors(epoch, step, torch.device("cpu")).numpy()
+        assert np.array_equal(found, whole[rows].astype(np.float32))
+        assert np.array_equal(rows, CaptionSample(parts, 20, 1, left_out).drawn(epoch, step))
+        seen |= set(rows.tolist())
+        others = [(0, 0), (0, 1), (1, 0)]
+        others.remove((epoch, step))
+        assert all(not np.array_equal(rows, sample.drawn(*other)) for other in others)
+    assert not seen & set(left_out.tolist())
+    assert set(CaptionSample(parts, 99, 1, left_out).drawn(0, 0)) == set(range(50)) - set(
+        left_out.tolist()
+    )
+    with pytest.raises(DataError, match="distillation has 1 of 50 captions"):
+        CaptionSample(parts, 20, 1, np.arange(49))
+
+
+def test_the_probe_captions_are_left_out(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[CaptionSample] = []
+    inner = CaptionSample.__init__
+
+    def noted(self: CaptionSample, *arguments: Any) -> None:
+        inner(self, *arguments)
+        made.append(self)
+
+    monkeypatch.setattr(CaptionSample, "__init__", noted)
+    pymcip.train(**{**options, "method": "mcip+", "alignment_budget": 1.0, "epochs": 1})
+    pymcip.train(**{**options, "method": "mcip+", "epochs": 1, "out": options["out"] + "2"})
+    kept = probe_rows(60, 0)
+    assert 0 < len(kept) < 60
+    assert set(made[1].drawn(0, 0)) == set(range(60)) - set(kept.tolist())
+
+
+def test_generic_images_stand_behind_each_batch(
+    tiny_clip: ClipModel, tiny_images: Callable[..., Path]
+) -> None:
+    data, generic = load_images(tiny_images("a")), load_images(tiny_images("b", 2, 2))
+    sample = CaptionSample([unit(5, 16, 0)], 5, 0)
+    vectors = [unit(12, 16, 1), unit(4, 16, 2)]
+    distillation = Distillation(
+        tiny_clip, sample, vectors[0], weight=1.0, rate=0.5, seed=0, generic=generic,
+        generic_vectors=vectors[1],
+    )  # fmt: skip
+    stage = ImageStage(
+        tiny_clip, data, config_for(batch_size=4, method="gpr"), class_rows=None,
+        distillation=distillation,
+    )  # fmt: skip
+    plain = ImageStage(tiny_clip, data, config_for(batch_size=4, method="gpr"), class_rows=None)
+    shown = [rows.numpy() for ((_, rows),) in stage.steps(0, 0)]
+    assert [len(rows) for rows in shown] == [6, 6, 6]
+    assert np.array_equal([r[:4] for r in shown], [r.numpy() for ((_, r),) in plain.steps(0, 0)])
+    extra = np.concatenate([rows[4:] for rows in shown])
+    assert sorted(extra[:4]) == [12, 13, 14, 15]  # each once before any is drawn again
+    ((pixels, rows),) = next(stage.steps(0, 2))  # as a resumed run starts
+    assert np.array_equal(rows, shown[2])
+    expected = clip_divergence(tiny_clip, pixels, rows.numpy(), np.concatenate(vectors), sample)
+    stage.clip.model.eval()
+    values = stage.backward([(pixels, rows)])
+    assert float(values["distill"]) == pytest.approx(expected[:4].mean(), rel=1e-4)
+    assert float(values["distill_data"]) == pytest.approx(expected[4:].mean(), rel=1e-4)
+    total = values["arc_margin"] + values["distill"] + values["distill_data"]
+    assert float(values["loss"]) == pytest.approx(float(total), rel=1e-6)
+
+
+def clip_divergence(
+    clip: ClipModel,
+    pixels: torch.Tensor,
+    rows: np.ndarray,
+    known: np.ndarray,
+    sample: CaptionSample,
+) -> np.ndarray:
+    """fp64 divergences of a batch, against embeddings `known` of the original."""
+    scale = float(clip.model.logit_scale.detach().double().exp())
+    features = clip.encode_images(pixels).double().numpy()
+    captions = sample.vectors(0, 2, torch.device("cpu")).double().numpy()
+    # the oracle has a scale of 20: scaling the captions makes it the model's
+    return divergence(features, known[rows], captions * scale / 20)
+
+
+def test_mixtures_are_taught_by_the_original(
+    tiny_clip: ClipModel, tiny_images: Callable[..., Path]
+) -> None:
+    """At the start student and teacher agree; the teacher stays when the student moves."""
+    data = load_images(tiny_images())
+    teacher = frozen_copy(tiny_clip)
+    sample = CaptionSample([unit(30, 16, 0)], 20, 0)
+    distillation = Distillation(teacher, sample, unit(12, 16, 1), weight=2.0, rate=0.5, seed=3)
+    config = config_for(method="gpr", batch_size=12)
+    stage = ImageStage(tiny_clip, data, config, class_rows=None, distillation=distillation)
+    pixels, rows = next(stage.steps(0, 0))[0]
+    before = teacher.encode_images(pixels)
+    stage.clip.model.eval()
+    values = stage.backward([(pixels, rows)])
+    assert float(values["distill_mixtures"]) == pytest.approx(0, abs=1e-5)
+    assert float(values["distill"]) > 0.01
+    with torch.no_grad():
+        for _, parameter in image_parameters(tiny_clip.model):
+            parameter += 0.05 * torch.randn_like(parameter)
+    assert torch.equal(teacher.encode_images(pixels), before)
+    values = stage.backward([(pixels, rows)])
+    mixed = distillation.mixed(pixels, 0, 0, 0)
+    assert mixed.shape == (6, 3, 32, 32)
+    assert not torch.equal(mixed, distillation.mixed(pixels, 0, 1, 0))
+    drawn = sample.vectors(0, 0, torch.device("cpu"))
+    student, original = tiny_clip.encode_images(mixed), teacher.encode_images(mixed)
+    expected = caption_divergence(student, original, drawn, distillation.scale).mean()
+    assert float(expected) > 0.01
+    assert float(values["distill_mixtures"]) == pytest.approx(float(expected), rel=1e-4)
+    total = values["arc_margin"] + 2 * (values["distill"] + values["distill_mixtures"])
+    assert float(values["loss"]) == pytest.approx(float(total), rel=1e-5)
+
+
+def test_batches_too_small_for_a_mixture_are_told(
+    tiny_clip: ClipModel, tiny_images: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    data, sample = load_images(tiny_images()), CaptionSample([unit(9, 16, 0)], 5, 0)
+    for rate, told in ((0.0, False), (0.25, False), (0.125, True)):
+        caplog.clear()
+        distillation = Distillation(
+            tiny_clip, sample, unit(12, 16, 1), weight=1.0, rate=rate, seed=0
+        )
+        config = config_for(method="gpr", batch_size=4)
+        ImageStage(tiny_clip, data, config, class_rows=None, distillation=distillation)
+        assert ("rounds to none" in caplog.text) == told
+
+
+def test_accumulated_gradients_are_those_of_one_large_batch(
+    tiny_clip: ClipModel, tiny_images: Callable[..., Path]
+) -> None:
+    data = load_images(tiny_images())
+    sample = CaptionSample([unit(30, 16, 0)], 20, 0)
+    distillation = Distillation(tiny_clip, sample, unit(12, 16, 1), weight=1.0, rate=0.0, seed=0)
+    table = CaptionTable(np.arange(0, 13), np.arange(12) % 5, np.full(12, 0.5, np.float32), 5)
+    bank, positives = caption_bank(table, unit(5, 16, 4).astype(np.float16), "bank", 0)
+    stage = ImageStage(
+        tiny_clip, data, config_for(), class_rows=None, bank=bank, positives=positives,
+        distillation=distillation,
+    )  # fmt: skip
+    stage.train_mode()
+    pixels, rows = torch.randn(12, 3, 32, 32), torch.arange(12)
+    gradients, losses = [], []
+    for cut in (12, 6):
+        stage.optimizer.zero_grad()
+        values = stage.backward(list(zip(pixels.split(cut), rows.split(cut), strict=True)))
+        losses.append({name: float(value) for name, value in values.items()})
+        groups = stage.optimizer.param_groups
+        gradients.append(torch.cat([p.grad.flatten() for g in groups for p in g["params"]]))
+    assert set(losses[0]) == {"loss", "arc_margin", "caption_margin", "distill"}
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    # fp32 sums of some hundred terms in another order
+    scale = gradients[0].abs().max()
+    assert (gradients[0] - gradients[1]).abs().max() <= 1e-5 * scale
+
+
+# --- whole runs ---------------------------------------------------------------------------------
+
+
+def test_a_distilled_run_stays_closer_to_the_original(
+    options: dict[str, Any], tiny_images: Callable[..., Path]
+) -> None:
+    images = load_images(tiny_images("other", classes=5, per_class=3))
+    original = load(options["model"], device="cpu", precision="fp32")
+    pixels = torch.stack([original.preprocess_val(images.read(i)) for i in range(len(images))])
+    moved = {}
+    for name, more in {"plain": {}, "distilled": {"distill": 10.0, "mixtures": 1.0}}.items():
+        result = pymcip.train(**{**options, "out": options["out"] + name, "epochs": 6}, **more)
+        tuned = pymcip.load(str(result.out), device="cpu", precision="fp32")
+        moved[name] = float(
+            1 - (tuned.encode_images(pixels) * original.encode_images(pixels)).sum(1).mean()
+        )
+    assert moved["plain"] > 0.01
+    assert moved["distilled"] < 0.5 * moved["plain"], moved
+
+
+KILLED = """
+import json, os, signal, sys
+import pymcip
+from pymcip.training import loop
+
+inner = loop._step
+
+def killed(run, stage, micro_batches):
+    values = inner(run, stage, micro_batches)
+    if run.position.global_step + 1 == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return values
+
+loop._step = killed
+pymcip.train(**json.loads(sys.argv[1]))
+"""
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    weights = [torch.load(p / "exported" / "state_dict.pt") for p in (first, second)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    heads = [load_checkpoint(checkpoint_files(p / "checkpoints")[-2]) for p in (first, second)]
+    assert heads[0]["heads"].keys() == heads[1]["heads"].keys()
+    for name, value in heads[0]["heads"].items():
+        assert torch.equal(value, heads[1]["heads"][name])
+    logs = [
+        [{k: v for k, v in line.items() if k != "samples_per_second"} for line in records_of(p)]
+        for p in (first, second)
+    ]
+    assert logs[0] == logs[1]
+
+
+def killed_and_resumed(options: dict[str, Any], cwd: Path) -> pymcip.TrainResult:
+    child = subprocess.run(
+        [sys.executable, "-c", KILLED, json.dumps(options)],
+        capture_output=True, text=True, timeout=240, check=False, cwd=cwd,
+    )  # fmt: skip
+    assert child.returncode == -signal.SIGKILL, child.stderr
+    return pymcip.train(**options, resume="latest")
+
+
+def test_resumed_after_sigkill_gives_the_same_bits(
+    options: dict[str, Any], tiny_images: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Mixtures with a teacher that must be the original's; a resumed run has tuned weights."""
+    options = {**options, "distill": 1.0, "mixtures": 0.5, "caption_weights": "cosine"}
+    whole = pymcip.train(**options)
+    terms = [line["distill_mixtures"] for line in records_of(whole.out)]
+    assert terms[0] < 1e-5  # before the first step both models are the original
+    assert terms[-1] > 1e-4
+    resumed = killed_and_resumed({**options, "out": str(tmp_path / "killed")}, tmp_path)
+    assert_same_run(whole.out, resumed.out)
+
+
+def test_resumed_low_rank_run_gives_the_same_bits(options: dict[str, Any], tmp_path: Path) -> None:
+    """LoRA's updates are added to the original's weights, not to those in the checkpoint."""
+    options = {
+        **options, "lora_rank": 2, "distill": 1.0, "distill_data": options["train_data"],
+        "mixtures": 0.5, "class_captions": True, "layer_decay": 0.5,
+    }  # fmt: skip
+    whole = pymcip.train(**options)
+    state = load_checkpoint(checkpoint_files(whole.out / "checkpoints")[-2])
+    assert state["heads"]["low_rank.up_0"].abs().max() > 0
+    assert records_of(whole.out)[0]["distill_data"] >= 0
+    before = open_clip.create_model(options["model"]).state_dict()
+    after = torch.load(whole.state_dict)
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert "visual.conv1.weight" in changed
+    for name in changed:
+        update = (after[name] - before[name]).flatten(1)
+        assert torch.linalg.matrix_rank(update, atol=1e-6) <= 2
+        assert name.startswith("visual.")
+    resumed = killed_and_resumed({**options, "out": str(tmp_path / "killed")}, tmp_path)
+    assert_same_run(whole.out, resumed.out)
+
+
+def test_workers_do_not_change_the_generic_images(
+    options: dict[str, Any], tiny_images: Callable[..., Path]
+) -> None:
+    data = tiny_images("generic", classes=2, per_class=3)
+    (data / "class0" / "broken.jpg").write_bytes(b"no picture")
+    options = {
+        **options,
+        "method": "gpr",
+        "distill": 1.0,
+        "distill_data": str(data),
+        "mixtures": 0.5,
+    }
+    runs = [
+        pymcip.train(**{**options, "out": f"{options['out']}{n}", "workers": n}) for n in (0, 1)
+    ]
+    assert_same_run(runs[0].out, runs[1].out)
+    first = records_of(runs[0].out)[0]
+    assert first["loss"] == pytest.approx(
+        first["arc_margin"] + first["distill"] + first["distill_data"], rel=1e-5
+    )
+
+
+# --- options ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "gpr", "captions": None, "distill": 1.0}, "distill needs captions="),
+        ({"method": "gpr", "projector": "discard", "distill": 1.0}, "exclude each other"),
+        ({"distill_data": "x"}, "give distill too"),
+        ({"mixtures": 0.5}, "give distill too"),
+        ({"layer_decay": 1.5}, "at most 1"),
+        ({"distill_captions": 1}, "must be >= 2"),
+    ],
+)
+def test_options_that_do_not_go_together(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config_for(**changes)
+
+
+def test_options_that_do() -> None:
+    assert config_for(method="mcip+", distill=0.0).resolved().distill == 0
+    assert config_for(method="mcip+").resolved().mixtures == 0.125
+    assert config_for(method="gpr", distill=1.0).resolved().mixtures == 0
+
+
+# --- layers -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet", "timm"])
+def test_layers_cover_every_parameter_once(kind: str, towers: Callable[[str], ClipModel]) -> None:
+    clip = towers(kind)
+    depths = layer_depths(clip)
+    named = dict(image_parameters(clip.model))
+    assert depths.keys() == named.keys()
+    top = max(depths.values())
+    assert sorted(set(depths.values())) == list(range(top + 1))
+    for name, depth in DEPTHS[kind].items():
+        assert depths[f"visual.{name}"] == depth
+    if kind == "timm":
+        assert {name for name in depths if depths[name] == top} == {"visual.head.proj.weight"}
+    groups: list[dict[str, Any]] = parameter_groups(
+        named.items(), lr=2.0, wd=0.1, depths=depths, decay=0.5
+    )
+    assert groups[0]["peak_lr"] == 2.0  # what the log shows
+    rates = {id(p): group["peak_lr"] for group in groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(rates) == len(named)
+    for name, parameter in named.items():
+        assert rates[id(parameter)] == 2.0 * 0.5 ** (top - depths[name])
+
+
+def test_towers_that_are_not_known_are_refused(tiny_clip: ClipModel) -> None:
+    tiny_clip.model.visual = torch.nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match="can't cut the image tower"):
+        layer_depths(tiny_clip)
+
+
+# --- LoRA ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet", "timm"])
+def test_low_rank_gradients_are_those_of_the_factors(
+    kind: str, towers: Callable[[str], ClipModel]
+) -> None:
+    """Against autograd through W0 + B A, put into the tower by torch.func."""
+    clip = towers(kind)
+    visual: Any = clip.model.visual
+    original = frozen_copy(clip).model.visual
+    unlock_image_tower(clip, projector="keep", unlock_layers=None)
+    low_rank = LowRank(visual, original, 2, seed=0)  # type: ignore[arg-type]
+    pixels = torch.randn(2, 3, 32, 32)
+    visual.eval()
+    before = visual(pixels)
+    low_rank.write()
+    assert torch.equal(visual(pixels), before)
+    with torch.no_grad():
+        for index in range(len(low_rank.names)):
+            low_rank.pair(index)[1].normal_(std=0.02)
+    low_rank.write()
+    features = visual(pixels)
+    features.square().sum().backward()
+    low_rank.take_gradients()
+    found = [
+        factor.grad.clone() for _, factor in low_rank.named_factors() if factor.grad is not None
+    ]
+    leaves = [factor.detach().requires_grad_() for _, factor in low_rank.named_factors()]
+    written = {}
+    for index, (name, start) in enumerate(zip(low_rank.names, low_rank.starts, strict=True)):
+        down, up = leaves[2 * index : 2 * index + 2]
+        written[name] = start + (up @ down).view(start.shape)
+    through = torch.func.functional_call(visual, written, (pixels,))
+    assert (through - features).abs().max() <= 1e-5 * features.abs().max()
+    assert (features - before).abs().max() > 1e-3 * before.abs().max()
+    expected = torch.autograd.grad(through.square().sum(), leaves)
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).abs().max() <= 1e-4 * other.abs().max().clamp_min(1e-6)
+    adapted = set(low_rank.names)
+    assert {name for name, p in visual.named_parameters() if p.requires_grad} == adapted
+    assert not any("bn" in name or "conv_dw" in name for name in adapted)
+    assert not list(low_rank.parameters())
+
+
+def test_low_rank_needs_something_to_adapt(tiny_clip: ClipModel) -> None:
+    # what is left is the projector, a parameter of the tower itself
+    unlock_image_tower(tiny_clip, projector="keep", unlock_layers=1)
+    visual: Any = tiny_clip.model.visual
+    with pytest.raises(ConfigError, match="lora_rank=2"):
+        LowRank(visual, visual, 2, seed=0)
+
+
+# --- captions -----------------------------------------------------------------------------------
+
+
+def test_weights_follow_the_cosines_and_sum_to_one() -> None:
+    nan = np.nan
+    cosines = np.array([0.5, 0.3, 0.4, nan, nan, 0.27], dtype=np.float32)
+    positives = Positives(np.array([0, 2, 4, 4, 5, 6]), np.arange(6), cosines).weighted(0.27)
+    expected = np.array([0.24 / 0.28, 0.04 / 0.28, 0.5, 0.5, 1.0, 1.0])
+    assert positives.weights is not None
+    np.testing.assert_allclose(positives.weights, expected, rtol=1e-5)
+    rows = np.array([1, 2, 0])
+    indptr, indices = positives.batch(rows, torch.device("cpu"))
+    weights = positives.batch_weights(rows, torch.device("cpu"))
+    assert indptr.tolist() == [0, 2, 2, 4]
+    assert indices.tolist() == [2, 3, 0, 1]
+    assert weights is not None
+    np.testing.assert_allclose(weights.numpy(), expected[[2, 3, 0, 1]], rtol=1e-5)
+
+
+def test_class_captions_are_positives_of_their_images() -> None:
+    cosines = np.array([0.3, 0.5, np.nan], dtype=np.float32)
+    positives = Positives(np.array([0, 2, 2, 3]), np.array([4, 1, 0]), cosines)
+    bank, vectors = unit(6, 4, 0).astype(np.float16), unit(2, 4, 1).astype(np.float16)
+    wide, more = add_class_captions(bank, positives, vectors, np.array([1, 0, 1]))
+    assert np.array_equal(wide, np.concatenate([bank, vectors]))
+    assert more.indptr.tolist() == [0, 3, 4, 6]
+    assert more.indices.tolist() == [4, 1, 7, 6, 0, 7]
+    assert more.cosines is not None
+    np.testing.assert_array_equal(
+        more.cosines, np.array([0.3, 0.5, 0.5, np.nan, np.nan, np.nan], np.float32)
+    )
+    weights = more.weighted(0.3).weights
+    assert weights is not None
+    np.testing.assert_allclose(
+        weights, [0.01 / 0.43, 0.21 / 0.43, 0.21 / 0.43, 1, 0.5, 0.5], rtol=1e-5
+    )
+
+
+def test_class_captions_need_names(
+    options: dict[str, Any], shards: Callable[..., list[Path]]
+) -> None:
+    named = load_images(options["train_data"])
+    assert class_captions(named)[0] == "a photo of a class0."
+    options["train_data"] = [options["train_data"], *map(str, shards(per_shard=12))]
+    with pytest.raises(DataError, match="numbers"):
+        pymcip.train(**options, class_captions=True)
+    assert not Path(options["out"]).exists()
+
+
+def test_a_miner_of_another_width_only_mines(
+    options: dict[str, Any], hub_folder: Callable[..., Path]
+) -> None:
+    """The captions that are trained on are embedded by the model that is trained."""
+    miner = hub_folder("miner", embed_dim=8)
+    result = pymcip.train(
+        **options, mine_model=f"local-dir:{miner}", mine_pretrained=None, distill=1.0, mixtures=0.25
+    )
+    assert result.steps == 6
+    assert result.skipped_steps == 0
