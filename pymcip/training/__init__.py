@@ -103,7 +103,8 @@ class TrainResult:
     `metrics`: last evaluation on `val_data` in percent, of the exported model if there is one;
     `before`: the same before training (both {} without `val_data`). `interrupted`: "SIGINT" or
     "SIGTERM" if the run stopped early with a checkpoint, else None; `hub` and `state_dict` are None
-    then.
+    then. `best_checkpoint`: of the epoch with the best metrics on `val_data`; of a run with `ema`, its
+    running average is what was evaluated.
 
     `alignment`, of a run with `alignment_budget` (None without, or if interrupted; also written as
     `alignment.json`):
@@ -593,8 +594,9 @@ class _Trainer:
         if sources.names is not None:
             return AlignmentProbe(self.clip, pixels, sources.names, seed=config.seed, names=True)
         assert sources.captions is not None
-        embedded = sources.from_corpus and config.needs_captions and config.mine_model is None
-        free = embedded and not config.realigns
+        free = (
+            sources.from_corpus and config.uses_captions_for_images and not config.realigns
+        )  # the text tower stays as it is, and the corpus is embedded by it already
         most = affordable(
             len(self.data) * (text_epochs or image_epochs),
             text_epochs + EVALUATIONS_OF_SEARCH if config.realigns else 1,
@@ -604,7 +606,7 @@ class _Trainer:
         rows = probe_rows(len(sources.captions), config.seed, part=sources.from_corpus)
         rows = rows[: MOST_CAPTIONS if free else most]
         vectors = None
-        if free:  # the text tower stays as it is, and mining has embedded them
+        if free:
             vectors = torch.from_numpy(np.array(self.caption_vectors.vectors("text")[rows]))
         texts = [sources.captions[row] for row in rows]
         return AlignmentProbe(self.clip, pixels, texts, seed=config.seed, vectors=vectors)
