@@ -376,7 +376,13 @@ def test_resumed_after_sigkill_gives_the_same_bits(
     options: dict[str, Any], tiny_images: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Mixtures with a teacher that must be the original's; a resumed run has tuned weights."""
-    options = {**options, "distill": 1.0, "mixtures": 0.5, "caption_weights": "cosine"}
+    options = {
+        **options,
+        "distill": 1.0,
+        "distill_captions": 20,
+        "mixtures": 0.5,
+        "caption_weights": "cosine",
+    }
     whole = pymcip.train(**options)
     terms = [line["distill_mixtures"] for line in records_of(whole.out)]
     assert terms[0] < 1e-5  # before the first step both models are the original

@@ -1,9 +1,10 @@
-"""`pymcip.train`: the five methods of MCIP (arXiv 2409.01936) on one training loop.
+"""`pymcip.train`: the methods of MCIP (arXiv 2409.01936), and `mcip+`, on one training loop.
 
 | method     | trains                                | loss                             |
 |------------|---------------------------------------|----------------------------------|
 | `gpr`      | image tower                           | ArcMargin on class labels        |
 | `mcip`     | image tower                           | + MCArcMargin on pseudo-captions |
+| `mcip+`    | image tower                           | + KL to the original (distill)   |
 | `rea`      | text tower, on cached image embeddings| InfoNCE, both directions         |
 | `2sft`     | `gpr`, then `rea`                     |                                  |
 | `mcip+rea` | `mcip`, then `rea`                    |                                  |
