@@ -176,7 +176,7 @@ def _points(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]
     training = load_images(config.train_data)
     captions = load_captions(config.captions or ())
     rows = probe_rows(len(captions), config.seed)
-    pixels = probe_pixels(clip, None, training, IMAGES, config.seed, config.workers)
+    pixels, _ = probe_pixels(clip, None, training, IMAGES, config.seed, config.workers)
     probe = AlignmentProbe(clip, pixels, [captions[int(i)] for i in rows], seed=config.seed)
     evaluation = config.to_dict() | {"image_size": arguments.image_size or config.image_size}
     unseen = load_configured(TrainConfig.make(None, evaluation))

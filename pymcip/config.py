@@ -331,11 +331,14 @@ class TrainConfig(ModelOptions):
         "default: no budget; of mcip+ 0.02",
     )
     probe_data: Sources | None = option(
-        None, "images of the probe, not trained on; default: made from training images"
+        None,
+        "images of the probe, not trained on, best with captions or labels: then right answers are "
+        "counted; default: made from training images",
     )
     probe_captions: Sources | None = option(
         None,
-        "captions of the probe; default: a sample of `captions`, which distillation leaves out",
+        "captions of the probe; default: the captions of `probe_data`, or a sample of `captions`, "
+        "which distillation leaves out",
     )
     probe_class_names: Source | None = option(
         None, "TSV label<TAB>name: the probe asks for these names instead of captions"
@@ -510,11 +513,10 @@ class TrainConfig(ModelOptions):
                 "alignment_budget is not allowed with projector='discard', which gives up the joint "
                 "space; allowed: keep, lock"
             )
-        texts = {"probe_captions", "probe_class_names"} & set(given)
-        if self.captions is None and not self.needs_captions and not texts:
+        if self.captions is None and not self.needs_captions and not given:
             problems.append(
                 f"alignment_budget={budget} is measured with texts; give captions=, probe_captions= "
-                "or probe_class_names="
+                "or probe_class_names=, or probe_data= with captions"
             )
         return problems
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import random
 import signal
 import subprocess
@@ -27,6 +29,7 @@ from pymcip.training.averaging import RunningAverage
 from pymcip.training.checkpoints import checkpoint_files, load_checkpoint
 from pymcip.training.interpolation import interpolated, largest_coefficient
 from pymcip.training.mixtures import mixtures
+from tests.conftest import picture
 
 THINGS = ["red square", "green square", "dog", "city at night", "wooden box", "tree", "cup", "car"]
 TEXTS = [f"a photo of a {thing}, number {number}" for number in range(16) for thing in THINGS]
@@ -157,7 +160,9 @@ def test_probe_against_the_definition(
     tuned = perturbed(load(f"local-dir:{tiny_model_dir}", device="cpu", precision="fp32"), 0.3)
     tuned_images, tuned_texts = embed(tuned)
     base = original_images @ original_texts.T
-    text_tasks, image_tasks = probe._text_tasks, probe._image_tasks
+    assert isinstance(probe._forth, alignment._Beliefs)
+    assert isinstance(probe._back, alignment._Beliefs)
+    text_tasks, image_tasks = probe._forth.tasks, probe._back.tasks
     assert len(text_tasks) == (1 if names or texts <= 64 else 100)
     assert len(image_tasks) == (1 if images <= 64 else 100)
     assert {len(set(task.tolist())) for task in text_tasks} == {texts if names else min(64, texts)}
@@ -168,7 +173,7 @@ def test_probe_against_the_definition(
         back = oracle(base.T, similarities.T, scale, image_tasks)
         assert kept.image_to_text == pytest.approx(forth, abs=1e-6)
         assert kept.text_to_image == pytest.approx(back, abs=1e-6)
-        assert kept.alignment == kept.image_to_text < 1
+        assert kept.alignment == min(kept.image_to_text, kept.text_to_image) < 1
     only_texts = probe.measure(tuned, images=False, texts=True)
     forth = oracle(base, original_images @ tuned_texts.T, scale, text_tasks)
     assert only_texts.image_to_text == pytest.approx(forth, abs=1e-6)
@@ -203,15 +208,17 @@ def test_pixels_of_the_probe(
     tiny_clip: ClipModel, tiny_images: Callable[..., Path], tmp_path: Path
 ) -> None:
     training = load_images(tiny_images("train"))
-    mixed = probe_pixels(tiny_clip, None, training, 40, 0, 0)
+    mixed, rows = probe_pixels(tiny_clip, None, training, 40, 0, 0)
+    assert len(rows) == 40
     assert mixed.shape == (40, 3, 32, 32)  # more than there are images
     assert mixed.dtype == torch.float16
-    assert torch.equal(mixed, probe_pixels(tiny_clip, None, training, 40, 0, 0))
+    assert torch.equal(mixed, probe_pixels(tiny_clip, None, training, 40, 0, 0)[0])
     given = load_images(tiny_images("given", classes=2), labelled=False)
-    own = probe_pixels(tiny_clip, given, training, 40, 0, 0)
-    every = {tiny_clip.preprocess_val(given.read(i)).half().numpy().tobytes() for i in range(8)}
-    assert {image.numpy().tobytes() for image in own} == every
-    assert len(probe_pixels(tiny_clip, given, training, 5, 0, 0)) == 5
+    own, rows = probe_pixels(tiny_clip, given, training, 40, 0, 0)
+    assert sorted(rows.tolist()) == list(range(8))
+    for row, image in zip(rows.tolist(), own, strict=True):
+        assert torch.equal(image, tiny_clip.preprocess_val(given.read(row)).half())
+    assert len(probe_pixels(tiny_clip, given, training, 5, 0, 0)[0]) == 5
     (tmp_path / "bad").mkdir()
     for index in range(3):
         (tmp_path / "bad" / f"{index}.jpg").write_bytes(b"no image")
@@ -224,7 +231,100 @@ def test_memory_of_the_probe_is_bounded(
 ) -> None:
     monkeypatch.setattr(alignment, "PIXEL_BYTES", 2 * 3 * 32 * 32 * 100)
     training = load_images(tiny_images("train"))
-    assert 100 <= len(probe_pixels(tiny_clip, None, training, 1000, 0, 0)) < 100 + alignment.BATCH
+    pixels, _ = probe_pixels(tiny_clip, None, training, 1000, 0, 0)
+    assert 100 <= len(pixels) < 100 + alignment.BATCH
+
+
+# --- the probe, where right answers are known ---------------------------------------------------
+
+
+def drawn_accuracy(similarities: np.ndarray, right: np.ndarray, candidates: int) -> float:
+    """The definition in fp64, all sets of candidates tried one by one."""
+    shares = []
+    for row, own in zip(similarities.astype(np.float64), right, strict=True):
+        wrong = np.flatnonzero(~own)
+        sets = list(itertools.combinations(wrong, min(candidates - 1, len(wrong))))
+        wins = [
+            all(row[one] > row[other] for other in others)
+            for one in np.flatnonzero(own)
+            for others in sets
+        ]
+        if wins:
+            shares.append(np.mean(wins))
+    return float(np.mean(shares))
+
+
+@pytest.mark.parametrize("candidates", [1, 2, 4, 100])
+def test_expected_accuracy_is_the_mean_over_all_sets(candidates: int) -> None:
+    generator = np.random.default_rng(0)
+    similarities = generator.integers(0, 12, (7, 9)).astype(np.float32)  # with ties
+    right = generator.random((7, 9)) < 0.3
+    right[3], right[5] = False, True  # a query that nothing answers, and one that all do
+    found = alignment.expected_accuracy(
+        torch.from_numpy(similarities), torch.from_numpy(right), candidates
+    )
+    assert found == pytest.approx(drawn_accuracy(similarities, right, candidates), abs=1e-9)
+
+
+def test_expected_accuracy_of_many_candidates() -> None:
+    """Of 5000 others g are more similar: the chance that 63 of them are none of the g."""
+    above = np.array([0, 1, 50, 4937, 4938])
+    similarities = torch.zeros(5, 5001)
+    for row, count in enumerate(above.tolist()):
+        similarities[row, 1 : count + 1] = 2.0
+    similarities[:, 0] = 1.0
+    right = torch.zeros(5, 5001, dtype=torch.bool)
+    right[:, 0] = True
+    chances = [math.comb(5000 - g, 63) / math.comb(5000, 63) for g in above.tolist()]
+    for row, chance in enumerate(chances):
+        part = slice(row, row + 1)
+        found = alignment.expected_accuracy(similarities[part], right[part], 64)
+        assert found == pytest.approx(chance, rel=1e-9)
+    assert alignment.expected_accuracy(similarities[:1], right[:1], 64) == 1
+    similarities[0, 0] = torch.nan
+    assert alignment.expected_accuracy(similarities[:1], right[:1], 64) == 0
+
+
+@pytest.mark.parametrize("names", [False, True])
+def test_kept_is_a_ratio_of_right_answers(
+    names: bool, tiny_clip: ClipModel, tiny_model_dir: Path
+) -> None:
+    pixels = random_pixels(9).half()
+    texts = TEXTS[:6]
+    right = [[0], [1], [0, 2] if not names else [0], [3], [3], [1], [5], [5], [0]]
+    mask = np.zeros((9, 6), dtype=bool)
+    for image, own in enumerate(right):
+        mask[image, own] = True
+    probe = AlignmentProbe(tiny_clip, pixels, texts, seed=0, names=names, right=right)
+    assert probe.measure(tiny_clip, texts=True) == alignment.Kept(1.0, 1.0)
+    tuned = perturbed(load(f"local-dir:{tiny_model_dir}", device="cpu", precision="fp32"), 0.5)
+    base_images, base_texts = probe._features, probe._vectors
+    tuned_images = tuned.encode_images(pixels.float())
+    before, after = (
+        (images @ base_texts.T).numpy().astype(np.float64) for images in (base_images, tuned_images)
+    )
+    kept = probe.measure(tuned)
+    forth = drawn_accuracy(after, mask, 64) / drawn_accuracy(before, mask, 64)
+    back = drawn_accuracy(after.T, mask.T, 64) / drawn_accuracy(before.T, mask.T, 64)
+    assert kept.image_to_text == pytest.approx(forth, abs=1e-6)
+    assert kept.text_to_image == pytest.approx(back, abs=1e-6)
+    assert (kept.image_to_text, kept.text_to_image) != (1.0, 1.0)
+
+
+def test_a_model_may_keep_more_than_the_original_knew(tiny_clip: ClipModel) -> None:
+    """Images of two classes whose texts the original takes for each other, but for one image."""
+    pixels, texts = random_pixels(12), TEXTS[:3]
+    answers = tiny_clip.encode_images(pixels.half().float()) @ tiny_clip.encode_texts(texts).T
+    truth = [[int(row.argmin())] for row in answers]
+    truth[0] = [int(answers[0].argmax())]
+    probe = AlignmentProbe(tiny_clip, pixels, texts, seed=0, right=truth)
+    assert isinstance(probe._forth, alignment._Truth)
+    assert probe._forth.accuracy == pytest.approx(1 / 12)
+    probe._vectors = -probe._vectors  # every order is the other way round
+    assert probe.measure(tiny_clip).image_to_text == pytest.approx(11)
+    wrong = [[int(row.argmin())] for row in answers]
+    with pytest.raises(DataError, match="gives no right answer to the probe's tasks"):
+        AlignmentProbe(tiny_clip, pixels, texts, seed=0, right=wrong)
 
 
 # --- between two models -------------------------------------------------------------------------
@@ -364,7 +464,7 @@ def remeasured(options: dict[str, Any], hub: Path) -> float:
         load(name, device="cpu", precision="fp32")
         for name in (options["model"], f"local-dir:{hub}")
     )
-    pixels = probe_pixels(original, None, load_images(options["train_data"]), 32, 0, 0)
+    pixels, _ = probe_pixels(original, None, load_images(options["train_data"]), 32, 0, 0)
     texts = [TEXTS[row] for row in probe_rows(len(TEXTS), 0)]
     probe = AlignmentProbe(original, pixels, texts, seed=0)
     return probe.measure(tuned, texts=True).alignment
@@ -387,7 +487,7 @@ def test_exported_model_keeps_the_budget(method: str, options: dict[str, Any]) -
     records = [record for record in lines_of(result.out) if "alignment" in record]
     steps = [3, 6, 8, 10] if method == "mcip+rea" else [3, 6]
     assert [record["global_step"] for record in records] == steps
-    by_epoch = [record["alignment"]["image_to_text"] for record in records]
+    by_epoch = [min(record["alignment"].values()) for record in records]
     assert by_epoch == found["kept_by_epoch"]
     assert by_epoch[-1] == found["kept_tuned"]
     assert json.loads((result.out / "alignment.json").read_text()) == found
@@ -485,6 +585,105 @@ def test_probe_of_ones_own(
     )
     assert result.alignment is not None
     assert result.alignment["probe"]["captions"] == 2
+
+
+def probe_shards(shards: Callable[..., list[Path]], **changes: Any) -> str:
+    """24 images of 4 classes; every third caption is that of another image too."""
+    samples = []
+    for index in range(24):
+        number = index - 1 if index % 3 == 1 else index
+        text = f"a photo of a {THINGS[index % 4]}, number {number}"
+        samples.append({"jpg": picture(index), "cls": index % 4, "txt": text, **changes})
+    return str(shards(samples, name="probe", per_shard=12)[0].parent / "*.tar")
+
+
+def test_captions_of_the_probe_are_the_truth(
+    options: dict[str, Any], shards: Callable[..., list[Path]]
+) -> None:
+    options = {**options, "captions": None, "probe_data": probe_shards(shards), "lr": 1e-3}
+    options["alignment_budget"] = 0.9
+    config = pymcip.TrainConfig(**options, method="gpr")
+    sources = alignment.load_probe_sources(config, None)
+    assert sources is not None
+    assert sources.images is not None
+    rows = np.array([3, 4, 0])
+    texts, right = sources.answers(rows)
+    assert texts == list(dict.fromkeys(sources.images.titles(row)[0] for row in rows))
+    assert [[texts[text] for text in own] for own in right] == [
+        list(sources.images.titles(row)) for row in rows
+    ]
+    result = pymcip.train(**options, method="gpr")
+    found = result.alignment
+    assert found is not None
+    titles = {title for row in range(24) for title in sources.images.titles(row)}
+    assert found["probe"] == {
+        "images": 24,
+        "captions": len(titles),
+        "source": "probe_data with their own captions",
+    }
+    assert result.hub is not None
+    original, tuned = (
+        load(name, device="cpu", precision="fp32")
+        for name in (options["model"], f"local-dir:{result.hub}")
+    )
+    asked = sorted(titles)
+    accuracies = []
+    for clip in (original, tuned):
+        images = torch.stack([clip.preprocess_val(sources.images.read(row)) for row in range(24)])
+        vectors = clip.encode_texts(asked)
+        similarities = (clip.encode_images(images.half().float()) @ vectors.T).numpy()
+        mask = np.array(
+            [[text in sources.images.titles(row) for text in asked] for row in range(24)]
+        )
+        accuracies.append(
+            [drawn_accuracy(similarities, mask, 64), drawn_accuracy(similarities.T, mask.T, 64)]
+        )
+    ratios = np.array(accuracies[1]) / np.array(accuracies[0])
+    assert found["image_to_text"] == pytest.approx(ratios[0], abs=1e-9)
+    assert found["text_to_image"] == pytest.approx(ratios[1], abs=1e-9)
+    assert found["kept"] == pytest.approx(ratios.min(), abs=1e-9)
+
+
+def test_classes_of_the_probe_are_the_truth(
+    options: dict[str, Any], shards: Callable[..., list[Path]], tmp_path: Path
+) -> None:
+    names = tmp_path / "names.tsv"
+    names.write_text("0\tred square\n1\tgreen square\n2\tdog\n3\tdog\n4\tcup\n")
+    options = {**options, "probe_data": probe_shards(shards), "probe_class_names": str(names)}
+    sources = alignment.load_probe_sources(pymcip.TrainConfig(**options, method="gpr"), None)
+    assert sources is not None
+    assert sources.images is not None
+    assert sources.description == "probe_data with their own classes"
+    texts, right = sources.answers(np.arange(24))
+    assert texts == ["red square", "green square", "dog", "cup"]
+    labels = [sources.images.class_names[label] for label in sources.images.labels]
+    assert right == [[min(int(label), 2)] for label in labels]
+    result = pymcip.train(**options, method="gpr")
+    assert result.alignment is not None
+    assert result.alignment["probe"]["captions"] == 4
+    names.write_text("0\tred square\n1\tgreen square\n2\tdog\n")  # not all labels have names
+    sources = alignment.load_probe_sources(pymcip.TrainConfig(**options, method="gpr"), None)
+    assert sources is not None
+    assert sources.truth is None
+
+
+def test_captions_given_are_asked_for_instead_of_the_images_own(
+    options: dict[str, Any], shards: Callable[..., list[Path]], tmp_path: Path
+) -> None:
+    given = {"probe_data": probe_shards(shards), "probe_captions": options["captions"]}
+    config = pymcip.TrainConfig(**{**options, **given}, method="gpr")
+    sources = alignment.load_probe_sources(config, None)
+    assert sources is not None
+    assert sources.truth is None
+    assert sources.description == "probe_data, probe_captions"
+
+
+def test_a_probe_without_texts(options: dict[str, Any], shards: Callable[..., list[Path]]) -> None:
+    source = probe_shards(shards, txt="the same")
+    options = {**options, "captions": None, "probe_data": source, "method": "gpr"}
+    with pytest.raises(DataError, match="no captions, or all the same one; give captions="):
+        pymcip.train(**options)
+    assert not Path(options["out"]).exists()
 
 
 # --- resuming -----------------------------------------------------------------------------------

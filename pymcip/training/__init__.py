@@ -39,6 +39,7 @@ from pymcip.model import ClipModel, load, load_configured
 from pymcip.training.alignment import (
     EVALUATIONS_OF_SEARCH,
     FEWEST_CAPTIONS,
+    FEWEST_GIVEN,
     FEWEST_IMAGES,
     MOST_CAPTIONS,
     MOST_IMAGES,
@@ -114,8 +115,9 @@ class TrainResult:
       `hub` and `state_dict` are None, and `checkpoint` holds the tuned model.
     - `coefficient`: how far the exported model is on the line from the original weights (0) to the
       tuned ones (1).
-    - `kept`: what it keeps of the original's alignment, 0 to 1; `image_to_text`, `text_to_image`:
-      the same by direction (all None if nothing is exported). `kept_tuned`: of the tuned model,
+    - `kept`: what it keeps of the original's alignment, the smaller of `image_to_text` and
+      `text_to_image` (all None if nothing is exported): 0 to 1, or more where the probe's right
+      answers are known and it gives more of them. `kept_tuned`: of the tuned model,
       `kept_by_epoch`: while it was trained.
     - `probe`: how many `images` and `captions` were asked for, and their `source`.
     - `tried`: [coefficient, kept] in the order of the search; `seconds`: spent on all probing.
@@ -586,12 +588,18 @@ class _Trainer:
         images = affordable(
             len(self.data) * (image_epochs or text_epochs),
             evaluations,
-            fewest=FEWEST_IMAGES,
+            fewest=FEWEST_IMAGES if sources.images is None else FEWEST_GIVEN,
             most=MOST_IMAGES,
         )
-        pixels = probe_pixels(
+        pixels, images_read = probe_pixels(
             self.clip, sources.images, self.data, images, config.seed, config.workers
         )
+        if sources.truth is not None:
+            texts, right = sources.answers(images_read)
+            named = sources.names is not None
+            return AlignmentProbe(
+                self.clip, pixels, texts, seed=config.seed, names=named, right=right
+            )
         if sources.names is not None:
             return AlignmentProbe(self.clip, pixels, sources.names, seed=config.seed, names=True)
         assert sources.captions is not None

@@ -1,17 +1,25 @@
 """The alignment probe: how much of the original model's text-image knowledge a tuned one keeps.
 
 The probe holds images and texts that training does not use. Tasks are made of them: an image and a
-few texts to choose from, or a text and a few images. The original model's own probabilities of
-the answers, p0, take the place of labels. A model's expected accuracy on a task is p0 of the answer
-that it gives, and the original's own is the largest p0; both are averaged over all tasks, and the
-ratio of the two is what the model has kept: 1 for the original, never more for another. An answer
-that changes where the original was undecided costs little, one where it was sure costs much.
+few texts to choose from, or a text and a few images. What a model keeps is the ratio of its accuracy
+to the original's, 1 for the original, in the worse of the two directions.
+
+Where the probe's images have captions, or labels that `probe_class_names` names, the right answers
+are known: accuracy is the expected share of right answers over all sets of candidates with one right
+answer among them. A model may keep more than 1 then.
+
+Otherwise the original model's own probabilities of the answers, p0, take the place of labels. A
+model's expected accuracy on a task is p0 of the answer that it gives, and the original's own is the
+largest p0; both are averaged over all tasks. No model keeps more than 1. An answer that changes
+where the original was undecided costs little, one where it was sure costs much; where training
+taught the model better than the original knew, that costs too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,6 +27,7 @@ from torch import Tensor
 
 from pymcip.config import TrainConfig
 from pymcip.data import Captions, ImageData, load_captions, load_images
+from pymcip.data.images import UNLABELLED
 from pymcip.data.loading import iterate_batches
 from pymcip.errors import DataError
 from pymcip.evaluation import TEMPLATES, read_class_names
@@ -31,46 +40,72 @@ CANDIDATES = 64  # texts or images to choose from in one task
 TASKS = 100  # sets of candidates
 MOST_CAPTIONS, FEWEST_CAPTIONS = 4096, 256
 MOST_IMAGES, FEWEST_IMAGES = 1024, 32
+FEWEST_GIVEN = 256  # of the user's images: fewer would cost less, but tell too little
 EVALUATIONS_OF_SEARCH = 8
 SHARE = 0.08  # of the work of training: what the probe's own may be
 WORK_OF_STEP = 3  # a training step's, per image or text, in forward passes
 PIXEL_BYTES = 10**9  # of memory for the probe's images
 BATCH = 64
+PAIRS = 1024  # of a query and a right answer, judged at a time
 STREAM = 5  # of `random_generator`: (seed, STREAM, purpose)
 ROWS, IMAGES, MIXTURES, TEXT_TASKS, IMAGE_TASKS = range(5)  # purposes
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Shares of the original's expected accuracy, 0 to 1: images choose texts, texts images."""
+    """Shares of the original's accuracy, from 0 on: images choose texts, texts images."""
 
     image_to_text: float
     text_to_image: float
 
     @property
     def alignment(self) -> float:
-        """The one number that a budget is about: image to text, as in zero-shot classification."""
-        return self.image_to_text
+        """The one number that a budget is about: both directions keep it, so the smaller one."""
+        return min(self.image_to_text, self.text_to_image)
 
 
 @dataclass(frozen=True)
 class ProbeSources:
     """What the user gave for the probe; None where it is made from the training data.
 
-    `captions` are the probe's own or, with `from_corpus`, the corpus to take a sample from.
+    `captions` are the probe's own or, with `from_corpus`, the corpus to take a sample from. `truth`:
+    the images' right texts are known, as all of them have captions, or classes of which class c has
+    the name `names[of_class[c]]`.
     """
 
     images: ImageData | None
-    captions: Captions | None
-    names: tuple[str, ...] | None
-    from_corpus: bool
+    captions: Captions | None = None
+    names: tuple[str, ...] | None = None
+    from_corpus: bool = False
+    truth: Literal["captions", "classes"] | None = None
+    of_class: Indices | None = None
 
     @property
     def description(self) -> str:
+        if self.truth is not None:
+            return f"probe_data with their own {self.truth}"
         images = "mixtures of training images" if self.images is None else "probe_data"
         if self.names is not None:
             return f"{images}, probe_class_names"
         return f"{images}, {'a sample of captions' if self.from_corpus else 'probe_captions'}"
+
+    def answers(self, rows: Indices) -> tuple[list[str], list[list[int]]]:
+        """The texts to choose from, and which of them are right for each of the images `rows`.
+
+        Equal captions are one text, right for all images that have it.
+        """
+        assert self.images is not None
+        if self.truth == "classes":
+            assert self.names is not None
+            assert self.of_class is not None
+            own = self.of_class[self.images.labels[rows]]
+            return list(self.names), [[text] for text in own.tolist()]
+        places: dict[str, int] = {}
+        right = [
+            [places.setdefault(title, len(places)) for title in self.images.titles(row)]
+            for row in rows.tolist()
+        ]
+        return list(places), right
 
 
 def has_probe(config: TrainConfig) -> bool:
@@ -92,13 +127,18 @@ def load_probe_sources(config: TrainConfig, corpus: Captions | None) -> ProbeSou
         if len(images) < 2:
             raise DataError("probe_data holds one image; the probe needs 2 at least, better 1000")
     if config.probe_class_names is not None:
-        names = tuple(dict.fromkeys(read_class_names(config.probe_class_names).names))
+        table = read_class_names(config.probe_class_names)
+        names = tuple(dict.fromkeys(table.names))
         if len(names) < 2:
             raise DataError(
                 f"probe_class_names={str(config.probe_class_names)!r} holds one name; the probe "
                 "chooses between names, give 2 at least"
             )
-        return ProbeSources(images, None, names, from_corpus=False)
+        of_label = dict(zip(table.labels, map(names.index, table.names), strict=True))
+        if images is None or not _all_named(images, of_label):
+            return ProbeSources(images, names=names)
+        of_class = np.array([of_label[label] for label in images.class_names], np.int64)
+        return ProbeSources(images, names=names, truth="classes", of_class=of_class)
     if config.probe_captions is not None:
         captions = load_captions(config.probe_captions)
         if len(captions) < 2:
@@ -106,14 +146,28 @@ def load_probe_sources(config: TrainConfig, corpus: Captions | None) -> ProbeSou
                 f"probe_captions={config.probe_captions!r} holds one caption; the probe chooses "
                 "between captions, give 2 at least, better 4000"
             )
-        return ProbeSources(images, captions, None, from_corpus=False)
-    assert corpus is not None  # `TrainConfig.problems` sees to it
+        return ProbeSources(images, captions)
+    if images is not None:
+        titles = [images.titles(row) for row in range(len(images))]
+        captioned = [row for row, own in enumerate(titles) if own]
+        if len({title for own in titles for title in own}) > 1:
+            return ProbeSources(images.select(captioned), truth="captions")
+    if corpus is None:
+        raise DataError(
+            "the probe has no texts: the images of probe_data have no captions, or all the same one; "
+            "give captions=, probe_captions= or probe_class_names=, or images with captions"
+        )
     if len(probe_rows(len(corpus), config.seed)) < 2:
         raise DataError(
             f"captions={config.captions!r} holds {len(corpus)} captions, too few to take the probe's "
             "from; give probe_captions or probe_class_names, or at least 4 captions"
         )
-    return ProbeSources(images, corpus, None, from_corpus=True)
+    return ProbeSources(images, corpus, from_corpus=True)
+
+
+def _all_named(images: ImageData, of_label: dict[str, int]) -> bool:
+    labelled = bool((images.labels != UNLABELLED).all())
+    return labelled and all(label in of_label for label in images.class_names)
 
 
 def probe_rows(num_captions: int, seed: int, *, part: bool = True) -> Indices:
@@ -147,6 +201,11 @@ class AlignmentProbe:
         names: `texts` are class names, put into the templates of zero-shot classification.
         vectors: unit embeddings [len(texts), D] of `texts` by the original, if there are any: they
             stand for any model whose text tower is the original's.
+        right: for each image the places of its right texts in `texts`; None: nobody knows, and the
+            original's probabilities are taken.
+
+    Raises:
+        DataError: the original gives no right answer, so that there is nothing to keep.
     """
 
     def __init__(
@@ -158,21 +217,30 @@ class AlignmentProbe:
         seed: int,
         names: bool = False,
         vectors: Tensor | None = None,
+        right: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self.pixels, self.texts, self.names = pixels.half(), list(texts), names
         self._features = self._images(original)
         self._vectors = self._embedded(original) if vectors is None else vectors.float()
-        count = len(self.texts)
-        every = [np.arange(count)]
-        self._text_tasks = every if names else _candidates(count, seed, TEXT_TASKS)
-        self._image_tasks = _candidates(len(pixels), seed, IMAGE_TASKS)
-        scale = float(original.model.logit_scale.detach().exp())  # type: ignore[union-attr,operator]
-        logits = scale * (self._features @ self._vectors.T)  # in `measure`'s order: the same bits
-        self._text_shares = [logits[:, task].softmax(1) for task in self._text_tasks]
-        self._image_shares = [logits.T[:, task].softmax(1) for task in self._image_tasks]
+        similarities = self._features @ self._vectors.T  # in `measure`'s order: the same bits
+        self._forth: _Truth | _Beliefs
+        self._back: _Truth | _Beliefs
+        if right is None:
+            scale = float(original.model.logit_scale.detach().exp())  # type: ignore[union-attr,operator]
+            count = len(self.texts)
+            text_tasks = [np.arange(count)] if names else _candidates(count, seed, TEXT_TASKS)
+            image_tasks = _candidates(len(pixels), seed, IMAGE_TASKS)
+            self._forth = _Beliefs(scale * similarities, text_tasks)
+            self._back = _Beliefs(scale * similarities.T, image_tasks)
+            return
+        mask = torch.zeros(similarities.shape, dtype=torch.bool)
+        for image, own in enumerate(right):
+            mask[image, list(own)] = True
+        self._forth = _Truth(similarities, mask, len(self.texts) if names else CANDIDATES)
+        self._back = _Truth(similarities.T, mask.T, CANDIDATES)
 
     def measure(self, clip: ClipModel, *, images: bool = True, texts: bool = False) -> Kept:
-        """What `clip` keeps of the original's expected accuracy.
+        """What `clip` keeps of the original's accuracy.
 
         Args:
             clip: a model with the original's tokenizer and transform, in any state of training.
@@ -183,8 +251,8 @@ class AlignmentProbe:
         vectors = self._embedded(clip) if texts else self._vectors
         similarities = features @ vectors.T
         return Kept(
-            image_to_text=_kept(similarities, self._text_tasks, self._text_shares),
-            text_to_image=_kept(similarities.T, self._image_tasks, self._image_shares),
+            image_to_text=self._forth.kept(similarities),
+            text_to_image=self._back.kept(similarities.T),
         )
 
     def _images(self, clip: ClipModel) -> Tensor:
@@ -196,22 +264,88 @@ class AlignmentProbe:
         return clip.encode_texts(self.texts)
 
 
+class _Beliefs:
+    """One direction's tasks, judged by the original's probabilities: rows are queries.
+
+    `logits` are the original's, [Q, C] over all candidates; a task is a set of columns.
+    """
+
+    def __init__(self, logits: Tensor, tasks: list[Indices]) -> None:
+        self.tasks = tasks
+        self._shares = [logits[:, task].softmax(1) for task in tasks]
+
+    def kept(self, similarities: Tensor) -> float:
+        """Mean p0 of the answers over mean largest p0, both over all queries and tasks."""
+        given, best = 0.0, 0.0
+        for task, share in zip(self.tasks, self._shares, strict=True):
+            answers = similarities[:, task].argmax(1, keepdim=True)
+            given += float(share.gather(1, answers).double().sum())
+            best += float(share.amax(1).double().sum())
+        return given / best
+
+
+class _Truth:
+    """One direction's tasks, judged by the right answers: bool [Q, C], rows are queries."""
+
+    def __init__(self, similarities: Tensor, right: Tensor, candidates: int) -> None:
+        self._right, self._candidates = right, candidates
+        self.accuracy = expected_accuracy(similarities, right, candidates)
+        if not self.accuracy:
+            raise DataError(
+                "the original model gives no right answer to the probe's tasks, so there is no "
+                "alignment to keep; give probe_data that it knows, or leave out their captions or "
+                "class names and give probe_captions, or no alignment_budget"
+            )
+
+    def kept(self, similarities: Tensor) -> float:
+        found = expected_accuracy(similarities, self._right, self._candidates)
+        return found / self.accuracy
+
+
+def expected_accuracy(similarities: Tensor, right: Tensor, candidates: int) -> float:
+    """The share of right answers, expected over random sets of candidates.
+
+    A set holds one of the query's right candidates and `candidates` - 1 of its wrong ones (all, if
+    there are fewer); the answer is the most similar one, in a tie a wrong one. Of N wrong candidates,
+    g at least as similar as the right one, sets of k have none of the g with the probability
+    C(N - g, k) / C(N, k): the mean over all sets, without drawing any.
+
+    Args:
+        similarities: float [Q, C] of queries to candidates.
+        right: bool [Q, C]. A query with several right ones counts once, their mean; one without any
+            is left out.
+        candidates: at least 1.
+    """
+    queries, answers = right.nonzero(as_tuple=True)
+    above = torch.cat(
+        [
+            # `not more similar` instead of `as similar`: a NaN is no right answer
+            (~(similarities[q, a][:, None] > similarities[q]) & ~right[q]).sum(1)
+            for q, a in zip(queries.split(PAIRS), answers.split(PAIRS), strict=True)
+        ]
+    ).double()
+    wrong = (~right).sum(1)[queries].double()
+    others = wrong.clamp(max=candidates - 1)
+
+    def log_factorial(number: Tensor) -> Tensor:
+        return torch.lgamma(number.clamp(min=0) + 1)
+
+    logarithm = (log_factorial(wrong - above) - log_factorial(wrong)) - (
+        log_factorial(wrong - above - others) - log_factorial(wrong - others)
+    )
+    chances = torch.where(above > wrong - others, 0.0, logarithm.exp())
+    counts = right.sum(1)
+    sums = torch.zeros(len(right), dtype=torch.float64).index_add_(0, queries, chances)
+    asked = counts > 0
+    return float((sums[asked] / counts[asked]).mean())
+
+
 def _candidates(count: int, seed: int, purpose: int) -> list[Indices]:
     """Sets of candidates, drawn without repetition; a single one where there are few."""
     if count <= CANDIDATES:
         return [np.arange(count)]
     generator = random_generator(seed, STREAM, purpose)
     return [generator.choice(count, CANDIDATES, replace=False) for _ in range(TASKS)]
-
-
-def _kept(similarities: Tensor, tasks: list[Indices], shares: list[Tensor]) -> float:
-    """Mean p0 of the answers over mean largest p0, both over all queries and tasks."""
-    given, best = 0.0, 0.0
-    for task, share in zip(tasks, shares, strict=True):
-        answers = similarities[:, task].argmax(1, keepdim=True)
-        given += float(share.gather(1, answers).double().sum())
-        best += float(share.amax(1).double().sum())
-    return given / best
 
 
 def probe_pixels(
@@ -221,10 +355,10 @@ def probe_pixels(
     count: int,
     seed: int,
     workers: int,
-) -> Tensor:
+) -> tuple[Tensor, Indices]:
     """Pixels [<= count, 3, H, W], float16, of the probe's images under the evaluation transform.
 
-    A seeded sample of `images` (those that can't be decoded are left out), or mixtures of `training`
+    Also int64 [<= count], which images of the source they are of. A seeded sample of `images` (those that can't be decoded are left out), or mixtures of `training`
     images. As many as fit into a gigabyte of memory.
 
     Raises:
@@ -237,6 +371,7 @@ def probe_pixels(
     generator = random_generator(seed, STREAM, MIXTURES)
     mean, std = clip.preprocess_cfg["mean"], clip.preprocess_cfg["std"]
     parts: list[Tensor] = []
+    read: list[Indices] = []
     for batch in iterate_batches(
         source, rows[:count], clip.preprocess_val, batch_size=BATCH, workers=workers
     ):
@@ -246,6 +381,7 @@ def probe_pixels(
         if images is None:
             pixels = mixtures(pixels, len(pixels), generator, mean, std)
         parts.append(pixels.half())
+        read.append(batch.indices)
         fitting = PIXEL_BYTES // (2 * pixels[0].numel())
         if sum(map(len, parts)) >= fitting:
             break
@@ -254,4 +390,4 @@ def probe_pixels(
         raise DataError(
             f"{found} of {len(rows[:count])} images of the probe can be decoded; give other probe_data"
         )
-    return torch.cat(parts)
+    return torch.cat(parts), np.concatenate(read)
