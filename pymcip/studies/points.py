@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,9 @@ from pymcip.errors import ConfigError
 
 # A two-stage method goes on from the finished run of its first stage, which is a method too.
 FIRST_STAGE = {"2sft": "gpr", "mcip+rea": "mcip"}
+
+Changes = Mapping[str, Mapping[str, Any]]  # by method: options that it has in place of the base's
+NO_CHANGES: Changes = {}
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,9 @@ def label(settings: dict[str, Any], axes: int) -> str:
     return ", ".join(v if name == "method" else f"{name} {v}" for name, v in values.items())
 
 
-def study_points(config: SweepConfig, base: TrainConfig) -> list[Point]:
+def study_points(
+    config: SweepConfig, base: TrainConfig, changes: Changes = NO_CHANGES
+) -> list[Point]:
     """The points of a sweep around `base`, in the order of the options and of their values.
 
     Options that a point's method doesn't use are left out of it, and points that become equal by
@@ -55,7 +61,7 @@ def study_points(config: SweepConfig, base: TrainConfig) -> list[Point]:
     problems: list[str] = []
     for settings in tried:
         try:
-            point = make_point(base, settings)
+            point = make_point(base, settings, changes)
         except ConfigError as error:
             problems += error.problems
             continue
@@ -74,8 +80,13 @@ def study_points(config: SweepConfig, base: TrainConfig) -> list[Point]:
     return points
 
 
-def make_point(base: TrainConfig, settings: dict[str, Any]) -> Point:
-    """The point of `settings`, without those that its method doesn't use."""
+def make_point(base: TrainConfig, settings: dict[str, Any], changes: Changes = NO_CHANGES) -> Point:
+    """The point of `settings`, without those that its method doesn't use.
+
+    `changes` make the base what its method is tried with; `settings` are over them.
+    """
+    method = settings.get("method", base.method)
+    base = dataclasses.replace(base, **{"method": method, **changes.get(method, {})})
     config = dataclasses.replace(base, **_options(settings))
     used = _used(config)
     settings = {name: value for name, value in settings.items() if name in used}
@@ -89,12 +100,12 @@ def make_point(base: TrainConfig, settings: dict[str, Any]) -> Point:
     return Point(settings, config, "_".join([config.method, *differing]))
 
 
-def first_stage(base: TrainConfig, point: Point) -> Point | None:
+def first_stage(base: TrainConfig, point: Point, changes: Changes = NO_CHANGES) -> Point | None:
     """The point whose run a two-stage method goes on from; None for methods of one stage."""
     method = FIRST_STAGE.get(point.config.method)
     if method is None:
         return None
-    return make_point(base, {**point.settings, "method": method})
+    return make_point(base, {**point.settings, "method": method}, changes)
 
 
 def second_stage(config: TrainConfig, model: str) -> TrainConfig:

@@ -20,14 +20,30 @@ import numpy as np
 import numpy.typing as npt
 
 from pymcip.config import SweepConfig, TrainConfig, read_options
-from pymcip.demo.run import SMOKE, Recipe, evaluation_options, prepare_world, train_source
+from pymcip.demo.run import (
+    SMOKE,
+    Recipe,
+    evaluation_options,
+    prepare_world,
+    probe_source,
+    train_source,
+)
 from pymcip.demo.world import BASE_FOLDER, load_sprites
 from pymcip.errors import ConfigError, DataError, PymcipError
 from pymcip.evaluation import evaluate
 from pymcip.files import prepare_output, read_json, write_json, write_text
 from pymcip.studies.front import pareto_front
 from pymcip.studies.plots import Curve, Mark, draw_curves, draw_front, require_matplotlib
-from pymcip.studies.points import Point, first_stage, label, make_point, second_stage, study_points
+from pymcip.studies.points import (
+    NO_CHANGES,
+    Changes,
+    Point,
+    first_stage,
+    label,
+    make_point,
+    second_stage,
+    study_points,
+)
 from pymcip.training import train
 
 TEXT_METRICS = ("t2i_r5", "zero_shot")  # what alignment is the mean of, by default
@@ -89,7 +105,7 @@ def sweep(config: SweepConfig | None = None, /, **options: Any) -> SweepResult:
     require_matplotlib()
     started = time.perf_counter()
     study: _Study = _DemoStudy(config) if config.train is None else _OwnStudy(config)
-    points = study_points(config, study.base)
+    points = study_points(config, study.base, study.changes)
     out = _prepare(config, study)
     seeds = [study.base.seed + number for number in range(config.seeds)]
     runs = len({point.run for point in points})
@@ -137,12 +153,17 @@ class _Seed:
     base: TrainConfig
     evaluations: Evaluations
     base_metrics: Path
+    changes: Changes = NO_CHANGES
 
 
 class _Study:
-    """The data and the recipe that the swept options are changes of."""
+    """The data and the recipe that the swept options are changes of.
+
+    `changes`: what a method has in place of the recipe's options.
+    """
 
     base: TrainConfig
+    changes: Changes = NO_CHANGES
 
     def seed(self, seed: int, out: Path) -> _Seed:
         raise NotImplementedError
@@ -167,6 +188,10 @@ class _DemoStudy(_Study):
             **self.recipe.train,
             **self.recipe.rea,
         )
+        self.changes = self._changes("probe-*.tar")
+
+    def _changes(self, probe: str) -> Changes:
+        return {"mcip+": {**self.recipe.plus, "probe_data": probe}}
 
     def seed(self, seed: int, out: Path) -> _Seed:
         folder = out / f"seed{seed}"
@@ -180,12 +205,13 @@ class _DemoStudy(_Study):
             seed=seed,
         )
         evaluations = {"data": evaluation_options(world)}
-        return _Seed(folder, base, evaluations, folder / "metrics" / "base.json")
+        changes = self._changes(probe_source(world))
+        return _Seed(folder, base, evaluations, folder / "metrics" / "base.json", changes)
 
     def settings(self) -> dict[str, Any]:
         world = {**dataclasses.asdict(self.recipe.world), "seed": None}
         train = {**self.base.to_dict(), "model": "the demo's"}  # wherever it is installed
-        return {"train": train, "world": _plain(world)}
+        return {"train": train, "changes": _plain(self.changes), "world": _plain(world)}
 
 
 class _OwnStudy(_Study):
@@ -322,10 +348,11 @@ def _trained(prepared: _Seed, point: Point, failed: dict[str, PymcipError]) -> P
     if not (folder / "result.json").is_file():  # written last
         if point.run in failed:
             raise failed[point.run]
-        config = make_point(prepared.base, point.settings).config  # with the seed's data
+        # with the seed's data
+        config = make_point(prepared.base, point.settings, prepared.changes).config
         config = dataclasses.replace(config, out=folder, resume="latest")
         try:
-            first = first_stage(prepared.base, point)
+            first = first_stage(prepared.base, point, prepared.changes)
             if first is not None:
                 config = second_stage(config, str(_trained(prepared, first, failed)))
             result = train(config)
