@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
+import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -17,6 +21,7 @@ from pymcip.config import DemoConfig
 from pymcip.data import load_captions, load_images
 from pymcip.demo import pretrain, run, run_demo, world
 from pymcip.errors import ConfigError, OutputExistsError
+from pymcip.training import TrainResult
 
 SMALL = world.WorldConfig(
     train_classes=6, train_images=3, test_classes=5, test_images=4, captions=50, shard_size=7
@@ -120,11 +125,76 @@ def test_a_written_world_is_read_back(written: world.World) -> None:
 def test_a_written_world_is_the_same_to_the_byte(written: world.World, tmp_path: Path) -> None:
     again = world.write_world(SMALL, tmp_path)
     for before, after in zip(
-        (*written.train, *written.test, written.captions, written.test_names),
-        (*again.train, *again.test, again.captions, again.test_names),
+        (*written.train, *written.test, *written.probe, written.captions, written.test_names),
+        (*again.train, *again.test, *again.probe, again.captions, again.test_names),
         strict=True,
     ):
         assert before.read_bytes() == after.read_bytes(), before.name
+
+
+def test_the_probe_changes_no_other_file(written: world.World) -> None:
+    """What is in the scenes of `SMALL`, as before there was a probe: stored results are of such worlds."""
+    digest = hashlib.sha256(written.captions.read_bytes())
+    for path in (*written.train, *written.test):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                if not member.name.endswith(".png"):  # whose bytes depend on the library
+                    digest.update(member.name.encode())
+                    digest.update(tar.extractfile(member).read())  # type: ignore[union-attr]
+    assert digest.hexdigest() == "6eccc82ccfeb86861e8e1cd6881d33558c215ad14b33c87488af72f40717e726"
+
+
+@pytest.mark.parametrize("config", [SMALL, world.WorldConfig()])
+def test_things_of_the_probe_are_neither_trained_on_nor_tested(config: world.WorldConfig) -> None:
+    emoji = world.load_sprites().emoji
+    classes = world.probe_classes(config)
+    assert len(classes) == {SMALL: 2}.get(config, 33)
+    assert {world.split_of(emoji[i]) for i in classes} == {"test"}
+    tested = world.split_indices(emoji, "test", config.tones)[: config.test_classes]
+    assert not {emoji[i].concept for i in classes} & {emoji[i].concept for i in tested}
+
+
+def test_scenes_of_the_probe(written: world.World, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    inner = world.compose
+
+    def watched(*arguments: Any) -> world.Scenes:
+        drawn.append(inner(*arguments))
+        return drawn[-1]
+
+    monkeypatch.setattr(world, "compose", watched)
+    folder = written.captions.parent / "again"
+    folder.mkdir()
+    again = world.write_probe(SMALL, folder)
+    assert again == world.probe_paths(SMALL, folder)
+    for before, after in zip(written.probe, again, strict=True):
+        assert after.read_bytes() == before.read_bytes()
+    shown = set(drawn[0].main) | set(drawn[0].other[drawn[0].other >= 0])
+    assert shown <= set(world.probe_classes(SMALL))
+    probe = load_images(str(folder / "probe-*.tar"))
+    assert np.bincount(probe.labels).tolist() == [4, 4]
+    assert all(len(probe.titles(i)) == 1 for i in range(len(probe)))
+
+
+def test_a_world_without_a_probe_gets_one(tmp_path: Path) -> None:
+    before = run.prepare_world(SMALL, tmp_path)
+    content = before.probe[0].read_bytes()
+    times = [path.stat().st_mtime_ns for path in (*before.train, *before.test, before.captions)]
+    before.probe[0].unlink()
+    after = run.prepare_world(SMALL, tmp_path)
+    assert after == before
+    assert after.probe[0].read_bytes() == content
+    assert times == [
+        path.stat().st_mtime_ns for path in (*after.train, *after.test, after.captions)
+    ]
+
+
+def test_a_test_of_all_emoji_leaves_none_for_the_probe(tmp_path: Path) -> None:
+    emoji = world.load_sprites().emoji
+    every = len(world.split_indices(emoji, "test", SMALL.tones))
+    config = dataclasses.replace(SMALL, test_classes=every)
+    assert world.write_probe(config, tmp_path) == world.probe_paths(config, tmp_path) == ()
+    assert not list(tmp_path.iterdir())
 
 
 def test_more_classes_than_there_are(tmp_path: Path) -> None:
@@ -164,6 +234,10 @@ def test_a_tiny_run_from_end_to_end(tmp_path: Path) -> None:
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     assert report["table"] == result.table
     assert report["seeds"] == result.seeds == [0]
+    (kept,) = report["alignment"]
+    assert kept["respected"]
+    assert kept["probe"]["source"] == "probe_data with their own captions"
+    assert kept["probe"]["images"] == 7
     text = (out / "report.md").read_text(encoding="utf-8")
     assert "CC-BY 4.0" in text
     assert result.markdown in text
@@ -171,6 +245,19 @@ def test_a_tiny_run_from_end_to_end(tmp_path: Path) -> None:
         assert picture.size[0] > 800
     with pytest.raises(OutputExistsError):
         run_demo(DemoConfig(out=out, smoke=True))
+
+
+def test_a_run_that_keeps_nothing_leaves_the_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(**options: Any) -> TrainResult:
+        result = run_train(**options)
+        return result if options["method"] != "mcip+" else dataclasses.replace(result, hub=None)
+
+    run_train = run.train
+    monkeypatch.setattr(run, "train", train)
+    result = run_demo(out=tmp_path / "demo", smoke=True)
+    assert result.table["mcip+"] == result.table["base"] != result.table["mcip"]
 
 
 def test_the_mean_of_seeds_and_the_pattern() -> None:
@@ -181,6 +268,7 @@ def test_the_mean_of_seeds_and_the_pattern() -> None:
             "2sft": (30.0, 20.0, 25.0, 36.0),
             "mcip": (29.0, 19.0, 30.0, 39.5),
             "mcip+rea": (29.0, 19.0, 31.0, 41.0),
+            "mcip+": (29.5, 19.0, 30.0, 40.0),
         }
         return {
             method: {name: value + shift for name, value in zip(run.METRICS, row, strict=True)}
@@ -194,6 +282,14 @@ def test_the_mean_of_seeds_and_the_pattern() -> None:
     assert [name for name, holds in run.check_pattern(mean).items() if not holds] == [
         "mcip: T2I R@5 at most 0.5 points under the base"
     ]
+    mean["mcip"]["t2i_r5"] += 0.1
+    for metric, text in {
+        "i2i_map": "mcip+: at least 95 % of gpr's I2I gain",
+        "t2i_r5": "mcip+: T2I R@5 not under the base",
+        "zero_shot": "mcip+: zero-shot not under the base",
+    }.items():
+        changed = {**mean, "mcip+": {**mean["mcip+"], metric: mean["mcip+"][metric] - 0.01}}
+        assert [name for name, holds in run.check_pattern(changed).items() if not holds] == [text]
     assert "30.0 (-10.0)" not in run.format_table(mean)
     assert "31.0 (-10.0)" in run.format_table(mean)
 

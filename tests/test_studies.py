@@ -120,6 +120,19 @@ def test_two_stages_share_the_first_one() -> None:
     assert second_stage(other, "x").mine_pretrained is None
 
 
+def test_a_method_with_options_of_its_own() -> None:
+    changes = {"mcip+": {"alignment_budget": 0.0, "margin": 0.9, "probe_data": "probe"}}
+    config = SweepConfig(method=("mcip", "mcip+"), margin=(0.5, 0.9), grid="product")
+    points = study_points(config, dataclasses.replace(BASE, margin=0.5), changes)
+    assert [(p.run, p.config.margin, p.config.probe_data) for p in points] == [
+        ("mcip", 0.5, None),
+        ("mcip_margin=0.9", 0.9, None),
+        ("mcip+_margin=0.5", 0.5, "probe"),  # "mcip+" is the run with the margin of its own
+        ("mcip+", 0.9, "probe"),
+    ]
+    assert points[3].config.alignment_budget == 0
+
+
 def test_an_option_that_no_method_uses() -> None:
     with pytest.raises(ConfigError, match="threshold is swept, but method gpr doesn't use it"):
         points_of(dataclasses.replace(BASE, method="gpr"), threshold=(0.2, 0.3))
@@ -461,6 +474,17 @@ def test_a_world_is_composed_once(tmp_path: Path) -> None:
     other: WorldConfig = dataclasses.replace(config, seed=2)
     before = world.captions.read_text()
     assert prepare_world(other, tmp_path).captions.read_text() != before
+
+
+def test_alignment_is_kept_on_the_demos_probe(tmp_path: Path) -> None:
+    result = sweep(smoke=True, method=("mcip+",), seeds=1, out=tmp_path / "sweep")
+    row = result.table[1]
+    assert row["point"] == "mcip+"
+    assert 0 < row["coefficient"] <= 1
+    folder = tmp_path / "sweep" / "seed0"
+    options = json.loads((folder / "runs" / "mcip+" / "config.json").read_text())
+    assert options["probe_data"] == str(folder / "world" / "probe-*.tar")
+    assert options["alignment_budget"] == SMOKE.plus["alignment_budget"]
 
 
 def test_a_sweep_on_the_demos_world(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

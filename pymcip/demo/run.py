@@ -29,6 +29,7 @@ from pymcip.demo.world import (
     World,
     WorldConfig,
     load_sprites,
+    probe_paths,
     write_probe,
     write_world,
 )
@@ -91,6 +92,7 @@ class Recipe:
             "margin": 0.9,
             "lambda_class": 0.5,
             "lambda_caption": 0.5,
+            "k": 30,
             "distill": 0.0,
             "mixtures": 0.0,
         }
@@ -175,9 +177,9 @@ def prepare_world(config: WorldConfig, folder: Path) -> World:
         world = write_world(config, folder)
         write_json(described, settings)
         return world
-    probe = tuple(sorted(folder.glob("probe-*.tar")))
-    if not probe:  # a world of an earlier version
-        probe = write_probe(config, folder)
+    probe = probe_paths(config, folder)
+    if not all(path.is_file() for path in probe):  # a world of an earlier version
+        write_probe(config, folder)
     return World(
         train=tuple(sorted(folder.glob("train-*.tar"))),
         test=tuple(sorted(folder.glob("test-*.tar"))),

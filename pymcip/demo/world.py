@@ -622,6 +622,14 @@ def _probe_count(config: WorldConfig) -> int:
     return max(4, round(PROBE_SHARE * config.test_classes * config.test_images))
 
 
+def probe_paths(config: WorldConfig, folder: Path) -> tuple[Path, ...]:
+    """The shards that `write_probe` writes into `folder`."""
+    if not len(probe_classes(config)):
+        return ()
+    shards = -(-_probe_count(config) // config.shard_size)
+    return tuple(folder / f"probe-{number:06d}.tar" for number in range(shards))
+
+
 def write_probe(config: WorldConfig, out: str | os.PathLike[str]) -> tuple[Path, ...]:
     """Write the probe's captioned scenes of a world: `World.probe`, () if no emoji is left for it."""
     classes = probe_classes(config)

@@ -153,7 +153,7 @@ class _Seed:
     base: TrainConfig
     evaluations: Evaluations
     base_metrics: Path
-    changes: Changes = NO_CHANGES
+    changes: Changes
 
 
 class _Study:
@@ -247,7 +247,8 @@ class _OwnStudy(_Study):
     def seed(self, seed: int, out: Path) -> _Seed:
         cache = self.base.cache or out / "embeddings"
         base = dataclasses.replace(self.base, seed=seed, cache=cache)
-        return _Seed(out / f"seed{seed}", base, self.evaluations, out / "base.json")
+        folder = out / f"seed{seed}"
+        return _Seed(folder, base, self.evaluations, out / "base.json", self.changes)
 
     def settings(self) -> dict[str, Any]:
         return {"train": self.base.to_dict(), "evaluations": _plain(self.evaluations)}
