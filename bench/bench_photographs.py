@@ -45,6 +45,7 @@ STAGES = {
     "2sft": ["gpr", "rea"],
     "mcip": ["mcip"],
     "mcip+rea": ["mcip", "rea"],
+    "mcip+": ["mcip+"],
 }
 IMAGE_SIZE = 224  # of the evaluation, the base model's own
 # Grocery names alone as prompts: what the base does best with.
@@ -73,7 +74,7 @@ def main() -> None:
     changes = {name: json.loads(value) for name, value in (x.split("=", 1) for x in arguments.set)}
     data = arguments.data / "data"
     base = f"local-dir:{arguments.data / 'models' / 'lite0'}"
-    model, train_seconds = base, 0.0
+    model, train_seconds, alignment = base, 0.0, None
     for stage in STAGES[arguments.method]:
         result = pymcip.train(
             model=model,
@@ -88,6 +89,7 @@ def main() -> None:
             **{**SCHEDULE, **changes},
         )
         model, train_seconds = str(result.out), train_seconds + result.seconds
+        alignment = result.alignment
     found = {}
     for name in ("grocery", "clothing"):
         shards = f"grocery-{arguments.split}-*.tar" if name == "grocery" else "*.tar"
@@ -104,6 +106,7 @@ def main() -> None:
         "seed": arguments.seed,
         **{title: round(found[part][name], 2) for title, (part, name) in COLUMNS.items()},
         "options": {**SCHEDULE, **changes} if arguments.method != "base" else {},
+        "alignment": alignment,
         "train_seconds": round(train_seconds, 1),
     }
     device = "cuda" if torch.cuda.is_available() else "cpu"
