@@ -345,7 +345,7 @@ class TrainConfig(ModelOptions):
     )
     distill: float | None = option(
         None,
-        "weight of staying near the untrained model's caption distribution; default: 0, of mcip+ 1",
+        "weight of staying near the untrained model's caption distribution; default: 0, of mcip+ 0.5",
     )
     distill_captions: int = option(8192, "captions drawn from the bank per step for it")
     distill_data: Sources | None = option(
@@ -398,7 +398,7 @@ class TrainConfig(ModelOptions):
     }  # fmt: skip
     # What an option that is None stands for, by method; {} for the others, where None is "none" or 0.
     RECIPES: ClassVar[dict[str, dict[str, Any]]] = {
-        "mcip+": {"alignment_budget": 0.02, "distill": 1.0, "mixtures": 0.125},
+        "mcip+": {"alignment_budget": 0.02, "distill": 0.5, "mixtures": 0.125},
     }
     MORE_THAN: ClassVar[dict[str, float]] = {
         "layer_decay": 0, "lr": 0, "rea_lr": 0, "scale": 0, "caption_scale": 0, "eps": 0, "grad_clip_norm": 0,
