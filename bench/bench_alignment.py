@@ -51,7 +51,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mcip, distill 1, mixtures 1/8": {"distill": 1.0, "mixtures": 0.125, **UNBOUND},
     "mcip, budget 5 %": {"alignment_budget": 0.05},
     "gpr, distill 1": {"method": "gpr", "distill": 1.0, **UNBOUND},
-    "mcip+": {"method": "mcip+"},
+    "mcip+, unbound": {"method": "mcip+", "margin": 0.9, **UNBOUND},
+    "mcip+, distill 1, unbound": {"method": "mcip+", "margin": 0.9, "distill": 1.0, **UNBOUND},
+    "mcip+": {"method": "mcip+", "margin": 0.9},
 }
 METRICS = ("i2i_map", "zero_shot", "t2i_r5")
 IMAGES = 512  # of the probe, for the correlation

@@ -416,7 +416,7 @@ class TrainConfig(ModelOptions):
 
     @property
     def uses_captions_for_images(self) -> bool:
-        return self.method in ("mcip", "mcip+rea", "mcip+")
+        return self.method in ("mcip", "mcip+rea")
 
     @property
     def realigns(self) -> bool:

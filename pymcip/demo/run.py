@@ -25,6 +25,7 @@ from pymcip.data import ImageData, load_images
 from pymcip.demo.world import (
     BASE_FOLDER,
     CREDIT,
+    PROBE_NAMES,
     TEMPLATES,
     World,
     WorldConfig,
@@ -90,11 +91,6 @@ class Recipe:
         default_factory=lambda: {
             "alignment_budget": 0.0,
             "margin": 0.9,
-            "lambda_class": 0.5,
-            "lambda_caption": 0.5,
-            "k": 30,
-            "distill": 0.0,
-            "mixtures": 0.0,
         }
     )
     queries: int = 8
@@ -106,7 +102,7 @@ SMOKE = Recipe(
     ),
     train={"epochs": 1, "batch_size": 16, "lr": 1e-4, "warmup": 1, "k": 3, "threshold": -1.0},
     rea={"rea_epochs": 1, "rea_batch_size": 16, "rea_lr": 1e-4, "rea_warmup": 1},
-    plus={"alignment_budget": 0.999, "distill": 0.0, "mixtures": 0.0},
+    plus={"alignment_budget": 0.999},
     queries=2,
 )
 
@@ -178,7 +174,9 @@ def prepare_world(config: WorldConfig, folder: Path) -> World:
         write_json(described, settings)
         return world
     probe = probe_paths(config, folder)
-    if not all(path.is_file() for path in probe):  # a world of an earlier version
+    if probe and not all(
+        path.is_file() for path in (*probe, folder / PROBE_NAMES)
+    ):  # a world of an earlier version
         write_probe(config, folder)
     return World(
         train=tuple(sorted(folder.glob("train-*.tar"))),
@@ -187,6 +185,7 @@ def prepare_world(config: WorldConfig, folder: Path) -> World:
         captions=folder / "captions.txt",
         train_names=folder / "train_names.tsv",
         test_names=folder / "test_names.tsv",
+        probe_names=folder / PROBE_NAMES,
     )
 
 
@@ -195,9 +194,12 @@ def train_source(world: World) -> str:
     return str(world.train[0].parent / "train-*.tar")
 
 
-def probe_source(world: World) -> str:
-    """`probe_data` of a world: captioned scenes of things that are neither trained on nor tested."""
-    return str(world.test[0].parent / "probe-*.tar")
+def probe_options(folder: Path) -> dict[str, str]:
+    """Options of `train` for the probe of the world in `folder`: what is neither trained on nor tested."""
+    return {
+        "probe_data": str(folder / "probe-*.tar"),
+        "probe_class_names": str(folder / PROBE_NAMES),
+    }
 
 
 def evaluation_options(world: World) -> dict[str, Any]:
@@ -255,7 +257,7 @@ def _run_seed(seed: int, folder: Path, recipe: Recipe, draw_to: Path) -> Table:
     run("2sft", "rea", model=models["gpr"], **realign)
     run("mcip", "mcip", model=base, **captions, **recipe.train)
     run("mcip+rea", "rea", model=models["mcip"], **realign)
-    plus = {**recipe.train, **recipe.plus, "probe_data": probe_source(world)}
+    plus = {**recipe.train, **recipe.plus, **probe_options(folder / "world")}
     run("mcip+", "mcip+", model=base, **captions, **plus)
     if seed == 0:
         shown = {"before": base, "after MCIP": models["mcip"]}
@@ -356,9 +358,9 @@ the {world["test_classes"]} test classes. T2I R@5: a scene's caption finds it am
   emoji; {world["captions"]:,} captions of other scenes, aligned with no image.
 - Test: {world["test_classes"]} other emoji x {world["test_images"]} scenes, each with a caption.
 - `mcip+`: exports the weights farthest from the base, on the line to the tuned ones, that give at
-  least {100 * (1 - kept[0]["budget"]):g} % of the base's right answers on a probe: {kept[0]["probe"]["images"]:,} other scenes with
-  captions, of emoji that are in no training scene and no test class; an image chooses among
-  captions, a caption among images. How far on the line, seed by seed: {coefficients}.
+  least {100 * (1 - kept[0]["budget"]):g} % of the base's right answers on a probe: {kept[0]["probe"]["images"]:,} other scenes
+  of emoji that are in no training scene and no test class; an image chooses among their names, a
+  name among images. How far on the line, seed by seed: {coefficients}.
 - Base model: a CLIP trained by `{base["command"]}` on {base["pairs"]:,} drawn pairs, none of them
   of the training or test scenes. It has met the test emoji under their names in other scenes, as a
   CLIP trained on the web has met most things; fine-tuning meets none of them.

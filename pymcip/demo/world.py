@@ -50,6 +50,7 @@ CREDIT = (
 IMAGE_SIZE = 64
 MAX_CLUTTER = 3
 TEST_SHARE = 0.15
+PROBE_NAMES = "probe_names.tsv"
 PROBE_SHARE = 0.4  # the number of the probe's scenes: of that of the test's
 TEMPLATES = ("a {}", "a picture of a {}", "a {} on a plain background")
 
@@ -548,7 +549,7 @@ class World:
 
     `train`, `test` and `probe` are the tar shards (png, cls, json; not the train's: txt), `captions`
     a text file with a caption in each line, the names `label<TAB>name` in each line. `probe` holds
-    scenes of things that are in no train and no test class (see `probe_classes`).
+    scenes of things that are in no train and no test class (see `probe_classes`), if there are any.
     """
 
     train: tuple[Path, ...]
@@ -557,6 +558,7 @@ class World:
     captions: Path
     train_names: Path
     test_names: Path
+    probe_names: Path
 
 
 def _write_shard(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
@@ -604,6 +606,12 @@ def _write_split(
     return tuple(paths)
 
 
+def _write_names(path: Path, classes: npt.NDArray[np.int64]) -> None:
+    emoji = load_sprites().emoji
+    lines = [f"{label}\t{emoji[index].name}\n" for label, index in enumerate(classes)]
+    write_text(path, "".join(lines))
+
+
 def probe_classes(config: WorldConfig) -> npt.NDArray[np.int64]:
     """The emoji of the probe's scenes: of the test's split, but things that are no test class.
 
@@ -623,7 +631,7 @@ def _probe_count(config: WorldConfig) -> int:
 
 
 def probe_paths(config: WorldConfig, folder: Path) -> tuple[Path, ...]:
-    """The shards that `write_probe` writes into `folder`."""
+    """The shards that `write_probe` writes into `folder`, after the names."""
     if not len(probe_classes(config)):
         return ()
     shards = -(-_probe_count(config) // config.shard_size)
@@ -631,10 +639,14 @@ def probe_paths(config: WorldConfig, folder: Path) -> tuple[Path, ...]:
 
 
 def write_probe(config: WorldConfig, out: str | os.PathLike[str]) -> tuple[Path, ...]:
-    """Write the probe's captioned scenes of a world: `World.probe`, () if no emoji is left for it."""
+    """Write the probe's captioned scenes of a world and the names of what they show.
+
+    Returns `World.probe`: () if no emoji is left for it.
+    """
     classes = probe_classes(config)
     if not len(classes):
         return ()
+    _write_names(Path(out) / PROBE_NAMES, classes)
     # Their clutter is their own: no probe scene shows a test class.
     count = _probe_count(config)
     return _write_split(Path(out), "probe", config, classes, count, classes, captioned=True)
@@ -654,11 +666,9 @@ def write_world(config: WorldConfig, out: str | os.PathLike[str]) -> World:
     classes = {"train": train[: config.train_classes], "test": test[: config.test_classes]}
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    names = {}
+    names = {split: folder / f"{split}_names.tsv" for split in classes}
     for split, members in classes.items():
-        names[split] = folder / f"{split}_names.tsv"
-        lines = [f"{label}\t{emoji[index].name}\n" for label, index in enumerate(members)]
-        write_text(names[split], "".join(lines))
+        _write_names(names[split], members)
     captions = folder / "captions.txt"
     write_text(
         captions, "".join(f"{line}\n" for line in corpus(config.seed, config.captions, emoji))
@@ -687,4 +697,5 @@ def write_world(config: WorldConfig, out: str | os.PathLike[str]) -> World:
         captions=captions,
         train_names=names["train"],
         test_names=names["test"],
+        probe_names=folder / PROBE_NAMES,
     )

@@ -25,7 +25,7 @@ from pymcip.demo.run import (
     Recipe,
     evaluation_options,
     prepare_world,
-    probe_source,
+    probe_options,
     train_source,
 )
 from pymcip.demo.world import BASE_FOLDER, load_sprites
@@ -188,10 +188,10 @@ class _DemoStudy(_Study):
             **self.recipe.train,
             **self.recipe.rea,
         )
-        self.changes = self._changes("probe-*.tar")
+        self.changes = self._changes(Path())
 
-    def _changes(self, probe: str) -> Changes:
-        return {"mcip+": {**self.recipe.plus, "probe_data": probe}}
+    def _changes(self, world: Path) -> Changes:
+        return {"mcip+": {**self.recipe.plus, **probe_options(world)}}
 
     def seed(self, seed: int, out: Path) -> _Seed:
         folder = out / f"seed{seed}"
@@ -205,7 +205,7 @@ class _DemoStudy(_Study):
             seed=seed,
         )
         evaluations = {"data": evaluation_options(world)}
-        changes = self._changes(probe_source(world))
+        changes = self._changes(folder / "world")
         return _Seed(folder, base, evaluations, folder / "metrics" / "base.json", changes)
 
     def settings(self) -> dict[str, Any]:

@@ -409,6 +409,7 @@ class _Trainer:
         if not config.distill:
             return
         assert self.captions is not None  # `TrainConfig.problems` sees to it
+        self.caption_vectors = own.captions(self.captions)
         embedded = self.embedded if config.mine_model is None else own.images(self.data)
         generic_vectors = None
         if self.generic is not None:
@@ -418,7 +419,7 @@ class _Trainer:
         left_out = None
         if self.probe_sources is not None and self.probe_sources.from_corpus:
             left_out = probe_rows(len(self.captions), config.seed)
-        parts = own.captions(self.captions).parts("text")
+        parts = self.caption_vectors.parts("text")
         mixes = bool(config.mixtures) and self.generic is None
         self.distillation = Distillation(
             frozen_copy(self.clip) if mixes else self.clip,
@@ -603,8 +604,9 @@ class _Trainer:
         if sources.names is not None:
             return AlignmentProbe(self.clip, pixels, sources.names, seed=config.seed, names=True)
         assert sources.captions is not None
+        embedded = config.uses_captions_for_images or bool(config.distill)
         free = (
-            sources.from_corpus and config.uses_captions_for_images and not config.realigns
+            sources.from_corpus and embedded and not config.realigns
         )  # the text tower stays as it is, and the corpus is embedded by it already
         most = affordable(
             len(self.data) * (text_epochs or image_epochs),

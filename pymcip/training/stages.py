@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pymcip.config import TrainConfig
 from pymcip.data import ImageData
@@ -29,6 +30,7 @@ from pymcip.training.lora import LowRank
 from pymcip.training.optim import make_optimizer, parameter_groups
 from pymcip.training.sampling import epoch_order, random_generator
 from pymcip.training.towers import (
+    fixed_statistics,
     image_parameters,
     image_tower_to_train_mode,
     layer_depths,
@@ -317,6 +319,21 @@ class ImageStage:
             self.place = (epoch, number)
             yield step
 
+    def _features(self, pixels: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor]:
+        """Features of images and of their mixtures: in one pass, if they don't change each other's.
+
+        Where batch norms take statistics of the batch, mixtures stay out of them.
+        """
+        if not len(mixed):
+            return self.clip.image_features(pixels), mixed
+        visual: nn.Module = self.clip.model.visual  # type: ignore[assignment]
+        if any(isinstance(layer, _BatchNorm) and layer.training for layer in visual.modules()):
+            features = self.clip.image_features(pixels)
+            with fixed_statistics(visual):
+                return features, self.clip.image_features(mixed)
+        features = self.clip.image_features(torch.cat([pixels, mixed]))
+        return features[: len(pixels)], features[len(pixels) :]
+
     def backward(self, micro_batches: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         """Mean losses over the whole step, whichever way it is cut into micro-batches.
 
@@ -341,10 +358,12 @@ class ImageStage:
             mixed = pixels[:0]
             if distillation is not None and distillation.generic is None:
                 mixed = distillation.mixed(pixels, *self.place, number)
-            seen = torch.cat([pixels, mixed]) if len(mixed) else pixels
             if self.convolutional:
-                seen = seen.contiguous(memory_format=torch.channels_last)
-            all_features = self.clip.image_features(seen)
+                pixels, mixed = (
+                    images.contiguous(memory_format=torch.channels_last)
+                    for images in (pixels, mixed)
+                )
+            all_features, mixed_features = self._features(pixels, mixed)
             features = all_features[: len(own)]
             labels = torch.from_numpy(self.data.labels[own]).to(device)
             parts = {"arc_margin": self.classes(features, labels).sum() / images_in_step}
@@ -361,8 +380,8 @@ class ImageStage:
                 total = distillation.sum(features, known[: len(own)], drawn)
                 parts["distill"] = total / images_in_step
                 if len(mixed):
-                    taught = distillation.taught(seen[len(rows) :])
-                    total = distillation.sum(all_features[len(rows) :], taught, drawn)
+                    taught = distillation.taught(mixed)
+                    total = distillation.sum(mixed_features, taught, drawn)
                     parts["distill_mixtures"] = total / extra_in_step
                 elif len(rows) > len(own):
                     generic = all_features[len(own) : len(rows)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -122,6 +123,21 @@ def image_tower_to_train_mode(model: nn.Module, freeze_bn_stats: bool) -> None:
             locked = layer.weight is not None and not layer.weight.requires_grad
             if freeze_bn_stats or locked:
                 layer.eval()
+
+
+@contextmanager
+def fixed_statistics(tower: nn.Module) -> Iterator[None]:
+    """Let batch norms use their running statistics inside the block, and leave those as they are."""
+    layers = [
+        layer for layer in tower.modules() if isinstance(layer, _BatchNorm) and layer.training
+    ]
+    for layer in layers:
+        layer.eval()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.train()
 
 
 def unlock_text_tower(clip: ClipModel) -> None:
