@@ -42,11 +42,7 @@ UNBOUND = {"alignment_budget": 0.999}  # measured, and not held to anything
 VARIANTS: dict[str, dict[str, Any]] = {
     "gpr": {"method": "gpr", **UNBOUND},
     "mcip": {"method": "mcip", **UNBOUND},
-    "mcip, caption weights by cosine": {"caption_weights": "cosine", **UNBOUND},
     "mcip, whole bank as negatives": {"negatives": "bank", **UNBOUND},
-    "mcip, running average 0.99": {"ema": 0.99, **UNBOUND},
-    "mcip, layer decay 0.7": {"layer_decay": 0.7, **UNBOUND},
-    "mcip, LoRA of rank 8": {"lora_rank": 8, **UNBOUND},
     "mcip, distill 1": {"distill": 1.0, **UNBOUND},
     "mcip, distill 1, mixtures 1/8": {"distill": 1.0, "mixtures": 0.125, **UNBOUND},
     "mcip, budget 5 %": {"alignment_budget": 0.05},

@@ -355,16 +355,6 @@ class TrainConfig(ModelOptions):
         None,
         "mixtures of training images to distill on, per training image; default: 0, of mcip+ 0.125",
     )
-    ema: float | None = option(
-        None, "decay of a running average of the image tower's weights; default: none"
-    )
-    layer_decay: float = option(
-        1.0, "each layer group's learning rate is this times that of the group above it"
-    )
-    lora_rank: int = option(0, "train low-rank updates of the image tower instead; 0: all weights")
-    caption_weights: Literal["uniform", "cosine"] = option(
-        "uniform", "pseudo-captions of an image weigh the same, or by their cosine"
-    )
     class_captions: bool = option(
         False, "class names are captions too: positives of their class's images"
     )
@@ -393,15 +383,14 @@ class TrainConfig(ModelOptions):
         "loss_chunk": 1, "loss_delta": 0,
         "rea_epochs": 1, "rea_batch_size": 2, "rea_warmup": 0, "save_steps": 1, "log_steps": 1,
         "seed": 0, "beta1": 0, "beta2": 0,
-        "alignment_budget": 0, "distill": 0, "distill_captions": 2, "mixtures": 0, "ema": 0,
-        "lora_rank": 0,
+        "alignment_budget": 0, "distill": 0, "distill_captions": 2, "mixtures": 0,
     }  # fmt: skip
     # What an option that is None stands for, by method; {} for the others, where None is "none" or 0.
     RECIPES: ClassVar[dict[str, dict[str, Any]]] = {
         "mcip+": {"alignment_budget": 0.02, "distill": 0.5, "mixtures": 0.125},
     }
     MORE_THAN: ClassVar[dict[str, float]] = {
-        "layer_decay": 0, "lr": 0, "rea_lr": 0, "scale": 0, "caption_scale": 0, "eps": 0, "grad_clip_norm": 0,
+        "lr": 0, "rea_lr": 0, "scale": 0, "caption_scale": 0, "eps": 0, "grad_clip_norm": 0,
     }  # fmt: skip
 
     def resolved(self) -> TrainConfig:
@@ -467,8 +456,6 @@ class TrainConfig(ModelOptions):
                 problems.append(f"train_weights={self.train_weights}: each must be above 0")
         problems += self._budget_problems()
         problems += self._distillation_problems()
-        if self.ema is not None and self.ema >= 1:
-            problems.append(f"ema={self.ema}: a decay, below 1; 0.999 averages 1000 steps")
         if self.uses_captions_for_images and self.lambda_class + self.lambda_caption == 0:
             problems.append("lambda_class and lambda_caption are both 0; nothing would be trained")
         return problems
@@ -489,8 +476,6 @@ class TrainConfig(ModelOptions):
             problems.append("distill_data is for distillation; give distill too, such as 1")
         if distill == 0 and self.mixtures and self.mixtures != recipe.get("mixtures"):
             problems.append("mixtures are for distillation; give distill too, such as 1")
-        if self.layer_decay > 1:
-            problems.append(f"layer_decay={self.layer_decay}: above 0, at most 1")
         return problems
 
     def _budget_problems(self) -> list[str]:

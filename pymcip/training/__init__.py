@@ -12,13 +12,12 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import random
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -51,7 +50,6 @@ from pymcip.training.alignment import (
     probe_pixels,
     probe_rows,
 )
-from pymcip.training.averaging import RunningAverage
 from pymcip.training.checkpoints import (
     Position,
     checkpoint_files,
@@ -105,8 +103,7 @@ class TrainResult:
     `metrics`: last evaluation on `val_data` in percent, of the exported model if there is one;
     `before`: the same before training (both {} without `val_data`). `interrupted`: "SIGINT" or
     "SIGTERM" if the run stopped early with a checkpoint, else None; `hub` and `state_dict` are None
-    then. `best_checkpoint`: of the epoch with the best metrics on `val_data`; of a run with `ema`, its
-    running average is what was evaluated.
+    then. `best_checkpoint`: of the epoch with the best metrics on `val_data`.
 
     `alignment`, of a run with `alignment_budget` (None without, or if interrupted; also written as
     `alignment.json`):
@@ -261,7 +258,6 @@ class _Trainer:
         self.before: dict[str, float] = {}
         self.generic: ImageData | None = None
         self.distillation: Distillation | None = None
-        self.original_tower: nn.Module | None = None
         self.probe_sources: ProbeSources | None = None
         self.probe: AlignmentProbe | None = None
         self.original: dict[str, Tensor] = {}  # its weights, of a run with a budget
@@ -304,16 +300,11 @@ class _Trainer:
                 stage = (
                     self._image_stage() if names[position.stage] == "image" else self._text_stage()
                 )
-                if config.ema and stage.name == "image":
-                    run.average = RunningAverage(self.clip.model.visual, config.ema)  # type: ignore[arg-type]
                 if state is not None:
-                    restore(state, stage, run.average)
+                    restore(state, stage)
                     state = None
                 fit(run, stage)
                 if not interruption.requested:
-                    if run.average is not None:
-                        run.average.store()
-                        run.average = None
                     position.stage, position.epoch, position.step = position.stage + 1, 0, 0
                     run.save(None)
         assert run.checkpoint is not None
@@ -390,7 +381,7 @@ class _Trainer:
             threshold=config.threshold,
             seed=config.seed,
         )
-        self.table, self.threshold = mined.table, mined.threshold
+        self.table = mined.table
         if config.caption_noise > 0:  # mined/ keeps what was mined
             self.table = noisy_captions(self.table, config.caption_noise, config.seed)
 
@@ -404,8 +395,6 @@ class _Trainer:
         if config.class_captions:
             vectors = self.clip.encode_texts(class_captions(self.data))
             self.class_vectors = vectors.numpy().astype(np.float16)
-        if config.lora_rank > 0:
-            self.original_tower = copy.deepcopy(self.clip.model.visual)  # type: ignore[assignment]
         if not config.distill:
             return
         assert self.captions is not None  # `TrainConfig.problems` sees to it
@@ -450,8 +439,6 @@ class _Trainer:
                 bank, positives = add_class_captions(
                     bank, positives, self.class_vectors, self.data.labels
                 )
-            if config.caption_weights == "cosine":
-                positives = positives.weighted(self.threshold)
             if config.loss_delta > 0:
                 bank, positives = order_caption_bank(bank, positives, config.seed, self.clip.device)
         return ImageStage(
@@ -462,7 +449,6 @@ class _Trainer:
             bank=bank,
             positives=positives,
             distillation=self.distillation,
-            original=self.original_tower,
         )
 
     def _class_means(self) -> Tensor:
@@ -547,11 +533,10 @@ class _Trainer:
             run.log.write({"evaluation": self.before, "global_step": 0})
 
     def _end_of_epoch(self, run: Run, stage: Stage) -> None:
-        with run.average.in_place() if run.average is not None else nullcontext():
-            if self.validation is not None:
-                self._evaluate_epoch(run, stage)
-            if self.probe is not None:
-                self._probe_epoch(run, stage, self.probe)
+        if self.validation is not None:
+            self._evaluate_epoch(run, stage)
+        if self.probe is not None:
+            self._probe_epoch(run, stage, self.probe)
 
     def _evaluate_epoch(self, run: Run, stage: Stage) -> None:
         self.metrics = self._evaluate()

@@ -21,7 +21,6 @@ from pymcip.config import TrainConfig
 from pymcip.errors import CheckpointError, TrainingDivergedError
 from pymcip.model import ClipModel
 from pymcip.progress import progress
-from pymcip.training.averaging import RunningAverage
 from pymcip.training.checkpoints import (
     Position,
     checkpoint_files,
@@ -91,7 +90,6 @@ class Run:
     position: Position
     end_of_epoch: Callable[[Run, Stage], None]  # evaluation; may raise position.best_score
     checkpoint: Path | None = None
-    average: RunningAverage | None = None  # of the image tower, during its stage
 
     @property
     def checkpoints(self) -> Path:
@@ -103,24 +101,18 @@ class Run:
             "model": self.clip.model.state_dict(),
             "heads": stage.heads.state_dict() if stage else {},
             "optimizer": stage.optimizer.state_dict() if stage else {},
-            "average": self.average.state_dict() if self.average else {},
             "random": random_states(),
         }
         self.checkpoint = save_checkpoint(self.checkpoints, state)
         return self.checkpoint
 
 
-def restore(state: dict[str, Any], stage: Stage, average: RunningAverage | None = None) -> None:
-    """Put back a checkpoint's optimizer, heads, running average and random states.
-
-    The model is loaded before.
-    """
+def restore(state: dict[str, Any], stage: Stage) -> None:
+    """Put optimizer, heads and random states of a checkpoint back (the model is loaded before)."""
     try:
         if state["optimizer"]:
             stage.heads.load_state_dict(state["heads"])
             stage.optimizer.load_state_dict(state["optimizer"])
-            if average is not None:
-                average.load_state_dict(state["average"])
     except (RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"the checkpoint does not belong to this run's {stage.name} stage: {error}"
@@ -209,8 +201,6 @@ def _step(run: Run, stage: Stage, micro_batches: list[Any]) -> dict[str, float]:
     numbers = dict(zip(values, read, strict=True))
     if all(map(math.isfinite, numbers.values())):
         stage.optimizer.step()
-        if run.average is not None:
-            run.average.update()
         run.position.bad_steps_in_a_row = 0
         return numbers
     for buffer, before in statistics:

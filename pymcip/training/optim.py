@@ -3,45 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from pymcip.config import TrainConfig
 
 
 def parameter_groups(
-    named: Iterable[tuple[str, Tensor]],
-    *,
-    lr: float,
-    wd: float,
-    depths: Mapping[str, int] | None = None,
-    decay: float = 1.0,
+    named: Iterable[tuple[str, nn.Parameter]], *, lr: float, wd: float
 ) -> list[dict[str, object]]:
-    """AdamW groups: no weight decay on vectors, scalars, norms and biases (open_clip's rule).
-
-    Two groups; or two for each depth, the deepest (nearest to the output) first, where `depths` tells
-    every parameter's (from `towers.layer_depths`): the learning rate at depth d of 0 … top is
-    lr * decay^(top - d), top being the largest in `depths` whether it is trained or not.
-    """
-    top = max(depths.values(), default=0) if depths else 0
-    sorted_out: dict[tuple[int, bool], list[Tensor]] = {}
+    """Two AdamW groups: no weight decay on vectors, scalars, norms and biases (open_clip's rule)."""
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in named:
         if not parameter.requires_grad:
             continue
         exempt = parameter.ndim < 2 or any(word in name for word in ("bn", "ln", "bias"))
-        below = top - depths[name] if depths else 0
-        key = below, not (exempt or "logit_scale" in name)
-        sorted_out.setdefault(key, []).append(parameter)
-    return [
-        {
-            "params": parameters,
-            "weight_decay": wd if decayed else 0.0,
-            "peak_lr": lr * decay**below,
-        }
-        for (below, decayed), parameters in sorted(sorted_out.items(), key=lambda item: item[0])
+        (plain if exempt or "logit_scale" in name else decayed).append(parameter)
+    groups: list[dict[str, object]] = [
+        {"params": plain, "weight_decay": 0.0, "peak_lr": lr},
+        {"params": decayed, "weight_decay": wd, "peak_lr": lr},
     ]
+    return [group for group in groups if group["params"]]
 
 
 def make_optimizer(groups: list[dict[str, object]], config: TrainConfig) -> torch.optim.AdamW:

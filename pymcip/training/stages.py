@@ -5,10 +5,9 @@ A stage says what its batches are and how a step's gradients come about; `loop.f
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,14 +25,12 @@ from pymcip.ops import order_bank
 from pymcip.training.batches import AugmentedImages, image_batches
 from pymcip.training.depthwise import speed_up_depthwise
 from pymcip.training.distillation import Distillation, TwoSets
-from pymcip.training.lora import LowRank
 from pymcip.training.optim import make_optimizer, parameter_groups
 from pymcip.training.sampling import epoch_order, random_generator
 from pymcip.training.towers import (
     fixed_statistics,
     image_parameters,
     image_tower_to_train_mode,
-    layer_depths,
     text_parameters,
     unlock_image_tower,
     unlock_text_tower,
@@ -42,7 +39,6 @@ from pymcip.training.towers import (
 _log = logging.getLogger("pymcip.training")
 
 CLASS_CAPTION = "a photo of a {}."
-WEIGHT_FLOOR = 0.01  # of a caption at the threshold: a hundredth of cosine above it
 
 
 class Stage(Protocol):
@@ -67,12 +63,10 @@ class Stage(Protocol):
 
 @dataclass
 class Positives:
-    """CSR rows of positives on the CPU, looked up per batch; `weights` are None for equal ones."""
+    """CSR rows of positives on the CPU, looked up per batch."""
 
     indptr: np.ndarray
     indices: np.ndarray
-    cosines: np.ndarray | None = None  # of each image and its positive; NaN: no mined pair
-    weights: np.ndarray | None = None
 
     def counts(self, rows: np.ndarray) -> np.ndarray:
         """How many positives each of the rows has, without touching the other rows."""
@@ -80,40 +74,13 @@ class Positives:
 
     def batch(self, rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
         """indptr int64 [B + 1] and indices int64 [nnz] of the given rows."""
-        indptr, flat = self._places(rows)
+        starts, counts = self.indptr[rows], self.counts(rows)
+        indptr = np.concatenate([[0], np.cumsum(counts)])
+        flat = np.arange(indptr[-1]) + np.repeat(starts - indptr[:-1], counts)
         return (
             torch.from_numpy(indptr.astype(np.int64)).to(device),
             torch.from_numpy(self.indices[flat].astype(np.int64)).to(device),
         )
-
-    def batch_weights(self, rows: np.ndarray, device: torch.device) -> Tensor | None:
-        """Weights fp32 [nnz] of the same positives, or None."""
-        if self.weights is None:
-            return None
-        return torch.from_numpy(self.weights[self._places(rows)[1]]).to(device)
-
-    def _places(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        starts, counts = self.indptr[rows], self.counts(rows)
-        indptr = np.concatenate([[0], np.cumsum(counts)])
-        return indptr, np.arange(indptr[-1]) + np.repeat(starts - indptr[:-1], counts)
-
-    def weighted(self, threshold: float) -> Positives:
-        """The same positives, weighted by how far their cosines are above `threshold`.
-
-        Weights of an image sum to 1 and are proportional to cosine - threshold + WEIGHT_FLOOR. A pair
-        that was not mined counts as the image's lowest.
-        """
-        assert self.cosines is not None
-        counts = np.diff(self.indptr)
-        owner = np.repeat(np.arange(len(counts)), counts)
-        known = np.where(np.isnan(self.cosines), np.inf, self.cosines.astype(np.float64))
-        lowest = np.full(len(counts), np.inf)
-        np.minimum.at(lowest, owner, known)
-        lowest[np.isinf(lowest)] = threshold  # none of the image's pairs was mined
-        cosines = np.where(np.isinf(known), lowest[owner], known)
-        raw = np.maximum(cosines - threshold, 0) + WEIGHT_FLOOR
-        sums = np.bincount(owner, raw, minlength=len(counts))
-        return replace(self, weights=(raw / sums[owner]).astype(np.float32))
 
 
 def caption_bank(
@@ -125,15 +92,14 @@ def caption_bank(
     n: the mined rows and a sample of the others, n rows in all (or more, if more are mined).
     """
     if negatives == "bank":
-        return vectors, Positives(table.indptr, table.ids, table.cosines)
+        return vectors, Positives(table.indptr, table.ids)
     rows = np.unique(table.ids)
     if isinstance(negatives, int) and negatives > len(rows):
         others = np.setdiff1d(np.arange(len(vectors)), rows, assume_unique=True)
         extra = min(negatives - len(rows), len(others))
         drawn = random_generator(seed, 3).choice(others, extra, replace=False)
         rows = np.sort(np.concatenate([rows, drawn]))
-    positives = Positives(table.indptr, np.searchsorted(rows, table.ids), table.cosines)
-    return vectors[rows], positives
+    return vectors[rows], Positives(table.indptr, np.searchsorted(rows, table.ids))
 
 
 def class_captions(data: ImageData) -> list[str]:
@@ -157,22 +123,11 @@ def class_captions(data: ImageData) -> list[str]:
 def add_class_captions(
     bank: np.ndarray, positives: Positives, vectors: np.ndarray, labels: np.ndarray
 ) -> tuple[np.ndarray, Positives]:
-    """The bank with a row per class at its end (`vectors` [C, D]), a positive of the class's images.
-
-    Its cosine is set to the image's highest: unlike a mined caption it is known to be right.
-    """
-    counts = np.diff(positives.indptr)
+    """The bank with a row per class at its end (`vectors` [C, D]), a positive of the class's images."""
     indices = np.insert(positives.indices, positives.indptr[1:], len(bank) + labels)
-    cosines = None
-    if positives.cosines is not None:
-        highest = np.full(len(counts), -np.inf, np.float32)
-        owner = np.repeat(np.arange(len(counts)), counts)
-        np.fmax.at(highest, owner, positives.cosines)
-        highest[np.isinf(highest)] = np.nan
-        cosines = np.insert(positives.cosines, positives.indptr[1:], highest)
     indptr = positives.indptr + np.arange(len(positives.indptr))
     added = np.concatenate([bank, vectors.astype(bank.dtype)])
-    return added, Positives(indptr, indices, cosines)
+    return added, Positives(indptr, indices)
 
 
 def order_caption_bank(
@@ -180,14 +135,14 @@ def order_caption_bank(
 ) -> tuple[np.ndarray, Positives]:
     """The same bank with its clusters in a row, so that the certified filter can leave out cells."""
     order = order_bank(bank, seed=seed, device=device)
-    return bank[order], replace(positives, indices=order.argsort()[positives.indices])
+    return bank[order], Positives(positives.indptr, order.argsort()[positives.indices])
 
 
 class ImageStage:
     """gpr: ArcMargin on class labels. mcip: ArcMargin and MCArcMargin on pseudo-captions.
 
     Rows of `data`, `positives` and `distillation` correspond; `class_rows` [C, D] starts the class
-    matrix. `original` is the image tower before training, which LoRA's updates are added to.
+    matrix.
     """
 
     name = "image"
@@ -202,7 +157,6 @@ class ImageStage:
         bank: np.ndarray | None = None,
         positives: Positives | None = None,
         distillation: Distillation | None = None,
-        original: nn.Module | None = None,
     ) -> None:
         self.clip, self.data, self.config, self.positives = clip, data, config, positives
         self.distillation = distillation
@@ -244,26 +198,10 @@ class ImageStage:
                 compute=compute,
                 delta=config.loss_delta,
             )
-        depths = layer_depths(clip) if config.layer_decay != 1 else None
-        parameters: list[tuple[str, Tensor]] = list(image_parameters(clip.model))
-        weight_decay = config.wd
-        self.low_rank: LowRank | None = None
-        if config.lora_rank > 0:
-            visual: nn.Module = clip.model.visual  # type: ignore[assignment]
-            before = copy.deepcopy(visual) if original is None else original
-            self.low_rank = LowRank(visual, before, config.lora_rank, config.seed)
-            self.heads["low_rank"] = self.low_rank
-            parameters = [(f"visual.{name}", p) for name, p in self.low_rank.named_factors()]
-            weight_decay = 0.0  # it would pull towards the original, which is the budget's business
-        tower = parameter_groups(
-            parameters, lr=config.lr, wd=weight_decay, depths=depths, decay=config.layer_decay
-        )
+        tower = parameter_groups(image_parameters(clip.model), lr=config.lr, wd=config.wd)
         lr_classes = 10 * config.lr if config.lr_classes is None else config.lr_classes
         matrix = {"params": [self.classes.weight], "weight_decay": 0.0, "peak_lr": lr_classes}
         self.optimizer: torch.optim.Optimizer = make_optimizer([*tower, matrix], config)
-        if self.low_rank is not None:
-            low_rank = self.low_rank
-            self.optimizer.register_step_post_hook(lambda *_: low_rank.write())
         self.convolutional = is_convolutional(clip.model)
         if clip.device.type == "cpu" and clip.precision == "amp_bf16":
             speed_up_depthwise(clip.model)
@@ -370,9 +308,7 @@ class ImageStage:
             weights = {"arc_margin": 1.0}
             if self.captions is not None and self.positives is not None:
                 indptr, indices = self.positives.batch(own, device)
-                shares = self.positives.batch_weights(own, device)
-                margins = self.captions(features, indptr, indices, shares)
-                parts["caption_margin"] = margins.sum() / captioned
+                parts["caption_margin"] = self.captions(features, indptr, indices).sum() / captioned
                 weights["arc_margin"] = self.config.lambda_class
                 weights["caption_margin"] = self.config.lambda_caption
             if distillation is not None:
@@ -394,8 +330,6 @@ class ImageStage:
             loss.backward()  # type: ignore[no-untyped-call]
             for name, value in {"loss": loss, **parts}.items():
                 totals[name] = totals.get(name, 0) + value.detach()
-        if self.low_rank is not None:
-            self.low_rank.take_gradients()
         return totals
 
 

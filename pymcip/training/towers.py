@@ -41,48 +41,6 @@ def image_projector(model: nn.Module) -> list[nn.Parameter]:
     return []
 
 
-def layer_depths(clip: ClipModel) -> dict[str, int]:
-    """How far up each parameter of the image tower is: name -> 0 (at the pixels) … top.
-
-    A ViT is cut into embedding, blocks, and what follows them; a ResNet of open_clip's into stem, four
-    layers and attention pooling; a timm network as timm itself cuts it, the head on top.
-
-    Raises:
-        ConfigError: it is another kind of tower.
-    """
-    visual = clip.model.visual
-    names = [name.removeprefix("visual.") for name, _ in image_parameters(clip.model)]
-    trunk = getattr(visual, "trunk", None)
-    if trunk is not None and hasattr(trunk, "group_matcher"):
-        from timm.models import group_parameters
-
-        cut = group_parameters(trunk, trunk.group_matcher(), reverse=True)
-        top = 1 + max(cut.values())
-        depths = {
-            name: cut[name.removeprefix("trunk.")] if name.startswith("trunk.") else top
-            for name in names
-        }
-    elif hasattr(getattr(visual, "transformer", None), "resblocks"):
-        blocks = "transformer.resblocks."
-        top = 1 + len(visual.transformer.resblocks)  # type: ignore[union-attr,arg-type]
-        bottom = ("conv1.", "class_embedding", "positional_embedding", "ln_pre.")
-        depths = {
-            name: 1 + int(name[len(blocks) :].split(".")[0])
-            if name.startswith(blocks)
-            else (0 if name.startswith(bottom) else top)
-            for name in names
-        }
-    elif hasattr(visual, "attnpool") and hasattr(visual, "layer4"):
-        layers = {"layer1": 1, "layer2": 2, "layer3": 3, "layer4": 4, "attnpool": 5}
-        depths = {name: layers.get(name.split(".")[0], 0) for name in names}
-    else:
-        raise ConfigError(
-            f"layer_decay can't cut the image tower of {clip.name} ({type(visual).__name__}) into "
-            "layers; allowed for it: 1"
-        )
-    return {f"visual.{name}": depth for name, depth in depths.items()}
-
-
 def unlock_image_tower(clip: ClipModel, *, projector: str, unlock_layers: int | None) -> None:
     """Let gradients into the image tower only, or into its last groups (open_clip's `lock`)."""
     model = clip.model
