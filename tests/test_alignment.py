@@ -1,4 +1,4 @@
-"""The alignment budget: mixtures, the probe, the search, the running average, and whole runs."""
+"""The alignment budget: mixtures, the probe, the search, and whole runs."""
 
 from __future__ import annotations
 
@@ -23,10 +23,9 @@ import pymcip
 from pymcip.data import load_images
 from pymcip.errors import ConfigError, DataError
 from pymcip.model import ClipModel, load
-from pymcip.training import alignment, loop
+from pymcip.training import alignment
 from pymcip.training.alignment import AlignmentProbe, affordable, probe_pixels, probe_rows
-from pymcip.training.averaging import RunningAverage
-from pymcip.training.checkpoints import checkpoint_files, load_checkpoint
+from pymcip.training.checkpoints import load_checkpoint
 from pymcip.training.interpolation import interpolated, largest_coefficient
 from pymcip.training.mixtures import mixtures
 from tests.conftest import picture
@@ -385,43 +384,6 @@ def test_what_the_search_returns_was_measured_and_respects_the_bound() -> None:
     assert calls == [1.0, 0.5, 0.25, 0.125, 0.0625]
 
 
-# --- the running average ------------------------------------------------------------------------
-
-
-def test_running_average_against_its_recursion() -> None:
-    torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
-    for parameter in module[2].parameters():  # type: ignore[union-attr]
-        parameter.requires_grad_(False)
-    average = RunningAverage(module, decay=0.3)
-    names = ["0.weight", "1.bias", "1.running_mean"]
-    expected = {name: module.state_dict()[name].double().numpy().copy() for name in names}
-    for update in range(6):
-        decay = min(0.3, (1 + update) / (10 + update))
-        with torch.no_grad():
-            for name in names:
-                value = module.state_dict()[name]
-                value += torch.randn(value.shape)
-                expected[name] = decay * expected[name] + (1 - decay) * value.double().numpy()
-        average.update()
-    own = {name: value.clone() for name, value in module.state_dict().items()}
-    with average.in_place():
-        for name in names:
-            np.testing.assert_allclose(module.state_dict()[name].numpy(), expected[name], atol=1e-6)
-        assert torch.equal(module.state_dict()["2.weight"], own["2.weight"])
-    for name, value in module.state_dict().items():
-        assert torch.equal(value, own[name])
-    again = RunningAverage(module, decay=0.3)
-    again.load_state_dict(average.state_dict())
-    again.store()
-    np.testing.assert_allclose(
-        module.state_dict()["0.weight"].numpy(), expected["0.weight"], atol=1e-6
-    )
-    assert again.updates == 6
-    with pytest.raises(KeyError):
-        RunningAverage(nn.Linear(2, 2), 0.3).load_state_dict(average.state_dict())
-
-
 # --- whole runs ---------------------------------------------------------------------------------
 
 
@@ -498,7 +460,7 @@ def test_exported_model_keeps_the_budget(method: str, options: dict[str, Any]) -
 def test_exported_weights_lie_between(
     tower: str, options: dict[str, Any], hub_folder: Callable[..., Path]
 ) -> None:
-    """Of both kinds of tower, batch norms' statistics and their running average included."""
+    """Of both kinds of tower, batch norms' statistics included."""
     options = {**options, "val_data": options["train_data"], "method": "mcip"}
     if tower == "timm":
         vision = {
@@ -508,7 +470,7 @@ def test_exported_weights_lie_between(
             "timm_proj": "linear",
             "image_size": 32,
         }
-        options |= {"model": f"local-dir:{hub_folder('timm', vision_cfg=vision)}", "ema": 0.5}
+        options |= {"model": f"local-dir:{hub_folder('timm', vision_cfg=vision)}"}
         options |= {"lr": 2e-3, "alignment_budget": 0.2}
     result = pymcip.train(**options)
     tuned = load_checkpoint(result.checkpoint)["model"]  # as trained: to be searched again
@@ -708,14 +670,11 @@ pymcip.train(**options)
 
 
 def assert_same_run(first: pymcip.TrainResult, second: pymcip.TrainResult) -> None:
-    """Exported bits, running average included in the checkpoints, logged numbers, the search."""
+    """Exported bits and the tuned weights before, logged numbers, the search."""
     one, other = (torch.load(run.state_dict, weights_only=True) for run in (first, second))
     assert all(torch.equal(value, other[name]) for name, value in one.items())
-    files = [checkpoint_files(run.out / "checkpoints")[-2] for run in (first, second)]
-    averages = [load_checkpoint(path)["average"] for path in files]
-    assert averages[0]["updates"] == averages[1]["updates"] > 0
-    for name, value in averages[0]["average"].items():
-        assert torch.equal(value, averages[1]["average"][name])
+    one, other = (load_checkpoint(run.checkpoint)["model"] for run in (first, second))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
     logs = [
         [{k: v for k, v in line.items() if k != "samples_per_second"} for line in lines_of(run.out)]
         for run in (first, second)
@@ -728,7 +687,7 @@ def assert_same_run(first: pymcip.TrainResult, second: pymcip.TrainResult) -> No
 
 
 def test_resumed_after_sigkill_gives_the_same_bits(options: dict[str, Any], tmp_path: Path) -> None:
-    options = {**options, "method": "mcip", "epochs": 3, "ema": 0.5}
+    options = {**options, "method": "mcip", "epochs": 3}
     options |= {"val_data": options["train_data"], "precision": "amp_bf16"}
     whole = pymcip.train(**options)
     killed = {**options, "out": str(tmp_path / "killed"), "resume": "latest"}
@@ -749,7 +708,7 @@ def test_resumed_after_sigkill_gives_the_same_bits(options: dict[str, Any], tmp_
 def test_resumed_after_a_kill_while_probing(
     where: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {**options, "method": "mcip", "ema": 0.5, "val_data": options["train_data"]}
+    options = {**options, "method": "mcip", "val_data": options["train_data"]}
     whole = pymcip.train(**options)
     stopped = {**options, "out": str(tmp_path / "stopped")}
 
@@ -762,36 +721,6 @@ def test_resumed_after_a_kill_while_probing(
             pymcip.train(**stopped)
     assert not (tmp_path / "stopped" / "result.json").exists()
     assert_same_run(whole, pymcip.train(**stopped, resume="latest"))
-
-
-def test_average_is_what_is_evaluated_and_exported(
-    options: dict[str, Any], tiny_clip: ClipModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    name = "visual.proj"
-    expected = tiny_clip.model.state_dict()[name].double().numpy()
-    seen = [expected]
-    inner = loop._step
-
-    def watched(run: Any, stage: Any, micro_batches: Any) -> dict[str, float]:
-        values = inner(run, stage, micro_batches)
-        seen.append(run.clip.model.state_dict()[name].double().numpy())
-        return values
-
-    monkeypatch.setattr(loop, "_step", watched)
-    options = {**options, "alignment_budget": None, "method": "2sft", "ema": 0.2}
-    options["val_data"] = options["train_data"]
-    result = pymcip.train(**options)
-    for update in range(6):
-        decay = min(0.2, (1 + update) / (10 + update))
-        expected = decay * expected + (1 - decay) * seen[update + 1]
-    exported = torch.load(result.state_dict, weights_only=True)
-    np.testing.assert_allclose(exported[name].numpy(), expected, atol=1e-6)
-    assert np.abs(seen[6] - expected).max() > 1e-4
-    assert np.array_equal(seen[7], exported[name].double().numpy())  # what re-alignment sees
-    measured = pymcip.evaluate(
-        str(result.out), data=options["val_data"], device="cpu", precision="fp32"
-    ).metrics
-    assert result.metrics == {name: measured[name] for name in result.metrics}
 
 
 # --- bad options --------------------------------------------------------------------------------
@@ -807,8 +736,6 @@ def test_average_is_what_is_evaluated_and_exported(
         ({"alignment_budget": None, "probe_data": "x"}, "probe_data is for a budget"),
         ({"alignment_budget": None, "probe_captions": "x"}, "probe_captions is for a budget"),
         ({"probe_captions": "x", "probe_class_names": "y"}, "exclude each other"),
-        ({"ema": 1.0}, "ema=1.0: a decay, below 1"),
-        ({"ema": -0.5}, "ema=-0.5"),
     ],
 )
 def test_bad_options(changes: dict[str, Any], message: str, options: dict[str, Any]) -> None:

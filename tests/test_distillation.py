@@ -1,4 +1,4 @@
-"""What keeps the image stage near the original model: distillation, layer rates, LoRA, captions."""
+"""Distillation in the image stage, what it is distilled on, and captions from class names."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import open_clip
 import pytest
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import pymcip
 from pymcip.config import TrainConfig
@@ -29,8 +29,6 @@ from pymcip.training.distillation import (
     caption_divergence,
     frozen_copy,
 )
-from pymcip.training.lora import LowRank
-from pymcip.training.optim import parameter_groups
 from pymcip.training.stages import (
     ImageStage,
     Positives,
@@ -38,7 +36,7 @@ from pymcip.training.stages import (
     caption_bank,
     class_captions,
 )
-from pymcip.training.towers import image_parameters, layer_depths, unlock_image_tower
+from pymcip.training.towers import image_parameters
 
 RESNET = {"vision_cfg": {"layers": [1, 1, 1, 1], "width": 8, "head_width": 16, "image_size": 32}}
 TIMM = {
@@ -46,13 +44,6 @@ TIMM = {
         "timm_model_name": "test_efficientnet", "timm_model_pretrained": False,
         "timm_pool": "avg", "timm_proj": "linear", "image_size": 32,
     }
-}  # fmt: skip
-DEPTHS = {  # of some parameters of each tower
-    "vit": {"class_embedding": 0, "conv1.weight": 0, "transformer.resblocks.0.ln_1.bias": 1,
-            "ln_post.weight": 2, "proj": 2},
-    "resnet": {"conv1.weight": 0, "bn3.bias": 0, "layer1.0.conv1.weight": 1,
-               "layer4.0.downsample.0.weight": 4, "attnpool.c_proj.bias": 5},
-    "timm": {"trunk.conv_stem.weight": 0, "trunk.bn1.weight": 0},
 }  # fmt: skip
 
 
@@ -80,17 +71,6 @@ def options(
         "log_steps": 1,
         "save_steps": 2,
     }
-
-
-@pytest.fixture
-def towers(hub_folder: Callable[..., Path]) -> Callable[[str], ClipModel]:
-    """Load the tiny model with another image tower: "vit", "resnet" or "timm"."""
-
-    def make(kind: str) -> ClipModel:
-        changes = {"vit": {}, "resnet": RESNET, "timm": TIMM}[kind]
-        return load(f"local-dir:{hub_folder(kind, **changes)}", device="cpu", precision="fp32")
-
-    return make
 
 
 def records_of(out: Path) -> list[dict[str, Any]]:
@@ -269,6 +249,45 @@ def test_mixtures_are_taught_by_the_original(
     assert float(values["loss"]) == pytest.approx(float(total), rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["resnet", "timm"])
+def test_mixtures_leave_batch_statistics_alone(
+    kind: str, hub_folder: Callable[..., Path], tiny_images: Callable[..., Path]
+) -> None:
+    """Running statistics after a step, beside those of a step without distillation: the same bits."""
+    folder = hub_folder(kind, **{"resnet": RESNET, "timm": TIMM}[kind])
+    data, found = load_images(tiny_images()), []
+    for rate in (None, 1.0):
+        clip = load(f"local-dir:{folder}", device="cpu", precision="fp32")
+        visual: Any = clip.model.visual
+        before = statistics_of(visual)
+        distillation = None
+        if rate is not None:
+            sample = CaptionSample([unit(30, 16, 0)], 20, 0)
+            distillation = Distillation(
+                frozen_copy(clip), sample, unit(12, 16, 1), weight=1.0, rate=rate, seed=0
+            )
+        config = config_for(method="gpr", batch_size=6)
+        stage = ImageStage(clip, data, config, class_rows=None, distillation=distillation)
+        stage.train_mode()
+        values = stage.backward(next(stage.steps(0, 0)))
+        assert ("distill_mixtures" in values) == (rate is not None)
+        found.append(statistics_of(visual))
+        assert all(not torch.equal(value, before[name]) for name, value in found[-1].items())
+        norms = [layer for layer in visual.modules() if isinstance(layer, _BatchNorm)]
+        assert all(layer.training for layer in norms)
+    assert any(name.endswith("running_var") for name in found[0])
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+def statistics_of(tower: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of a tower's batch statistics."""
+    return {
+        name: value.clone()
+        for name, value in tower.named_buffers()
+        if name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+    }
+
+
 def test_batches_too_small_for_a_mixture_are_told(
     tiny_clip: ClipModel, tiny_images: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -331,6 +350,22 @@ def test_a_distilled_run_stays_closer_to_the_original(
     assert moved["distilled"] < 0.5 * moved["plain"], moved
 
 
+def test_the_recipe_mines_nothing(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def mined(**_: Any) -> None:
+        raise AssertionError("mcip+ has no pseudo-captions")
+
+    monkeypatch.setattr(pymcip.training, "mine_captions", mined)
+    result = pymcip.train(**{**options, "method": "mcip+", "mixtures": 0.25})
+    assert not (result.out / "mined").exists()
+    steps = [line for line in records_of(result.out) if "loss" in line]
+    assert len(steps) == result.steps == 6
+    for line in steps:
+        assert {"arc_margin", "distill", "distill_mixtures"} <= line.keys()
+        assert "caption_margin" not in line
+        terms = line["arc_margin"] + 0.5 * (line["distill"] + line["distill_mixtures"])
+        assert line["loss"] == pytest.approx(terms, rel=1e-5)
+
+
 KILLED = """
 import json, os, signal, sys
 import pymcip
@@ -381,7 +416,6 @@ def test_resumed_after_sigkill_gives_the_same_bits(
         "distill": 1.0,
         "distill_captions": 20,
         "mixtures": 0.5,
-        "caption_weights": "cosine",
     }
     whole = pymcip.train(**options)
     terms = [line["distill_mixtures"] for line in records_of(whole.out)]
@@ -391,25 +425,15 @@ def test_resumed_after_sigkill_gives_the_same_bits(
     assert_same_run(whole.out, resumed.out)
 
 
-def test_resumed_low_rank_run_gives_the_same_bits(options: dict[str, Any], tmp_path: Path) -> None:
-    """LoRA's updates are added to the original's weights, not to those in the checkpoint."""
+def test_resumed_run_on_generic_images_gives_the_same_bits(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
     options = {
-        **options, "lora_rank": 2, "distill": 1.0, "distill_data": options["train_data"],
-        "mixtures": 0.5, "class_captions": True, "layer_decay": 0.5,
+        **options, "distill": 1.0, "distill_data": options["train_data"], "mixtures": 0.5,
+        "class_captions": True,
     }  # fmt: skip
     whole = pymcip.train(**options)
-    state = load_checkpoint(checkpoint_files(whole.out / "checkpoints")[-2])
-    assert state["heads"]["low_rank.up_0"].abs().max() > 0
-    assert records_of(whole.out)[0]["distill_data"] >= 0
-    before = open_clip.create_model(options["model"]).state_dict()
-    after = torch.load(whole.state_dict)
-    assert before.keys() == after.keys()
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert "visual.conv1.weight" in changed
-    for name in changed:
-        update = (after[name] - before[name]).flatten(1)
-        assert torch.linalg.matrix_rank(update, atol=1e-6) <= 2
-        assert name.startswith("visual.")
+    assert all("distill_data" in line for line in records_of(whole.out))
     resumed = killed_and_resumed({**options, "out": str(tmp_path / "killed")}, tmp_path)
     assert_same_run(whole.out, resumed.out)
 
@@ -446,7 +470,6 @@ def test_workers_do_not_change_the_generic_images(
         ({"method": "gpr", "projector": "discard", "distill": 1.0}, "exclude each other"),
         ({"distill_data": "x"}, "give distill too"),
         ({"mixtures": 0.5}, "give distill too"),
-        ({"layer_decay": 1.5}, "at most 1"),
         ({"distill_captions": 1}, "must be >= 2"),
     ],
 )
@@ -461,127 +484,16 @@ def test_options_that_do() -> None:
     assert config_for(method="gpr", distill=1.0).resolved().mixtures == 0
 
 
-# --- layers -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["vit", "resnet", "timm"])
-def test_layers_cover_every_parameter_once(kind: str, towers: Callable[[str], ClipModel]) -> None:
-    clip = towers(kind)
-    depths = layer_depths(clip)
-    named = dict(image_parameters(clip.model))
-    assert depths.keys() == named.keys()
-    top = max(depths.values())
-    assert sorted(set(depths.values())) == list(range(top + 1))
-    for name, depth in DEPTHS[kind].items():
-        assert depths[f"visual.{name}"] == depth
-    if kind == "timm":
-        assert {name for name in depths if depths[name] == top} == {"visual.head.proj.weight"}
-    groups: list[dict[str, Any]] = parameter_groups(
-        named.items(), lr=2.0, wd=0.1, depths=depths, decay=0.5
-    )
-    assert groups[0]["peak_lr"] == 2.0  # what the log shows
-    rates = {id(p): group["peak_lr"] for group in groups for p in group["params"]}
-    assert sum(len(group["params"]) for group in groups) == len(rates) == len(named)
-    for name, parameter in named.items():
-        assert rates[id(parameter)] == 2.0 * 0.5 ** (top - depths[name])
-
-
-def test_towers_that_are_not_known_are_refused(tiny_clip: ClipModel) -> None:
-    tiny_clip.model.visual = torch.nn.Linear(2, 2)
-    with pytest.raises(ConfigError, match="can't cut the image tower"):
-        layer_depths(tiny_clip)
-
-
-# --- LoRA ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["vit", "resnet", "timm"])
-def test_low_rank_gradients_are_those_of_the_factors(
-    kind: str, towers: Callable[[str], ClipModel]
-) -> None:
-    """Against autograd through W0 + B A, put into the tower by torch.func."""
-    clip = towers(kind)
-    visual: Any = clip.model.visual
-    original = frozen_copy(clip).model.visual
-    unlock_image_tower(clip, projector="keep", unlock_layers=None)
-    low_rank = LowRank(visual, original, 2, seed=0)  # type: ignore[arg-type]
-    pixels = torch.randn(2, 3, 32, 32)
-    visual.eval()
-    before = visual(pixels)
-    low_rank.write()
-    assert torch.equal(visual(pixels), before)
-    with torch.no_grad():
-        for index in range(len(low_rank.names)):
-            low_rank.pair(index)[1].normal_(std=0.02)
-    low_rank.write()
-    features = visual(pixels)
-    features.square().sum().backward()
-    low_rank.take_gradients()
-    found = [
-        factor.grad.clone() for _, factor in low_rank.named_factors() if factor.grad is not None
-    ]
-    leaves = [factor.detach().requires_grad_() for _, factor in low_rank.named_factors()]
-    written = {}
-    for index, (name, start) in enumerate(zip(low_rank.names, low_rank.starts, strict=True)):
-        down, up = leaves[2 * index : 2 * index + 2]
-        written[name] = start + (up @ down).view(start.shape)
-    through = torch.func.functional_call(visual, written, (pixels,))
-    assert (through - features).abs().max() <= 1e-5 * features.abs().max()
-    assert (features - before).abs().max() > 1e-3 * before.abs().max()
-    expected = torch.autograd.grad(through.square().sum(), leaves)
-    assert len(found) == len(expected)
-    for one, other in zip(found, expected, strict=True):
-        assert (one - other).abs().max() <= 1e-4 * other.abs().max().clamp_min(1e-6)
-    adapted = set(low_rank.names)
-    assert {name for name, p in visual.named_parameters() if p.requires_grad} == adapted
-    assert not any("bn" in name or "conv_dw" in name for name in adapted)
-    assert not list(low_rank.parameters())
-
-
-def test_low_rank_needs_something_to_adapt(tiny_clip: ClipModel) -> None:
-    # what is left is the projector, a parameter of the tower itself
-    unlock_image_tower(tiny_clip, projector="keep", unlock_layers=1)
-    visual: Any = tiny_clip.model.visual
-    with pytest.raises(ConfigError, match="lora_rank=2"):
-        LowRank(visual, visual, 2, seed=0)
-
-
 # --- captions -----------------------------------------------------------------------------------
 
 
-def test_weights_follow_the_cosines_and_sum_to_one() -> None:
-    nan = np.nan
-    cosines = np.array([0.5, 0.3, 0.4, nan, nan, 0.27], dtype=np.float32)
-    positives = Positives(np.array([0, 2, 4, 4, 5, 6]), np.arange(6), cosines).weighted(0.27)
-    expected = np.array([0.24 / 0.28, 0.04 / 0.28, 0.5, 0.5, 1.0, 1.0])
-    assert positives.weights is not None
-    np.testing.assert_allclose(positives.weights, expected, rtol=1e-5)
-    rows = np.array([1, 2, 0])
-    indptr, indices = positives.batch(rows, torch.device("cpu"))
-    weights = positives.batch_weights(rows, torch.device("cpu"))
-    assert indptr.tolist() == [0, 2, 2, 4]
-    assert indices.tolist() == [2, 3, 0, 1]
-    assert weights is not None
-    np.testing.assert_allclose(weights.numpy(), expected[[2, 3, 0, 1]], rtol=1e-5)
-
-
 def test_class_captions_are_positives_of_their_images() -> None:
-    cosines = np.array([0.3, 0.5, np.nan], dtype=np.float32)
-    positives = Positives(np.array([0, 2, 2, 3]), np.array([4, 1, 0]), cosines)
+    positives = Positives(np.array([0, 2, 2, 3]), np.array([4, 1, 0]))
     bank, vectors = unit(6, 4, 0).astype(np.float16), unit(2, 4, 1).astype(np.float16)
     wide, more = add_class_captions(bank, positives, vectors, np.array([1, 0, 1]))
     assert np.array_equal(wide, np.concatenate([bank, vectors]))
     assert more.indptr.tolist() == [0, 3, 4, 6]
     assert more.indices.tolist() == [4, 1, 7, 6, 0, 7]
-    assert more.cosines is not None
-    np.testing.assert_array_equal(
-        more.cosines, np.array([0.3, 0.5, 0.5, np.nan, np.nan, np.nan], np.float32)
-    )
-    weights = more.weighted(0.3).weights
-    assert weights is not None
-    np.testing.assert_allclose(
-        weights, [0.01 / 0.43, 0.21 / 0.43, 0.21 / 0.43, 1, 0.5, 0.5], rtol=1e-5
-    )
 
 
 def test_class_captions_need_names(
