@@ -125,8 +125,22 @@ def test_a_written_world_is_read_back(written: world.World) -> None:
 def test_a_written_world_is_the_same_to_the_byte(written: world.World, tmp_path: Path) -> None:
     again = world.write_world(SMALL, tmp_path)
     for before, after in zip(
-        (*written.train, *written.test, *written.probe, written.captions, written.test_names),
-        (*again.train, *again.test, *again.probe, again.captions, again.test_names),
+        (
+            *written.train,
+            *written.test,
+            *written.probe,
+            written.captions,
+            written.test_names,
+            written.probe_names,
+        ),
+        (
+            *again.train,
+            *again.test,
+            *again.probe,
+            again.captions,
+            again.test_names,
+            again.probe_names,
+        ),
         strict=True,
     ):
         assert before.read_bytes() == after.read_bytes(), before.name
@@ -176,17 +190,17 @@ def test_scenes_of_the_probe(written: world.World, monkeypatch: pytest.MonkeyPat
     assert all(len(probe.titles(i)) == 1 for i in range(len(probe)))
 
 
-def test_a_world_without_a_probe_gets_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("missing", ["shard", "names"])
+def test_a_world_without_a_probe_gets_one(missing: str, tmp_path: Path) -> None:
     before = run.prepare_world(SMALL, tmp_path)
-    content = before.probe[0].read_bytes()
-    times = [path.stat().st_mtime_ns for path in (*before.train, *before.test, before.captions)]
-    before.probe[0].unlink()
+    path = {"shard": before.probe[0], "names": before.probe_names}[missing]
+    content = path.read_bytes()
+    times = [one.stat().st_mtime_ns for one in (*before.train, *before.test, before.captions)]
+    path.unlink()
     after = run.prepare_world(SMALL, tmp_path)
     assert after == before
-    assert after.probe[0].read_bytes() == content
-    assert times == [
-        path.stat().st_mtime_ns for path in (*after.train, *after.test, after.captions)
-    ]
+    assert path.read_bytes() == content
+    assert times == [one.stat().st_mtime_ns for one in (*after.train, *after.test, after.captions)]
 
 
 def test_a_test_of_all_emoji_leaves_none_for_the_probe(tmp_path: Path) -> None:
@@ -236,7 +250,7 @@ def test_a_tiny_run_from_end_to_end(tmp_path: Path) -> None:
     assert report["seeds"] == result.seeds == [0]
     (kept,) = report["alignment"]
     assert kept["respected"]
-    assert kept["probe"]["source"] == "probe_data with their own captions"
+    assert kept["probe"]["source"] == "probe_data with their own classes"
     assert kept["probe"]["images"] == 7
     text = (out / "report.md").read_text(encoding="utf-8")
     assert "CC-BY 4.0" in text
