@@ -355,9 +355,6 @@ class TrainConfig(ModelOptions):
         None,
         "mixtures of training images to distill on, per training image; default: 0, of mcip+ 0.125",
     )
-    class_captions: bool = option(
-        False, "class names are captions too: positives of their class's images"
-    )
 
     rea_data: Sources | None = option(
         None, "image-caption pairs for re-alignment; default: train_data with its pseudo-captions"
@@ -405,11 +402,11 @@ class TrainConfig(ModelOptions):
 
     @property
     def uses_captions_for_images(self) -> bool:
-        return self.method in ("mcip", "mcip+rea")
+        return self.method in ("mcip", "mcip+rea", "mcip+")
 
     @property
     def realigns(self) -> bool:
-        return self.method in ("2sft", "mcip+rea", "rea")
+        return self.method in ("2sft", "mcip+rea", "rea", "mcip+")
 
     @property
     def needs_captions(self) -> bool:

@@ -78,7 +78,7 @@ def test_help_shows_choices_and_defaults(capsys: pytest.CaptureFixture[str]) -> 
         main(["train", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
     for text in (
-        "--method gpr|2sft|mcip|mcip+rea|rea",
+        "--method gpr|2sft|mcip|mcip+rea|rea|mcip+",
         "--threshold auto|FLOAT",
         "--negatives mined|bank|INT",
         "--overwrite, --no-overwrite",
@@ -153,7 +153,7 @@ def test_numbers_and_words_in_one_flag() -> None:
     [
         (["--epochs", "two"], "argument --epochs: 'two' is not allowed; allowed: INT"),
         (["--epochs", "1.5"], "'1.5' is not allowed; allowed: INT"),
-        (["--method", "magic"], "allowed: gpr|2sft|mcip|mcip+rea|rea"),
+        (["--method", "magic"], "allowed: gpr|2sft|mcip|mcip+rea|rea|mcip+"),
         (["--threshold", "low"], "allowed: auto|FLOAT"),
         (["--aug-cfg", "scale"], "'scale' is not of the form key=value"),
         (["--epoch", "3"], "unrecognized arguments: --epoch 3"),

@@ -31,10 +31,7 @@ from pymcip.training.distillation import (
 )
 from pymcip.training.stages import (
     ImageStage,
-    Positives,
-    add_class_captions,
     caption_bank,
-    class_captions,
 )
 from pymcip.training.towers import image_parameters
 
@@ -350,20 +347,19 @@ def test_a_distilled_run_stays_closer_to_the_original(
     assert moved["distilled"] < 0.5 * moved["plain"], moved
 
 
-def test_the_recipe_mines_nothing(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    def mined(**_: Any) -> None:
-        raise AssertionError("mcip+ has no pseudo-captions")
-
-    monkeypatch.setattr(pymcip.training, "mine_captions", mined)
-    result = pymcip.train(**{**options, "method": "mcip+", "mixtures": 0.25})
-    assert not (result.out / "mined").exists()
+def test_the_recipe_is_both_stages_with_distillation(options: dict[str, Any]) -> None:
+    changes = {"method": "mcip+", "mixtures": 0.25, "lambda_class": 0.25, "lambda_caption": 0.75}
+    changes |= {"rea_epochs": 1, "rea_batch_size": 4, "alignment_budget": 0.999}
+    result = pymcip.train(**{**options, **changes})
     steps = [line for line in records_of(result.out) if "loss" in line]
-    assert len(steps) == result.steps == 6
-    for line in steps:
-        assert {"arc_margin", "distill", "distill_mixtures"} <= line.keys()
-        assert "caption_margin" not in line
-        terms = line["arc_margin"] + 0.5 * (line["distill"] + line["distill_mixtures"])
+    stages = [line["stage"] for line in steps]
+    assert stages == ["image"] * 6 + ["text"] * 3
+    for line in steps[:6]:
+        terms = 0.25 * line["arc_margin"] + 0.75 * line["caption_margin"]
+        terms += 0.5 * (line["distill"] + line["distill_mixtures"])
         assert line["loss"] == pytest.approx(terms, rel=1e-5)
+    assert result.alignment is not None
+    assert len(result.alignment["kept_by_epoch"]) == 3
 
 
 KILLED = """
@@ -430,7 +426,6 @@ def test_resumed_run_on_generic_images_gives_the_same_bits(
 ) -> None:
     options = {
         **options, "distill": 1.0, "distill_data": options["train_data"], "mixtures": 0.5,
-        "class_captions": True,
     }  # fmt: skip
     whole = pymcip.train(**options)
     assert all("distill_data" in line for line in records_of(whole.out))
@@ -484,27 +479,7 @@ def test_options_that_do() -> None:
     assert config_for(method="gpr", distill=1.0).resolved().mixtures == 0
 
 
-# --- captions -----------------------------------------------------------------------------------
-
-
-def test_class_captions_are_positives_of_their_images() -> None:
-    positives = Positives(np.array([0, 2, 2, 3]), np.array([4, 1, 0]))
-    bank, vectors = unit(6, 4, 0).astype(np.float16), unit(2, 4, 1).astype(np.float16)
-    wide, more = add_class_captions(bank, positives, vectors, np.array([1, 0, 1]))
-    assert np.array_equal(wide, np.concatenate([bank, vectors]))
-    assert more.indptr.tolist() == [0, 3, 4, 6]
-    assert more.indices.tolist() == [4, 1, 7, 6, 0, 7]
-
-
-def test_class_captions_need_names(
-    options: dict[str, Any], shards: Callable[..., list[Path]]
-) -> None:
-    named = load_images(options["train_data"])
-    assert class_captions(named)[0] == "a photo of a class0."
-    options["train_data"] = [options["train_data"], *map(str, shards(per_shard=12))]
-    with pytest.raises(DataError, match="numbers"):
-        pymcip.train(**options, class_captions=True)
-    assert not Path(options["out"]).exists()
+# --- the captions of a run -----------------------------------------------------------------------
 
 
 def test_a_miner_of_another_width_only_mines(

@@ -91,6 +91,12 @@ class Recipe:
         default_factory=lambda: {
             "alignment_budget": 0.0,
             "margin": 0.9,
+            "lambda_class": 0.55,
+            "lambda_caption": 0.45,
+            "distill": 0.0,
+            "rea_epochs": 2,
+            "rea_lr": 3e-4,
+            "rea_warmup": 10,
         }
     )
     queries: int = 8

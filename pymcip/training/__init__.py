@@ -4,10 +4,10 @@
 |------------|---------------------------------------|----------------------------------|
 | `gpr`      | image tower                           | ArcMargin on class labels        |
 | `mcip`     | image tower                           | + MCArcMargin on pseudo-captions |
-| `mcip+`    | image tower                           | + KL to the original (distill)   |
 | `rea`      | text tower, on cached image embeddings| InfoNCE, both directions         |
 | `2sft`     | `gpr`, then `rea`                     |                                  |
 | `mcip+rea` | `mcip`, then `rea`                    |                                  |
+| `mcip+`    | the same, within `alignment_budget`   | + KL to the original (`distill`) |
 """
 
 from __future__ import annotations
@@ -68,9 +68,7 @@ from pymcip.training.stages import (
     Pairs,
     Stage,
     TextStage,
-    add_class_captions,
     caption_bank,
-    class_captions,
     order_caption_bank,
 )
 from pymcip.training.towers import discard_projector
@@ -173,8 +171,6 @@ def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
         if config.distill_data is not None
         else None
     )
-    if config.class_captions:
-        class_captions(data)  # refuses classes without names
     probe_sources = load_probe_sources(config.resolved(), captions)
     clip = load_configured(config, config.aug_cfg)
     if config.resume:
@@ -392,9 +388,6 @@ class _Trainer:
         if config.uses_captions_for_images and config.mine_model is not None:
             assert self.captions is not None
             self.caption_vectors = own.captions(self.captions)  # the miner's are of another space
-        if config.class_captions:
-            vectors = self.clip.encode_texts(class_captions(self.data))
-            self.class_vectors = vectors.numpy().astype(np.float16)
         if not config.distill:
             return
         assert self.captions is not None  # `TrainConfig.problems` sees to it
@@ -435,10 +428,6 @@ class _Trainer:
             assert self.table is not None
             vectors = self.caption_vectors.vectors("text")
             bank, positives = caption_bank(self.table, vectors, config.negatives, config.seed)
-            if config.class_captions:
-                bank, positives = add_class_captions(
-                    bank, positives, self.class_vectors, self.data.labels
-                )
             if config.loss_delta > 0:
                 bank, positives = order_caption_bank(bank, positives, config.seed, self.clip.device)
         return ImageStage(

@@ -17,7 +17,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pymcip.config import TrainConfig
 from pymcip.data import ImageData
-from pymcip.errors import DataError
 from pymcip.losses import ArcMargin, MCArcMargin, info_nce
 from pymcip.mining import CaptionTable
 from pymcip.model import ClipModel, is_convolutional
@@ -37,8 +36,6 @@ from pymcip.training.towers import (
 )
 
 _log = logging.getLogger("pymcip.training")
-
-CLASS_CAPTION = "a photo of a {}."
 
 
 class Stage(Protocol):
@@ -100,34 +97,6 @@ def caption_bank(
         drawn = random_generator(seed, 3).choice(others, extra, replace=False)
         rows = np.sort(np.concatenate([rows, drawn]))
     return vectors[rows], Positives(table.indptr, np.searchsorted(rows, table.ids))
-
-
-def class_captions(data: ImageData) -> list[str]:
-    """A caption for each class, from its name as it is.
-
-    Raises:
-        DataError: the classes of some source have numbers for names.
-    """
-    for source in np.unique(data.class_sources):
-        of_source = np.flatnonzero(data.class_sources == source)
-        names = [data.class_names[i] for i in of_source]
-        if all(name.lstrip("-").isdecimal() for name in names):
-            raise DataError(
-                f"class_captions=True needs class names, but source {source} of train_data has "
-                f"numbers (such as {names[0]!r}); name its folders or labels in words, or leave "
-                "class_captions out"
-            )
-    return [CLASS_CAPTION.format(name) for name in data.class_names]
-
-
-def add_class_captions(
-    bank: np.ndarray, positives: Positives, vectors: np.ndarray, labels: np.ndarray
-) -> tuple[np.ndarray, Positives]:
-    """The bank with a row per class at its end (`vectors` [C, D]), a positive of the class's images."""
-    indices = np.insert(positives.indices, positives.indptr[1:], len(bank) + labels)
-    indptr = positives.indptr + np.arange(len(positives.indptr))
-    added = np.concatenate([bank, vectors.astype(bank.dtype)])
-    return added, Positives(indptr, indices)
 
 
 def order_caption_bank(
