@@ -10,7 +10,9 @@ variants but those with a budget of their own are measured by the probe without 
 `probe` compares what the probe says a run has lost with what it has lost on data that neither of
 them has seen: zero-shot accuracy on `--data` (by default the test scenes of each run's own world),
 relative to the untrained model's. Every run is measured at each of `--coefficients` between the
-untrained and the tuned weights. The last line of stdout is JSON.
+untrained and the tuned weights. The probe is the default one, of mixtures; in the demo's worlds also
+the one of scenes with class names that are in neither training nor test ("named"). The last line of
+stdout is JSON.
 """
 
 from __future__ import annotations
@@ -28,13 +30,24 @@ from harness import Report
 
 import pymcip
 from pymcip.config import TrainConfig
-from pymcip.data import load_captions, load_images
-from pymcip.demo.run import Recipe, evaluation_options, prepare_world, train_source
+from pymcip.data import ImageData, load_captions, load_images
+from pymcip.demo.run import (
+    Recipe,
+    evaluation_options,
+    prepare_world,
+    probe_options,
+    train_source,
+)
 from pymcip.demo.world import BASE_FOLDER, World
 from pymcip.evaluation import evaluate_model, read_class_names
 from pymcip.files import read_json
-from pymcip.model import load_configured
-from pymcip.training.alignment import AlignmentProbe, probe_pixels, probe_rows
+from pymcip.model import ClipModel, load_configured
+from pymcip.training.alignment import (
+    AlignmentProbe,
+    load_probe_sources,
+    probe_pixels,
+    probe_rows,
+)
 from pymcip.training.checkpoints import checkpoint_files, load_checkpoint
 from pymcip.training.interpolation import interpolated
 
@@ -47,12 +60,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mcip, distill 1, mixtures 1/8": {"distill": 1.0, "mixtures": 0.125, **UNBOUND},
     "mcip, budget 5 %": {"alignment_budget": 0.05},
     "gpr, distill 1": {"method": "gpr", "distill": 1.0, **UNBOUND},
-    "mcip+, unbound": {"method": "mcip+", "margin": 0.9, **UNBOUND},
-    "mcip+, distill 1, unbound": {"method": "mcip+", "margin": 0.9, "distill": 1.0, **UNBOUND},
-    "mcip+": {"method": "mcip+", "margin": 0.9},
+    "mcip+, unbound": {"method": "mcip+", **Recipe().rea, **Recipe().plus, **UNBOUND},
+    "mcip+, distill 0.5, unbound": {
+        "method": "mcip+",
+        **Recipe().rea,
+        **Recipe().plus,
+        "distill": 0.5,
+        **UNBOUND,
+    },
+    "mcip+": {"method": "mcip+", **Recipe().rea, **Recipe().plus},
 }
 METRICS = ("i2i_map", "zero_shot", "t2i_r5")
-IMAGES = 512  # of the probe, for the correlation
+IMAGES, NAMED_IMAGES = 512, 1024  # of the probes, for the correlation
 
 
 def main() -> None:
@@ -155,12 +174,10 @@ def run_probe(report: Report, arguments: argparse.Namespace) -> dict[str, Any]:
         points += found
         print(f"{folder}: {found} ({time.perf_counter() - started:.0f} s)", flush=True)
     summary: dict[str, Any] = {"command": "probe", "points": len(points)}
-    losses = {
-        name: np.array([point[name] for point in points])
-        for name in ("image_to_text", "text_to_image", "unseen")
-    }
-    for name in ("image_to_text", "text_to_image"):
-        summary[f"spearman_{name}"] = round(rank_correlation(losses[name], losses["unseen"]), 3)
+    for name in ("image_to_text", "text_to_image", "named"):
+        if name in points[0]:
+            losses = (np.array([point[key] for point in points]) for key in (name, "unseen"))
+            summary[f"spearman_{name}"] = round(rank_correlation(*losses), 3)
     report.record({**summary, "data": arguments.data or "test scenes", "each": points})
     return summary
 
@@ -176,6 +193,9 @@ def _points(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]
     rows = probe_rows(len(captions), config.seed)
     pixels, _ = probe_pixels(clip, None, training, IMAGES, config.seed, config.workers)
     probe = AlignmentProbe(clip, pixels, [captions[int(i)] for i in rows], seed=config.seed)
+    named = None
+    if arguments.data is None:
+        named = _named_probe(clip, config, training, folder.parent.parent / "world")
     evaluation = config.to_dict() | {"image_size": arguments.image_size or config.image_size}
     unseen = load_configured(TrainConfig.make(None, evaluation))
     if arguments.data is None:
@@ -199,16 +219,31 @@ def _points(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]
         clip.model.load_state_dict(state)
         unseen.model.load_state_dict(state)
         kept = probe.measure(clip)
-        found.append(
-            {
-                "run": folder.name,
-                "coefficient": coefficient,
-                "image_to_text": round(1 - kept.image_to_text, 4),
-                "text_to_image": round(1 - kept.text_to_image, 4),
-                "unseen": round(1 - zero_shot() / before, 4),
-            }
-        )
+        point = {
+            "run": folder.name,
+            "coefficient": coefficient,
+            "image_to_text": round(1 - kept.image_to_text, 4),
+            "text_to_image": round(1 - kept.text_to_image, 4),
+            "unseen": round(1 - zero_shot() / before, 4),
+        }
+        if named is not None:
+            point["named"] = round(1 - named.measure(clip).image_to_text, 4)
+        found.append(point)
     return found
+
+
+def _named_probe(
+    clip: ClipModel, config: TrainConfig, training: ImageData, world: Path
+) -> AlignmentProbe:
+    """The probe of a world's own scenes, with the untrained model's answers."""
+    options = {**config.to_dict(), "alignment_budget": 0.02, **probe_options(world)}
+    sources = load_probe_sources(TrainConfig.make(None, options), None)
+    assert sources is not None
+    pixels, rows = probe_pixels(
+        clip, sources.images, training, NAMED_IMAGES, config.seed, config.workers
+    )
+    texts, right = sources.answers(rows)
+    return AlignmentProbe(clip, pixels, texts, seed=config.seed, names=True, right=right)
 
 
 def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
