@@ -7,7 +7,9 @@
 under `models/lite0`. `base` evaluates the untrained model. The base, the seed and the schedule (3
 epochs, 160 px, lr 3e-4) are the same for every method. `2sft` and `mcip+rea` re-align the text tower of
 the runs `gpr` and `mcip` in `--out` (trained first if they are not there): what `pymcip.train` does for
-these methods in one go. Training is at 160 px, evaluation at 224 px. The last line of stdout is JSON.
+these methods in one go. Training is at 160 px, evaluation at 224 px. With `--coefficients` the tuned
+weights are measured at these places on the line from the base (0) to them (1), whatever budget the
+run was held to. The last line of stdout is JSON.
 """
 
 from __future__ import annotations
@@ -21,6 +23,9 @@ import torch
 from harness import Report
 
 import pymcip
+from pymcip.exporting import plain_state, write_export
+from pymcip.training.checkpoints import checkpoint_files, load_checkpoint
+from pymcip.training.interpolation import interpolated
 
 SCHEDULE: dict[str, Any] = {
     "image_size": 160,
@@ -69,6 +74,7 @@ def main() -> None:
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="NAME=JSON", help="change an option"
     )
+    parser.add_argument("--coefficients", type=float, nargs="+", default=[])
     parser.add_argument("--store", action="store_true", help="add the row to bench/results")
     arguments = parser.parse_args()
     changes = {name: json.loads(value) for name, value in (x.split("=", 1) for x in arguments.set)}
@@ -90,21 +96,11 @@ def main() -> None:
         )
         model, train_seconds = str(result.out), train_seconds + result.seconds
         alignment = result.alignment
-    found = {}
-    for name in ("grocery", "clothing"):
-        shards = f"grocery-{arguments.split}-*.tar" if name == "grocery" else "*.tar"
-        found[name] = pymcip.evaluate(
-            model=model,
-            data=str(data / name / shards),
-            class_names=data / name / "classes.tsv",
-            image_size=IMAGE_SIZE,
-            templates=TEMPLATES[name],
-        ).metrics
     row = {
         "method": arguments.method,
         "split": arguments.split,
         "seed": arguments.seed,
-        **{title: round(found[part][name], 2) for title, (part, name) in COLUMNS.items()},
+        **measure(model, data, arguments.split),
         "options": {**SCHEDULE, **changes} if arguments.method != "base" else {},
         "alignment": alignment,
         "train_seconds": round(train_seconds, 1),
@@ -112,7 +108,36 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     report = Report("photographs", device=device, dtype="bfloat16 autocast")
     report.record(row)
+    for coefficient in arguments.coefficients:
+        drawn_back = draw_back(base, Path(model), coefficient)
+        found = measure(str(drawn_back), data, arguments.split)
+        report.record({**row, **found, "coefficient": coefficient})
     report.finish(store=arguments.store, summary=row)
+
+
+def measure(model: str, data: Path, split: str) -> dict[str, float]:
+    """The columns of the table for one model."""
+    found = {}
+    for name in ("grocery", "clothing"):
+        shards = f"grocery-{split}-*.tar" if name == "grocery" else "*.tar"
+        found[name] = pymcip.evaluate(
+            model=model,
+            data=str(data / name / shards),
+            class_names=data / name / "classes.tsv",
+            image_size=IMAGE_SIZE,
+            templates=TEMPLATES[name],
+        ).metrics
+    return {title: round(found[part][name], 2) for title, (part, name) in COLUMNS.items()}
+
+
+def draw_back(base: str, run: Path, coefficient: float) -> Path:
+    """Export the weights at this place between the base and the run's tuned weights."""
+    clip = pymcip.load(base)
+    tuned = load_checkpoint(checkpoint_files(run / "checkpoints")[-1])["model"]
+    clip.model.load_state_dict(interpolated(plain_state(clip.model), tuned, coefficient))
+    folder = run / f"drawn-back-{coefficient:g}"
+    write_export(clip, folder)
+    return folder / "hub"
 
 
 if __name__ == "__main__":
