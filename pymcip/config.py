@@ -24,6 +24,7 @@ Suite = Literal["paper", "authors"]
 Source = str | os.PathLike[str]
 Sources = Source | tuple[Source, ...]
 ConfigType = TypeVar("ConfigType", bound="Config")
+BUDGET = 0.02  # alignment_budget of mcip+, where no other is given
 
 
 def option(default: Any, help: str) -> Any:
@@ -343,17 +344,15 @@ class TrainConfig(ModelOptions):
     probe_class_names: Source | None = option(
         None, "TSV label<TAB>name: the probe asks for these names instead of captions"
     )
-    distill: float | None = option(
-        None,
-        "weight of staying near the untrained model's caption distribution; default: 0, of mcip+ 0.5",
+    distill: float = option(
+        0.0, "weight of staying near the untrained model's distribution over captions; 0: none"
     )
-    distill_captions: int = option(8192, "captions drawn from the bank per step for it")
+    distill_captions: int = option(8192, "captions drawn from the corpus per step for it")
     distill_data: Sources | None = option(
         None, "generic images without labels to distill on too; default: none"
     )
-    mixtures: float | None = option(
-        None,
-        "mixtures of training images to distill on, per training image; default: 0, of mcip+ 0.125",
+    mixtures: float = option(
+        0.0, "mixtures of training images to distill on too, per training image"
     )
 
     rea_data: Sources | None = option(
@@ -382,19 +381,15 @@ class TrainConfig(ModelOptions):
         "seed": 0, "beta1": 0, "beta2": 0,
         "alignment_budget": 0, "distill": 0, "distill_captions": 2, "mixtures": 0,
     }  # fmt: skip
-    # What an option that is None stands for, by method; {} for the others, where None is "none" or 0.
-    RECIPES: ClassVar[dict[str, dict[str, Any]]] = {
-        "mcip+": {"alignment_budget": 0.02, "distill": 0.5, "mixtures": 0.125},
-    }
     MORE_THAN: ClassVar[dict[str, float]] = {
         "lr": 0, "rea_lr": 0, "scale": 0, "caption_scale": 0, "eps": 0, "grad_clip_norm": 0,
     }  # fmt: skip
 
-    def resolved(self) -> TrainConfig:
-        """This config with what its method sets where an option was left open (`RECIPES`)."""
-        recipe = {"distill": 0.0, "mixtures": 0.0, **self.RECIPES.get(self.method, {})}
-        open_options = {n: v for n, v in recipe.items() if getattr(self, n) is None}
-        return dataclasses.replace(self, **open_options)
+    @property
+    def budget(self) -> float | None:
+        """The share of its alignment that may be lost; None: any."""
+        of_method = BUDGET if self.method == "mcip+" else None
+        return of_method if self.alignment_budget is None else self.alignment_budget
 
     @property
     def trains_images(self) -> bool:
@@ -459,9 +454,7 @@ class TrainConfig(ModelOptions):
 
     def _distillation_problems(self) -> list[str]:
         problems = []
-        recipe = self.RECIPES.get(self.method, {})
-        distill = recipe.get("distill", 0.0) if self.distill is None else self.distill
-        if distill > 0 and self.trains_images:
+        if self.distill > 0 and self.trains_images:
             if self.captions is None and not self.needs_captions:
                 problems.append("distill needs captions=: distributions over them are what is kept")
             if self.projector == "discard":
@@ -469,26 +462,24 @@ class TrainConfig(ModelOptions):
                     "distill and projector='discard' exclude each other: without the projector there "
                     "is no joint space to keep; allowed: keep, lock"
                 )
-        if distill == 0 and self.distill_data is not None:
+        if self.distill == 0 and self.distill_data is not None:
             problems.append("distill_data is for distillation; give distill too, such as 1")
-        if distill == 0 and self.mixtures and self.mixtures != recipe.get("mixtures"):
+        if self.distill == 0 and self.mixtures > 0:
             problems.append("mixtures are for distillation; give distill too, such as 1")
         return problems
 
     def _budget_problems(self) -> list[str]:
         probe = ("probe_data", "probe_captions", "probe_class_names")
         given = [name for name in probe if getattr(self, name) is not None]
-        recipe = self.RECIPES.get(self.method, {}).get("alignment_budget")
-        budget = recipe if self.alignment_budget is None else self.alignment_budget
         problems = []
         if "probe_captions" in given and "probe_class_names" in given:
             problems.append("probe_captions and probe_class_names exclude each other; give one")
-        if budget is None:
+        if self.budget is None:
             problems += [f"{name} is for a budget; give alignment_budget too" for name in given]
             return problems
-        if budget > 1:
+        if self.budget > 1:
             problems.append(
-                f"alignment_budget={budget}: a share, 0 to 1 (0.02: lose 2 % at most; 1: no budget)"
+                f"alignment_budget={self.budget}: a share, 0 to 1 (0.02: lose 2 % at most; 1: no budget)"
             )
         if self.projector == "discard":
             problems.append(
@@ -497,7 +488,7 @@ class TrainConfig(ModelOptions):
             )
         if self.captions is None and not self.needs_captions and not given:
             problems.append(
-                f"alignment_budget={budget} is measured with texts; give captions=, probe_captions= "
+                f"alignment_budget={self.budget} is measured with texts; give captions=, probe_captions= "
                 "or probe_class_names=, or probe_data= with captions"
             )
         return problems

@@ -748,7 +748,7 @@ def test_the_recipe_has_a_budget(options: dict[str, Any]) -> None:
     plain = {name: value for name, value in options.items() if name != "alignment_budget"}
     config = pymcip.TrainConfig(**plain, method="mcip+", probe_data="x")
     assert config.alignment_budget is None
-    assert config.resolved().alignment_budget == 0.02
+    assert config.budget == 0.02
     with pytest.raises(ConfigError, match="probe_data is for a budget"):
         pymcip.TrainConfig(**plain, method="mcip", probe_data="x")
 

@@ -47,4 +47,4 @@ def test_variants_are_allowed_and_measured(bench: Any) -> None:
         config = TrainConfig(
             model="m", train_data="d", captions="c", out="o", **{**common, **options}
         )
-        assert config.resolved().alignment_budget
+        assert config.budget

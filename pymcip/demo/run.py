@@ -92,7 +92,6 @@ class Recipe:
             "margin": 0.9,
             "lambda_class": 0.5,
             "lambda_caption": 0.5,
-            "distill": 0.0,  # measured: its price is higher here than its worth (docs/results.md)
             "rea_epochs": 2,
             "rea_lr": 3e-4,
             "rea_warmup": 10,

@@ -7,7 +7,9 @@
 | `rea`      | text tower, on cached image embeddings| InfoNCE, both directions         |
 | `2sft`     | `gpr`, then `rea`                     |                                  |
 | `mcip+rea` | `mcip`, then `rea`                    |                                  |
-| `mcip+`    | the same, within `alignment_budget`   | + KL to the original (`distill`) |
+| `mcip+`    | the same, within `alignment_budget`   |                                  |
+
+With `distill`, every stage on images also stays near the untrained model's distribution over captions.
 """
 
 from __future__ import annotations
@@ -171,7 +173,7 @@ def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
         if config.distill_data is not None
         else None
     )
-    probe_sources = load_probe_sources(config.resolved(), captions)
+    probe_sources = load_probe_sources(config, captions)
     clip = load_configured(config, config.aug_cfg)
     if config.resume:
         finished = _check_resumable(config)
@@ -192,7 +194,7 @@ def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
     write_json(out / "config.json", config.to_dict())
     (out / "checkpoints").mkdir(exist_ok=True)
     remove_leftovers(out / "checkpoints")
-    trainer = _Trainer(config.resolved(), out, clip, data, captions, validation, names, pair_data)
+    trainer = _Trainer(config, out, clip, data, captions, validation, names, pair_data)
     trainer.probe_sources, trainer.generic = probe_sources, generic
     with Interruption().installed() as interruption, log_file(out / "out.log"):
         return trainer.run(interruption)
@@ -388,7 +390,7 @@ class _Trainer:
         if config.uses_captions_for_images and config.mine_model is not None:
             assert self.captions is not None
             self.caption_vectors = own.captions(self.captions)  # the miner's are of another space
-        if not config.distill:
+        if config.distill == 0:
             return
         assert self.captions is not None  # `TrainConfig.problems` sees to it
         self.caption_vectors = own.captions(self.captions)
@@ -402,13 +404,13 @@ class _Trainer:
         if self.probe_sources is not None and self.probe_sources.from_corpus:
             left_out = probe_rows(len(self.captions), config.seed)
         parts = self.caption_vectors.parts("text")
-        mixes = bool(config.mixtures) and self.generic is None
+        mixes = config.mixtures > 0 and self.generic is None
         self.distillation = Distillation(
             frozen_copy(self.clip) if mixes else self.clip,
             CaptionSample(parts, config.distill_captions, config.seed, left_out),
             embedded.vectors("img"),
             weight=config.distill,
-            rate=config.mixtures or 0.0,
+            rate=config.mixtures,
             seed=config.seed,
             generic=self.generic,
             generic_vectors=generic_vectors,
@@ -578,7 +580,7 @@ class _Trainer:
         if sources.names is not None:
             return AlignmentProbe(self.clip, pixels, sources.names, seed=config.seed, names=True)
         assert sources.captions is not None
-        embedded = config.uses_captions_for_images or bool(config.distill)
+        embedded = config.uses_captions_for_images or config.distill > 0
         free = (
             sources.from_corpus and embedded and not config.realigns
         )  # the text tower stays as it is, and the corpus is embedded by it already
@@ -616,7 +618,7 @@ class _Trainer:
     def _keep_alignment(self, probe: AlignmentProbe) -> dict[str, Any]:
         """Draw the model back until it keeps the budget; what `TrainResult.alignment` says."""
         config, model = self.config, self.clip.model
-        assert config.alignment_budget is not None
+        assert config.budget is not None
         tuned = plain_state(model)
         measured: dict[float, Kept] = {}
 
@@ -625,9 +627,7 @@ class _Trainer:
             measured[coefficient] = self._measure_kept(probe, texts=config.realigns)
             return measured[coefficient].alignment
 
-        search = largest_coefficient(
-            kept, 1 - config.alignment_budget, evaluations=EVALUATIONS_OF_SEARCH
-        )
+        search = largest_coefficient(kept, 1 - config.budget, evaluations=EVALUATIONS_OF_SEARCH)
         respected = search.coefficient > 0
         directions: dict[str, float | None] = dict.fromkeys(["image_to_text", "text_to_image"])
         if respected:
@@ -645,10 +645,10 @@ class _Trainer:
                 "nothing is exported: no model between the original and the tuned one keeps the "
                 "alignment_budget of %g (tuned: %.4f kept; coefficient %.4f: %.4f). Lower lr, train "
                 "fewer epochs, raise distill, or allow a larger budget",
-                config.alignment_budget, search.tried[0][1], *search.tried[-1],
+                config.budget, search.tried[0][1], *search.tried[-1],
             )  # fmt: skip
         return {
-            "budget": config.alignment_budget,
+            "budget": config.budget,
             "respected": respected,
             "coefficient": search.coefficient,
             "kept": search.kept if respected else None,

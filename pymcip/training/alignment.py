@@ -109,8 +109,8 @@ class ProbeSources:
 
 
 def has_probe(config: TrainConfig) -> bool:
-    """Whether a run with these (resolved) options keeps a budget: losing all is no bound."""
-    return config.alignment_budget is not None and config.alignment_budget < 1
+    """Whether a run with these options keeps a budget: losing all is no bound."""
+    return config.budget is not None and config.budget < 1
 
 
 def load_probe_sources(config: TrainConfig, corpus: Captions | None) -> ProbeSources | None:
