@@ -13,6 +13,9 @@ import contextlib
 import importlib
 import io
 import json
+import signal
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -204,6 +207,62 @@ def captions_file(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def run_options(
+    tmp_path: Path, tiny_model_dir: Path, tiny_images: Callable[..., Path]
+) -> dict[str, Any]:
+    """Options of a run of 2 x 3 image steps, but for its captions."""
+    return {
+        "model": f"local-dir:{tiny_model_dir}",
+        "train_data": str(tiny_images("train")),
+        "threshold": -1.0,
+        "out": str(tmp_path / "run"),
+        "device": "cpu",
+        "precision": "fp32",
+        "epochs": 2,
+        "batch_size": 4,
+        "lr": 1e-3,
+        "warmup": 2,
+        "log_steps": 1,
+        "save_steps": 2,
+    }
+
+
+KILLED = """
+import json, os, signal, sys
+import pymcip
+from pymcip.training import loop
+
+step, options = int(sys.argv[1]), json.loads(sys.argv[2])
+inner = loop._step
+
+def killed(run, stage, micro_batches):
+    values = inner(run, stage, micro_batches)
+    if run.position.global_step + 1 == step:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return values
+
+loop._step = killed
+pymcip.train(**options)
+"""
+
+
+def train_until_killed(step: int, options: Mapping[str, Any], cwd: Path) -> None:
+    """Train in a process of its own that is killed by SIGKILL within this step.
+
+    `cwd` is not the repository, whose folder would be imported.
+    """
+    child = subprocess.run(
+        [sys.executable, "-c", KILLED, str(step), json.dumps(options)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        cwd=cwd,
+    )
+    assert child.returncode == -signal.SIGKILL, f"{step}: {child.stderr}"
 
 
 @contextlib.contextmanager

@@ -6,9 +6,6 @@ import itertools
 import json
 import math
 import random
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +25,7 @@ from pymcip.training.alignment import AlignmentProbe, affordable, probe_pixels, 
 from pymcip.training.checkpoints import load_checkpoint
 from pymcip.training.interpolation import interpolated, largest_coefficient
 from pymcip.training.mixtures import mixtures
-from tests.conftest import picture
+from tests.conftest import picture, train_until_killed
 
 THINGS = ["red square", "green square", "dog", "city at night", "wooden box", "tree", "cup", "car"]
 TEXTS = [f"a photo of a {thing}, number {number}" for number in range(16) for thing in THINGS]
@@ -388,30 +385,15 @@ def test_what_the_search_returns_was_measured_and_respects_the_bound() -> None:
 
 
 @pytest.fixture
-def options(
-    tmp_path: Path,
-    tiny_model_dir: Path,
-    tiny_images: Callable[..., Path],
-    captions_file: Callable[..., Path],
-) -> dict[str, Any]:
+def options(run_options: dict[str, Any], captions_file: Callable[..., Path]) -> dict[str, Any]:
     """Options of a run of 2 x 3 steps whose budget bites."""
     return {
-        "model": f"local-dir:{tiny_model_dir}",
-        "train_data": str(tiny_images("train")),
+        **run_options,
         "captions": str(captions_file(TEXTS)),
-        "threshold": -1.0,
-        "out": str(tmp_path / "run"),
-        "device": "cpu",
-        "precision": "fp32",
-        "epochs": 2,
-        "batch_size": 4,
         "lr": 1e-2,
-        "warmup": 2,
         "rea_epochs": 2,
         "rea_batch_size": 6,
         "rea_lr": 1e-5,
-        "log_steps": 1,
-        "save_steps": 2,
         "alignment_budget": 0.05,
     }
 
@@ -650,24 +632,6 @@ def test_a_probe_without_texts(options: dict[str, Any], shards: Callable[..., li
 
 # --- resuming -----------------------------------------------------------------------------------
 
-KILLED = """
-import json, os, signal, sys
-import pymcip
-from pymcip.training import loop
-
-step, options = int(sys.argv[1]), json.loads(sys.argv[2])
-inner = loop._step
-
-def killed(run, stage, micro_batches):
-    values = inner(run, stage, micro_batches)
-    if run.position.global_step + 1 == step:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return values
-
-loop._step = killed
-pymcip.train(**options)
-"""
-
 
 def assert_same_run(first: pymcip.TrainResult, second: pymcip.TrainResult) -> None:
     """Exported bits and the tuned weights before, logged numbers, the search."""
@@ -692,15 +656,7 @@ def test_resumed_after_sigkill_gives_the_same_bits(options: dict[str, Any], tmp_
     whole = pymcip.train(**options)
     killed = {**options, "out": str(tmp_path / "killed"), "resume": "latest"}
     point = random.SystemRandom().randrange(4, 10)
-    child = subprocess.run(
-        [sys.executable, "-c", KILLED, str(point), json.dumps(killed)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-        cwd=tmp_path,  # not the repository, whose folder would be imported
-    )
-    assert child.returncode == -signal.SIGKILL, f"{point}: {child.stderr}"
+    train_until_killed(point, killed, tmp_path)
     assert_same_run(whole, pymcip.train(**killed))
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +31,7 @@ from pymcip.training.stages import (
     caption_bank,
 )
 from pymcip.training.towers import image_parameters
+from tests.conftest import train_until_killed
 
 RESNET = {"vision_cfg": {"layers": [1, 1, 1, 1], "width": 8, "head_width": 16, "image_size": 32}}
 TIMM = {
@@ -45,29 +43,9 @@ TIMM = {
 
 
 @pytest.fixture
-def options(
-    tmp_path: Path,
-    tiny_model_dir: Path,
-    tiny_images: Callable[..., Path],
-    captions_file: Callable[..., Path],
-) -> dict[str, Any]:
-    """Options of a run of 2 x 3 image steps."""
-    return {
-        "model": f"local-dir:{tiny_model_dir}",
-        "train_data": str(tiny_images("train")),
-        "captions": str(captions_file([f"{word} number {i}" for i in range(20) for word in "abc"])),
-        "threshold": -1.0,
-        "out": str(tmp_path / "run"),
-        "device": "cpu",
-        "precision": "fp32",
-        "method": "mcip",
-        "epochs": 2,
-        "batch_size": 4,
-        "lr": 1e-3,
-        "warmup": 2,
-        "log_steps": 1,
-        "save_steps": 2,
-    }
+def options(run_options: dict[str, Any], captions_file: Callable[..., Path]) -> dict[str, Any]:
+    captions = [f"{word} number {i}" for i in range(20) for word in "abc"]
+    return {**run_options, "captions": str(captions_file(captions)), "method": "mcip"}
 
 
 def records_of(out: Path) -> list[dict[str, Any]]:
@@ -363,24 +341,6 @@ def test_both_stages_with_distillation(options: dict[str, Any]) -> None:
     assert len(result.alignment["kept_by_epoch"]) == 3
 
 
-KILLED = """
-import json, os, signal, sys
-import pymcip
-from pymcip.training import loop
-
-inner = loop._step
-
-def killed(run, stage, micro_batches):
-    values = inner(run, stage, micro_batches)
-    if run.position.global_step + 1 == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return values
-
-loop._step = killed
-pymcip.train(**json.loads(sys.argv[1]))
-"""
-
-
 def assert_same_run(first: Path, second: Path) -> None:
     weights = [torch.load(p / "exported" / "state_dict.pt") for p in (first, second)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
@@ -396,11 +356,7 @@ def assert_same_run(first: Path, second: Path) -> None:
 
 
 def killed_and_resumed(options: dict[str, Any], cwd: Path) -> pymcip.TrainResult:
-    child = subprocess.run(
-        [sys.executable, "-c", KILLED, json.dumps(options)],
-        capture_output=True, text=True, timeout=240, check=False, cwd=cwd,
-    )  # fmt: skip
-    assert child.returncode == -signal.SIGKILL, child.stderr
+    train_until_killed(4, options, cwd)
     return pymcip.train(**options, resume="latest")
 
 

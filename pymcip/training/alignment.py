@@ -358,8 +358,9 @@ def probe_pixels(
 ) -> tuple[Tensor, Indices]:
     """Pixels [<= count, 3, H, W], float16, of the probe's images under the evaluation transform.
 
-    Also int64 [<= count], which images of the source they are of. A seeded sample of `images` (those that can't be decoded are left out), or mixtures of `training`
-    images. As many as fit into a gigabyte of memory.
+    Also int64 [<= count], which images of the source they are of. A seeded sample of `images` (those
+    that can't be decoded are left out), or mixtures of `training` images. As many as fit into a
+    gigabyte of memory.
 
     Raises:
         DataError: fewer than two of the images can be decoded.
