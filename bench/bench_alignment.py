@@ -52,6 +52,7 @@ from pymcip.training.checkpoints import checkpoint_files, load_checkpoint
 from pymcip.training.interpolation import interpolated
 
 UNBOUND = {"alignment_budget": 0.999}  # measured, and not held to anything
+PLUS: dict[str, Any] = {"method": "mcip+", **Recipe().rea, **Recipe().plus}
 VARIANTS: dict[str, dict[str, Any]] = {
     "gpr": {"method": "gpr", **UNBOUND},
     "mcip": {"method": "mcip", **UNBOUND},
@@ -60,15 +61,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mcip, distill 1, mixtures 1/8": {"distill": 1.0, "mixtures": 0.125, **UNBOUND},
     "mcip, budget 5 %": {"alignment_budget": 0.05},
     "gpr, distill 1": {"method": "gpr", "distill": 1.0, **UNBOUND},
-    "mcip+, unbound": {"method": "mcip+", **Recipe().rea, **Recipe().plus, **UNBOUND},
-    "mcip+, distill 0.5, unbound": {
-        "method": "mcip+",
-        **Recipe().rea,
-        **Recipe().plus,
-        "distill": 0.5,
-        **UNBOUND,
-    },
-    "mcip+": {"method": "mcip+", **Recipe().rea, **Recipe().plus},
+    "mcip+, unbound": {**PLUS, **UNBOUND},
+    "mcip+, distill 0.5, unbound": {**PLUS, "distill": 0.5, **UNBOUND},
+    "mcip+": PLUS,
 }
 METRICS = ("i2i_map", "zero_shot", "t2i_r5")
 IMAGES, NAMED_IMAGES = 512, 1024  # of the probes, for the correlation
@@ -194,12 +189,11 @@ def _points(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]
     pixels, _ = probe_pixels(clip, None, training, IMAGES, config.seed, config.workers)
     probe = AlignmentProbe(clip, pixels, [captions[int(i)] for i in rows], seed=config.seed)
     named = None
-    if arguments.data is None:
-        named = _named_probe(clip, config, training, folder.parent.parent / "world")
     evaluation = config.to_dict() | {"image_size": arguments.image_size or config.image_size}
     unseen = load_configured(TrainConfig.make(None, evaluation))
     if arguments.data is None:
         world = folder.parent.parent / "world"
+        named = _named_probe(clip, config, training, world)
         data, names = str(world / "test-*.tar"), world / "test_names.tsv"
     else:
         data, names = arguments.data, arguments.class_names

@@ -329,7 +329,7 @@ class TrainConfig(ModelOptions):
     alignment_budget: float | None = option(
         None,
         "share of its alignment, measured on the probe, that the exported model may lose; "
-        "default: no budget; of mcip+ 0.02",
+        f"default: no budget; of mcip+ {BUDGET}",
     )
     probe_data: Sources | None = option(
         None,
@@ -398,6 +398,11 @@ class TrainConfig(ModelOptions):
     @property
     def uses_captions_for_images(self) -> bool:
         return self.method in ("mcip", "mcip+rea", "mcip+")
+
+    @property
+    def compares_with_captions(self) -> bool:
+        """Whether the image stage needs the captions embedded by the model that it trains."""
+        return self.uses_captions_for_images or (self.trains_images and self.distill > 0)
 
     @property
     def realigns(self) -> bool:

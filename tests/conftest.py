@@ -230,6 +230,11 @@ def run_options(
     }
 
 
+def lines_of(out: Path) -> list[dict[str, Any]]:
+    """The records of a run folder's metrics.jsonl."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
 KILLED = """
 import json, os, signal, sys
 import pymcip

@@ -25,7 +25,7 @@ from pymcip.training.alignment import AlignmentProbe, affordable, probe_pixels, 
 from pymcip.training.checkpoints import load_checkpoint
 from pymcip.training.interpolation import interpolated, largest_coefficient
 from pymcip.training.mixtures import mixtures
-from tests.conftest import picture, train_until_killed
+from tests.conftest import lines_of, picture, train_until_killed
 
 THINGS = ["red square", "green square", "dog", "city at night", "wooden box", "tree", "cup", "car"]
 TEXTS = [f"a photo of a {thing}, number {number}" for number in range(16) for thing in THINGS]
@@ -396,10 +396,6 @@ def options(run_options: dict[str, Any], captions_file: Callable[..., Path]) -> 
         "rea_lr": 1e-5,
         "alignment_budget": 0.05,
     }
-
-
-def lines_of(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def remeasured(options: dict[str, Any], hub: Path) -> float:

@@ -1,8 +1,7 @@
-"""Distillation in the image stage, what it is distilled on, and captions from class names."""
+"""Distillation in the image stage, and what it is distilled on."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,9 @@ from pymcip.training.distillation import (
     caption_divergence,
     frozen_copy,
 )
-from pymcip.training.stages import (
-    ImageStage,
-    caption_bank,
-)
+from pymcip.training.stages import ImageStage, caption_bank
 from pymcip.training.towers import image_parameters
-from tests.conftest import train_until_killed
+from tests.conftest import lines_of, train_until_killed
 
 RESNET = {"vision_cfg": {"layers": [1, 1, 1, 1], "width": 8, "head_width": 16, "image_size": 32}}
 TIMM = {
@@ -46,10 +42,6 @@ TIMM = {
 def options(run_options: dict[str, Any], captions_file: Callable[..., Path]) -> dict[str, Any]:
     captions = [f"{word} number {i}" for i in range(20) for word in "abc"]
     return {**run_options, "captions": str(captions_file(captions)), "method": "mcip"}
-
-
-def records_of(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def unit(rows: int, columns: int, seed: int) -> np.ndarray:
@@ -330,7 +322,7 @@ def test_both_stages_with_distillation(options: dict[str, Any]) -> None:
     changes = {"method": "mcip+", "mixtures": 0.25, "lambda_class": 0.25, "lambda_caption": 0.75}
     changes |= {"distill": 0.5, "rea_epochs": 1, "rea_batch_size": 4, "alignment_budget": 0.999}
     result = pymcip.train(**{**options, **changes})
-    steps = [line for line in records_of(result.out) if "loss" in line]
+    steps = [line for line in lines_of(result.out) if "loss" in line]
     stages = [line["stage"] for line in steps]
     assert stages == ["image"] * 6 + ["text"] * 3
     for line in steps[:6]:
@@ -349,7 +341,7 @@ def assert_same_run(first: Path, second: Path) -> None:
     for name, value in heads[0]["heads"].items():
         assert torch.equal(value, heads[1]["heads"][name])
     logs = [
-        [{k: v for k, v in line.items() if k != "samples_per_second"} for line in records_of(p)]
+        [{k: v for k, v in line.items() if k != "samples_per_second"} for line in lines_of(p)]
         for p in (first, second)
     ]
     assert logs[0] == logs[1]
@@ -371,7 +363,7 @@ def test_resumed_after_sigkill_gives_the_same_bits(
         "mixtures": 0.5,
     }
     whole = pymcip.train(**options)
-    terms = [line["distill_mixtures"] for line in records_of(whole.out)]
+    terms = [line["distill_mixtures"] for line in lines_of(whole.out)]
     assert terms[0] < 1e-5  # before the first step both models are the original
     assert terms[-1] > 1e-4
     resumed = killed_and_resumed({**options, "out": str(tmp_path / "killed")}, tmp_path)
@@ -385,7 +377,7 @@ def test_resumed_run_on_generic_images_gives_the_same_bits(
         **options, "distill": 1.0, "distill_data": options["train_data"], "mixtures": 0.5,
     }  # fmt: skip
     whole = pymcip.train(**options)
-    assert all("distill_data" in line for line in records_of(whole.out))
+    assert all("distill_data" in line for line in lines_of(whole.out))
     resumed = killed_and_resumed({**options, "out": str(tmp_path / "killed")}, tmp_path)
     assert_same_run(whole.out, resumed.out)
 
@@ -406,7 +398,7 @@ def test_workers_do_not_change_the_generic_images(
         pymcip.train(**{**options, "out": f"{options['out']}{n}", "workers": n}) for n in (0, 1)
     ]
     assert_same_run(runs[0].out, runs[1].out)
-    first = records_of(runs[0].out)[0]
+    first = lines_of(runs[0].out)[0]
     assert first["loss"] == pytest.approx(
         first["arc_margin"] + first["distill"] + first["distill_data"], rel=1e-5
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -27,7 +26,7 @@ from pymcip.errors import (
 from pymcip.training import loop
 from pymcip.training.checkpoints import checkpoint_files, load_checkpoint, save_checkpoint
 from pymcip.training.stages import ImageStage
-from tests.conftest import train_until_killed
+from tests.conftest import lines_of, train_until_killed
 
 METHODS = ["gpr", "2sft", "mcip", "mcip+rea", "rea", "mcip+"]
 
@@ -42,10 +41,6 @@ def options(run_options: dict[str, Any], captions_file: Callable[..., Path]) -> 
         "rea_batch_size": 6,
         "rea_lr": 1e-3,
     }
-
-
-def lines_of(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def state_of(path: Path) -> dict[str, torch.Tensor]:

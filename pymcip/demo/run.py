@@ -64,7 +64,7 @@ Table = dict[str, dict[str, float]]
 class Recipe:
     """Sizes and hyper-parameters of a demo run; those of `train` have its names.
 
-    `train` is for every method, `rea` for re-alignment, `plus` for `mcip+`, over `train`.
+    `train` is for every method, `rea` for re-alignment, `plus` for `mcip+`, over both.
     """
 
     world: WorldConfig = dataclasses.field(default_factory=WorldConfig)
@@ -261,7 +261,7 @@ def _run_seed(seed: int, folder: Path, recipe: Recipe, draw_to: Path) -> Table:
     run("2sft", "rea", model=models["gpr"], **realign)
     run("mcip", "mcip", model=base, **captions, **recipe.train)
     run("mcip+rea", "rea", model=models["mcip"], **realign)
-    plus = {**recipe.train, **recipe.plus, **probe_options(folder / "world")}
+    plus = {**recipe.train, **recipe.rea, **recipe.plus, **probe_options(folder / "world")}
     run("mcip+", "mcip+", model=base, **captions, **plus)
     if seed == 0:
         shown = {"before": base, "after MCIP": models["mcip"]}

@@ -387,13 +387,13 @@ class _Trainer:
         """Take from the untrained model, which `clip` still is here, what the image stage needs."""
         config = self.config
         own = self._cache(self.clip)
-        if config.uses_captions_for_images and config.mine_model is not None:
-            assert self.captions is not None
-            self.caption_vectors = own.captions(self.captions)  # the miner's are of another space
+        embedded_by_it = config.needs_captions and config.mine_model is None  # else by the miner
+        if config.compares_with_captions and not embedded_by_it:
+            assert self.captions is not None  # `TrainConfig.problems` sees to it
+            self.caption_vectors = own.captions(self.captions)
         if config.distill == 0:
             return
-        assert self.captions is not None  # `TrainConfig.problems` sees to it
-        self.caption_vectors = own.captions(self.captions)
+        assert self.captions is not None
         embedded = self.embedded if config.mine_model is None else own.images(self.data)
         generic_vectors = None
         if self.generic is not None:
@@ -580,10 +580,8 @@ class _Trainer:
         if sources.names is not None:
             return AlignmentProbe(self.clip, pixels, sources.names, seed=config.seed, names=True)
         assert sources.captions is not None
-        embedded = config.uses_captions_for_images or config.distill > 0
-        free = (
-            sources.from_corpus and embedded and not config.realigns
-        )  # the text tower stays as it is, and the corpus is embedded by it already
+        # Where the text tower stays as it is, and the corpus is embedded by it already.
+        free = sources.from_corpus and config.compares_with_captions and not config.realigns
         most = affordable(
             len(self.data) * (text_epochs or image_epochs),
             text_epochs + EVALUATIONS_OF_SEARCH if config.realigns else 1,

@@ -31,6 +31,7 @@ from pymcip.training.checkpoints import (
 from pymcip.training.logs import MetricsLog
 from pymcip.training.optim import cosine_with_warmup
 from pymcip.training.stages import Stage
+from pymcip.training.towers import training_batch_norms
 
 MAX_BAD_STEPS_IN_A_ROW = 10
 
@@ -218,9 +219,8 @@ def _running_statistics(model: torch.nn.Module) -> list[tuple[Tensor, Tensor]]:
     """Buffers that a forward pass in train mode changes (batch norm), with copies of them."""
     return [
         (buffer, buffer.clone())
-        for module in model.modules()
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.training
-        for buffer in module.buffers(recurse=False)
+        for layer in training_batch_norms(model)
+        for buffer in layer.buffers(recurse=False)
     ]
 
 

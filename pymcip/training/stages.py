@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from pymcip.config import TrainConfig
 from pymcip.data import ImageData
@@ -31,6 +30,7 @@ from pymcip.training.towers import (
     image_parameters,
     image_tower_to_train_mode,
     text_parameters,
+    training_batch_norms,
     unlock_image_tower,
     unlock_text_tower,
 )
@@ -234,9 +234,9 @@ class ImageStage:
         if not len(mixed):
             return self.clip.image_features(pixels), mixed
         visual: nn.Module = self.clip.model.visual  # type: ignore[assignment]
-        if any(isinstance(layer, _BatchNorm) and layer.training for layer in visual.modules()):
+        if norms := training_batch_norms(visual):
             features = self.clip.image_features(pixels)
-            with fixed_statistics(visual):
+            with fixed_statistics(norms):
                 return features, self.clip.image_features(mixed)
         features = self.clip.image_features(torch.cat([pixels, mixed]))
         return features[: len(pixels)], features[len(pixels) :]

@@ -83,12 +83,14 @@ def image_tower_to_train_mode(model: nn.Module, freeze_bn_stats: bool) -> None:
                 layer.eval()
 
 
+def training_batch_norms(model: nn.Module) -> list[nn.Module]:
+    """The batch norms that take statistics of the batch, and change their running ones by them."""
+    return [layer for layer in model.modules() if isinstance(layer, _BatchNorm) and layer.training]
+
+
 @contextmanager
-def fixed_statistics(tower: nn.Module) -> Iterator[None]:
-    """Let batch norms use their running statistics inside the block, and leave those as they are."""
-    layers = [
-        layer for layer in tower.modules() if isinstance(layer, _BatchNorm) and layer.training
-    ]
+def fixed_statistics(layers: list[nn.Module]) -> Iterator[None]:
+    """Let these batch norms use their running statistics inside the block, and leave those alone."""
     for layer in layers:
         layer.eval()
     try:
