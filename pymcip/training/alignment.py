@@ -8,11 +8,14 @@ Where the probe's images have captions, or labels that `probe_class_names` names
 are known: accuracy is the expected share of right answers over all sets of candidates with one right
 answer among them. A model may keep more than 1 then.
 
-Otherwise the original model's own probabilities of the answers, p0, take the place of labels. A
-model's expected accuracy on a task is p0 of the answer that it gives, and the original's own is the
-largest p0; both are averaged over all tasks. No model keeps more than 1. An answer that changes
-where the original was undecided costs little, one where it was sure costs much; where training
-taught the model better than the original knew, that costs too.
+Otherwise the original model's own probabilities of the answers, p0, take the place of labels: its
+softmax over the candidates for *another view* of the image (a crop, flip, contrast and brightness),
+while both models answer for the first view. A model's expected accuracy on a task is p0 of the
+answer that it gives, the original's p0 of its own; both are averaged over all tasks. The other view
+is there because no model is to judge its own answers: from the same view, the original's would be
+the likeliest by definition, and every change a loss. An answer that changes where the original is
+undecided, or does not say the same of both views, costs little, one where it is sure costs much;
+where training taught the model better than the original knew, that costs too.
 """
 
 from __future__ import annotations
@@ -33,11 +36,13 @@ from pymcip.errors import DataError
 from pymcip.evaluation import TEMPLATES, read_class_names
 from pymcip.metrics import zero_shot_classifier
 from pymcip.model import ClipModel
-from pymcip.training.mixtures import mixtures
+from pymcip.training.mixtures import mixtures, other_views
 from pymcip.training.sampling import Indices, random_generator
 
-CANDIDATES = 64  # texts or images to choose from in one task
-TASKS = 100  # sets of candidates
+CANDIDATES = 8  # texts or images to choose from in a task that p0 judges
+TASKS = 200  # sets of them
+KNOWN_CANDIDATES = 64  # to choose from where the right one is known, the mean over all sets
+SMALLEST_TEXTS = 64  # held back of a small corpus
 MOST_CAPTIONS, FEWEST_CAPTIONS = 4096, 256
 MOST_IMAGES, FEWEST_IMAGES = 1024, 32
 FEWEST_GIVEN = 256  # of the user's images: fewer would cost less, but tell too little
@@ -48,7 +53,7 @@ PIXEL_BYTES = 10**9  # of memory for the probe's images
 BATCH = 64
 PAIRS = 1024  # of a query and a right answer, judged at a time
 STREAM = 5  # of `random_generator`: (seed, STREAM, purpose)
-ROWS, IMAGES, MIXTURES, TEXT_TASKS, IMAGE_TASKS = range(5)  # purposes
+ROWS, IMAGES, MIXTURES, TEXT_TASKS, IMAGE_TASKS, VIEWS = range(6)  # purposes
 
 
 @dataclass(frozen=True)
@@ -176,7 +181,7 @@ def probe_rows(num_captions: int, seed: int, *, part: bool = True) -> Indices:
     `part`: they are of the corpus that is trained on, and distillation leaves them out: a quarter of
     it; of a small corpus 64, but never more than half.
     """
-    count = max(num_captions // 4, min(CANDIDATES, num_captions // 2)) if part else num_captions
+    count = max(num_captions // 4, min(SMALLEST_TEXTS, num_captions // 2)) if part else num_captions
     generator = random_generator(seed, STREAM, ROWS)
     return generator.permutation(num_captions)[: min(MOST_CAPTIONS, count)].astype(np.int64)
 
@@ -197,7 +202,7 @@ class AlignmentProbe:
         original: the model before training. Its precision, device and evaluation mode are used.
         pixels: [n, 3, H, W], n >= 2, under its evaluation transform; kept as float16.
         texts: captions, at least 2; or the names of classes, which then form one task.
-        seed: of the choice of candidates.
+        seed: of the choice of candidates and of the other views.
         names: `texts` are class names, put into the templates of zero-shot classification.
         vectors: unit embeddings [len(texts), D] of `texts` by the original, if there are any: they
             stand for any model whose text tower is the original's.
@@ -230,14 +235,16 @@ class AlignmentProbe:
             count = len(self.texts)
             text_tasks = [np.arange(count)] if names else _candidates(count, seed, TEXT_TASKS)
             image_tasks = _candidates(len(pixels), seed, IMAGE_TASKS)
-            self._forth = _Beliefs(scale * similarities, text_tasks)
-            self._back = _Beliefs(scale * similarities.T, image_tasks)
+            generator = random_generator(seed, STREAM, VIEWS)
+            logits = scale * (self._images(original, generator) @ self._vectors.T)
+            self._forth = _Beliefs(similarities, logits, text_tasks)
+            self._back = _Beliefs(similarities.T, logits.T, image_tasks)
             return
         mask = torch.zeros(similarities.shape, dtype=torch.bool)
         for image, own in enumerate(right):
             mask[image, list(own)] = True
-        self._forth = _Truth(similarities, mask, len(self.texts) if names else CANDIDATES)
-        self._back = _Truth(similarities.T, mask.T, CANDIDATES)
+        self._forth = _Truth(similarities, mask, len(self.texts) if names else KNOWN_CANDIDATES)
+        self._back = _Truth(similarities.T, mask.T, KNOWN_CANDIDATES)
 
     def measure(self, clip: ClipModel, *, images: bool = True, texts: bool = False) -> Kept:
         """What `clip` keeps of the original's accuracy.
@@ -255,8 +262,12 @@ class AlignmentProbe:
             text_to_image=self._back.kept(similarities.T),
         )
 
-    def _images(self, clip: ClipModel) -> Tensor:
-        return torch.cat([clip.encode_images(part.float()) for part in self.pixels.split(BATCH)])
+    def _images(self, clip: ClipModel, views: np.random.Generator | None = None) -> Tensor:
+        """Embeddings of the images or, with the generator `views`, of other views of them."""
+        parts = (part.float() for part in self.pixels.split(BATCH))
+        if views is not None:
+            parts = (other_views(part, views) for part in parts)
+        return torch.cat([clip.encode_images(part) for part in parts])
 
     def _embedded(self, clip: ClipModel) -> Tensor:
         if self.names:
@@ -267,21 +278,25 @@ class AlignmentProbe:
 class _Beliefs:
     """One direction's tasks, judged by the original's probabilities: rows are queries.
 
-    `logits` are the original's, [Q, C] over all candidates; a task is a set of columns.
+    `similarities` [Q, C] over all candidates decide the original's answers; `logits` [Q, C], of the
+    other views, what it believes. A task is a set of columns.
     """
 
-    def __init__(self, logits: Tensor, tasks: list[Indices]) -> None:
+    def __init__(self, similarities: Tensor, logits: Tensor, tasks: list[Indices]) -> None:
         self.tasks = tasks
         self._shares = [logits[:, task].softmax(1) for task in tasks]
+        self._own = self._given(similarities)
 
     def kept(self, similarities: Tensor) -> float:
-        """Mean p0 of the answers over mean largest p0, both over all queries and tasks."""
-        given, best = 0.0, 0.0
+        """Mean p0 of the answers over mean p0 of the original's, over all queries and tasks."""
+        return self._given(similarities) / self._own
+
+    def _given(self, similarities: Tensor) -> float:
+        given = 0.0
         for task, share in zip(self.tasks, self._shares, strict=True):
             answers = similarities[:, task].argmax(1, keepdim=True)
             given += float(share.gather(1, answers).double().sum())
-            best += float(share.amax(1).double().sum())
-        return given / best
+        return given
 
 
 class _Truth:

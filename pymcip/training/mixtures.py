@@ -1,4 +1,7 @@
-"""Strongly transformed mixtures of images: stand-ins for images of domains that are not at hand."""
+"""Strongly transformed mixtures of images, stand-ins for images of domains that are not at hand.
+
+And other views of an image, which leave what it shows as it is.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,8 @@ RECTANGLE = (0.3, 0.7)  # of what is pasted
 WEIGHT = (0.3, 0.7)  # of the first image in a blend
 FLIPPED, RECOLOURED, INVERTED = 0.5, 0.6, 0.1  # how often
 BLENDED, PASTED = 0.4, 0.4
+VIEW = (0.7, 0.95)  # of the crop of another view, as a share of the image's side
+CONTRAST, BRIGHTNESS = (0.8, 1.2), 0.15  # of another view: a factor, and a shift's deviation
 
 
 def mixtures(
@@ -62,10 +67,34 @@ def mixtures(
     return (keep * one + (1 - keep) * other - shift) / scale
 
 
-def _cropped(pixels: Tensor, rows: Indices, generator: np.random.Generator) -> Tensor:
+def other_views(pixels: Tensor, generator: np.random.Generator) -> Tensor:
+    """Make another view of each image: the same content, seen a little differently.
+
+    A crop of 70 to 95 % of the sides, resized back, maybe flipped, of 80 to 120 % of the contrast
+    and slightly brighter or darker.
+
+    Args:
+        pixels: float [B, 3, H, W], normalised; any device.
+        generator: the only source of randomness.
+
+    Returns:
+        Tensor [B, 3, H, W] like `pixels`.
+    """
+    views = _cropped(pixels, np.arange(len(pixels)), generator, VIEW)
+    contrast = generator.uniform(*CONTRAST, (len(pixels), 1, 1, 1))
+    brightness = generator.normal(0, BRIGHTNESS, (len(pixels), 1, 1, 1))
+    return views * torch.from_numpy(contrast).to(views) + torch.from_numpy(brightness).to(views)
+
+
+def _cropped(
+    pixels: Tensor,
+    rows: Indices,
+    generator: np.random.Generator,
+    sides: tuple[float, float] = SIDE,
+) -> Tensor:
     """A crop of each of the rows' images, at the size of the whole, maybe flipped."""
     height, width = pixels.shape[2:]
-    side = generator.uniform(*SIDE, len(rows))
+    side = generator.uniform(*sides, len(rows))
     place = generator.random((len(rows), 2))
     flipped = generator.random(len(rows)) < FLIPPED
     crops = []
