@@ -90,7 +90,7 @@ def main() -> None:
         )
     data = arguments.data / "data"
     base = f"local-dir:{arguments.data / 'models' / 'lite0'}"
-    model, train_seconds, alignment = base, 0.0, None
+    model, run, train_seconds, alignment = base, None, 0.0, None
     for stage in STAGES[arguments.method]:
         result = pymcip.train(
             model=model,
@@ -104,7 +104,8 @@ def main() -> None:
             resume="latest",  # a finished run with these options is used as it is
             **options,
         )
-        model, train_seconds = str(result.out), train_seconds + result.seconds
+        run, train_seconds = result.out, train_seconds + result.seconds
+        model = str(run) if result.hub else base  # nothing is exported: the base stays
         alignment = result.alignment
     row = {
         "method": arguments.method,
@@ -118,8 +119,8 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     report = Report("photographs", device=device, dtype="bfloat16 autocast")
     report.record(row)
-    for coefficient in arguments.coefficients:
-        drawn_back = draw_back(base, Path(model), coefficient)
+    for coefficient in arguments.coefficients if run else []:
+        drawn_back = draw_back(base, run, coefficient)
         found = measure(str(drawn_back), data, arguments.split)
         report.record({**row, **found, "coefficient": coefficient})
     report.finish(store=arguments.store, summary=row)

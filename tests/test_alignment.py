@@ -281,6 +281,14 @@ def drawn_accuracy(similarities: np.ndarray, right: np.ndarray, candidates: int)
     return float(np.mean(shares))
 
 
+def drawn_candidates(similarities: np.ndarray, right: np.ndarray) -> int:
+    """How many candidates make the task neither too hard nor, below 8, a matter of luck."""
+    for candidates in (64, 32, 16):
+        if drawn_accuracy(similarities, right, candidates) >= 0.5:
+            return candidates
+    return 8
+
+
 @pytest.mark.parametrize("candidates", [1, 2, 4, 100])
 def test_expected_accuracy_is_the_mean_over_all_sets(candidates: int) -> None:
     generator = np.random.default_rng(0)
@@ -310,6 +318,29 @@ def test_expected_accuracy_of_many_candidates() -> None:
     assert alignment.expected_accuracy(similarities[:1], right[:1], 64) == 1
     similarities[0, 0] = torch.nan
     assert alignment.expected_accuracy(similarities[:1], right[:1], 64) == 0
+
+
+@pytest.mark.parametrize(
+    ("above", "candidates"),
+    [(0, 64), (54, 64), (60, 32), (108, 32), (120, 16), (214, 16), (300, 8), (1500, 8)],
+)
+def test_a_hard_task_has_fewer_candidates(above: int, candidates: int) -> None:
+    """Of 5000 wrong answers so many are more similar than the right one, for every query."""
+    similarities = torch.zeros(3, 5001)
+    similarities[:, 0] = 1.0
+    similarities[:, 1 : above + 1] = 2.0
+    right = torch.zeros(3, 5001, dtype=torch.bool)
+    right[:, 0] = True
+    truth = alignment._Truth(similarities, right, 64)
+    assert truth.candidates == candidates
+    own = {n: math.comb(5000 - above, n - 1) / math.comb(5000, n - 1) for n in (64, 32, 16, 8)}
+    assert truth.accuracy == pytest.approx(own[candidates], rel=1e-9)
+    assert all(own[n] < 0.5 for n in own if n > candidates)
+    assert own[candidates] >= 0.5 or candidates == 8
+    worse = similarities.clone()
+    worse[:, 1 : above + 201] = 2.0
+    kept = math.comb(4800 - above, candidates - 1) / math.comb(5000 - above, candidates - 1)
+    assert truth.kept(worse) == pytest.approx(kept, rel=1e-9)
 
 
 @pytest.mark.parametrize("names", [False, True])
@@ -598,18 +629,22 @@ def test_captions_of_the_probe_are_the_truth(
         for name in (options["model"], f"local-dir:{result.hub}")
     )
     asked = sorted(titles)
-    accuracies = []
-    for clip in (original, tuned):
-        images = torch.stack([clip.preprocess_val(sources.images.read(row)) for row in range(24)])
-        vectors = clip.encode_texts(asked)
-        similarities = (clip.encode_images(images.half().float()) @ vectors.T).numpy()
-        mask = np.array(
-            [[text in sources.images.titles(row) for text in asked] for row in range(24)]
-        )
-        accuracies.append(
-            [drawn_accuracy(similarities, mask, 64), drawn_accuracy(similarities.T, mask.T, 64)]
-        )
-    ratios = np.array(accuracies[1]) / np.array(accuracies[0])
+    mask = np.array([[text in sources.images.titles(row) for text in asked] for row in range(24)])
+    before, after = (
+        (clip.encode_images(images.half().float()) @ clip.encode_texts(asked).T).numpy()
+        for clip in (original, tuned)
+        for images in [
+            torch.stack([clip.preprocess_val(sources.images.read(row)) for row in range(24)])
+        ]
+    )
+    forth = drawn_candidates(before, mask)
+    back = drawn_candidates(before.T, mask.T)
+    ratios = np.array(
+        [
+            drawn_accuracy(after, mask, forth) / drawn_accuracy(before, mask, forth),
+            drawn_accuracy(after.T, mask.T, back) / drawn_accuracy(before.T, mask.T, back),
+        ]
+    )
     assert found["image_to_text"] == pytest.approx(ratios[0], abs=1e-9)
     assert found["text_to_image"] == pytest.approx(ratios[1], abs=1e-9)
     assert found["kept"] == pytest.approx(ratios.min(), abs=1e-9)

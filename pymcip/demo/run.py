@@ -90,9 +90,9 @@ class Recipe:
     plus: dict[str, Any] = dataclasses.field(
         default_factory=lambda: {
             "margin": 0.9,
-            "lambda_class": 0.5,
-            "lambda_caption": 0.5,
-            "rea_epochs": 2,
+            "lambda_class": 0.55,
+            "lambda_caption": 0.45,
+            "rea_epochs": 4,
             "rea_lr": 3e-4,
             "rea_warmup": 10,
         }

@@ -6,7 +6,9 @@ to the original's, 1 for the original, in the worse of the two directions.
 
 Where the probe's images have captions, or labels that `probe_class_names` names, the right answers
 are known: accuracy is the expected share of right answers over all sets of candidates with one right
-answer among them. A model may keep more than 1 then.
+answer among them. A model may keep more than 1 then. There are 64 candidates, or all names; where the
+original is right less than half of the time, half as many, and so on, down to 8: a ratio of two small
+counts would be noise.
 
 Otherwise the original model's own probabilities of the answers, p0, take the place of labels: its
 softmax over the candidates for *another view* of the image (a crop, flip, contrast and brightness),
@@ -39,9 +41,12 @@ from pymcip.model import ClipModel
 from pymcip.training.mixtures import mixtures, other_views
 from pymcip.training.sampling import Indices, random_generator
 
-CANDIDATES = 8  # texts or images to choose from in a task that p0 judges
+CANDIDATES = 8  # texts or images to choose from in a task that p0 judges, or that is hard
 TASKS = 200  # sets of them
-KNOWN_CANDIDATES = 64  # to choose from where the right one is known, the mean over all sets
+KNOWN_CANDIDATES = (
+    64  # to choose from where the right one is known, at most: the mean over all sets
+)
+EASY = 0.5  # accuracy of the original in a task that is not too hard for it
 SMALLEST_TEXTS = 64  # held back of a small corpus
 MOST_CAPTIONS, FEWEST_CAPTIONS = 4096, 256
 MOST_IMAGES, FEWEST_IMAGES = 1024, 32
@@ -300,11 +305,18 @@ class _Beliefs:
 
 
 class _Truth:
-    """One direction's tasks, judged by the right answers: bool [Q, C], rows are queries."""
+    """One direction's tasks, judged by the right answers: bool [Q, C], rows are queries.
+
+    `candidates`: how many at most; halved until the original's accuracy is `EASY`, or `CANDIDATES` are
+    left.
+    """
 
     def __init__(self, similarities: Tensor, right: Tensor, candidates: int) -> None:
-        self._right, self._candidates = right, candidates
+        self._right, self.candidates = right, candidates
         self.accuracy = expected_accuracy(similarities, right, candidates)
+        while self.accuracy < EASY and self.candidates > CANDIDATES:
+            self.candidates = max(CANDIDATES, self.candidates // 2)
+            self.accuracy = expected_accuracy(similarities, right, self.candidates)
         if not self.accuracy:
             raise DataError(
                 "the original model gives no right answer to the probe's tasks, so there is no "
@@ -313,7 +325,7 @@ class _Truth:
             )
 
     def kept(self, similarities: Tensor) -> float:
-        found = expected_accuracy(similarities, self._right, self._candidates)
+        found = expected_accuracy(similarities, self._right, self.candidates)
         return found / self.accuracy
 
 
