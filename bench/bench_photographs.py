@@ -9,8 +9,9 @@ epochs, 160 px, lr 3e-4) are the same for every method. `2sft` and `mcip+rea` re
 the runs `gpr` and `mcip` in `--out` (trained first if they are not there): what `pymcip.train` does for
 these methods in one go. Training is at 160 px, evaluation at 224 px. With `--coefficients` the tuned
 weights are measured at these places on the line from the base (0) to them (1), whatever budget the
-run was held to. With `--generic`, `mcip+` also distils on Twemoji, and its probe are other Twemoji
-with their names. Clothing is measured with the test split alone, so that nothing is chosen by it.
+run was held to. With `--generic`, a folder of stamps (see `generic_images.py`), training also distils on
+generic images, and the probe are others of them with their captions. Clothing is measured with the test
+split alone, so that nothing is chosen by it.
 The last line of stdout is JSON.
 """
 
@@ -77,17 +78,19 @@ def main() -> None:
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="NAME=JSON", help="change an option"
     )
-    parser.add_argument("--generic", action="store_true", help="for mcip+, see above")
+    parser.add_argument("--generic", type=Path, metavar="FOLDER", help="see above")
     parser.add_argument("--coefficients", type=float, nargs="+", default=[])
     parser.add_argument("--store", action="store_true", help="add the row to bench/results")
     arguments = parser.parse_args()
+    if arguments.coefficients and not STAGES[arguments.method]:
+        parser.error(
+            "--coefficients are places between the base and tuned weights; give a --method"
+        )
     changes = {name: json.loads(value) for name, value in (x.split("=", 1) for x in arguments.set)}
     options: dict[str, Any] = {**SCHEDULE, **changes}
     if arguments.generic:
-        images, probe, names = write_generic_images(arguments.out / "generic")
-        options.update(
-            distill_data=str(images), probe_data=str(probe), probe_class_names=str(names)
-        )
+        images, probe = write_generic_images(arguments.out / "generic", arguments.generic)
+        options.update(distill_data=str(images), probe_data=str(probe))
     data = arguments.data / "data"
     base = f"local-dir:{arguments.data / 'models' / 'lite0'}"
     model, run, train_seconds, alignment = base, None, 0.0, None
@@ -119,7 +122,8 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     report = Report("photographs", device=device, dtype="bfloat16 autocast")
     report.record(row)
-    for coefficient in arguments.coefficients if run else []:
+    for coefficient in arguments.coefficients:
+        assert run is not None  # "base" has no coefficients
         drawn_back = draw_back(base, run, coefficient)
         found = measure(str(drawn_back), data, arguments.split)
         report.record({**row, **found, "coefficient": coefficient})

@@ -184,7 +184,9 @@ class ModelOptions(Config):
     pretrained: str | None = option(None, "open_clip's pretrained tag or a checkpoint's path")
     image_size: int | None = option(None, "input size in pixels; default: the model's own")
     device: str | None = option(None, "cpu, cuda, cuda:1, …; default: a GPU if there is one")
-    precision: Precision = option("amp_bf16", "bf16 autocast, or plain fp32")
+    precision: Precision = option(
+        "amp_bf16", "bf16 autocast (on a CPU without bf16: fp32), or plain fp32"
+    )
 
     AT_LEAST: ClassVar[dict[str, float]] = {"image_size": 1}
 
@@ -347,6 +349,9 @@ class TrainConfig(ModelOptions):
     distill: float = option(
         0.0, "weight of staying near the untrained model's distribution over captions; 0: none"
     )
+    distill_train: float | None = option(
+        None, "that weight on the training images themselves; default: as distill"
+    )
     distill_captions: int = option(8192, "captions drawn from the corpus per step for it")
     distill_data: Sources | None = option(
         None, "generic images without labels to distill on too; default: none"
@@ -357,6 +362,14 @@ class TrainConfig(ModelOptions):
 
     rea_data: Sources | None = option(
         None, "image-caption pairs for re-alignment; default: train_data with its pseudo-captions"
+    )
+    rea_class_names: Source | None = option(
+        None,
+        "TSV label<TAB>name of train_data's classes: re-alignment shows an image with its class's name "
+        "every other time",
+    )
+    rea_templates: tuple[str, ...] = option(
+        ("a photo of a {}.", "{}"), "prompts for these names; {} stands for the name"
     )
     rea_epochs: int = option(2, "passes of the re-alignment (text) stage")
     rea_batch_size: int = option(256, "pairs per step of re-alignment")
@@ -379,7 +392,7 @@ class TrainConfig(ModelOptions):
         "loss_chunk": 1, "loss_delta": 0,
         "rea_epochs": 1, "rea_batch_size": 2, "rea_warmup": 0, "save_steps": 1, "log_steps": 1,
         "seed": 0, "beta1": 0, "beta2": 0,
-        "alignment_budget": 0, "distill": 0, "distill_captions": 2, "mixtures": 0,
+        "alignment_budget": 0, "distill": 0, "distill_train": 0, "distill_captions": 2, "mixtures": 0,
     }  # fmt: skip
     MORE_THAN: ClassVar[dict[str, float]] = {
         "lr": 0, "rea_lr": 0, "scale": 0, "caption_scale": 0, "eps": 0, "grad_clip_norm": 0,
@@ -451,10 +464,23 @@ class TrainConfig(ModelOptions):
                 )
             if any(weight <= 0 for weight in self.train_weights):
                 problems.append(f"train_weights={self.train_weights}: each must be above 0")
+        problems += self._realignment_problems()
         problems += self._budget_problems()
         problems += self._distillation_problems()
         if self.uses_captions_for_images and self.lambda_class + self.lambda_caption == 0:
             problems.append("lambda_class and lambda_caption are both 0; nothing would be trained")
+        return problems
+
+    def _realignment_problems(self) -> list[str]:
+        problems = []
+        if self.rea_class_names is not None and self.rea_data is not None:
+            problems.append(
+                "rea_class_names are those of train_data, and rea_data takes its place; give one of them"
+            )
+        if not self.rea_templates or any("{}" not in template for template in self.rea_templates):
+            problems.append(
+                f"rea_templates={self.rea_templates!r}: each must hold {{}} for the class name"
+            )
         return problems
 
     def _distillation_problems(self) -> list[str]:

@@ -541,6 +541,21 @@ def _check_data(
         if len(set(data.class_names)) < 2:
             return None, None
         return _class_texts(data.class_names, data.class_names), None
+    rows = _rows_of_classes(data, class_names)
+    names = _class_texts([class_names.names[row] for row in rows], class_names.names)
+    if class_names.descriptions is None:
+        return names, None
+    described = [class_names.descriptions[row] for row in rows]
+    return names, _class_texts(described, described)
+
+
+def name_texts(data: ImageData, class_names: ClassNames) -> ClassTexts:
+    """The names of the data's classes; raises DataError if one has none."""
+    names = [class_names.names[row] for row in _rows_of_classes(data, class_names)]
+    return _class_texts(names, names)
+
+
+def _rows_of_classes(data: ImageData, class_names: ClassNames) -> list[int]:
     of_label = {label: row for row, label in enumerate(class_names.labels)}
     missing = [repr(label) for label in data.class_names if label not in of_label]
     if missing:
@@ -550,12 +565,7 @@ def _check_data(
             f"{_first(missing)}; it has labels such as {known}. Give each label of the data a row "
             "label<TAB>name"
         )
-    rows = [of_label[label] for label in data.class_names]
-    names = _class_texts([class_names.names[row] for row in rows], class_names.names)
-    if class_names.descriptions is None:
-        return names, None
-    described = [class_names.descriptions[row] for row in rows]
-    return names, _class_texts(described, described)
+    return [of_label[label] for label in data.class_names]
 
 
 def _class_texts(of_class: Sequence[str], candidates: Sequence[str]) -> ClassTexts:

@@ -118,6 +118,14 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return contextlib.nullcontext()
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies in bf16, or oneDNN's emulation by AVX-512 is of use.
+
+    A CPU without either takes many times longer in bf16 than in fp32.
+    """
+    return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 @contextlib.contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
     """Put the module into eval mode and give every submodule its own mode back afterwards."""
@@ -242,7 +250,8 @@ def load(
             `"random"` for random weights.
         image_size: input size in pixels, if not the model's own.
         device: torch's name of a device; default: a GPU if there is one.
-        precision: `"amp_bf16"` (bf16 autocast) or `"fp32"`. Weights are fp32 in both.
+        precision: `"amp_bf16"` (bf16 autocast; fp32 on a CPU that would emulate bf16, see
+            `has_bf16`) or `"fp32"`. Weights are fp32 in both.
         aug_cfg: open_clip's `AugmentationCfg` as a dict, for `preprocess_train`.
 
     Returns:
@@ -280,6 +289,9 @@ def load(
             "of just this architecture; check that the name and the file belong together."
         ) from error
     module.eval()
+    if precision == "amp_bf16" and not has_bf16(chosen):
+        _log.info("this CPU has no bf16 instructions and would emulate them: fp32, not amp_bf16")
+        precision = "fp32"
     vision = dict(config["vision_cfg"])
     if image_size is not None:
         vision["image_size"] = image_size

@@ -18,7 +18,14 @@ import torch
 from PIL import Image
 
 from pymcip.errors import CheckpointError, ConfigError
-from pymcip.model import ClipModel, evaluation_mode, is_convolutional, load, weights_fingerprint
+from pymcip.model import (
+    ClipModel,
+    evaluation_mode,
+    has_bf16,
+    is_convolutional,
+    load,
+    weights_fingerprint,
+)
 from tests.conftest import TINY_MODEL, picture, write_hub_folder
 
 TINY_TIMM: dict[str, Any] = {
@@ -81,7 +88,10 @@ def test_hub_folder_gives_what_open_clip_gives(tiny_model_dir: Path) -> None:
     assert clip.encode_texts([]).shape == (0, 16)
 
 
-def test_embeddings_are_unit_fp32_in_either_precision(tiny_model_dir: Path) -> None:
+def test_embeddings_are_unit_fp32_in_either_precision(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pymcip.model.has_bf16", lambda device: True)  # as it is emulated elsewhere
     exact = load(f"local-dir:{tiny_model_dir}", device="cpu", precision="fp32")
     rough = load(f"local-dir:{tiny_model_dir}", device="cpu", precision="amp_bf16")
     got = rough.encode_images(images())
@@ -90,6 +100,29 @@ def test_embeddings_are_unit_fp32_in_either_precision(tiny_model_dir: Path) -> N
     difference = (got - exact.encode_images(images())).abs().max()
     assert 0 < difference < 0.05
     assert {value.dtype for value in rough.model.parameters()} == {torch.float32}
+
+
+def test_a_cpu_without_bf16_runs_in_fp32(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("pymcip.model.has_bf16", lambda device: False)
+    with caplog.at_level("INFO"):
+        clip = load(f"local-dir:{tiny_model_dir}", device="cpu", precision="amp_bf16")
+    assert "fp32, not amp_bf16" in caplog.text
+    exact = load(f"local-dir:{tiny_model_dir}", device="cpu", precision="fp32")
+    assert torch.equal(clip.encode_images(images()), exact.encode_images(images()))
+    assert clip.fingerprint() == exact.fingerprint()
+
+
+def test_has_bf16_is_what_the_cpu_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert has_bf16(torch.device("cuda"))
+    flags = set(Path("/proc/cpuinfo").read_text(encoding="ascii").split())
+    if "avx512_bf16" in flags:
+        assert has_bf16(torch.device("cpu"))
+    elif "avx2" in flags and not flags & {"avx512bw", "avx_vnni", "avx_ne_convert"}:
+        assert not has_bf16(torch.device("cpu"))
+    else:
+        pytest.skip("what oneDNN makes of this CPU is not told by its flags alone")
 
 
 def test_features_keep_the_graph_and_encoding_keeps_the_mode(tiny_clip: ClipModel) -> None:

@@ -251,14 +251,14 @@ def load_sprites() -> Sprites:
     )
 
 
-def _hash_unit(text: str) -> float:
+def hash_unit(text: str) -> float:
     """A fixed number in [0, 1) for a text."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
 def split_of(emoji: Emoji) -> str:
     """`"test"` or `"train"`; all skin tones of one thing fall on the same side."""
-    return "test" if _hash_unit("split:" + emoji.concept) < TEST_SHARE else "train"
+    return "test" if hash_unit("split:" + emoji.concept) < TEST_SHARE else "train"
 
 
 def split_indices(
@@ -273,7 +273,7 @@ def split_indices(
         raise ConfigError(f"split={split!r} is not allowed; allowed: 'train' or 'test'")
     order = sorted(
         (i for i, one in enumerate(emoji) if split_of(one) == split),
-        key=lambda i: _hash_unit("order:" + emoji[i].code),
+        key=lambda i: hash_unit("order:" + emoji[i].code),
     )
     count: dict[str, int] = {}
     kept = []

@@ -32,7 +32,7 @@ from pymcip.config import TrainConfig
 from pymcip.data import Captions, ImageData, load_captions, load_images
 from pymcip.embedding import EmbeddingCache
 from pymcip.errors import CheckpointError, ConfigError, DataError
-from pymcip.evaluation import ClassNames, evaluate_model, read_class_names
+from pymcip.evaluation import ClassNames, ClassTexts, evaluate_model, name_texts, read_class_names
 from pymcip.exporting import plain_state, write_export
 from pymcip.files import TEMPORARY_SUFFIX, prepare_output, read_json, write_json
 from pymcip.mining import CaptionTable, mine_captions
@@ -168,6 +168,9 @@ def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
             f"rea_data={config.rea_data!r} has images but no captions; give a title column, .txt "
             "members or json with a caption, or leave rea_data out to use pseudo-captions"
         )
+    class_texts = None
+    if config.realigns and config.rea_class_names is not None:
+        class_texts = name_texts(data, read_class_names(config.rea_class_names))
     generic = (
         load_images(config.distill_data, labelled=False)
         if config.distill_data is not None
@@ -188,7 +191,7 @@ def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
             *(config.train_data, config.captions, config.rea_data, config.cache),
             *(config.val_data, config.val_class_names),
             *(config.probe_data, config.probe_captions, config.probe_class_names),
-            config.distill_data,
+            (config.distill_data, config.rea_class_names),
         ),
     )
     write_json(out / "config.json", config.to_dict())
@@ -196,6 +199,7 @@ def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
     remove_leftovers(out / "checkpoints")
     trainer = _Trainer(config, out, clip, data, captions, validation, names, pair_data)
     trainer.probe_sources, trainer.generic = probe_sources, generic
+    trainer.class_texts = class_texts
     with Interruption().installed() as interruption, log_file(out / "out.log"):
         return trainer.run(interruption)
 
@@ -255,6 +259,7 @@ class _Trainer:
         self.metrics: dict[str, float] = {}
         self.before: dict[str, float] = {}
         self.generic: ImageData | None = None
+        self.class_texts: ClassTexts | None = None
         self.distillation: Distillation | None = None
         self.probe_sources: ProbeSources | None = None
         self.probe: AlignmentProbe | None = None
@@ -410,6 +415,7 @@ class _Trainer:
             CaptionSample(parts, config.distill_captions, config.seed, left_out),
             embedded.vectors("img"),
             weight=config.distill,
+            train_weight=config.distill_train,
             rate=config.mixtures,
             seed=config.seed,
             generic=self.generic,
@@ -462,12 +468,11 @@ class _Trainer:
         return clip
 
     def _text_stage(self) -> Stage:
-        """Pairs of training images (embedded anew, by the tower as it is now) and captions."""
+        """Pairs of training images (embedded anew, by the tower as it is now) and their texts."""
         data = self.data if self.pair_data is None else self.pair_data
         embedded = self._cache(self.clip).images(data)
         rows = embedded.rows("img")
-        texts: list[str] = []
-        number: dict[str, int] = {}
+        number: dict[str, int] = {}  # of each text, in order
         ids: list[int] = []
         counts = []
         for row in rows.tolist():
@@ -476,18 +481,25 @@ class _Trainer:
                 own += [self.captions[int(i)] for i in self.table[row][0]]
             own = list(dict.fromkeys(own))
             counts.append(len(own))
-            for text in own:
-                if text not in number:
-                    number[text] = len(texts)
-                    texts.append(text)
-                ids.append(number[text])
-        if not ids:
+            ids += [number.setdefault(text, len(number)) for text in own]
+        names = None
+        if self.class_texts is not None:
+            of_name = [
+                [
+                    number.setdefault(template.replace("{}", name), len(number))
+                    for template in self.config.rea_templates
+                ]
+                for name in self.class_texts.texts
+            ]
+            names = np.array(of_name)[self.class_texts.of_class[data.labels[rows]]]
+        if not ids and names is None:
             raise DataError("re-alignment found no image with a caption; lower threshold")
         pairs = Pairs(
             vectors=torch.from_numpy(np.array(embedded.vectors("img"))),
             indptr=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
             ids=np.array(ids, dtype=np.int64),
-            texts=texts,
+            texts=list(number),
+            names=names,
         )
         return TextStage(self.clip, pairs, self.config)
 

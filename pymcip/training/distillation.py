@@ -133,7 +133,8 @@ class Distillation:
         teacher: the untrained model; runs on mixtures only.
         captions: what to draw the captions from.
         vectors: float [N, D], the untrained model's embeddings of the training images.
-        weight: of each of the terms.
+        weight: of the term of mixtures or generic images.
+        train_weight: of the term of training images; None: the same.
         rate: mixtures per training image; with `generic`, images of it per training image.
         seed: of the mixtures and of the order of the generic images.
         generic: images without labels that are drawn instead of mixtures.
@@ -147,6 +148,7 @@ class Distillation:
         vectors: Matrix,
         *,
         weight: float,
+        train_weight: float | None = None,
         rate: float,
         seed: int,
         generic: ImageData | None = None,
@@ -155,6 +157,7 @@ class Distillation:
         self.teacher, self.captions = teacher, captions
         self.known = [vectors] if generic_vectors is None else [vectors, generic_vectors]
         self.weight, self.seed = weight, seed
+        self.train_weight = weight if train_weight is None else train_weight
         self.generic = generic
         self.rate = rate if generic is None else max(rate, GENERIC_RATE)
         self.scale = logit_scale(teacher)

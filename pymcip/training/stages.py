@@ -35,6 +35,8 @@ from pymcip.training.towers import (
     unlock_text_tower,
 )
 
+NAME_SHARE = 0.5  # of the texts of re-alignment, where classes have names
+
 _log = logging.getLogger("pymcip.training")
 
 
@@ -129,7 +131,6 @@ class ImageStage:
     ) -> None:
         self.clip, self.data, self.config, self.positives = clip, data, config, positives
         self.distillation = distillation
-        self._distill = distillation.weight if distillation is not None else 0.0
         self.place = (0, 0)  # epoch and step of the micro-batches given out last
         self.epochs, self.warmup = config.epochs, config.warmup
         self.samples_per_step = config.batch_size * config.accum_freq
@@ -282,8 +283,11 @@ class ImageStage:
                 weights["caption_margin"] = self.config.lambda_caption
             if distillation is not None:
                 known = distillation.cached(rows, device)
-                total = distillation.sum(features, known[: len(own)], drawn)
-                parts["distill"] = total / images_in_step
+                if distillation.train_weight > 0:
+                    total = distillation.sum(features, known[: len(own)], drawn)
+                    parts["distill"] = total / images_in_step
+                    weights["distill"] = distillation.train_weight
+                weights["distill_mixtures"] = weights["distill_data"] = distillation.weight
                 if len(mixed):
                     taught = distillation.taught(mixed)
                     total = distillation.sum(mixed_features, taught, drawn)
@@ -293,7 +297,7 @@ class ImageStage:
                     total = distillation.sum(generic, known[len(own) :], drawn)
                     parts["distill_data"] = total / extra_in_step
             loss = sum(
-                (weights.get(name, self._distill) * part for name, part in parts.items()),
+                (weights[name] * part for name, part in parts.items()),
                 torch.zeros((), device=device),
             )
             loss.backward()  # type: ignore[no-untyped-call]
@@ -307,18 +311,21 @@ class Pairs:
     """Image-caption pairs for re-alignment: per image the captions that it may be shown with.
 
     vectors: float [N, D], embeddings of the locked image tower. indptr/ids: CSR into `texts`.
+    names: int64 [N, T] into `texts`, each image's class name in T prompts.
     """
 
     vectors: Tensor
     indptr: np.ndarray
     ids: np.ndarray
     texts: list[str]
+    names: np.ndarray | None = None
 
 
 class TextStage:
     """rea: InfoNCE between locked, cached image embeddings and the text tower.
 
-    Every epoch shows each image once, with one of its captions drawn at random.
+    Every epoch shows each image once, with one of its captions drawn at random; where classes have
+    names, with a prompt of its class's name instead half of the time (always, if it has no caption).
     """
 
     name = "text"
@@ -327,7 +334,7 @@ class TextStage:
         self.clip, self.config, self.pairs = clip, config, pairs
         self.epochs, self.warmup = config.rea_epochs, config.rea_warmup
         self.samples_per_step = config.rea_batch_size * config.accum_freq
-        self.rows = np.flatnonzero(np.diff(pairs.indptr) > 0)
+        self.rows = np.flatnonzero((np.diff(pairs.indptr) > 0) | (pairs.names is not None))
         self.steps_per_epoch = max(1, len(self.rows) // self.samples_per_step)
         unlock_text_tower(clip)
         groups = parameter_groups(text_parameters(clip.model), lr=config.rea_lr, wd=config.wd)
@@ -343,8 +350,7 @@ class TextStage:
     def steps(self, epoch: int, first_step: int) -> Iterator[list[Any]]:
         generator = random_generator(self.config.seed, 2, epoch)
         rows = generator.permutation(self.rows)
-        starts, counts = self.pairs.indptr[rows], np.diff(self.pairs.indptr)[rows]
-        captions = self.pairs.ids[starts + (generator.random(len(rows)) * counts).astype(np.int64)]
+        captions = self._drawn(rows, generator)
         size, step_size = self.config.rea_batch_size, self.samples_per_step
         for step in range(first_step, self.steps_per_epoch):
             begin, end = step * step_size, min((step + 1) * step_size, len(rows))
@@ -352,6 +358,19 @@ class TextStage:
                 (rows[i : min(i + size, end)], captions[i : min(i + size, end)])
                 for i in range(begin, end, size)
             ]
+
+    def _drawn(self, rows: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """Numbers of the texts that these images are shown with."""
+        pairs = self.pairs
+        starts, counts = pairs.indptr[rows], np.diff(pairs.indptr)[rows]
+        places = starts + (generator.random(len(rows)) * counts).astype(np.int64)
+        if pairs.names is None:
+            return pairs.ids[places]
+        prompts = generator.integers(0, pairs.names.shape[1], len(rows))
+        drawn = pairs.names[rows, prompts]
+        captioned = (counts > 0) & (generator.random(len(rows)) >= NAME_SHARE)
+        drawn[captioned] = pairs.ids[places[captioned]]
+        return drawn
 
     def _texts(self, captions: np.ndarray) -> Tensor:
         tokens = self.clip.tokenizer([self.pairs.texts[i] for i in captions])
