@@ -135,6 +135,8 @@ def _world(folder: Path, seed: int) -> World:
 
 def _variant(name: str, folder: Path, seed: int, world: World) -> dict[str, float]:
     options = {"method": "mcip", **Recipe().train, **VARIANTS[name]}
+    if options["method"] == "mcip+":
+        options["rea_class_names"] = str(world.train_names)
     result = pymcip.train(
         model=f"local-dir:{BASE_FOLDER}",
         train_data=train_source(world),

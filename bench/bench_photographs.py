@@ -7,12 +7,12 @@
 under `models/lite0`. `base` evaluates the untrained model. The base, the seed and the schedule (3
 epochs, 160 px, lr 3e-4) are the same for every method. `2sft` and `mcip+rea` re-align the text tower of
 the runs `gpr` and `mcip` in `--out` (trained first if they are not there): what `pymcip.train` does for
-these methods in one go. Training is at 160 px, evaluation at 224 px. With `--coefficients` the tuned
-weights are measured at these places on the line from the base (0) to them (1), whatever budget the
-run was held to. With `--generic`, a folder of stamps (see `generic_images.py`), training also distils on
-generic images, and the probe are others of them with their captions. Clothing is measured with the test
-split alone, so that nothing is chosen by it.
-The last line of stdout is JSON.
+these methods in one go; `mcip+` re-aligns with the products' names too. Training is at 160 px,
+evaluation at 224 px. With `--coefficients` the tuned weights are measured at these places on the line
+from the base (0) to them (1), whatever budget the run was held to. With `--generic`, a folder of stamps
+(see `generic_images.py`), training also distils on generic images, by the options `GENERIC`, and the
+probe are others of them with their captions. Clothing is measured with the test split alone, so that
+nothing is chosen by it. The last line of stdout is JSON.
 """
 
 from __future__ import annotations
@@ -47,6 +47,14 @@ SCHEDULE: dict[str, Any] = {
     "rea_batch_size": 128,
     "rea_lr": 2e-5,
     "rea_warmup": 20,
+}
+# Beside --generic, chosen on the validation split and the probe.
+GENERIC: dict[str, Any] = {
+    "lr": 2e-4,
+    "lambda_class": 0.8,
+    "lambda_caption": 0.2,
+    "distill": 1.0,
+    "mixtures": 0.1875,
 }
 STAGES = {
     "base": [],
@@ -87,11 +95,14 @@ def main() -> None:
             "--coefficients are places between the base and tuned weights; give a --method"
         )
     changes = {name: json.loads(value) for name, value in (x.split("=", 1) for x in arguments.set)}
-    options: dict[str, Any] = {**SCHEDULE, **changes}
+    options: dict[str, Any] = {**SCHEDULE}
     if arguments.generic:
         images, probe = write_generic_images(arguments.out / "generic", arguments.generic)
-        options.update(distill_data=str(images), probe_data=str(probe))
+        options |= {**GENERIC, "distill_data": str(images), "probe_data": str(probe)}
+    options |= changes
     data = arguments.data / "data"
+    if arguments.method == "mcip+":
+        options.setdefault("rea_class_names", str(data / "grocery" / "classes.tsv"))
     base = f"local-dir:{arguments.data / 'models' / 'lite0'}"
     model, run, train_seconds, alignment = base, None, 0.0, None
     for stage in STAGES[arguments.method]:

@@ -349,8 +349,8 @@ class TrainConfig(ModelOptions):
     distill: float = option(
         0.0, "weight of staying near the untrained model's distribution over captions; 0: none"
     )
-    distill_train: float | None = option(
-        None, "that weight on the training images themselves; default: as distill"
+    distill_temperature: float = option(
+        3.0, "temperature of these distributions; higher: captions far from the image count more"
     )
     distill_captions: int = option(8192, "captions drawn from the corpus per step for it")
     distill_data: Sources | None = option(
@@ -362,6 +362,9 @@ class TrainConfig(ModelOptions):
 
     rea_data: Sources | None = option(
         None, "image-caption pairs for re-alignment; default: train_data with its pseudo-captions"
+    )
+    rea_k: int | None = option(
+        None, "pseudo-captions per image that re-alignment shows, the nearest; default: all of them"
     )
     rea_class_names: Source | None = option(
         None,
@@ -390,12 +393,13 @@ class TrainConfig(ModelOptions):
         "unlock_layers": 0, "margin": 0, "caption_margin": 0, "lambda_class": 0,
         "lambda_caption": 0, "lr_classes": 0, "k": 1, "caption_noise": 0, "negatives": 1,
         "loss_chunk": 1, "loss_delta": 0,
-        "rea_epochs": 1, "rea_batch_size": 2, "rea_warmup": 0, "save_steps": 1, "log_steps": 1,
+        "rea_k": 1, "rea_epochs": 1, "rea_batch_size": 2, "rea_warmup": 0, "save_steps": 1, "log_steps": 1,
         "seed": 0, "beta1": 0, "beta2": 0,
-        "alignment_budget": 0, "distill": 0, "distill_train": 0, "distill_captions": 2, "mixtures": 0,
+        "alignment_budget": 0, "distill": 0, "distill_captions": 2, "mixtures": 0,
     }  # fmt: skip
     MORE_THAN: ClassVar[dict[str, float]] = {
         "lr": 0, "rea_lr": 0, "scale": 0, "caption_scale": 0, "eps": 0, "grad_clip_norm": 0,
+        "distill_temperature": 0,
     }  # fmt: skip
 
     @property

@@ -138,15 +138,16 @@ def test_the_probe_captions_are_left_out(
     assert set(made[1].drawn(0, 0)) == set(range(60)) - set(kept.tolist())
 
 
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_generic_images_stand_behind_each_batch(
-    tiny_clip: ClipModel, tiny_images: Callable[..., Path]
+    temperature: float, tiny_clip: ClipModel, tiny_images: Callable[..., Path]
 ) -> None:
     data, generic = load_images(tiny_images("a")), load_images(tiny_images("b", 2, 2))
     sample = CaptionSample([unit(5, 16, 0)], 5, 0)
     vectors = [unit(12, 16, 1), unit(4, 16, 2)]
     distillation = Distillation(
         tiny_clip, sample, vectors[0], weight=1.0, rate=0.5, seed=0, generic=generic,
-        generic_vectors=vectors[1],
+        generic_vectors=vectors[1], temperature=temperature,
     )  # fmt: skip
     stage = ImageStage(
         tiny_clip, data, config_for(batch_size=4, method="gpr"), class_rows=None,
@@ -160,7 +161,8 @@ def test_generic_images_stand_behind_each_batch(
     assert sorted(extra[:4]) == [12, 13, 14, 15]  # each once before any is drawn again
     ((pixels, rows),) = next(stage.steps(0, 2))  # as a resumed run starts
     assert np.array_equal(rows, shown[2])
-    expected = clip_divergence(tiny_clip, pixels, rows.numpy(), np.concatenate(vectors), sample)
+    known = np.concatenate(vectors)
+    expected = clip_divergence(tiny_clip, pixels, rows.numpy(), known, sample, temperature)
     stage.clip.model.eval()
     values = stage.backward([(pixels, rows)])
     assert float(values["distill"]) == pytest.approx(expected[:4].mean(), rel=1e-4)
@@ -175,13 +177,14 @@ def clip_divergence(
     rows: np.ndarray,
     known: np.ndarray,
     sample: CaptionSample,
+    temperature: float = 1.0,
 ) -> np.ndarray:
-    """fp64 divergences of a batch, against embeddings `known` of the original."""
-    scale = float(clip.model.logit_scale.detach().double().exp())
+    """fp64 losses of a batch, against embeddings `known` of the original."""
+    scale = float(clip.model.logit_scale.detach().double().exp()) / temperature
     features = clip.encode_images(pixels).double().numpy()
     captions = sample.vectors(0, 2, torch.device("cpu")).double().numpy()
     # the oracle has a scale of 20: scaling the captions makes it the model's
-    return divergence(features, known[rows], captions * scale / 20)
+    return temperature**2 * divergence(features, known[rows], captions * scale / 20)
 
 
 def test_mixtures_are_taught_by_the_original(

@@ -16,6 +16,8 @@ import torch
 from PIL import Image
 
 import pymcip
+from pymcip import training
+from pymcip.config import TrainConfig
 from pymcip.errors import (
     CheckpointError,
     ConfigError,
@@ -23,9 +25,10 @@ from pymcip.errors import (
     OutputExistsError,
     TrainingDivergedError,
 )
+from pymcip.model import ClipModel
 from pymcip.training import loop
 from pymcip.training.checkpoints import checkpoint_files, load_checkpoint, save_checkpoint
-from pymcip.training.stages import ImageStage
+from pymcip.training.stages import ImageStage, Pairs, TextStage
 from tests.conftest import lines_of, train_until_killed
 
 METHODS = ["gpr", "2sft", "mcip", "mcip+rea", "rea", "mcip+"]
@@ -359,6 +362,8 @@ def test_a_filled_output_folder_is_refused(options: dict[str, Any]) -> None:
 
 
 def test_bad_input_writes_nothing(options: dict[str, Any], tmp_path: Path) -> None:
+    names = tmp_path / "names.tsv"
+    names.write_text("class0\tapple\nclass1\tpear\n", encoding="utf-8")
     cases: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"train_data": str(tmp_path / "absent")}, DataError, "absent"),
         ({"captions": str(tmp_path / "absent.txt")}, DataError, "absent"),
@@ -367,6 +372,11 @@ def test_bad_input_writes_nothing(options: dict[str, Any], tmp_path: Path) -> No
         ({"aug_cfg": {"zoom": 2}}, ConfigError, "zoom"),
         ({"device": "cuda:77"}, ConfigError, "cuda:77"),
         ({"rea_data": options["train_data"], "method": "rea"}, DataError, "no captions"),
+        (
+            {"rea_class_names": str(names), "method": "mcip+rea"},
+            DataError,
+            "no row for 1 of .* 'class2'",
+        ),
     ]
     for change, kind, message in cases:
         with pytest.raises(kind, match=message):
@@ -409,6 +419,34 @@ def test_realignment_on_given_pairs(
         **{**options, "captions": None, "rea_data": str(pairs[0].parent)}, method="2sft"
     )
     assert result.steps == 6 + 4
+
+
+def test_realignment_with_class_names(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each image has the prompts of its own class's name, beside its pseudo-captions."""
+    table = tmp_path / "names.tsv"  # in another order, and with a class that has no images
+    table.write_text("class2\tfig\nother\tnut\nclass0\tapple\nclass1\tfig\n", encoding="utf-8")
+    found = []
+
+    class Spy(TextStage):
+        def __init__(self, clip: ClipModel, pairs: Pairs, config: TrainConfig) -> None:
+            found.append(pairs)
+            super().__init__(clip, pairs, config)
+
+    monkeypatch.setattr(training, "TextStage", Spy)
+    changes = {"rea_class_names": str(table), "rea_templates": ("a {}", "{}, a fruit", "{}")}
+    result = pymcip.train(**{**options, **changes}, method="mcip+rea")
+    assert result.steps == 6 + 4
+    (pairs,) = found
+    assert pairs.names is not None
+    assert len(set(pairs.texts)) == len(pairs.texts)
+    prompts = [["a apple", "apple, a fruit", "apple"], ["a fig", "fig, a fruit", "fig"]]
+    expected = [prompts[min(label, 1)] for label in range(3) for _ in range(4)]
+    assert [[pairs.texts[i] for i in row] for row in pairs.names] == expected
+    captions = {pairs.texts[i] for i in pairs.ids}
+    assert captions
+    assert not captions & {prompt for row in prompts for prompt in row}
 
 
 def test_gradient_checkpointing_and_accumulation_run(options: dict[str, Any]) -> None:

@@ -308,6 +308,29 @@ def test_text_stage_shows_each_image_once_with_one_of_its_captions(tiny_clip: Cl
     assert drawn == {(0, 0), (0, 1), (2, 2), (3, 3), (3, 4), (3, 5)}
 
 
+def test_text_stage_shows_class_names_half_of_the_time(tiny_clip: ClipModel) -> None:
+    """Image 1 has no caption, and image 3, the last, neither: they are shown with names alone."""
+    indptr, ids = np.array([0, 2, 2, 3, 3]), np.array([0, 1, 2])
+    names = np.array([[3, 4], [5, 6], [3, 4], [5, 6]])
+    pairs = Pairs(torch.eye(4, 16), indptr, ids, [f"text {i}" for i in range(7)], names)
+    stage = TextStage(tiny_clip, pairs, config_for(rea_batch_size=4))
+    counts: dict[int, list[int]] = {row: [0] * 7 for row in range(4)}
+    epochs = 400
+    for epoch in range(epochs):
+        for ((rows, texts),) in stage.steps(epoch, 0):
+            assert sorted(rows) == [0, 1, 2, 3]
+            for row, text in zip(rows, texts, strict=True):
+                counts[int(row)][int(text)] += 1
+    again = [texts for ((_, texts),) in stage.steps(7, 0)]
+    assert np.array_equal(again, [texts for ((_, texts),) in stage.steps(7, 0)])
+    shares = {0: [1 / 4, 1 / 4, 0, 1 / 4, 1 / 4, 0, 0], 1: [0, 0, 0, 0, 0, 1 / 2, 1 / 2],
+              2: [0, 0, 1 / 2, 1 / 4, 1 / 4, 0, 0], 3: [0, 0, 0, 0, 0, 1 / 2, 1 / 2]}  # fmt: skip
+    for row, expected in shares.items():
+        for count, share in zip(counts[row], expected, strict=True):
+            # five standard deviations of a binomial count; of shares that are 0 none
+            assert abs(count - share * epochs) <= 5 * (epochs * share * (1 - share)) ** 0.5
+
+
 @pytest.mark.parametrize(("stride", "kernel", "padding"), [(1, 3, 1), (2, 5, 2), (2, 3, 0)])
 def test_depthwise_convolutions_have_autocasts_gradients(
     stride: int, kernel: int, padding: int

@@ -27,6 +27,7 @@ from pymcip.demo.world import (
     CREDIT,
     PROBE_NAMES,
     TEMPLATES,
+    TRAIN_NAMES,
     World,
     WorldConfig,
     load_sprites,
@@ -90,11 +91,14 @@ class Recipe:
     plus: dict[str, Any] = dataclasses.field(
         default_factory=lambda: {
             "margin": 0.9,
-            "lambda_class": 0.55,
-            "lambda_caption": 0.45,
-            "rea_epochs": 4,
-            "rea_lr": 3e-4,
+            "lambda_class": 0.52,
+            "lambda_caption": 0.48,
+            "k": 30,
+            "rea_k": 10,
+            "rea_epochs": 6,
+            "rea_lr": 2e-4,
             "rea_warmup": 10,
+            "rea_templates": ("a picture of a {}",),
         }
     )
     queries: int = 8
@@ -187,7 +191,7 @@ def prepare_world(config: WorldConfig, folder: Path) -> World:
         test=tuple(sorted(folder.glob("test-*.tar"))),
         probe=probe,
         captions=folder / "captions.txt",
-        train_names=folder / "train_names.tsv",
+        train_names=folder / TRAIN_NAMES,
         test_names=folder / "test_names.tsv",
         probe_names=folder / PROBE_NAMES,
     )
@@ -204,6 +208,12 @@ def probe_options(folder: Path) -> dict[str, str]:
         "probe_data": str(folder / "probe-*.tar"),
         "probe_class_names": str(folder / PROBE_NAMES),
     }
+
+
+def plus_options(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """Options of `mcip+` in the world in `folder`, over those of `recipe.train` and `recipe.rea`."""
+    names = {"rea_class_names": str(folder / TRAIN_NAMES)}
+    return {**recipe.plus, **probe_options(folder), **names}
 
 
 def evaluation_options(world: World) -> dict[str, Any]:
@@ -261,7 +271,7 @@ def _run_seed(seed: int, folder: Path, recipe: Recipe, draw_to: Path) -> Table:
     run("2sft", "rea", model=models["gpr"], **realign)
     run("mcip", "mcip", model=base, **captions, **recipe.train)
     run("mcip+rea", "rea", model=models["mcip"], **realign)
-    plus = {**recipe.train, **recipe.rea, **recipe.plus, **probe_options(folder / "world")}
+    plus = {**recipe.train, **recipe.rea, **plus_options(recipe, folder / "world")}
     run("mcip+", "mcip+", model=base, **captions, **plus)
     if seed == 0:
         shown = {"before": base, "after MCIP": models["mcip"]}

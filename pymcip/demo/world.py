@@ -50,7 +50,7 @@ CREDIT = (
 IMAGE_SIZE = 64
 MAX_CLUTTER = 3
 TEST_SHARE = 0.15
-PROBE_NAMES = "probe_names.tsv"
+TRAIN_NAMES, PROBE_NAMES = "train_names.tsv", "probe_names.tsv"
 PROBE_SHARE = 0.4  # the number of the probe's scenes: of that of the test's
 TEMPLATES = ("a {}", "a picture of a {}", "a {} on a plain background")
 

@@ -24,8 +24,8 @@ from pymcip.demo.run import (
     SMOKE,
     Recipe,
     evaluation_options,
+    plus_options,
     prepare_world,
-    probe_options,
     train_source,
 )
 from pymcip.demo.world import BASE_FOLDER, load_sprites
@@ -191,7 +191,7 @@ class _DemoStudy(_Study):
         self.changes = self._changes(Path())
 
     def _changes(self, world: Path) -> Changes:
-        return {"mcip+": {**self.recipe.plus, **probe_options(world)}}
+        return {"mcip+": plus_options(self.recipe, world)}
 
     def seed(self, seed: int, out: Path) -> _Seed:
         folder = out / f"seed{seed}"

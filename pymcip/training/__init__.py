@@ -415,11 +415,11 @@ class _Trainer:
             CaptionSample(parts, config.distill_captions, config.seed, left_out),
             embedded.vectors("img"),
             weight=config.distill,
-            train_weight=config.distill_train,
             rate=config.mixtures,
             seed=config.seed,
             generic=self.generic,
             generic_vectors=generic_vectors,
+            temperature=config.distill_temperature,
         )
 
     def _cache(self, clip: ClipModel) -> EmbeddingCache:
@@ -478,7 +478,7 @@ class _Trainer:
         for row in rows.tolist():
             own = list(data.titles(row))
             if self.pair_data is None and self.table is not None and self.captions is not None:
-                own += [self.captions[int(i)] for i in self.table[row][0]]
+                own += [self.captions[int(i)] for i in self.table[row][0][: self.config.rea_k]]
             own = list(dict.fromkeys(own))
             counts.append(len(own))
             ids += [number.setdefault(text, len(number)) for text in own]

@@ -3,10 +3,12 @@
 For an image with unit embedding f0 by the untrained model and f by the one in training, and a random
 sample T of unit captions of the corpus (the text tower is locked, so both models share them):
 
-    p0 = softmax(s T f0),    p = softmax(s T f),    loss = KL(p0 || p) = sum p0 (log p0 - log p)
+    p0 = softmax(s T f0 / t),    p = softmax(s T f / t),    loss = t^2 KL(p0 || p)
 
-with s the model's own exp(logit_scale), at most 100 as in CLIP (arXiv 2103.00020). This is learning
-without forgetting (arXiv 1606.09282) where captions stand for the old task's classes.
+with KL(p0 || p) = sum p0 (log p0 - log p), s the model's own exp(logit_scale), at most 100 as in CLIP
+(arXiv 2103.00020), and t a temperature: above 1 the captions that the image is far from count too,
+and t^2 keeps the size of the gradients (arXiv 1503.02531). This is learning without forgetting
+(arXiv 1606.09282) where captions stand for the old task's classes.
 """
 
 from __future__ import annotations
@@ -133,12 +135,12 @@ class Distillation:
         teacher: the untrained model; runs on mixtures only.
         captions: what to draw the captions from.
         vectors: float [N, D], the untrained model's embeddings of the training images.
-        weight: of the term of mixtures or generic images.
-        train_weight: of the term of training images; None: the same.
+        weight: of each of the terms.
         rate: mixtures per training image; with `generic`, images of it per training image.
         seed: of the mixtures and of the order of the generic images.
         generic: images without labels that are drawn instead of mixtures.
         generic_vectors: float [G, D], the untrained model's embeddings of them.
+        temperature: t.
     """
 
     def __init__(
@@ -148,16 +150,16 @@ class Distillation:
         vectors: Matrix,
         *,
         weight: float,
-        train_weight: float | None = None,
         rate: float,
         seed: int,
         generic: ImageData | None = None,
         generic_vectors: Matrix | None = None,
+        temperature: float = 1.0,
     ) -> None:
+        self.temperature = temperature
         self.teacher, self.captions = teacher, captions
         self.known = [vectors] if generic_vectors is None else [vectors, generic_vectors]
         self.weight, self.seed = weight, seed
-        self.train_weight = weight if train_weight is None else train_weight
         self.generic = generic
         self.rate = rate if generic is None else max(rate, GENERIC_RATE)
         self.scale = logit_scale(teacher)
@@ -203,5 +205,6 @@ class Distillation:
             return self.teacher.image_features(pixels)
 
     def sum(self, features: Tensor, original: Tensor, captions: Tensor) -> Tensor:
-        """Return the sum of the images' divergences."""
-        return caption_divergence(features, original, captions, self.scale).sum()
+        """Return the sum of the images' losses."""
+        scale = self.scale / self.temperature
+        return self.temperature**2 * caption_divergence(features, original, captions, scale).sum()

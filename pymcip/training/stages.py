@@ -131,6 +131,7 @@ class ImageStage:
     ) -> None:
         self.clip, self.data, self.config, self.positives = clip, data, config, positives
         self.distillation = distillation
+        self._distill = distillation.weight if distillation is not None else 0.0
         self.place = (0, 0)  # epoch and step of the micro-batches given out last
         self.epochs, self.warmup = config.epochs, config.warmup
         self.samples_per_step = config.batch_size * config.accum_freq
@@ -283,11 +284,8 @@ class ImageStage:
                 weights["caption_margin"] = self.config.lambda_caption
             if distillation is not None:
                 known = distillation.cached(rows, device)
-                if distillation.train_weight > 0:
-                    total = distillation.sum(features, known[: len(own)], drawn)
-                    parts["distill"] = total / images_in_step
-                    weights["distill"] = distillation.train_weight
-                weights["distill_mixtures"] = weights["distill_data"] = distillation.weight
+                total = distillation.sum(features, known[: len(own)], drawn)
+                parts["distill"] = total / images_in_step
                 if len(mixed):
                     taught = distillation.taught(mixed)
                     total = distillation.sum(mixed_features, taught, drawn)
@@ -297,7 +295,7 @@ class ImageStage:
                     total = distillation.sum(generic, known[len(own) :], drawn)
                     parts["distill_data"] = total / extra_in_step
             loss = sum(
-                (weights[name] * part for name, part in parts.items()),
+                (weights.get(name, self._distill) * part for name, part in parts.items()),
                 torch.zeros((), device=device),
             )
             loss.backward()  # type: ignore[no-untyped-call]
