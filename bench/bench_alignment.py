@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import Report
+from harness import Report, training_dtype
 
 import pymcip
 from pymcip.config import TrainConfig
@@ -88,7 +88,7 @@ def main() -> None:
         command.add_argument("--store", action="store_true", help="add the rows to bench/results")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    report = Report("alignment", device=device, dtype="bfloat16 autocast")
+    report = Report("alignment", device=device, dtype=training_dtype(device))
     run = run_ablation if arguments.command == "ablation" else run_probe
     report.finish(store=arguments.store, summary=run(report, arguments))
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from generic_images import write_generic_images
-from harness import Report
+from harness import Report, training_dtype
 
 import pymcip
 from pymcip.exporting import plain_state, write_export
@@ -131,7 +131,7 @@ def main() -> None:
         "train_seconds": round(train_seconds, 1),
     }
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    report = Report("photographs", device=device, dtype="bfloat16 autocast")
+    report = Report("photographs", device=device, dtype=training_dtype(device))
     report.record(row)
     for coefficient in arguments.coefficients:
         assert run is not None  # "base" has no coefficients

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from pymcip.environment import environment_report
+from pymcip.model import has_bf16
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -165,6 +166,11 @@ def describe(error: BaseException) -> str:
 
 def _nothing() -> None:
     pass
+
+
+def training_dtype(device: str) -> str:
+    """What `precision="amp_bf16"` runs in on the device."""
+    return "bfloat16 autocast" if has_bf16(torch.device(device)) else "float32"
 
 
 class Report:

@@ -320,7 +320,7 @@ def test_other_transform_is_refused(
     with pytest.raises(StaleEmbeddingsError, match=r"another transform \(transform: Compose"):
         embed_images(changed, data, tmp_path / "out")
     with pytest.raises(StaleEmbeddingsError, match=r"another precision \(precision: fp32, now amp"):
-        embed_images(load(name, device="cpu"), data, tmp_path / "out")
+        embed_images(dataclasses.replace(clip, precision="amp_bf16"), data, tmp_path / "out")
 
 
 def test_other_data_are_refused(
