@@ -51,6 +51,7 @@ SCHEDULE: dict[str, Any] = {
 # Beside --generic, chosen on the validation split and the probe.
 GENERIC: dict[str, Any] = {
     "lr": 2e-4,
+    "margin": 0.5,
     "lambda_class": 0.8,
     "lambda_caption": 0.2,
     "distill": 1.0,
