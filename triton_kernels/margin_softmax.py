@@ -419,7 +419,7 @@ AMPERE = (
     Config(64, 64, 64, 4, 3),
 )
 FEW = (  # for at most 64 rows
-    Config(64, 128, 64, 4, 3),
+    Config(64, 128, 64, 8, 3),
     Config(64, 256, 64, 8, 3),
     Config(64, 64, 64, 4, 4),
 )
