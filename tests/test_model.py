@@ -114,7 +114,7 @@ def test_a_cpu_without_bf16_runs_in_fp32(
     assert clip.fingerprint() == exact.fingerprint()
 
 
-def test_has_bf16_is_what_the_cpu_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_has_bf16_is_what_the_cpu_says() -> None:
     assert has_bf16(torch.device("cuda"))
     flags = set(Path("/proc/cpuinfo").read_text(encoding="ascii").split())
     if "avx512_bf16" in flags:
