@@ -173,6 +173,12 @@ def _range_problem(name: str, value: Any, bound: float, *, strict: bool) -> list
     return [f"{name}={value!r} is not allowed; it must be {'>' if strict else '>='} {bound:g}"]
 
 
+def _template_problems(name: str, templates: tuple[str, ...]) -> list[str]:
+    if templates and all("{}" in template for template in templates):
+        return []
+    return [f"{name}={templates!r}: each must hold {{}} for the class name"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(Config):
     """Which open_clip model, and where it runs. Shared by every stage that runs a model."""
@@ -481,11 +487,7 @@ class TrainConfig(ModelOptions):
             problems.append(
                 "rea_class_names are those of train_data, and rea_data takes its place; give one of them"
             )
-        if not self.rea_templates or any("{}" not in template for template in self.rea_templates):
-            problems.append(
-                f"rea_templates={self.rea_templates!r}: each must hold {{}} for the class name"
-            )
-        return problems
+        return problems + _template_problems("rea_templates", self.rea_templates)
 
     def _distillation_problems(self) -> list[str]:
         problems = []
@@ -608,8 +610,7 @@ class EvaluateConfig(ModelOptions):
         own = ("class_names", "knn_data")
         if self.suite is not None and any(getattr(self, name) is not None for name in own):
             problems.append("class_names and knn_data belong to data=; a suite brings its own")
-        if not self.templates or any("{}" not in template for template in self.templates):
-            problems.append(f"templates={self.templates!r}: each must hold {{}} for the class name")
+        problems += _template_problems("templates", self.templates)
         if not self.recall_at or any(k < 1 for k in self.recall_at):
             problems.append(f"recall_at={self.recall_at!r}: give ranks of 1 or more")
         return problems
@@ -734,8 +735,7 @@ class SweepConfig(Config):
             problems.append("class_names are those of `data`; give `data` too")
         if self.alignment_class_names is not None and self.alignment_data is None:
             problems.append("alignment_class_names are those of alignment_data; give that too")
-        if not self.templates or any("{}" not in template for template in self.templates):
-            problems.append(f"templates={self.templates!r}: each must hold {{}} for the class name")
+        problems += _template_problems("templates", self.templates)
         if self.overwrite and self.resume:
             problems.append("overwrite=True and resume='latest' exclude each other; give one")
         return problems
