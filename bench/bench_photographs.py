@@ -12,16 +12,19 @@ evaluation at 224 px. With `--coefficients` the tuned weights are measured at th
 from the base (0) to them (1), whatever budget the run was held to. With `--generic`, a folder of stamps
 (see `generic_images.py`), training also distils on generic images, by the options `GENERIC`, and the
 probe are others of them with their captions. Clothing is measured with the test split alone, so that
-nothing is chosen by it. The last line of stdout is JSON.
+nothing is chosen by it. `--cost N` instead times the image stage of mcip+ against that of mcip, N
+interleaved epochs of each. The last line of stdout is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from generic_images import write_generic_images
 from harness import Report, training_dtype
@@ -50,12 +53,14 @@ SCHEDULE: dict[str, Any] = {
 }
 # Beside --generic, chosen on the validation split and the probe.
 GENERIC: dict[str, Any] = {
-    "lr": 2e-4,
+    "lr": 9e-5,
+    "lr_classes": 3e-2,
     "margin": 0.5,
     "lambda_class": 0.8,
     "lambda_caption": 0.2,
-    "distill": 1.0,
+    "distill": 0.5,
     "mixtures": 0.1875,
+    "rea_lr": 1e-5,
 }
 STAGES = {
     "base": [],
@@ -89,8 +94,11 @@ def main() -> None:
     )
     parser.add_argument("--generic", type=Path, metavar="FOLDER", help="see above")
     parser.add_argument("--coefficients", type=float, nargs="+", default=[])
+    parser.add_argument("--cost", type=int, metavar="N", help="see above")
     parser.add_argument("--store", action="store_true", help="add the row to bench/results")
     arguments = parser.parse_args()
+    if arguments.cost is not None and arguments.method != "mcip+":
+        parser.error("--cost compares mcip+ with mcip; give --method mcip+")
     if arguments.coefficients and not STAGES[arguments.method]:
         parser.error(
             "--coefficients are places between the base and tuned weights; give a --method"
@@ -102,16 +110,32 @@ def main() -> None:
         options |= {**GENERIC, "distill_data": str(images), "probe_data": str(probe)}
     options |= changes
     data = arguments.data / "data"
+    base = f"local-dir:{arguments.data / 'models' / 'lite0'}"
+    sources: dict[str, Any] = {
+        "train_data": str(data / "grocery" / "grocery-train-*.tar"),
+        "captions": [str(path) for path in sorted((data / "captions").glob("*.txt.gz"))],
+    }
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if arguments.cost is not None:
+        rivals = {"mcip": {**SCHEDULE, **changes}, arguments.method: options}
+        rivals = {
+            name: {key: value for key, value in own.items() if key != "probe_data"}
+            for name, own in rivals.items()
+        }
+        common = {"model": base, "cache": arguments.out / "embeddings", **sources}
+        row = {"method": arguments.method, **cost(rivals, common, arguments.cost)}
+        report = Report("photographs_cost", device=device, dtype=training_dtype(device))
+        report.record(row)
+        report.finish(store=arguments.store, summary=row)
+        return
     if arguments.method == "mcip+":
         options.setdefault("rea_class_names", str(data / "grocery" / "classes.tsv"))
-    base = f"local-dir:{arguments.data / 'models' / 'lite0'}"
     model, run, train_seconds, alignment = base, None, 0.0, None
     for stage in STAGES[arguments.method]:
         result = pymcip.train(
             model=model,
             mine_model=base if stage == "rea" else None,
-            train_data=str(data / "grocery" / "grocery-train-*.tar"),
-            captions=[str(path) for path in sorted((data / "captions").glob("*.txt.gz"))],
+            **sources,
             method=stage,
             out=arguments.out / f"{arguments.method if stage == 'rea' else stage}-{arguments.seed}",
             cache=arguments.out / "embeddings",
@@ -131,7 +155,6 @@ def main() -> None:
         "alignment": alignment,
         "train_seconds": round(train_seconds, 1),
     }
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     report = Report("photographs", device=device, dtype=training_dtype(device))
     report.record(row)
     for coefficient in arguments.coefficients:
@@ -140,6 +163,36 @@ def main() -> None:
         found = measure(str(drawn_back), data, arguments.split)
         report.record({**row, **found, "coefficient": coefficient})
     report.finish(store=arguments.store, summary=row)
+
+
+def cost(
+    rivals: dict[str, dict[str, Any]], common: dict[str, Any], repetitions: int
+) -> dict[str, Any]:
+    """Steps of an epoch of the image stage by each rival's options, taking turns.
+
+    Gives the quantiles of training images per second and, of their medians, how many times the
+    first rival's time the last one's step takes.
+    """
+    steps: dict[str, list[float]] = {name: [] for name in rivals}
+    for turn in range(repetitions):
+        for name in list(rivals)[:: 1 if turn % 2 == 0 else -1]:
+            with tempfile.TemporaryDirectory() as folder:
+                out = Path(folder) / "run"
+                changed = {"method": "mcip", "epochs": 1, "log_steps": 1, "out": out}
+                pymcip.train(**{**common, **rivals[name], **changed})
+                lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+                steps[name] += [json.loads(line)["samples_per_second"] for line in lines[1:]]
+    medians = [float(np.median(own)) for own in steps.values()]
+    quantiles = {
+        name: [round(float(np.quantile(own, share)), 1) for share in (0.2, 0.5, 0.8)]
+        for name, own in steps.items()
+    }
+    return {
+        "images per second, p20 p50 p80": quantiles,
+        "steps": {name: len(own) for name, own in steps.items()},
+        "times the first": round(medians[0] / medians[-1], 3),
+        "options": rivals,
+    }
 
 
 def measure(model: str, data: Path, split: str) -> dict[str, float]:
