@@ -310,7 +310,11 @@ class TrainConfig(ModelOptions):
     continuation: Continuation = option("linear", "what happens where theta + m > pi")
     lambda_class: float = option(0.5, "weight of ArcMargin in mcip")
     lambda_caption: float = option(0.5, "weight of MCArcMargin in mcip")
-    lr_classes: float | None = option(None, "learning rate of the class matrix; default: 10 x lr")
+    lr_classes: float | None = option(
+        None,
+        "learning rate of the class matrix; default: 10 x lr, too slow for a short run at a low lr: then "
+        "0.01 to 0.03",
+    )
     class_init: Literal["mean", "random"] = option(
         "mean", "class rows start at the class's mean embedding, or at random"
     )

@@ -114,7 +114,8 @@ class TrainResult:
       tuned ones (1).
     - `kept`: what it keeps of the original's alignment, the smaller of `image_to_text` and
       `text_to_image` (all None if nothing is exported): 0 to 1, or more where the probe's right
-      answers are known and it gives more of them. `kept_tuned`: of the tuned model,
+      answers are known and it gives more of them. `standard_error`: of `kept`, for other images (or
+      texts) like the probe's: a probe of few can't tell a small loss. `kept_tuned`: of the tuned model,
       `kept_by_epoch`: while it was trained.
     - `probe`: how many `images` and `captions` were asked for, and their `source`.
     - `tried`: [coefficient, kept] in the order of the search; `seconds`: spent on all probing.
@@ -639,16 +640,14 @@ class _Trainer:
 
         search = largest_coefficient(kept, 1 - config.budget, evaluations=EVALUATIONS_OF_SEARCH)
         respected = search.coefficient > 0
-        directions: dict[str, float | None] = dict.fromkeys(["image_to_text", "text_to_image"])
-        if respected:
-            directions |= asdict(measured[search.coefficient])
+        found = measured[search.coefficient] if respected else None
         model.load_state_dict(interpolated(self.original, tuned, search.coefficient))
         lines = (self.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         records = [json.loads(line) for line in lines]
-        if respected:
+        if found is not None:
             _log.info(
-                "coefficient %.4f keeps %.4f of its alignment (tuned: %.4f)",
-                search.coefficient, search.kept, search.tried[0][1],
+                "coefficient %.4f keeps %.4f of its alignment, standard error %.4f (tuned: %.4f)",
+                search.coefficient, search.kept, found.error, search.tried[0][1],
             )  # fmt: skip
         else:
             _log.warning(
@@ -661,8 +660,10 @@ class _Trainer:
             "budget": config.budget,
             "respected": respected,
             "coefficient": search.coefficient,
-            "kept": search.kept if respected else None,
-            **directions,
+            "kept": search.kept if found else None,
+            "standard_error": found.error if found else None,
+            "image_to_text": found.image_to_text if found else None,
+            "text_to_image": found.text_to_image if found else None,
             "kept_tuned": search.tried[0][1],
             "kept_by_epoch": [
                 Kept(**record["alignment"]).alignment for record in records if "alignment" in record

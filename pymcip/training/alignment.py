@@ -63,15 +63,26 @@ ROWS, IMAGES, MIXTURES, TEXT_TASKS, IMAGE_TASKS, VIEWS = range(6)  # purposes
 
 @dataclass(frozen=True)
 class Kept:
-    """Shares of the original's accuracy, from 0 on: images choose texts, texts images."""
+    """Shares of the original's accuracy, from 0 on: images choose texts, texts images.
+
+    The errors are standard errors of these shares for other images (or texts) of the same kind.
+    """
 
     image_to_text: float
     text_to_image: float
+    image_to_text_error: float = 0.0
+    text_to_image_error: float = 0.0
 
     @property
     def alignment(self) -> float:
         """The one number that a budget is about: both directions keep it, so the smaller one."""
         return min(self.image_to_text, self.text_to_image)
+
+    @property
+    def error(self) -> float:
+        """Standard error of `alignment`: of the direction that it is of."""
+        forth = self.image_to_text <= self.text_to_image
+        return self.image_to_text_error if forth else self.text_to_image_error
 
 
 @dataclass(frozen=True)
@@ -248,7 +259,9 @@ class AlignmentProbe:
         mask = torch.zeros(similarities.shape, dtype=torch.bool)
         for image, own in enumerate(right):
             mask[image, list(own)] = True
-        self._forth = _Truth(similarities, mask, len(self.texts) if names else KNOWN_CANDIDATES)
+        self._forth = _Truth(
+            similarities, mask, len(self.texts) if names else KNOWN_CANDIDATES, alike=not names
+        )
         self._back = _Truth(similarities.T, mask.T, KNOWN_CANDIDATES)
 
     def measure(self, clip: ClipModel, *, images: bool = True, texts: bool = False) -> Kept:
@@ -262,10 +275,11 @@ class AlignmentProbe:
         features = self._images(clip) if images else self._features
         vectors = self._embedded(clip) if texts else self._vectors
         similarities = features @ vectors.T
-        return Kept(
-            image_to_text=self._forth.kept(similarities),
-            text_to_image=self._back.kept(similarities.T),
+        (forth, forth_error), (back, back_error) = (
+            self._forth.kept(similarities),
+            self._back.kept(similarities.T),
         )
+        return Kept(forth, back, forth_error, back_error)
 
     def _images(self, clip: ClipModel, views: np.random.Generator | None = None) -> Tensor:
         """Embeddings of the images or, with the generator `views`, of other views of them."""
@@ -292,15 +306,16 @@ class _Beliefs:
         self._shares = [logits[:, task].softmax(1) for task in tasks]
         self._own = self._given(similarities)
 
-    def kept(self, similarities: Tensor) -> float:
-        """Mean p0 of the answers over mean p0 of the original's, over all queries and tasks."""
-        return self._given(similarities) / self._own
+    def kept(self, similarities: Tensor) -> tuple[float, float]:
+        """Mean p0 of the answers over mean p0 of the original's, and its standard error."""
+        return ratio_of_sums(self._given(similarities), self._own)
 
-    def _given(self, similarities: Tensor) -> float:
-        given = 0.0
+    def _given(self, similarities: Tensor) -> Tensor:
+        """Sum over all tasks of p0 of the answers, float64 [Q]."""
+        given = torch.zeros(len(similarities), dtype=torch.float64)
         for task, share in zip(self.tasks, self._shares, strict=True):
             answers = similarities[:, task].argmax(1, keepdim=True)
-            given += float(share.gather(1, answers).double().sum())
+            given += share.gather(1, answers).double()[:, 0]
         return given
 
 
@@ -308,29 +323,62 @@ class _Truth:
     """One direction's tasks, judged by the right answers: bool [Q, C], rows are queries.
 
     `candidates`: how many at most; halved until the original's accuracy is `EASY`, or `CANDIDATES` are
-    left.
+    left. `alike`: queries with the same right answers show the same, and count as one observation.
     """
 
-    def __init__(self, similarities: Tensor, right: Tensor, candidates: int) -> None:
+    def __init__(
+        self, similarities: Tensor, right: Tensor, candidates: int, *, alike: bool = False
+    ) -> None:
         self._right, self.candidates = right, candidates
-        self.accuracy = expected_accuracy(similarities, right, candidates)
+        self._own = right_answers(similarities, right, candidates)
         while self.accuracy < EASY and self.candidates > CANDIDATES:
             self.candidates = max(CANDIDATES, self.candidates // 2)
-            self.accuracy = expected_accuracy(similarities, right, self.candidates)
+            self._own = right_answers(similarities, right, self.candidates)
         if not self.accuracy:
             raise DataError(
                 "the original model gives no right answer to the probe's tasks, so there is no "
                 "alignment to keep; give probe_data that it knows, or leave out their captions or "
                 "class names and give probe_captions, or no alignment_budget"
             )
+        self._groups: Tensor | None = None
+        if alike:
+            asked = right[right.any(1)]
+            self._groups = torch.unique(asked, dim=0, return_inverse=True)[1]
 
-    def kept(self, similarities: Tensor) -> float:
-        found = expected_accuracy(similarities, self._right, self.candidates)
-        return found / self.accuracy
+    @property
+    def accuracy(self) -> float:
+        """The original's."""
+        return float(self._own.mean())
+
+    def kept(self, similarities: Tensor) -> tuple[float, float]:
+        """Right answers over the original's, and the standard error of this ratio."""
+        found = right_answers(similarities, self._right, self.candidates)
+        return ratio_of_sums(found, self._own, self._groups)
 
 
-def expected_accuracy(similarities: Tensor, right: Tensor, candidates: int) -> float:
-    """The share of right answers, expected over random sets of candidates.
+def ratio_of_sums(found: Tensor, own: Tensor, groups: Tensor | None = None) -> tuple[float, float]:
+    """Sum of `found` over sum of `own`, and the standard error of this ratio.
+
+    The error is the linearised one of a ratio estimator with clusters (Cochran, Sampling Techniques,
+    1977, sections 6.4 and 9A): both are of the same queries, so what they share cancels.
+
+    Args:
+        found: float64 [Q], of each query.
+        own: likewise.
+        groups: int64 [Q], which cluster each query is of; default: each is its own.
+    """
+    total = own.sum()
+    ratio = found.sum() / total
+    rests = found - ratio * own
+    if groups is not None:
+        rests = torch.zeros(int(groups.max()) + 1, dtype=rests.dtype).index_add_(0, groups, rests)
+    count = len(rests)
+    error = (rests.square().sum() * count / max(1, count - 1)).sqrt() / total
+    return float(ratio), float(error)
+
+
+def right_answers(similarities: Tensor, right: Tensor, candidates: int) -> Tensor:
+    """Each query's chance of a right answer over random sets of candidates, float64 [asked].
 
     A set holds one of the query's right candidates and `candidates` - 1 of its wrong ones (all, if
     there are fewer); the answer is the most similar one, in a tie a wrong one. Of N wrong candidates,
@@ -339,8 +387,8 @@ def expected_accuracy(similarities: Tensor, right: Tensor, candidates: int) -> f
 
     Args:
         similarities: float [Q, C] of queries to candidates.
-        right: bool [Q, C]. A query with several right ones counts once, their mean; one without any
-            is left out.
+        right: bool [Q, C]. For a query with several right ones it is their mean; one without any is
+            left out.
         candidates: at least 1.
     """
     queries, answers = right.nonzero(as_tuple=True)
@@ -364,7 +412,7 @@ def expected_accuracy(similarities: Tensor, right: Tensor, candidates: int) -> f
     counts = right.sum(1)
     sums = torch.zeros(len(right), dtype=torch.float64).index_add_(0, queries, chances)
     asked = counts > 0
-    return float((sums[asked] / counts[asked]).mean())
+    return sums[asked] / counts[asked]
 
 
 def _candidates(count: int, seed: int, purpose: int) -> list[Indices]:
