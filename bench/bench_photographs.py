@@ -99,6 +99,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.cost is not None and arguments.method != "mcip+":
         parser.error("--cost compares mcip+ with mcip; give --method mcip+")
+    if arguments.cost is not None and arguments.cost < 1:
+        parser.error(f"--cost {arguments.cost}: give the number of epochs of each, 1 or more")
     if arguments.coefficients and not STAGES[arguments.method]:
         parser.error(
             "--coefficients are places between the base and tuned weights; give a --method"
@@ -170,8 +172,8 @@ def cost(
 ) -> dict[str, Any]:
     """Steps of an epoch of the image stage by each rival's options, taking turns.
 
-    Gives the quantiles of training images per second and, of their medians, how many times the
-    first rival's time the last one's step takes.
+    Gives the quantiles of training images per second, but for each epoch's first step, and, of their
+    medians, how many times the first rival's time the last one's step takes.
     """
     steps: dict[str, list[float]] = {name: [] for name in rivals}
     for turn in range(repetitions):

@@ -360,7 +360,7 @@ def ratio_of_sums(found: Tensor, own: Tensor, groups: Tensor | None = None) -> t
     """Sum of `found` over sum of `own`, and the standard error of this ratio.
 
     The error is the linearised one of a ratio estimator with clusters (Cochran, Sampling Techniques,
-    1977, sections 6.4 and 9A): both are of the same queries, so what they share cancels.
+    1977, chapters 6 and 9A): both are of the same queries, so what they share cancels.
 
     Args:
         found: float64 [Q], of each query.
