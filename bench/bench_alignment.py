@@ -40,6 +40,7 @@ from pymcip.demo.run import (
 )
 from pymcip.demo.world import BASE_FOLDER, World
 from pymcip.evaluation import evaluate_model, read_class_names
+from pymcip.exporting import plain_state
 from pymcip.files import read_json
 from pymcip.model import ClipModel, load_configured
 from pymcip.training.alignment import (
@@ -208,7 +209,13 @@ def _points(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]
         )["zero_shot"]
 
     before = zero_shot()
-    tuned = load_checkpoint(checkpoint_files(folder / "checkpoints")[-1])["model"]
+    files = checkpoint_files(folder / "checkpoints")
+    # A finished point of a sweep has no checkpoints any more, but what it exported.
+    tuned = (
+        load_checkpoint(files[-1])["model"]
+        if files
+        else plain_state(pymcip.load(str(folder)).model)
+    )
     found = []
     for coefficient in arguments.coefficients:
         state = interpolated(original, tuned, coefficient)
