@@ -39,6 +39,7 @@ from pymcip.demo.run import (
     train_source,
 )
 from pymcip.demo.world import BASE_FOLDER, World
+from pymcip.errors import DataError
 from pymcip.evaluation import evaluate_model, read_class_names
 from pymcip.exporting import plain_state
 from pymcip.files import read_json
@@ -209,13 +210,7 @@ def _points(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]
         )["zero_shot"]
 
     before = zero_shot()
-    files = checkpoint_files(folder / "checkpoints")
-    # A finished point of a sweep has no checkpoints any more, but what it exported.
-    tuned = (
-        load_checkpoint(files[-1])["model"]
-        if files
-        else plain_state(pymcip.load(str(folder)).model)
-    )
+    tuned = _tuned_state(folder)
     found = []
     for coefficient in arguments.coefficients:
         state = interpolated(original, tuned, coefficient)
@@ -233,6 +228,19 @@ def _points(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]
             point["named"] = round(1 - named.measure(clip).image_to_text, 4)
         found.append(point)
     return found
+
+
+def _tuned_state(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights that a run was tuned to: a finished point of a sweep has but what it exported."""
+    if files := checkpoint_files(folder / "checkpoints"):
+        return load_checkpoint(files[-1])["model"]  # type: ignore[no-any-return]
+    alignment = read_json(folder / "result.json")["alignment"]
+    if alignment is not None and alignment["coefficient"] != 1:
+        raise DataError(
+            f"{folder} has no checkpoints, and its export was drawn back to {alignment['coefficient']} of "
+            "the way to the tuned weights; give runs that keep their checkpoints, or were not drawn back"
+        )
+    return plain_state(pymcip.load(str(folder)).model)
 
 
 def _named_probe(

@@ -119,11 +119,8 @@ def main() -> None:
     }
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.cost is not None:
+        options.pop("probe_data", None)  # no budget is kept
         rivals = {"mcip": {**SCHEDULE, **changes}, arguments.method: options}
-        rivals = {
-            name: {key: value for key, value in own.items() if key != "probe_data"}
-            for name, own in rivals.items()
-        }
         common = {"model": base, "cache": arguments.out / "embeddings", **sources}
         row = {"method": arguments.method, **cost(rivals, common, arguments.cost)}
         report = Report("photographs_cost", device=device, dtype=training_dtype(device))

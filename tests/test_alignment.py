@@ -431,6 +431,19 @@ def test_views_of_one_thing_are_one_observation(tiny_clip: ClipModel) -> None:
             assert 1 < len(pairs) == len({text for _, text in pairs}) <= 3
 
 
+def test_captions_of_one_image_are_one_observation(tiny_clip: ClipModel) -> None:
+    """Of the text to image direction; each image has two captions."""
+    pixels, texts = random_pixels(3), TEXTS[:6]
+    right = [[0, 1], [2, 3], [4, 5]]
+    probe = AlignmentProbe(tiny_clip, pixels, texts, seed=0, right=right)
+    assert isinstance(probe._back, alignment._Truth)
+    groups = probe._back._groups
+    assert groups is not None
+    first, second = groups[0::2].tolist(), groups[1::2].tolist()
+    assert first == second
+    assert sorted(first) == [0, 1, 2]
+
+
 # --- between two models -------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from pymcip.config import TrainConfig
 from pymcip.demo.run import Recipe
+from pymcip.errors import DataError
 from tests.conftest import bench_module
 
 
@@ -48,3 +50,11 @@ def test_variants_are_allowed_and_measured(bench: Any) -> None:
             model="m", train_data="d", captions="c", out="o", **{**common, **options}
         )
         assert config.budget
+
+
+def test_a_run_that_was_drawn_back_has_no_tuned_weights_without_checkpoints(
+    bench: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "result.json").write_text('{"alignment": {"coefficient": 0.5}}')
+    with pytest.raises(DataError, match=r"no checkpoints, and its export was drawn back to 0\.5"):
+        bench._tuned_state(tmp_path)

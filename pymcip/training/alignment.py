@@ -262,7 +262,7 @@ class AlignmentProbe:
         self._forth = _Truth(
             similarities, mask, len(self.texts) if names else KNOWN_CANDIDATES, alike=not names
         )
-        self._back = _Truth(similarities.T, mask.T, KNOWN_CANDIDATES)
+        self._back = _Truth(similarities.T, mask.T, KNOWN_CANDIDATES, alike=not names)
 
     def measure(self, clip: ClipModel, *, images: bool = True, texts: bool = False) -> Kept:
         """What `clip` keeps of the original's accuracy.
@@ -275,10 +275,8 @@ class AlignmentProbe:
         features = self._images(clip) if images else self._features
         vectors = self._embedded(clip) if texts else self._vectors
         similarities = features @ vectors.T
-        (forth, forth_error), (back, back_error) = (
-            self._forth.kept(similarities),
-            self._back.kept(similarities.T),
-        )
+        forth, forth_error = self._forth.kept(similarities)
+        back, back_error = self._back.kept(similarities.T)
         return Kept(forth, back, forth_error, back_error)
 
     def _images(self, clip: ClipModel, views: np.random.Generator | None = None) -> Tensor:
