@@ -27,7 +27,7 @@ D = 768
 GEOMETRY = {"BLOCK_ROWS": kernels.CELL_ROWS, "CELL": kernels.CELL_COLUMNS}
 HALVES = ("bf16", "fp16")
 WAYS = {
-    "exponentials": ("sums", "online", "one pass", "kept", "anew", "filter", "single"),
+    "exponentials": ("sums", "online", "one pass", "kept", "anew", "filter"),
     "rows": ("exact", "filter"),
     "columns": ("exact", "filter"),
 }
@@ -42,12 +42,11 @@ def main() -> None:
 
 def cases(capability: int, *, every: bool) -> Iterator[dict[str, Any]]:
     """What runs without timing in the ways that training takes; or every tile size and half."""
-    tma = capability >= 90
+    major = capability // 10
     for half in HALVES if every else ("bf16",):
         for kernel, ways in WAYS.items():
             for way in ways:
-                chosen = kernels.candidates(tma, 4096, spills=way == "one pass")
-                few = kernels.candidates(tma, 64)
+                chosen, few = (kernels.candidates(major, rows) for rows in (4096, 64))
                 for config in chosen + few if every else (chosen[0], few[0]):
                     yield {"kernel": kernel, "way": way, "half": half, "config": config}
 
@@ -59,7 +58,12 @@ def compile_case(
     compiled = triton.compile(
         ASTSource(function, signature, constants, _divisible(function, signature)),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": config.warps, "num_stages": config.stages},
+        options={
+            "num_warps": config.warps,
+            "num_stages": kernels.stages(
+                config, listed=way == "filter" and kernel != "exponentials"
+            ),
+        },
     )
     ptx = compiled.asm["ptx"]
     return {
@@ -70,6 +74,7 @@ def compile_case(
         "capability": capability,
         "shared": compiled.metadata.shared,
         "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
+        "tcgen05": len(re.findall(r"tcgen05\.mma", ptx)),
         "mma": len(re.findall(r"\bmma\.sync", ptx)),
         "tma": len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
         "atomics": len(re.findall(r"\b(?:atom|red)\.", ptx)),
@@ -89,24 +94,23 @@ def _source(
     tiles["TMA"] = capability >= 90
     if kernel == "exponentials":
         flags = {
-            "SUMS": way in ("sums", "online", "one pass", "kept", "single"),
+            "SUMS": way in ("sums", "online", "one pass", "kept"),
             "ONLINE": way == "online",
-            "STORE": way in ("one pass", "kept", "anew", "filter", "single"),
+            "STORE": way in ("one pass", "kept", "anew", "filter"),
             "RAW": way == "one pass",
             "OFFSET": way in ("anew", "filter"),
             "FILTER": way == "filter",
-            "POSITIVES": True,
             "WIDTH": kernels.GROUP,
         }
         types = {
-            "x_tiles": tile(bm, bk), "w_tiles": tile(bn, bk), "e_tiles": tile(bm, bn),
+            "x_tiles": tile(bm, bk), "w_tiles": tile(bn, bk), "e_tiles": tile(bm, bn // 2),
             "factor_ptr": "*fp32", "inverse_ptr": "*fp32", "offset_ptr": "*fp32", "sums_ptr": "*fp32",
             "maxima_ptr": "*fp32", "cell_start_ptr": "*i32", "entry_row_ptr": "*i32",
             "entry_column_ptr": "*i32", "active_ptr": "*i8",
         }  # fmt: skip
         function = kernels.exponentials_kernel
     elif kernel == "rows":
-        flags = {"ACCUMULATE": True, "FILTER": way == "filter"}
+        flags = {"FILTER": way == "filter"}
         types = {
             "e_tiles": tile(bm, bk), "w_tiles": tile(bk, bn), "out_ptr": "*fp32",
             "list_ptr": "*i32", "count_ptr": "*i32",
@@ -119,8 +123,6 @@ def _source(
             "list_ptr": "*i32", "count_ptr": "*i32",
         }  # fmt: skip
         function = kernels.columns_kernel
-    if way == "single":  # Triton makes arguments that are 1 constants
-        flags |= dict.fromkeys(("rows", "columns", "cells", "row_tiles"), 1)
     constants = {
         name: value for name, value in {**tiles, **flags}.items() if name in function.arg_names
     }

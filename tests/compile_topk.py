@@ -32,8 +32,7 @@ def main() -> None:
 
 def cases(capability: int, *, every: bool) -> Iterator[dict[str, Any]]:
     """What runs without timing, or every tile size, dtype and width."""
-    tma = capability >= 90
-    many, few = candidates(tma, 4096), candidates(tma, 64)
+    many, few = (candidates(capability // 10, rows) for rows in (4096, 64))
     plain = Config(0, 0, 0, 4, 3)
     for columns in (768, 64, 4096) if every else (768,):
         for half in ("bf16", "fp16") if every else ("bf16",):
@@ -106,6 +105,7 @@ def compile_case(
         "capability": capability,
         "shared": compiled.metadata.shared,
         "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
+        "tcgen05": len(re.findall(r"tcgen05\.mma", ptx)),
         "mma": len(re.findall(r"\bmma\.sync", ptx)),
         "tma": len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
         "atomics": len(re.findall(r"\b(?:atom|red)\.", ptx)),

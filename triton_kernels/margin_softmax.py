@@ -44,7 +44,7 @@ from pymcip.ops.margin_softmax import (
     Sums,
     finite,
 )
-from pymcip.triton_kernels.tuning import INTERPRETED, Config, choose
+from pymcip.triton_kernels.tuning import INTERPRETED, Config, launch
 
 LOG2E = math.log2(math.e)
 # Among the elements of E that is kept stand the positives' own, up to 1e3 Z (their slope's bound).
@@ -52,6 +52,10 @@ HIGHEST_KEPT = HIGHEST_EXPONENT - 8
 HALF_OFFSET = {torch.bfloat16: 0.0, torch.float16: 6.0}  # P 2^6 keeps more of fp16's small values
 GROUP = 2048  # columns of one program of exponentials_kernel, where no single cells are asked for
 MAX_SPLITS = 16
+INTENSITY = (
+    200  # FLOP of products in the time that memory moves a byte: H100 260, H200 180, A100 160
+)
+ENTRIES = 256  # of one program of insert_kernel
 
 # --- kernels ----------------------------------------------------------------------------------
 
@@ -86,6 +90,19 @@ def load_tile(
 
 
 @triton.jit
+def half_of(tile, half: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The left (0) or right (1) half of a tile, without moving data between threads.
+
+    An epilogue takes one after the other: what it keeps per column is half as many registers.
+    """
+    left, right = tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+    return left if half == 0 else right
+
+
+# Numbers that vary from call to call are no reason to compile again.
+@triton.jit(
+    do_not_specialize=["sums_ptr", "maxima_ptr", "rows", "first", "columns", "cells", "row_tiles"]
+)
 def exponentials_kernel(
     x_tiles,  # [B, D] unit rows; this and the next two: tensor descriptors if TMA, else pointers
     w_tiles,  # [C, D]
@@ -118,10 +135,11 @@ def exponentials_kernel(
     RAW: tl.constexpr,  # W is no rounded unit rows
     OFFSET: tl.constexpr,
     FILTER: tl.constexpr,
-    POSITIVES: tl.constexpr,
     TMA: tl.constexpr,
     FP32_DOT: tl.constexpr,
 ):
+    WIDE: tl.constexpr = BN // 2
+    first = tl.multiple_of(first, CELL)
     pid = tl.program_id(0)  # row tiles fastest: programs that run together share columns
     row_tile = pid % row_tiles
     group = pid // row_tiles
@@ -149,43 +167,44 @@ def exponentials_kernel(
                     w_tiles, first + column, k, first + columns, D, D, BN, BK, TMA, FP32_DOT
                 )
                 product = tl.dot(x, w.T, product)
-            column_ids = column + tl.arange(0, BN)
-            inverse = tl.load(
-                inverse_ptr + first + column_ids, mask=column_ids < columns, other=0.0
-            )
-            exponent = product * inverse[None, :] * factor[:, None]
-            if OFFSET:
-                exponent += offset[:, None]
-            if column + BN > columns:
-                exponent = tl.where((column_ids < columns)[None, :], exponent, float("-inf"))
-            if POSITIVES:
-                start = tl.load(cell_start_ptr + cell)
-                end = tl.load(cell_start_ptr + cell + 1)
+            start = tl.load(cell_start_ptr + cell)
+            end = tl.load(cell_start_ptr + cell + 1)
+            for half in tl.static_range(2):
+                corner = column + half * WIDE
+                column_ids = corner + tl.arange(0, WIDE)
+                inverse = tl.load(
+                    inverse_ptr + first + column_ids, mask=column_ids < columns, other=0.0
+                )
+                exponent = half_of(product, half, BM, BN) * inverse[None, :] * factor[:, None]
+                if OFFSET:
+                    exponent += offset[:, None]
+                if corner + WIDE > columns:
+                    exponent = tl.where((column_ids < columns)[None, :], exponent, float("-inf"))
                 for entry in tl.range(start, end):
                     its_row = tl.load(entry_row_ptr + entry)
                     its_column = tl.load(entry_column_ptr + entry) - first
                     hit = (row_ids == its_row)[:, None] & (column_ids == its_column)[None, :]
                     exponent = tl.where(hit, float("-inf"), exponent)
-            if ONLINE:
-                higher = tl.maximum(row_max, tl.max(exponent, 1))
-                safe = tl.where(higher == float("-inf"), 0.0, higher)
-                row_sum = row_sum * tl.exp2(row_max - safe)
-                row_sum += tl.sum(tl.exp2(exponent - safe[:, None]), 1)
-                row_max = higher
-            else:
-                e = tl.exp2(exponent)
-                if SUMS:
-                    row_sum += tl.sum(e, 1)
-                if STORE:
-                    if RAW:  # so that E times these rows of W is E times unit rows
-                        e = e * inverse[None, :]
-                    if TMA:
-                        e_tiles.store([row, column], e.to(e_tiles.dtype))
-                    else:
-                        corner = e_tiles + (row.to(tl.int64) * e_stride + column)
-                        place = tl.arange(0, BM)[:, None] * e_stride + tl.arange(0, BN)[None, :]
-                        within = inside[:, None] & (column_ids < columns)[None, :]
-                        tl.store(corner + place, e.to(e_tiles.dtype.element_ty), mask=within)
+                if ONLINE:
+                    higher = tl.maximum(row_max, tl.max(exponent, 1))
+                    safe = tl.where(higher == float("-inf"), 0.0, higher)
+                    row_sum = row_sum * tl.exp2(row_max - safe)
+                    row_sum += tl.sum(tl.exp2(exponent - safe[:, None]), 1)
+                    row_max = higher
+                else:
+                    e = tl.exp2(exponent)
+                    if SUMS:
+                        row_sum += tl.sum(e, 1)
+                    if STORE:
+                        if RAW:  # so that E times these rows of W is E times unit rows
+                            e = e * inverse[None, :]
+                        if TMA:
+                            e_tiles.store([row, corner], e.to(e_tiles.dtype))
+                        else:  # with zeros up to the end of the tile, as far as rows of E reach
+                            place = row_ids.to(tl.int64)[:, None] * e_stride + column_ids[None, :]
+                            within = inside[:, None] & (column_ids < e_stride)[None, :]
+                            e = e.to(e_tiles.dtype.element_ty)
+                            tl.store(e_tiles + place, e, mask=within)
     if SUMS:
         place = group.to(tl.int64) * rows + row_ids
         tl.store(sums_ptr + place, row_sum, mask=inside)
@@ -193,7 +212,9 @@ def exponentials_kernel(
             tl.store(maxima_ptr + place, row_max, mask=inside)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["rows", "first", "columns", "cells", "row_tiles", "splits", "accumulate"]
+)
 def rows_kernel(
     e_tiles,  # [B, columns]
     w_tiles,  # [C, D]
@@ -207,13 +228,13 @@ def rows_kernel(
     e_stride,
     row_tiles,
     splits,
+    accumulate,  # 1 if `out` holds sums of earlier chunks, else 0
     D: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     CELL: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
     FILTER: tl.constexpr,
     TMA: tl.constexpr,
     FP32_DOT: tl.constexpr,
@@ -225,14 +246,7 @@ def rows_kernel(
     row = (pid // DIM_TILES) % row_tiles * BM
     split = pid // (DIM_TILES * row_tiles)
     row_ids = row + tl.arange(0, BM)
-    dim_ids = dim + tl.arange(0, BN)
-    corner = out_ptr + ((split.to(tl.int64) * rows + row) * D + dim)
-    place = tl.arange(0, BM)[:, None] * D + tl.arange(0, BN)[None, :]
-    inside = (row_ids < rows)[:, None] & (dim_ids < D)[None, :]
-    if ACCUMULATE:
-        total = tl.load(corner + place, mask=inside, other=0.0)
-    else:
-        total = tl.zeros((BM, BN), tl.float32)
+    total = tl.zeros((BM, BN), tl.float32)
     block = row // BLOCK_ROWS
     if FILTER:
         steps = tl.load(count_ptr + block) * SUB
@@ -245,13 +259,19 @@ def rows_kernel(
             column = cell * CELL + step % SUB * BK
         else:
             column = step * BK
-        e = load_tile(e_tiles, row, column, rows, columns, e_stride, BM, BK, TMA, FP32_DOT)
+        # By pointers as wide as its rows, which are whole vectors; there are zeros beyond `columns`.
+        e = load_tile(e_tiles, row, column, rows, e_stride, e_stride, BM, BK, TMA, FP32_DOT)
         w = load_tile(w_tiles, first + column, dim, first + columns, D, D, BK, BN, TMA, FP32_DOT)
         total = tl.dot(e, w, total)
-    tl.store(corner + place, total, mask=inside)
+    for half in tl.static_range(2):
+        dim_ids = dim + half * (BN // 2) + tl.arange(0, BN // 2)
+        place = (split.to(tl.int64) * rows + row_ids)[:, None] * D + dim_ids[None, :]
+        inside = (row_ids < rows)[:, None] & (dim_ids < D)[None, :]
+        before = tl.load(out_ptr + place, mask=inside & (accumulate != 0), other=0.0)
+        tl.store(out_ptr + place, before + half_of(total, half, BM, BN), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "first", "columns", "row_blocks"])
 def columns_kernel(
     e_tiles,  # [B, columns]
     x_tiles,  # [B, D] rows, each with its coefficient
@@ -289,7 +309,7 @@ def columns_kernel(
             row = block * BLOCK_ROWS + step % SUB * BK
         else:
             row = step * BK
-        e = load_tile(e_tiles, row, column, rows, columns, e_stride, BK, BM, TMA, FP32_DOT)
+        e = load_tile(e_tiles, row, column, rows, e_stride, e_stride, BK, BM, TMA, FP32_DOT)
         x = load_tile(x_tiles, row, dim, rows, D, D, BK, BN, TMA, FP32_DOT)
         total = tl.dot(e.T, x, total)
     column_ids = column + tl.arange(0, BM)
@@ -300,7 +320,7 @@ def columns_kernel(
     tl.store(corner + place, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["columns"])
 def prepare_kernel(
     w_ptr,  # [C, D]
     out_ptr,  # [C, D] unit rows, rounded
@@ -324,7 +344,7 @@ def prepare_kernel(
     tl.store(inverse_ptr + ids, 1 / length, mask=ids < columns)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["columns"])
 def project_kernel(
     w_ptr,  # [C, D]
     grad_ptr,  # [C, D] fp32, the gradient with respect to the unit rows
@@ -370,7 +390,7 @@ def cosines_kernel(
     tl.store(out_ptr + entry, tl.sum(x * w, 0) / tl.maximum(norms, least))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "splits"])
 def finish_kernel(
     partial_ptr,  # [splits, B, D] fp32
     scale_ptr,  # [B] fp32
@@ -403,48 +423,83 @@ def finish_kernel(
     tl.store(out_ptr + row * D + dims, total, mask=inside)
 
 
+@triton.jit(do_not_specialize=["first", "columns", "count"])
+def insert_kernel(
+    e_ptr,  # [B, columns] of all C, from column `first` on
+    row_ptr,  # [nnz] int64 rows and columns of the positives
+    column_ptr,
+    element_ptr,  # [nnz] what to write there
+    first,
+    columns,
+    e_stride,
+    count,  # nnz
+    ENTRIES: tl.constexpr,
+):
+    entries = tl.program_id(0) * ENTRIES + tl.arange(0, ENTRIES)
+    there = entries < count
+    row = tl.load(row_ptr + entries, mask=there, other=0)
+    column = tl.load(column_ptr + entries, mask=there, other=-1) - first
+    there = there & (column >= 0) & (column < columns)
+    element = tl.load(element_ptr + entries, mask=there, other=0.0)
+    tl.store(e_ptr + row * e_stride + column, element, mask=there)
+
+
 # --- tile sizes -------------------------------------------------------------------------------
 
-# Of these, the first that fits runs where nothing is timed. None has been measured yet: the order
-# is by arithmetic per byte of shared memory, among those that compile without spills.
-HOPPER = (
-    Config(128, 256, 64, 8, 3),
-    Config(128, 128, 64, 8, 4),
-    Config(128, 128, 64, 4, 3),
-)
-AMPERE = (
-    Config(128, 128, 32, 8, 4),
-    Config(128, 128, 64, 8, 3),
-    Config(64, 128, 64, 4, 3),
-    Config(64, 64, 64, 4, 3),
-)
+# By major compute capability, in order of preference without timing: the first that fits the GPU
+# runs. None has been measured yet: the order is by arithmetic per byte of shared memory, among
+# those that compile without spills.
+TILES = {
+    8: (
+        Config(128, 128, 32, 8, 4),
+        Config(128, 128, 64, 8, 3),
+        Config(64, 128, 64, 4, 3),
+        Config(64, 64, 64, 4, 3),
+    ),
+    9: (  # and 10: as much shared memory, 227 KB; two programs of the last one fit a processor
+        Config(128, 256, 64, 8, 3),
+        Config(128, 256, 64, 8, 4),
+        Config(128, 128, 64, 8, 4),
+        Config(128, 128, 64, 4, 3),
+    ),
+    12: (  # 99 KB
+        Config(128, 128, 32, 8, 4),
+        Config(128, 128, 64, 8, 3),
+        Config(64, 128, 64, 4, 3),
+    ),
+}
 FEW = (  # for at most 64 rows
     Config(64, 128, 64, 8, 3),
     Config(64, 256, 64, 8, 3),
     Config(64, 64, 64, 4, 4),
+    Config(64, 64, 32, 4, 4),
 )
 
 
-def candidates(tma: bool, side: int, *, spills: bool = False) -> tuple[Config, ...]:
-    """For a product whose shorter side is so long, in order of preference without timing.
-
-    `spills`: the kernel keeps more than the product in registers, too much for the largest tile.
-    """
+def candidates(capability: int, side: int) -> tuple[Config, ...]:
+    """For a product whose shorter side is so long, by major compute capability."""
     if INTERPRETED:
         return (Config(64, 128, 64, 4, 1),)
     if side <= 64:
         return FEW
-    if not tma:
-        return AMPERE
-    return HOPPER[1:] if spills else HOPPER
+    return TILES[max(major for major in TILES if major <= capability)]
+
+
+def stages(config: Config, listed: bool) -> int:
+    """Of the pipeline's loads. Triton gives half of them to the load of a cell's number from a list,
+    if the tiles are `listed`; so it takes twice as many to have as many tiles under way."""
+    return 2 * config.stages - 1 if listed else config.stages
 
 
 # --- launchers --------------------------------------------------------------------------------
 
 
-def has_tma(device: torch.device) -> bool:
-    """Hopper brought the tensor memory accelerator; before it, tiles are loaded by pointers."""
-    return INTERPRETED or torch.cuda.get_device_capability(device) >= (9, 0)
+def capability(device: torch.device) -> int:
+    """The major compute capability; under the interpreter that of Hopper.
+
+    From 9 (Hopper) on tiles move by the tensor memory accelerator, before it by pointers.
+    """
+    return 9 if INTERPRETED else max(8, torch.cuda.get_device_capability(device)[0])
 
 
 class _Launch:
@@ -452,7 +507,7 @@ class _Launch:
 
     def __init__(self, problem: Problem, w: Tensor, inverse: Tensor) -> None:
         self.problem, self.w, self.inverse = problem, w, inverse
-        self.raw = w.data_ptr() == problem.w.data_ptr()
+        self.raw = w is problem.w  # as it came: no rounded unit rows
         self.rows, self.dim = problem.x.shape
         self.columns = problem.w.shape[0]
         self.x, inverse_lengths = _rounded(problem.x, problem.dtype)
@@ -461,11 +516,16 @@ class _Launch:
         self.factor = problem.scale * LOG2E * inverse_lengths
         self._positives: tuple[Tensor, Tensor, Tensor] | None = None
         self.none = torch.empty(1, device=self.x.device)
-        self.tma = has_tma(self.x.device)
+        self.capability = capability(self.x.device)
+        self.tma = self.capability >= 9
 
     def tiles(self, tensor: Tensor, block: list[int]) -> Any:
         """What a kernel reads tiles of `block` from, or writes them to."""
         return TensorDescriptor.from_tensor(tensor, block) if self.tma else tensor
+
+    def candidates(self) -> tuple[Config, ...]:
+        """For the products whose rows are those of X."""
+        return candidates(self.capability, self.rows)
 
     @property
     def positives(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -480,8 +540,8 @@ class _Launch:
             self._positives = starts, rows[order].int(), indices[order].int()
         return self._positives
 
-    def constants(self, config: Config) -> dict[str, Any]:
-        """What all three products are compiled with."""
+    def constants(self, config: Config, *, listed: bool = False) -> dict[str, Any]:
+        """What all three products are compiled with; `listed`: for a list of cells."""
         return {
             "D": self.dim,
             "BM": config.bm,
@@ -492,7 +552,7 @@ class _Launch:
             "TMA": self.tma,
             "FP32_DOT": INTERPRETED,
             "num_warps": config.warps,
-            "num_stages": config.stages,
+            "num_stages": stages(config, listed),
         }
 
     def exponentials(
@@ -516,7 +576,7 @@ class _Launch:
             exponentials_kernel[(row_tiles * triton.cdiv(columns, width),)](
                 self.tiles(self.x, [config.bm, config.bk]),
                 self.tiles(self.w, [config.bn, config.bk]),
-                self.tiles(out, [config.bm, config.bn]),
+                self.tiles(out, [config.bm, config.bn // 2]),
                 self.factor,
                 self.inverse,
                 self.none if offset is None else offset,
@@ -530,7 +590,7 @@ class _Launch:
                 first,
                 columns,
                 self.problem.cells,
-                out.stride(0),
+                0 if e is None else e.stride(0),
                 row_tiles,
                 WIDTH=width,
                 SUMS=sums is not None,
@@ -539,14 +599,11 @@ class _Launch:
                 RAW=self.raw,
                 OFFSET=offset is not None,
                 FILTER=active is not None,
-                POSITIVES=entry_rows.numel() > 0,
                 **self.constants(config),
             )
 
         asked = [name is not None for name in (sums, maxima, e, offset, active)]
-        spills = e is not None and self.raw
-        chosen = candidates(self.tma, self.rows, spills=spills)
-        run(choose("exponentials", self._class(columns, width, *asked), chosen, run))
+        launch("exponentials", self._class(columns, width, *asked), self.candidates(), run)
 
     def times_columns(
         self,
@@ -579,14 +636,14 @@ class _Launch:
                 e.stride(0),
                 row_tiles,
                 out.shape[0],
-                ACCUMULATE=accumulate,
+                int(accumulate),
                 FILTER=active is not None,
-                **self.constants(config),
+                **self.constants(config, listed=active is not None),
             )
 
         # Without the number of columns: the first chunk, which does not accumulate, decides for all.
         key = self._class(0, out.shape[0], active is not None)
-        run(choose("rows", key, candidates(self.tma, self.rows), run))
+        launch("rows", key, self.candidates(), run)
 
     def times_rows(
         self,
@@ -618,11 +675,11 @@ class _Launch:
                 e.stride(0),
                 self.blocks,
                 FILTER=active is not None,
-                **self.constants(config),
+                **self.constants(config, listed=active is not None),
             )
 
         key = self._class(columns, active is not None)
-        run(choose("columns", key, candidates(self.tma, columns), run))
+        launch("columns", key, candidates(self.capability, columns), run)
 
     def _class(self, columns: int, *more: object) -> tuple[object, ...]:
         sizes = triton.next_power_of_2(self.rows), triton.next_power_of_2(columns), self.dim
@@ -640,19 +697,24 @@ def _list(active: Tensor) -> tuple[Tensor, Tensor]:
     return order.int().contiguous(), active.sum(1, dtype=torch.int32)
 
 
-def _splits(rows: int, dim: int, device: torch.device) -> int:
-    """Into how many parts rows_kernel cuts the columns: few, and so that no wave is half empty."""
+def _splits(problem: Problem) -> int:
+    """Into how many parts rows_kernel cuts a chunk's columns.
+
+    More parts leave less of the last wave of programs empty, but each of them reads and writes sums
+    [B, D] once per chunk.
+    """
     if INTERPRETED:
         return 2
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    (rows, dim), columns = problem.x.shape, problem.w.shape[0]
+    processors = torch.cuda.get_device_properties(problem.x.device).multi_processor_count
     tiles = triton.cdiv(rows, 128) * triton.cdiv(dim, 256)
-    best, share = 1, 0.0
-    for splits in range(1, MAX_SPLITS + 1):
+
+    def cost(splits: int) -> float:  # in FLOP per element of the sums
         waves = tiles * splits / processors
-        filled = waves / math.ceil(waves)
-        if filled > share + 0.02:
-            best, share = splits, filled
-    return best
+        product = 2 * min(_chunk(problem), columns) * math.ceil(waves) / waves
+        return product + 2 * 4 * INTENSITY * splits
+
+    return min(range(1, MAX_SPLITS + 1), key=cost)
 
 
 def _empty(device: torch.device, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -660,8 +722,8 @@ def _empty(device: torch.device, *shape: int, dtype: torch.dtype = torch.float32
 
 
 def _padded(columns: int) -> int:
-    """Width of a buffer for E, so that its rows start at multiples of 16 bytes."""
-    return -(-columns // 8) * 8
+    """Width of a buffer for E: a multiple of 16, the one that Triton compiles vectors for."""
+    return -(-columns // 16) * 16
 
 
 def _e_buffer(problem: Problem, columns: int) -> Tensor:
@@ -681,7 +743,7 @@ def _prepared(problem: Problem, need_w: bool) -> tuple[Tensor, Tensor]:
 
     A frozen bank that is in that dtype and whose norms are known stays where it is.
     """
-    w = problem.w.contiguous()
+    w = problem.w
     usable = w.dtype == problem.dtype and w.data_ptr() % 16 == 0
     if not need_w and usable and problem.w_norms is not None:
         return w, problem.w_norms.float().clamp_min(MIN_NORM).reciprocal()
@@ -738,7 +800,7 @@ def kept(
     """Shapes and dtypes of what `sums` keeps: E W, E, and W as unit rows with their inverse lengths."""
     way = _way(problem, need_x, need_w, need_shares)
     (rows, dim), columns = problem.x.shape, problem.w.shape[0]
-    splits = _splits(rows, dim, problem.x.device)
+    splits = _splits(problem) if way == "one pass" else 0
     return [
         ((splits, rows, dim) if way == "one pass" else (0,), torch.float32),
         ((rows, _padded(columns)) if way == "kept" else (0,), problem.dtype),
@@ -761,7 +823,7 @@ def sums(problem: Problem, need_x: bool, need_w: bool, need_shares: bool) -> Sum
     maxima = _empty(device, groups, rows) if online else None
     products, exponentials = _empty(device, 0), _empty(device, 0, dtype=problem.dtype)
     if way == "one pass":
-        products = _empty(device, _splits(rows, x.shape[1], device), *x.shape)
+        products = _empty(device, _splits(problem), *x.shape)
         chunk = max(_chunk(problem) // GROUP, 1) * GROUP  # whole groups, for their sums
         buffer = _e_buffer(problem, min(chunk, columns))
         for first in range(0, columns, chunk):
@@ -796,7 +858,7 @@ def gradients(
     """Gradients with respect to the unit rows and to W, from what was kept or anew."""
     products, exponentials, unit, inverse = kept
     x, device = problem.x, problem.x.device
-    rows, columns = x.shape[0], problem.w.shape[0]
+    columns = problem.w.shape[0]
     log_z, negative, active = coefficients.log_z, coefficients.negative, coefficients.active
     scale = torch.where(log_z.isinf(), 0.0, negative * (-log_z).exp())  # for E = exp(s cos)
     if products.numel():  # the gradient was made in the forward pass
@@ -814,7 +876,7 @@ def gradients(
         scale = negative * 2.0**-half
     mask = None if active is None else active.to(torch.int8)
     grad_w = _empty(device, *problem.w.shape) if need_w else _empty(device, 0)
-    partial = _empty(device, _splits(rows, x.shape[1], device), *x.shape) if need_x else None
+    partial = _empty(device, _splits(problem), *x.shape) if need_x else None
     weighted = (x * scale[:, None]).to(problem.dtype) if need_w else launch.x
     # Positives enter the product for dW as elements of E, which its rows' scale turns into theirs.
     element = coefficients.positive / scale[problem.rows]
@@ -853,24 +915,28 @@ def _finish(problem: Problem, partial: Tensor, scale: Tensor, positive: Tensor) 
     out = torch.empty_like(problem.x)
     splits, rows, dim = partial.shape
     finish_kernel[(rows,)](
-        partial, scale, problem.w.contiguous(), problem.indptr.contiguous(), problem.indices,
+        partial, scale, problem.w, problem.indptr, problem.indices,
         positive, out, rows, splits, MIN_NORM, D=dim, DIMS=triton.next_power_of_2(dim),
     )  # fmt: skip
     return out
 
 
 def _insert(problem: Problem, e: Tensor, first: int, element: Tensor) -> None:
-    """Write the positives' elements into the chunk of E that starts at column `first`."""
-    if e.shape[1] == problem.w.shape[0]:
-        e[problem.rows, problem.indices] = element
-        return
-    here = (problem.indices >= first) & (problem.indices < first + e.shape[1])
-    e[problem.rows[here], problem.indices[here] - first] = element[here]
+    """Write the positives' elements into the chunk of E that starts at column `first`.
+
+    By a kernel: a mask in torch would have the host wait once per chunk.
+    """
+    count = element.numel()
+    if count:
+        insert_kernel[(triton.cdiv(count, ENTRIES),)](
+            e, problem.rows, problem.indices, element, first, e.shape[1], e.stride(0), count,
+            ENTRIES=ENTRIES,
+        )  # fmt: skip
 
 
 def _project(problem: Problem, grad_w: Tensor) -> Tensor:
     """From the gradient of the unit rows of W to that of W, in W's dtype; in place if it is fp32."""
-    w = problem.w.contiguous()
+    w = problem.w
     out = grad_w if w.dtype == grad_w.dtype else torch.empty_like(w)
     dims = triton.next_power_of_2(w.shape[1])
     per_program = max(1, 2048 // dims)

@@ -19,11 +19,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from pymcip.triton_kernels.margin_softmax import candidates, has_tma, load_tile
-from pymcip.triton_kernels.tuning import INTERPRETED, Config, choose
+from pymcip.triton_kernels.margin_softmax import candidates, capability, load_tile
+from pymcip.triton_kernels.tuning import INTERPRETED, Config, launch
 
 # Above the relative error (D + 2) 2^-24 of a length in fp32; and above what underflows in its
 # squares, sqrt(D) 2^-63.
@@ -243,8 +242,8 @@ def width(columns: int) -> int:
 
 def in_place(raw: Tensor, dtype: torch.dtype) -> bool:
     """Whether the screen can read these rows where they are."""
-    rows = raw.dtype == dtype and raw.is_contiguous() and raw.data_ptr() % 16 == 0
-    return rows and raw.shape[1] % 8 == 0
+    aligned = raw.data_ptr() % 16 == 0 and raw.stride(0) % 8 == 0
+    return raw.dtype == dtype and raw.is_contiguous() and aligned
 
 
 def prepare(raw: Tensor, dtype: torch.dtype, slack: float) -> Rows:
@@ -287,7 +286,8 @@ def screen(queries: Rows, bank: Rows, first: int, last: int, state: State, activ
     """Fill the lists of the active queries with places from `first` to before `last`."""
     rows, wide = queries.half.shape
     device = queries.half.device
-    tma = has_tma(device)
+    major = capability(device)
+    tma = major >= 9
     processors = 1
     if not INTERPRETED:
         processors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -311,17 +311,9 @@ def screen(queries: Rows, bank: Rows, first: int, last: int, state: State, activ
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
 
-    allowed = candidates(tma, rows)
-    if last - first >= TUNED:
-        shape_class = (queries.half.dtype, triton.next_power_of_2(rows), wide)
-        allowed = (choose("topk_screen", shape_class, allowed, run), *allowed)
-    for place, config in enumerate(allowed):
-        try:
-            run(config)
-            return
-        except OutOfResources:  # less shared memory than on the GPUs the tiles are made for
-            if place == len(allowed) - 1:
-                raise
+    shape_class = (queries.half.dtype, triton.next_power_of_2(rows), wide)
+    timed = last - first >= TUNED
+    launch("topk_screen", shape_class, candidates(major, rows), run, timed=timed)
 
 
 def refine(queries: Tensor, bank: Tensor, first_id: int, state: State) -> None:

@@ -20,10 +20,11 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
+from pymcip.errors import BackendError
 from pymcip.files import atomic_path
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-VERSION = 1  # of the kernels and their candidates
+VERSION = 2  # of the kernels and their candidates
 REPETITIONS = 5
 
 
@@ -42,30 +43,44 @@ _chosen: dict[str, Config] = {}
 _read: set[Path] = set()
 
 
-def choose(
+def launch(
     kernel: str,
     shape_class: Sequence[object],
     candidates: Sequence[Config],
     run: Callable[[Config], None],
-) -> Config:
-    """The candidate to run. `run` launches the kernel with one; it may be called many times."""
-    if INTERPRETED or len(candidates) == 1:
-        return candidates[0]
+    *,
+    timed: bool = True,
+) -> None:
+    """Run with the best candidate, or where the GPU lacks the resources for it with the next.
+
+    `run` launches the kernel with one; it may be called many times. Not `timed`, nor where nothing
+    can be timed: the choice that is remembered, else the candidates in their order.
+    """
+    if INTERPRETED:
+        return run(candidates[0])
     file = _file()
     _load(file)
     key = f"{file.stem}: {kernel} " + " ".join(map(str, shape_class))
-    found = _chosen.get(key)
-    if found in candidates:
-        return found
-    if os.environ.get("PYMCIP_TUNE") == "0" or torch.cuda.is_current_stream_capturing():
-        return candidates[0]
-    timings = {config: _time(run, config) for config in candidates}
-    best = min(timings, key=timings.__getitem__)
-    if timings[best] == float("inf"):
-        raise RuntimeError(f"{kernel}: none of {len(candidates)} tile sizes fits this GPU")
-    _chosen[key] = best
-    _save(file, key, best)
-    return best
+    best = _chosen.get(key)
+    if best not in candidates:
+        best = None
+    untimed = os.environ.get("PYMCIP_TUNE") == "0" or torch.cuda.is_current_stream_capturing()
+    if best is None and timed and not untimed and len(candidates) > 1:
+        timings = {config: _time(run, config) for config in candidates}
+        best = min(timings, key=timings.__getitem__)
+        if timings[best] < float("inf"):
+            _chosen[key] = best
+            _save(file, key, best)
+    lacking: OutOfResources | None = None
+    for config in candidates if best is None else (best, *candidates):
+        try:
+            return run(config)
+        except OutOfResources as error:  # raised before anything is launched
+            lacking = error
+    raise BackendError(
+        f"{kernel}: none of {len(candidates)} tile sizes fits this GPU ({lacking}). "
+        "Choose backend='torch'"
+    )
 
 
 def _time(run: Callable[[Config], None], config: Config) -> float:

@@ -26,6 +26,11 @@ needs two things of size B x C from them, both without a B x C matrix:
 They are two opaque operators of torch (`pymcip::margin_softmax_sums`, `…_gradients`), so that
 torch.compile keeps them whole.
 
+Memory layout. Inputs may have any strides. The two operators, and nobody else, make every tensor
+dense and row-major before a back end sees it, by a copy where it isn't; so a transposed or sliced W
+costs a copy in each pass. A back end may rely on dense rows, but not on the address: where it needs
+rows at multiples of 16 bytes, it looks, and copies.
+
 The certified filter. The softmax mass of row i in a cell of 256 columns is its share of Z_i. With
 `delta` > 0, every block of 128 rows leaves out of its gradients the lightest cells, as long as no
 row loses more than `delta` of its mass: |error of dL_i/dx_i| <= s * delta * sum_p a_ip for unit
@@ -50,6 +55,7 @@ MIN_NORM = 1e-12
 CONTINUATIONS = ("linear", "none", "easy")
 COMPUTE = ("auto", "float64", "float32", "bfloat16", "float16")
 CELL_ROWS, CELL_COLUMNS = 128, 256  # the filter's granularity
+LEAST_SCRATCH, MOST_SCRATCH = 1 << 28, 1 << 31  # bytes, by default
 HIGHEST_EXPONENT = 88.0  # exp(88) is finite in fp32 and bfloat16
 
 
@@ -67,7 +73,8 @@ class MarginOptions:
         chunk: columns at a time, where a back end works by chunks.
         scratch: bytes that a back end may use for parts of the B x C matrix, at least one chunk of
             256 columns. With 2 B C <= scratch the Triton back end keeps exp(s cos) for the backward
-            pass (three products for loss, dX and dW instead of four).
+            pass (three products for loss, dX and dW instead of four). None: 256 MiB, on a GPU 1/64 of
+            its memory, from 256 MiB to 2 GiB.
         delta: the certified filter's bound; 0 is exact.
     """
 
@@ -76,7 +83,7 @@ class MarginOptions:
     continuation: str = "linear"
     compute: str = "auto"
     chunk: int = 8192
-    scratch: int = 1 << 28
+    scratch: int | None = None
     delta: float = 0.0
 
     def __post_init__(self) -> None:
@@ -90,7 +97,7 @@ class MarginOptions:
             )
         if self.compute not in COMPUTE:
             raise ValueError(f"compute={self.compute!r}; allowed: {', '.join(COMPUTE)}")
-        if self.chunk < 1 or self.scratch < 1:
+        if self.chunk < 1 or (self.scratch is not None and self.scratch < 1):
             raise ValueError(f"chunk={self.chunk}, scratch={self.scratch}; need at least 1")
         if not 0 <= self.delta < 1:
             raise ValueError(f"delta={self.delta}; need 0 <= delta < 1")
@@ -101,6 +108,15 @@ class MarginOptions:
         if self.chunk < CELL_COLUMNS:
             return CELL_COLUMNS if self.delta > 0 else self.chunk
         return self.chunk - self.chunk % CELL_COLUMNS
+
+    def scratch_bytes(self, device: torch.device) -> int:
+        """`scratch`, or what it is by default on this device."""
+        if self.scratch is not None:
+            return self.scratch
+        if device.type != "cuda":
+            return LEAST_SCRATCH
+        memory = torch.cuda.get_device_properties(device).total_memory
+        return min(max(memory // 64, LEAST_SCRATCH), MOST_SCRATCH)
 
     def compute_dtype(self, x: Tensor, w: Tensor) -> torch.dtype:
         """The dtype that `compute` means for these operands."""
@@ -139,6 +155,7 @@ class Skipped(NamedTuple):
 class Problem:
     """What a back end is given: unit rows, and the positives within the columns it holds.
 
+    All tensors are dense and row-major, at any address; so are a `Coefficients`'.
     x: [B, D] unit rows, fp32 or fp64. w: [C, D] any norm, with `w_norms` [C] if they are known.
     rows, indices: int64 [nnz], the positives, ordered by row; indptr: int64 [B + 1].
     """
@@ -329,6 +346,7 @@ def _margin_softmax(
     dtype: torch.dtype,
     options: MarginOptions,
 ) -> tuple[Tensor, Skipped]:
+    x = x.contiguous()  # so that its norms are summed in one order
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     counts = indptr.diff()
     rows = torch.repeat_interleave(counts, output_size=indices.shape[0])
@@ -374,7 +392,7 @@ class _MarginSoftmax(torch.autograd.Function):
             local_rows, local, local_ptr = rows, indices, indptr
         problem = (
             _unit(x, norms), w, w_norms, local_ptr, local, local_rows, options.scale, dtype,
-            options.step, options.scratch, backend,
+            options.step, options.scratch_bytes(x.device), backend,
         )  # fmt: skip
         filters = options.delta > 0 and (need_x or need_w)
         log_z, found, shares, kept = torch.ops.pymcip.margin_softmax_sums(
@@ -425,7 +443,7 @@ class _MarginSoftmax(torch.autograd.Function):
         positive = -options.scale * slope * pull
         grad_unit, grad_w = torch.ops.pymcip.margin_softmax_gradients(
             unit, w, w_norms, local_ptr, local, local_rows, options.scale, ctx.dtype,
-            options.step, options.scratch, ctx.backend, log_z, negative,
+            options.step, options.scratch_bytes(x.device), ctx.backend, log_z, negative,
             positive if own is None else positive[own], active, kept, need_x, need_w,
         )  # fmt: skip
         grad_x = None
@@ -513,6 +531,14 @@ _PROBLEM = (
 _FIELDS = 10  # the arguments above are Problem's fields, in order
 
 
+def _dense(value: Any) -> Any:
+    """A tensor that is dense and row-major, with the strides that go with it; else as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    # The view: `contiguous` leaves the stride of a dimension of length 1 as it was.
+    return value.contiguous().view(-1).view(value.shape)
+
+
 def _load(backend: str) -> Any:
     (row,) = (row for row in backends("margin_softmax") if row.name == backend)
     return row.load()
@@ -534,7 +560,8 @@ def _alone_on(device: torch.device) -> Iterator[None]:
     " -> (Tensor, Tensor, Tensor, Tensor[])",
 )
 def _sums(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    problem, (backend, *needs) = Problem(*arguments[:_FIELDS]), arguments[_FIELDS:]
+    problem = Problem(*map(_dense, arguments[:_FIELDS]))
+    backend, *needs = arguments[_FIELDS:]
     with _alone_on(problem.x.device):
         result = _load(backend).sums(problem, *needs)
     return result.log_z, result.cosine, result.shares, result.kept
@@ -560,9 +587,12 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     " Tensor? active, Tensor[] kept, bool need_x, bool need_w) -> (Tensor, Tensor)",
 )
 def _gradients(*arguments: Any) -> tuple[Tensor, Tensor]:
-    problem, (backend, *others) = Problem(*arguments[:_FIELDS]), arguments[_FIELDS:]
+    problem = Problem(*map(_dense, arguments[:_FIELDS]))
+    backend, *coefficients, kept, need_x, need_w = arguments[_FIELDS:]
     with _alone_on(problem.x.device):
-        grad_x, grad_w = _load(backend).gradients(problem, Coefficients(*others[:4]), *others[4:])
+        grad_x, grad_w = _load(backend).gradients(
+            problem, Coefficients(*map(_dense, coefficients)), kept, need_x, need_w
+        )
     return grad_x, grad_w
 
 
@@ -570,6 +600,6 @@ def _gradients(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     x, w, (need_x, need_w) = *arguments[:2], arguments[-2:]
     return (
-        torch.empty_like(x) if need_x else x.new_empty(0),
-        torch.empty_like(w) if need_w else w.new_empty(0),
+        x.new_empty(x.shape if need_x else 0),
+        w.new_empty(w.shape if need_w else 0),
     )
