@@ -32,7 +32,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pymcip.ops.margin_softmax import (
     CELL_COLUMNS,
@@ -44,7 +43,7 @@ from pymcip.ops.margin_softmax import (
     Sums,
     finite,
 )
-from pymcip.triton_kernels.tuning import INTERPRETED, Config, launch
+from pymcip.triton_kernels.tuning import INTERPRETED, Config, capability, launch, tiles
 
 LOG2E = math.log2(math.e)
 # Among the elements of E that is kept stand the positives' own, up to 1e3 Z (their slope's bound).
@@ -494,14 +493,6 @@ def stages(config: Config, listed: bool) -> int:
 # --- launchers --------------------------------------------------------------------------------
 
 
-def capability(device: torch.device) -> int:
-    """The major compute capability; under the interpreter that of Hopper.
-
-    From 9 (Hopper) on tiles move by the tensor memory accelerator, before it by pointers.
-    """
-    return 9 if INTERPRETED else max(8, torch.cuda.get_device_capability(device)[0])
-
-
 class _Launch:
     """One problem on the device: operands in the products' dtype, and the three products."""
 
@@ -519,9 +510,8 @@ class _Launch:
         self.capability = capability(self.x.device)
         self.tma = self.capability >= 9
 
-    def tiles(self, tensor: Tensor, block: list[int]) -> Any:
-        """What a kernel reads tiles of `block` from, or writes them to."""
-        return TensorDescriptor.from_tensor(tensor, block) if self.tma else tensor
+    def tiles(self, tensor: Tensor, *block: int) -> Any:
+        return tiles(tensor, list(block), self.tma)
 
     def candidates(self) -> tuple[Config, ...]:
         """For the products whose rows are those of X."""
@@ -574,9 +564,9 @@ class _Launch:
             row_tiles = triton.cdiv(self.rows, config.bm)
             out = self.x if e is None else e
             exponentials_kernel[(row_tiles * triton.cdiv(columns, width),)](
-                self.tiles(self.x, [config.bm, config.bk]),
-                self.tiles(self.w, [config.bn, config.bk]),
-                self.tiles(out, [config.bm, config.bn // 2]),
+                self.tiles(self.x, config.bm, config.bk),
+                self.tiles(self.w, config.bn, config.bk),
+                self.tiles(out, config.bm, config.bn // 2),
                 self.factor,
                 self.inverse,
                 self.none if offset is None else offset,
@@ -624,8 +614,8 @@ class _Launch:
         def run(config: Config) -> None:
             row_tiles = triton.cdiv(self.rows, config.bm)
             rows_kernel[(triton.cdiv(self.dim, config.bn) * row_tiles * out.shape[0],)](
-                self.tiles(e, [config.bm, config.bk]),
-                self.tiles(self.w, [config.bk, config.bn]),
+                self.tiles(e, config.bm, config.bk),
+                self.tiles(self.w, config.bk, config.bn),
                 out,
                 order,
                 counts,
@@ -664,8 +654,8 @@ class _Launch:
         def run(config: Config) -> None:
             tiles = triton.cdiv(columns, config.bm) * triton.cdiv(self.dim, config.bn)
             columns_kernel[(tiles,)](
-                self.tiles(e, [config.bk, config.bm]),
-                self.tiles(x, [config.bk, config.bn]),
+                self.tiles(e, config.bk, config.bm),
+                self.tiles(x, config.bk, config.bn),
                 out,
                 order,
                 counts,
@@ -764,13 +754,6 @@ def _rounded(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 # --- what the op calls ------------------------------------------------------------------------
-
-
-def probe() -> str | None:
-    """Why the kernels can't run on this machine; None if they can."""
-    if INTERPRETED or torch.cuda.is_available():
-        return None
-    return "needs a CUDA device"
 
 
 def limits(device: str, dim: int) -> str | None:

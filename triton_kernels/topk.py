@@ -19,10 +19,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from pymcip.triton_kernels.margin_softmax import candidates, capability, load_tile
-from pymcip.triton_kernels.tuning import INTERPRETED, Config, launch
+from pymcip.triton_kernels.margin_softmax import candidates, load_tile
+from pymcip.triton_kernels.tuning import INTERPRETED, Config, capability, launch, probe, tiles
 
 # Above the relative error (D + 2) 2^-24 of a length in fp32; and above what underflows in its
 # squares, sqrt(D) 2^-63.
@@ -295,15 +294,13 @@ def screen(queries: Rows, bank: Rows, first: int, last: int, state: State, activ
     def run(config: Config) -> None:
         state.counts.zero_()
         row_tiles = triton.cdiv(rows, config.bm)
-        tiles = triton.cdiv(last - first, config.bn)
+        bank_tiles = triton.cdiv(last - first, config.bn)
         # Enough programs that the last ones to end cost little.
-        each = max(1, min(8, row_tiles * tiles // (16 * processors)))
+        each = max(1, min(8, row_tiles * bank_tiles // (16 * processors)))
 
-        def tiled(half: Tensor, height: int) -> Tensor | TensorDescriptor:
-            return TensorDescriptor.from_tensor(half, [height, config.bk]) if tma else half
-
-        screen_kernel[(row_tiles * triton.cdiv(tiles, each),)](
-            tiled(queries.half, config.bm), tiled(bank.half, config.bn),
+        screen_kernel[(row_tiles * triton.cdiv(bank_tiles, each),)](
+            tiles(queries.half, [config.bm, config.bk], tma),
+            tiles(bank.half, [config.bn, config.bk], tma),
             queries.length, queries.residual, bank.rounded, bank.residual,
             state.keys[:, state.k - 1], active, state.counts, state.lists, state.threshold,
             rows, first, last, row_tiles, each, state.keys.stride(0), state.lists.shape[1],
@@ -314,6 +311,15 @@ def screen(queries: Rows, bank: Rows, first: int, last: int, state: State, activ
     shape_class = (queries.half.dtype, triton.next_power_of_2(rows), wide)
     timed = last - first >= TUNED
     launch("topk_screen", shape_class, candidates(major, rows), run, timed=timed)
+
+
+def obstacle() -> str | None:
+    """Why the kernels can't run on this machine; None if they can."""
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    reason = probe()
+    if reason is None and capability() == 10 and version < (3, 8):  # its compiler fails
+        reason = f"needs Triton 3.8 or later on this GPU, not {triton.__version__}"
+    return reason
 
 
 def refine(queries: Tensor, bank: Tensor, first_id: int, state: State) -> None:

@@ -19,6 +19,7 @@ from statistics import median
 import torch
 import triton
 from triton.runtime.errors import OutOfResources
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pymcip.errors import BackendError
 from pymcip.files import atomic_path
@@ -37,6 +38,28 @@ class Config:
     bk: int
     warps: int
     stages: int
+
+
+def capability(device: torch.device | None = None) -> int:
+    """The major compute capability (None: of the current device); Hopper's under the interpreter.
+
+    From 9 (Hopper) on tiles move by the tensor memory accelerator, before it by pointers.
+    """
+    return 9 if INTERPRETED else torch.cuda.get_device_capability(device)[0]
+
+
+def probe() -> str | None:
+    """Why Triton's kernels can't run on this machine; None if they can."""
+    if not INTERPRETED and not torch.cuda.is_available():
+        return "needs a CUDA device"
+    if capability() < 8:
+        return "needs a GPU of compute capability 8.0 or later, for bfloat16"
+    return None
+
+
+def tiles(tensor: torch.Tensor, block: list[int], tma: bool) -> torch.Tensor | TensorDescriptor:
+    """What a kernel reads tiles of `block` from, or writes them to: see `capability`."""
+    return TensorDescriptor.from_tensor(tensor, block) if tma else tensor
 
 
 _chosen: dict[str, Config] = {}

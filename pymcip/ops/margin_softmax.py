@@ -516,10 +516,10 @@ def _mass_outside(shares: Tensor, active: Tensor) -> Tensor:
 def probe_triton() -> str | None:
     """Why the Triton kernels can't run on this machine; None if they can."""
     try:
-        from pymcip.triton_kernels import margin_softmax as kernels
+        from pymcip.triton_kernels.tuning import probe
     except ImportError as error:
         return f"Triton is missing or too old ({error}); pip install 'triton>=3.4'"
-    return kernels.probe()
+    return probe()
 
 
 # --- the two operators ------------------------------------------------------------------------

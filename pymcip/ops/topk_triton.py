@@ -56,15 +56,10 @@ _SEGMENT = 1 << 31  # rows whose ids fit into a key, with room to spare
 def probe_triton_topk() -> str | None:
     """Why the Triton kernels can't run on this machine; None if they can."""
     try:
-        from pymcip.triton_kernels.topk import INTERPRETED
+        from pymcip.triton_kernels.topk import obstacle
     except ImportError as error:
         return f"Triton is missing or too old ({error}); pip install 'triton>=3.4'"
-    if not INTERPRETED:
-        if not torch.cuda.is_available():
-            return "needs a CUDA device"
-        if torch.cuda.get_device_capability() < (8, 0):
-            return "needs a GPU of compute capability 8.0 or more, for bfloat16"
-    return None
+    return obstacle()
 
 
 def topk_triton(
