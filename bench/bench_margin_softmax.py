@@ -99,6 +99,7 @@ def main() -> None:
         device=options.device,
         dtype=options.bank_dtype,
         packages=tuple(PACKAGES.values()),
+        store=options.store,
     )
     try:
         for place, (size, modes) in enumerate(chosen):
@@ -112,11 +113,11 @@ def main() -> None:
                 to_come = len(modes) - turn + sum(len(more) for _, more in chosen[place + 1 :])
                 measure(case, mode, report, left / 2 / to_come)  # the rest is setting up
             del case
-    finally:  # rows measured before an error or an interruption are kept
+    finally:
         for size, mode, reason in left_out:
             print(f"left out: B, C, D = {size}, {mode}: {reason}")
         notes = {"not_installed": missing, "left_out": [list(row) for row in left_out]}
-        report.finish(store=options.store, notes=notes)
+        report.finish(notes=notes)
 
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:

@@ -214,7 +214,7 @@ def goal(timings: Sequence[Timing]) -> dict[str, Any]:
 
 def main(words: Sequence[str] | None = None) -> None:
     options = arguments(words)
-    report = Report("metrics", device=options.device, dtype="float32")
+    report = Report("metrics", device=options.device, dtype="float32", store=options.store)
     goals = {}
     for case in SMALL if options.smoke else CASES:
         if options.cases and case.name not in options.cases:
@@ -262,7 +262,7 @@ def main(words: Sequence[str] | None = None) -> None:
     print()
     for name, reached in goals.items():
         print(f"{name}: {reached}")
-    report.finish(store=options.store, notes={"goals": goals})
+    report.finish(notes={"goals": goals})
 
 
 if __name__ == "__main__":

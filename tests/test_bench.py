@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -88,8 +89,29 @@ def test_a_rival_that_fails_stops_nothing(bench: Any, capsys: pytest.CaptureFixt
     assert [len(timing.seconds) for timing in timings] == [3, 0]
     report = bench.Report("none", device="cpu", dtype="float32")
     report.add({}, timings, work=1.0, unit="runs", accuracy="value")
-    report.finish(store=False)
+    report.finish()
     assert '"error": "RuntimeError: out of luck"' in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_rows_are_stored_when_they_are_measured(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "new" / "rows.jsonl"
+    monkeypatch.setenv("PYMCIP_BENCH_ROWS", str(file))
+    monkeypatch.setenv("PYMCIP_COMMIT", "abc")
+    report = bench.Report("none", device="cpu", dtype="float32", store=True)
+    timings = bench.compare([bench.Rival("one", lambda: None)])
+    for count in (1, 2):
+        notes = {"count": count}
+        report.add({"B": 1}, timings, work=1.0, unit="runs", accuracy="value", notes=notes)
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        assert len(rows) == count
+        assert {name: rows[-1][name] for name in ("bench", "rival", "commit", "count")} == {
+            "bench": "none",
+            "rival": "one",
+            "commit": "abc",
+            "count": count,
+        }
 
 
 @pytest.mark.parametrize(
