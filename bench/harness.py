@@ -88,7 +88,13 @@ def compare(
         found.append(timing)
         gc.collect()
         if device == "cuda":
-            wait()  # raises if a kernel has broken the device's context: nothing can follow then
+            try:
+                wait()
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"{rival.name} left the GPU unusable for this process, in which nothing more can "
+                    "be measured; leave it out with --rivals, or give it a process of its own"
+                ) from error
             torch.cuda.empty_cache()
     times: list[list[float]] = [[] for _ in rivals]
     gc.disable()
