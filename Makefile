@@ -77,7 +77,8 @@ sanitize: setup
 	  > $$($(SANITIZE_VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])')/parent.pth
 	$(SANITIZE_VENV)/bin/python -m pip install --quiet --no-deps --force-reinstall . \
 	  -C cmake.define.PYMCIP_SANITIZE=ON -C cmake.define.PYMCIP_CUDA=OFF -C build-dir=build/sanitize
-	@# Not from the root, where "python -m pytest" would import the source folder. Their reports go past Python's sys.stderr: --capture=sys.
+	@# Not from the root: "python -m pytest" would import the source folder instead. The sanitizers'
+	@# reports go past Python's sys.stderr: --capture=sys.
 	cd $(SANITIZE_VENV) && \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYMCIP_EXAMPLES=0.2 \
@@ -103,7 +104,7 @@ gpu-check-rehearsal: setup
 
 # All that a machine with torch, CUDA's tools and pytest may lack, for its Python and not this one's.
 gpu-wheels: $(VENV)/created
-	rm -rf $(GPU_WHEELS)
+	rm -f $(GPU_WHEELS)/*.whl
 	$(BIN)/python -m pip download --quiet --dest $(GPU_WHEELS) --no-deps --only-binary=:all: \
 	  --implementation cp --python-version $(GPU_PYTHON_VERSION) --platform manylinux_2_28_x86_64 \
 	  --platform manylinux2014_x86_64 $(GPU_PACKAGES)

@@ -25,6 +25,7 @@ from gpu_runner import STEPS, Runner, Step
 from gpu_steps import ROOT, Places, steps
 from gpu_summary import is_good, summary
 
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 HINT = """Where there is a network: make gpu-wheels (fills gpu-wheels/). Carry that folder here with the rest,
 or name it: make gpu-check GPU_WHEELS=FOLDER."""
 
@@ -88,13 +89,13 @@ def check(
 ) -> int:
     """Run the steps and sum up, even when interrupted."""
     out.mkdir(parents=True, exist_ok=True)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    runner = Runner(out, seconds, grace)
+    before = {number: signal.signal(number, runner.stop) for number in STOPPING}
     try:
-        Runner(out, seconds, grace).run(planned, missing=list(missing))
-    except KeyboardInterrupt:
-        print("interrupted")
+        runner.run(planned, missing=list(missing))
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return finish(out)
 
 

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import IO, Any
 
 STEPS, LOG, TESTS, ROWS = "steps.jsonl", "log.txt", "tests.txt", "rows.jsonl"
@@ -68,29 +69,27 @@ class Runner:
     def __init__(self, out: Path, seconds: float, grace: float = 8.0) -> None:
         self._out, self._seconds, self._grace = out, seconds, grace
         self._end = time.monotonic() + seconds
-        self._stop = threading.Event()
+        self._stopped = False
         self._lock = threading.Lock()
 
     def run(self, steps: Sequence[Step], **facts: Any) -> None:
-        """`facts` are stored beside the plan. An interruption stops the steps, and is raised."""
+        """`facts` are stored beside the plan."""
         plan = [
             {"name": step.name, "purpose": step.purpose, "needed": step.needed} for step in steps
         ]
         self._record(plan=plan, seconds=self._seconds, **facts)
         for group in groups(steps):
-            if self._left() <= 0:
+            if self._stopped or self._left() <= 0:
                 return
             threads = [threading.Thread(target=self._step, args=[step]) for step in group]
             for thread in threads:
                 thread.start()
-            try:
-                for thread in threads:
-                    thread.join()
-            except KeyboardInterrupt:
-                self._stop.set()
-                for thread in threads:
-                    thread.join()
-                raise
+            for thread in threads:
+                thread.join()
+
+    def stop(self, number: int, frame: FrameType | None) -> None:
+        """Stop what runs and start nothing more: a handler of signals."""
+        self._stopped = True
 
     def _left(self) -> float:
         return self._end - self._grace - time.monotonic()
@@ -126,7 +125,7 @@ class Runner:
             reader = threading.Thread(target=output.read, args=[process.stdout], daemon=True)
             reader.start()
             result = self._wait(process, start + limit, limit < step.limit)
-            reader.join(self._grace)  # longer only where a process of another group holds the pipe
+            reader.join(self._grace)  # not for ever: a process of another group may hold the pipe
             if result == "failed":
                 detail = f"exit status {process.returncode}: {output.last}"
         seconds = round(time.monotonic() - start, 1)
@@ -137,7 +136,7 @@ class Runner:
         """How it ended. Nothing of its process group is left then."""
         try:
             while process.poll() is None:
-                if self._stop.is_set():
+                if self._stopped:
                     return "interrupted"
                 if time.monotonic() > end:
                     return "cut" if cut else "timed out"
@@ -177,6 +176,10 @@ class _Output:
         self.last = ""
 
     def read(self, stream: IO[bytes]) -> None:
+        with stream:
+            self._read(stream)
+
+    def _read(self, stream: IO[bytes]) -> None:
         written, kept, dropped = 0, 0, 0
         tail: collections.deque[str] = collections.deque()
         for raw in iter(lambda: stream.readline(1 << 16), b""):
