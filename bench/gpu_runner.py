@@ -42,7 +42,8 @@ class Step:
     rehearsal: the command that stands for it in a rehearsal; none: its words are printed.
     limit: seconds until it is stopped.
     beside: it starts together with the step above it.
-    needed: what the whole check asks of it: "pass", "not fail" (it may be stopped), or nothing.
+    needed: what the whole check asks of it: "pass", "not fail" (it may be stopped, or not start), or
+        nothing.
     into: the file that takes its output.
     """
 
@@ -104,7 +105,7 @@ class Runner:
 
     def _step(self, step: Step) -> None:
         limit = min(step.limit, self._left())
-        print(f"{step.name} ...", flush=True)
+        print(f"{step.name} ...\n", end="", flush=True)  # in one piece, beside others
         self._record(begin=step.name)
         start = time.monotonic()
         detail = ""
@@ -119,7 +120,7 @@ class Runner:
                 start_new_session=True,
             )
         except OSError as error:
-            result, detail = "failed", f"could not start: {error}"
+            result, detail = "not started", str(error)
         else:
             output = _Output(self, step)
             reader = threading.Thread(target=output.read, args=[process.stdout], daemon=True)
@@ -130,7 +131,7 @@ class Runner:
                 detail = f"exit status {process.returncode}: {output.last}"
         seconds = round(time.monotonic() - start, 1)
         self._record(end=step.name, result=result, seconds=seconds, detail=detail)
-        print(f"{step.name}: {result}, {seconds:.0f} s {detail}", flush=True)
+        print(f"{step.name}: {result}, {seconds:.0f} s {detail}\n", end="", flush=True)
 
     def _wait(self, process: subprocess.Popen[bytes], end: float, cut: bool) -> str:
         """How it ended. Nothing of its process group is left then."""

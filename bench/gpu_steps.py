@@ -124,8 +124,9 @@ def tests(places: Places) -> list[Step]:
     ):
         files = [file for file in left if file.name.startswith(start)]
         left = [file for file in left if file not in files]
-        several: Words = ["-p", "xdist.plugin", "-n", str(processes)]
-        spread = several if processes > 1 and is_there("xdist", places.wheels) else []
+        # One process too: another takes its place where a test that hangs ends it.
+        several = ["-p", "xdist.plugin", "-n", str(processes)]
+        spread = several if is_there("xdist", places.wheels) else []
         few = [*pytest, "-k", "wide_rows or no_rows", ROOT / "tests" / "test_topk_triton.py"]
         found.append(
             Step(

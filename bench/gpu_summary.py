@@ -151,8 +151,10 @@ def results(out: Path) -> list[dict[str, Any]]:
 
 
 def is_good(out: Path) -> bool:
-    """Whether what has to pass has passed, and nothing that must not fail has failed."""
-    return all(
+    """Whether what has to pass has passed, some test of each kind, and nothing that must not fail."""
+    tests = _outcomes(out)
+    tested = {line[1] for line in tests} == {line[1] for line in tests if line[0] == "PASSED"}
+    return tested and all(
         step["result"] == "passed"
         if step["needed"] == "pass"
         else step["result"] != "failed" or not step["needed"]
@@ -184,11 +186,16 @@ def summary(out: Path) -> str:
     return "\n".join(text) + "\n"
 
 
-def _tests(out: Path) -> list[str]:
-    """Counts, and the names of those that failed."""
+def _outcomes(out: Path) -> list[list[str]]:
+    """Of each test: pytest's word, step, name."""
     path = out / TESTS
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    lines = [line.split("\t") for line in text.splitlines()]
+    return [line.split("\t") for line in text.splitlines()]
+
+
+def _tests(out: Path) -> list[str]:
+    """Counts, and the names of those that failed."""
+    lines = _outcomes(out)
     found = {kind: [line for line in lines if line[0] in words] for kind, words in KINDS.items()}
     counts = ", ".join(f"{len(own)} {kind}" for kind, own in found.items())
     return [f"Tests: {counts}", *(f"- {' '.join(line)}" for line in found["failed"])]
