@@ -54,6 +54,9 @@ SMALL = (
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = common_arguments(__doc__)
     parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES])
+    parser.add_argument(
+        "--rivals", nargs="+", metavar="WORD", help="only those whose names hold one of these"
+    )
     parser.add_argument("--smoke", action="store_true", help="a hundredth of the sizes")
     return parser.parse_args(words)
 
@@ -242,6 +245,10 @@ def main(words: Sequence[str] | None = None) -> None:
                 check,
             ),
         ]
+        if options.rivals:
+            rivals = [
+                rival for rival in rivals if any(word in rival.name for word in options.rivals)
+            ]
         timings = compare(rivals, repetitions=options.repetitions, device=options.device)
         queries = case.queries or case.database
         figure = exact if isinstance(exact, float) else exact["medium_map"]
@@ -258,7 +265,8 @@ def main(words: Sequence[str] | None = None) -> None:
             unit="Mpairs",
             accuracy="points off",
         )
-        goals[case.name] = goal(timings)
+        if not options.rivals:
+            goals[case.name] = goal(timings)
     print()
     for name, reached in goals.items():
         print(f"{name}: {reached}")

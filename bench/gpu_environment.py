@@ -35,7 +35,7 @@ NEEDED = {
     "regex": "regex",
     "timm": "timm",
     "huggingface_hub": "huggingface_hub",
-    "scikit_build_core": "scikit-build-core",
+    "scikit_build_core": "scikit-build-core>=1.0",
     "pathspec": "pathspec",
     "packaging": "packaging",
     "pybind11": "pybind11",
@@ -60,10 +60,11 @@ TOOLS = ("nvcc", "cmake", "ninja", "ncu", "compute-sanitizer")
 
 def is_there(module: str, wheels: Path) -> bool:
     """Installed, or to be installed from the folder."""
-    package = {**NEEDED, **WANTED}[module]
-    if module == "scikit_build_core" and not _wheel(package, wheels):
-        return _version(package) >= (1, 0)
-    return bool(_wheel(package, wheels)) or importlib.util.find_spec(module) is not None
+    package, _, least = {**NEEDED, **WANTED}[module].partition(">=")
+    plain = re.sub(r"[-_.]+", "_", package).lower()
+    if any(path.name.split("-")[0].lower() == plain for path in wheels.glob("*.whl")):
+        return True
+    return importlib.util.find_spec(module) is not None and _version(package) >= _numbers(least)
 
 
 def missing(wheels: Path) -> tuple[list[str], list[str]]:
@@ -109,16 +110,15 @@ def pip_install(python: Path, *words: str | Path) -> list[str | Path]:
     return [sys.executable, "-m", "pip", "--python", python, "install", *options, *words]
 
 
-def _wheel(package: str, wheels: Path) -> bool:
-    plain = re.sub(r"[-_.]+", "_", package).lower()
-    return any(path.name.split("-")[0].lower() == plain for path in wheels.glob("*.whl"))
-
-
-def _version(package: str) -> tuple[int, ...]:
+def _version(package: str) -> list[int]:
     try:
-        return tuple(int(part) for part in metadata.version(package).split(".")[:2])
-    except (metadata.PackageNotFoundError, ValueError):
-        return ()
+        return _numbers(metadata.version(package))
+    except metadata.PackageNotFoundError:  # a module without a package around it
+        return []
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", version)[:2]]
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ class Runner:
         print(f"{step.name}: {result}, {seconds:.0f} s {detail}\n", end="", flush=True)
 
     def _wait(self, process: subprocess.Popen[bytes], end: float, cut: bool) -> str:
-        """How it ended. Nothing of its process group is left then."""
+        """How it ended. Its process group is killed then."""
         try:
             while process.poll() is None:
                 if self._stopped:
@@ -149,7 +149,8 @@ class Runner:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(self._grace)
             _signal(process, signal.SIGKILL)
-            process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the driver
+                process.wait(self._grace)
 
 
 def groups(steps: Sequence[Step]) -> Iterator[list[Step]]:

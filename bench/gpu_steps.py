@@ -109,30 +109,30 @@ def tests(places: Places) -> list[Step]:
     # Not from the root: "python -m pytest" would import the source folder instead.
     pytest: list[str | Path] = [places.python, "-m", "pytest", "-c", ROOT / "pyproject.toml"]
     pytest += ["--rootdir", ROOT, "-v", "-p", "no:cacheprovider"]
-    if is_there("pytest_timeout", places.wheels):
-        pytest += ["-p", "pytest_timeout", "--timeout=25", "--timeout-method=thread"]
     left = [
         file
         for file in sorted((ROOT / "tests").glob("test_*.py"))
         if "mark.gpu" in file.read_text(encoding="utf-8")
     ]
     found: list[Step] = []
-    for name, start, processes in (
-        ("CUDA top-k", "test_topk_cuda", 1),
-        ("margin softmax", "test_margin_softmax", 3),
-        ("other", "", 4),
+    timed, spread = is_there("pytest_timeout", places.wheels), is_there("xdist", places.wheels)
+    for name, start, processes, seconds in (  # seconds of a test; Triton's compile, too
+        ("CUDA top-k", "test_topk_cuda", 1, 25),
+        ("margin softmax", "test_margin_softmax", 3, 60),
+        ("other", "", 4, 60),
     ):
         files = [file for file in left if file.name.startswith(start)]
         left = [file for file in left if file not in files]
-        # One process too: another takes its place where a test that hangs ends it.
+        # A test that hangs ends its process, and with xdist another takes its place.
+        limits = ["-p", "pytest_timeout", "--timeout-method=thread", f"--timeout={seconds}"]
         several = ["-p", "xdist.plugin", "-n", str(processes)]
-        spread = several if is_there("xdist", places.wheels) else []
+        plugins = [*(limits if timed else ()), *(several if spread else ())]
         few = [*pytest, "-k", "wide_rows or no_rows", ROOT / "tests" / "test_topk_triton.py"]
         found.append(
             Step(
                 f"{name} tests",
                 "correctness",
-                [*pytest, *spread, "-m", "gpu", *files],
+                [*pytest, *plugins, "-m", "gpu", *files],
                 few if name == "other" else (),
                 limit=130,
                 beside=bool(found),
@@ -169,6 +169,7 @@ def goal_case(places: Places, words: str, *more: str) -> Words:
 def ours(places: Places) -> list[Step]:
     large = f"--rivals pymcip --seconds 28 --scratch {2 << 30} --modes mc arc"
     topk = "--device cuda --k 10 --no-threshold "
+    metrics = "--cases gpr1200 --rivals pymcip torch"  # NumPy's take a minute
     return [
         Step(
             "margin",
@@ -210,14 +211,14 @@ def ours(places: Places) -> list[Step]:
         Step(
             "metrics",
             "GPR1200's mAP",
-            places.bench("metrics", "--device cuda --cases gpr1200"),
-            places.bench("metrics", "--cases gpr1200 --smoke --repetitions 1"),
-            limit=30,
+            places.bench("metrics", f"{metrics} --device cuda --repetitions 2"),
+            places.bench("metrics", f"{metrics} --smoke --repetitions 1"),
+            limit=40,
         ),
         Step(
             "train",
             "images per second, beside open_clip",
-            places.bench("train", "--device cuda --repetitions 2"),
+            places.bench("train", "--device cuda --repetitions 1 --steps 4"),
             limit=45,
         ),
     ]

@@ -274,7 +274,11 @@ def test_what_is_missing_is_named(
     check: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     environment = check.gpu_environment
-    monkeypatch.setattr(environment, "NEEDED", {"no_such": "no-such", "carried": "carried-along"})
+    monkeypatch.setattr(
+        environment,
+        "NEEDED",
+        {"no_such": "no-such", "carried": "carried-along", "pytest": "pytest>=1000.0"},
+    )
     monkeypatch.setattr(environment, "WANTED", {"neither": "neither", "torch": "torch"})
     monkeypatch.setattr(environment, "TOOLS", ("sh", "no-such-tool"))
     (tmp_path / "Carried_Along-1.0-py3-none-any.whl").touch()
@@ -283,7 +287,7 @@ def test_what_is_missing_is_named(
         monkeypatch.setattr(environment, "gpus", lambda gpus=gpus: gpus)
         assert check.main(words) == 2
         printed = capsys.readouterr().out
-        assert "lacks no-such, without which" in printed
+        assert "lacks no-such, pytest>=1000.0, without which" in printed
         assert "left out: neither, no-such-tool." in printed
         assert "make gpu-wheels" in printed
         assert said in printed
