@@ -3,20 +3,22 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-# gpu-check builds in the Python that already holds torch with CUDA; it needs no network.
+# gpu-check builds in the Python that already holds torch with CUDA; it needs no network. What that
+# Python lacks comes in wheels. Left out: quack-kernels and Liger's kernels for Hopper, which need
+# nvidia-cutlass-dsl (92 MB).
 GPU_PYTHON ?= $(PYTHON)
-GPU_VENV := .venv-gpu
+GPU_PYTHON_VERSION ?= 3.12
+GPU_WHEELS ?= gpu-wheels
+GPU_PACKAGES ?= open_clip_torch ftfy wcwidth "webdataset<=0.2.86" braceexpand \
+  "scikit-build-core>=1.0" pathspec packaging pytest-timeout pytest-xdist execnet \
+  cut-cross-entropy liger-kernel siglip-kernel
 
 SANITIZE_VENV := .venv-sanitize
-
-# A bench that takes longer is interrupted, and that is no failure.
-bounded = timeout --signal=INT --kill-after=20 $(1) $(GPU_VENV)/bin/python
-passed = || test $$? -eq 124
 
 SOURCES := $(shell find csrc pymcip triton_kernels -type f ! -name '*.pyc' 2>/dev/null) \
            CMakeLists.txt pyproject.toml
 
-.PHONY: help setup lint test sanitize demo bench gpu-check clean
+.PHONY: help setup lint test sanitize demo bench gpu-wheels gpu-check gpu-check-rehearsal clean
 
 help:
 	@echo "make setup      .venv with the package, installed as a wheel, and all it needs"
@@ -25,7 +27,9 @@ help:
 	@echo "make sanitize   the tests of top-k and ranks against a build with AddressSanitizer and UBSan (GCC)"
 	@echo "make demo       run 'pymcip demo'"
 	@echo "make bench      time the ops against their rivals on the CPU"
+	@echo "make gpu-wheels what gpu-check may lack on a machine without a network, into gpu-wheels/"
 	@echo "make gpu-check  build with CUDA, run the GPU tests and benches (GPU_PYTHON=python with torch)"
+	@echo "make gpu-check-rehearsal   the same steps with tiny cases on the CPU"
 	@echo "make clean      remove what the above made, .venv too"
 
 setup: $(VENV)/installed
@@ -73,7 +77,8 @@ sanitize: setup
 	  > $$($(SANITIZE_VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])')/parent.pth
 	$(SANITIZE_VENV)/bin/python -m pip install --quiet --no-deps --force-reinstall . \
 	  -C cmake.define.PYMCIP_SANITIZE=ON -C cmake.define.PYMCIP_CUDA=OFF -C build-dir=build/sanitize
-	@# Not from the root: see gpu-check. Their reports go past Python's sys.stderr: --capture=sys.
+	@# Not from the root: "python -m pytest" would import the source folder instead. The sanitizers'
+	@# reports go past Python's sys.stderr: --capture=sys.
 	cd $(SANITIZE_VENV) && \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYMCIP_EXAMPLES=0.2 \
@@ -91,33 +96,24 @@ bench: setup
 	$(BIN)/python bench/bench_depthwise.py
 
 gpu-check:
-	@$(GPU_PYTHON) -c 'import open_clip, pyarrow, pybind11, pytest, hypothesis, scikit_build_core, torch' \
-	|| { echo "gpu-check installs nothing but pymcip, and $(GPU_PYTHON) lacks what the error above names;" \
-	  "install it there, or name another: make gpu-check GPU_PYTHON=/path/to/python3"; exit 2; }
-	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else 2)' || { \
-	  echo "gpu-check needs a CUDA device, and torch sees none here: nothing was checked."; exit 2; }
-	$(GPU_PYTHON) -m venv $(GPU_VENV)
-	@# GPU_PYTHON may be a virtual environment itself, which --system-site-packages would not show.
-	@$(GPU_PYTHON) -c 'import site; print(*site.getsitepackages(), sep="\n")' \
-	  > $$($(GPU_VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])')/parent.pth
-	$(GPU_VENV)/bin/python -m pip install --quiet --no-build-isolation --no-deps --force-reinstall .
-	$(GPU_VENV)/bin/pymcip env
-	@# Not from the root: "python -m pytest" would import the source folder instead.
-	@# Timing tile sizes would compile each kernel several times; the bench does that.
-	cd $(GPU_VENV) && PYMCIP_TUNE=0 bin/python -m pytest -c ../pyproject.toml --rootdir .. -m gpu \
-	  $$(grep -l 'mark\.gpu' ../tests/*.py)
-	@# The CUDA top-k ranks its self-check under the sanitizer; each allocation is one of the device's.
-	cd $(GPU_VENV) && for tool in memcheck synccheck; do \
-	  if command -v compute-sanitizer > /dev/null; then \
-	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 45 compute-sanitizer --tool $$tool --error-exitcode 3 \
-	      bin/python -c 'from pymcip.ops.topk_cuda import probe_cuda as p; r = p(); assert not r, r' \
-	      $(passed) || exit 1; \
-	  else echo "compute-sanitizer is not in the PATH: $$tool is left out"; fi; done
-	@# At most 6 minutes; the first two keep the time themselves, and when interrupted what they have.
-	$(call bounded,150) bench/bench_margin_softmax.py --device cuda --store --seconds 115 $(passed)
-	$(call bounded,130) bench/bench_topk.py --device cuda --store --seconds 100 $(passed)
-	$(call bounded,30) bench/bench_metrics.py --device cuda --cases gpr1200 --store $(passed)
-	$(call bounded,50) bench/bench_train.py --device cuda --store $(passed)
+	$(GPU_PYTHON) bench/gpu_check.py --wheels $(GPU_WHEELS) $(if $(OUT),--out $(OUT)) \
+	  $(if $(SECONDS),--seconds $(SECONDS))
+
+gpu-check-rehearsal: setup
+	$(BIN)/python bench/gpu_check.py --rehearse --wheels $(GPU_WHEELS) $(if $(OUT),--out $(OUT))
+
+# All that a machine with torch, CUDA's tools and pytest may lack, for its Python and not this one's.
+gpu-wheels: $(VENV)/created
+	rm -f $(GPU_WHEELS)/*.whl
+	$(BIN)/python -m pip download --quiet --dest $(GPU_WHEELS) --no-deps --only-binary=:all: \
+	  --implementation cp --python-version $(GPU_PYTHON_VERSION) --platform manylinux_2_28_x86_64 \
+	  --platform manylinux2014_x86_64 $(GPU_PACKAGES)
+	@bytes=$$({ git ls-files -z; find $(GPU_WHEELS) -type f -print0; } | du -cb --files0-from=- \
+	  | tail -1 | cut -f1); ls $(GPU_WHEELS); \
+	echo "$(GPU_WHEELS) and the files under version control: $$((bytes >> 10)) KiB"; \
+	[ $$bytes -le $$((64 << 20)) ] || { \
+	  echo "That is more than 64 MiB, the most that may be carried: take packages out of GPU_PACKAGES"; \
+	  exit 1; }
 
 clean:
-	rm -rf $(VENV) $(GPU_VENV) $(SANITIZE_VENV) build dist
+	rm -rf $(VENV) .venv-gpu $(SANITIZE_VENV) build dist gpu-wheels

@@ -90,9 +90,9 @@ def main() -> None:
         command.add_argument("--store", action="store_true", help="add the rows to bench/results")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    report = Report("alignment", device=device, dtype=training_dtype(device))
+    report = Report("alignment", device=device, dtype=training_dtype(device), store=arguments.store)
     run = run_ablation if arguments.command == "ablation" else run_probe
-    report.finish(store=arguments.store, summary=run(report, arguments))
+    report.finish(summary=run(report, arguments))
 
 
 # --- ablation -----------------------------------------------------------------------------

@@ -41,10 +41,10 @@ def main() -> None:
 
     rivals = [rival("autocast", False), rival("fp32 weight gradient", True)]
     timings = compare(rivals, repetitions=options.repetitions)
-    report = Report("depthwise", device="cpu", dtype="bfloat16")
+    report = Report("depthwise", device="cpu", dtype="bfloat16", store=options.store)
     case = {"model": options.model, "batch": options.batch_size, "size": options.image_size}
     report.add(case, timings, work=options.batch_size, unit="images", accuracy="loss")
-    report.finish(store=options.store)
+    report.finish()
 
 
 if __name__ == "__main__":

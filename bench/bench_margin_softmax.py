@@ -50,7 +50,7 @@ from typing import Any, NamedTuple
 import torch
 from harness import Report, Rival, Timing, common_arguments, compare
 from torch import Tensor
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import cross_entropy, normalize, pad
 
 from pymcip.ops import backends
 from pymcip.ops.margin_softmax import MarginOptions, margin_softmax_filtered
@@ -99,6 +99,7 @@ def main() -> None:
         device=options.device,
         dtype=options.bank_dtype,
         packages=tuple(PACKAGES.values()),
+        store=options.store,
     )
     try:
         for place, (size, modes) in enumerate(chosen):
@@ -112,11 +113,11 @@ def main() -> None:
                 to_come = len(modes) - turn + sum(len(more) for _, more in chosen[place + 1 :])
                 measure(case, mode, report, left / 2 / to_come)  # the rest is setting up
             del case
-    finally:  # rows measured before an error or an interruption are kept
+    finally:
         for size, mode, reason in left_out:
             print(f"left out: B, C, D = {size}, {mode}: {reason}")
         notes = {"not_installed": missing, "left_out": [list(row) for row in left_out]}
-        report.finish(store=options.store, notes=notes)
+        report.finish(notes=notes)
 
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -447,6 +448,8 @@ def measure(case: Case, mode: str, report: Report, seconds: float) -> None:
     figures = {"mode": mode, "B": rows, "C": columns, "D": dim, "scale": options.scale}
     if mode.startswith("mc") or mode == "forward":
         figures["positives"] = options.positives
+    if mode not in ("forward", "arc kept"):
+        figures["scratch"] = options.scratch
     if mode.endswith("filtered"):
         figures |= {"delta": options.delta, "cluster": options.cluster}
     report.add(
@@ -670,6 +673,7 @@ def cross_entropies(case: Case, mode: str) -> Iterable[tuple[str, Builder]]:
         yield "cce (m = 0)", cross_entropy_builder(cut_cross_entropy(exact=False))
         yield "cce_exact (m = 0)", cross_entropy_builder(cut_cross_entropy(exact=True))
     if importlib.util.find_spec("liger_kernel"):
+        yield "liger CuTe (m = 0)", cross_entropy_builder(liger_cute(rows, columns), 256)
         # Its own chunks hold B x D logits, a few rows at C = 1M; larger ones are worth a look.
         budget = max(1, 2**29 // (rows * dim))
         yield "liger (m = 0)", cross_entropy_builder(liger(1))
@@ -681,15 +685,21 @@ def cross_entropies(case: Case, mode: str) -> Iterable[tuple[str, Builder]]:
 CrossEntropy = Callable[[Tensor, Tensor, Tensor], Tensor]  # x, w, labels -> losses or their sum
 
 
-def cross_entropy_builder(load: Callable[[Case], CrossEntropy]) -> Builder:
-    """m = 0 and one positive, on unit rows times the scale."""
+def cross_entropy_builder(load: Callable[[Case], CrossEntropy], multiple: int = 1) -> Builder:
+    """m = 0 and one positive, on unit rows times the scale.
+
+    To rivals that take only a multiple of columns, rows of zeros are given too: each adds e^0 to a
+    sum of C such terms.
+    """
 
     def build(case: Case, mode: str) -> Built:
         function = load(case)
         scale, trains = case.options.scale, mode.startswith("arc")
         x = (normalize(case.x, dim=1) * scale).to(case.bank.dtype)
         x.requires_grad_(mode != "forward")
-        w = case.bank.detach().requires_grad_(trains)
+        more = -len(case.bank) % multiple
+        w = pad(case.bank, (0, 0, 0, more)) if more else case.bank.detach()
+        w.requires_grad_(trains)
 
         def run() -> Result:
             with torch.set_grad_enabled(mode != "forward"):
@@ -737,15 +747,35 @@ def liger(chunk_budget: int) -> Callable[[Case], CrossEntropy]:
     return load
 
 
-def quack_chunk(rows: int, columns: int) -> int:
-    """Rows of logits at a time: its default 4096, or as many as 32-bit addresses reach."""
+def liger_cute(rows: int, columns: int) -> Callable[[Case], CrossEntropy]:
+    """Its newest kernels, for Hopper alone; they make both gradients, whatever is wanted."""
+
+    def load(case: Case) -> CrossEntropy:
+        try:
+            module = import_module("liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90")
+        except ImportError as error:
+            raise ImportError(f"{error}; pip install 'liger-kernel[cutedsl]>=0.8.5'") from error
+        function = module.liger_fused_linear_cross_entropy_sm90
+        chunk = chunk_rows(rows, columns)
+
+        def summed(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
+            parts = zip(x.split(chunk), labels.split(chunk), strict=True)
+            return torch.stack([function(own, w, ids, reduction="sum") for own, ids in parts]).sum()
+
+        return summed
+
+    return load
+
+
+def chunk_rows(rows: int, columns: int) -> int:
+    """Rows of logits at a time: quack's default of 4096, or as many as 32-bit addresses reach."""
     return max(128, min(4096, (INT32 - 1) // columns // 128 * 128, -(-rows // 128) * 128))
 
 
 def quack(rows: int, columns: int) -> Callable[[Case], CrossEntropy]:
     def load(case: Case) -> CrossEntropy:
         function = import_module("quack.linear_cross_entropy").chunked_linear_cross_entropy
-        chunk = quack_chunk(rows, columns)
+        chunk = chunk_rows(rows, columns)
         return lambda x, w, labels: function(
             x, w, labels, chunk_size=chunk, reduction="sum", tuned=False
         )

@@ -54,6 +54,9 @@ SMALL = (
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = common_arguments(__doc__)
     parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES])
+    parser.add_argument(
+        "--rivals", nargs="+", metavar="WORD", help="only those whose names hold one of these"
+    )
     parser.add_argument("--smoke", action="store_true", help="a hundredth of the sizes")
     return parser.parse_args(words)
 
@@ -214,7 +217,7 @@ def goal(timings: Sequence[Timing]) -> dict[str, Any]:
 
 def main(words: Sequence[str] | None = None) -> None:
     options = arguments(words)
-    report = Report("metrics", device=options.device, dtype="float32")
+    report = Report("metrics", device=options.device, dtype="float32", store=options.store)
     goals = {}
     for case in SMALL if options.smoke else CASES:
         if options.cases and case.name not in options.cases:
@@ -242,6 +245,10 @@ def main(words: Sequence[str] | None = None) -> None:
                 check,
             ),
         ]
+        if options.rivals:
+            rivals = [
+                rival for rival in rivals if any(word in rival.name for word in options.rivals)
+            ]
         timings = compare(rivals, repetitions=options.repetitions, device=options.device)
         queries = case.queries or case.database
         figure = exact if isinstance(exact, float) else exact["medium_map"]
@@ -258,11 +265,12 @@ def main(words: Sequence[str] | None = None) -> None:
             unit="Mpairs",
             accuracy="points off",
         )
-        goals[case.name] = goal(timings)
+        if not options.rivals:
+            goals[case.name] = goal(timings)
     print()
     for name, reached in goals.items():
         print(f"{name}: {reached}")
-    report.finish(store=options.store, notes={"goals": goals})
+    report.finish(notes={"goals": goals})
 
 
 if __name__ == "__main__":

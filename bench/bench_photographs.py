@@ -117,15 +117,14 @@ def main() -> None:
         "train_data": str(data / "grocery" / "grocery-train-*.tar"),
         "captions": [str(path) for path in sorted((data / "captions").glob("*.txt.gz"))],
     }
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.cost is not None:
         options.pop("probe_data", None)  # no budget is kept
         rivals = {"mcip": {**SCHEDULE, **changes}, arguments.method: options}
         common = {"model": base, "cache": arguments.out / "embeddings", **sources}
         row = {"method": arguments.method, **cost(rivals, common, arguments.cost)}
-        report = Report("photographs_cost", device=device, dtype=training_dtype(device))
+        report = _report("photographs_cost", arguments)
         report.record(row)
-        report.finish(store=arguments.store, summary=row)
+        report.finish(summary=row)
         return
     if arguments.method == "mcip+":
         options.setdefault("rea_class_names", str(data / "grocery" / "classes.tsv"))
@@ -154,14 +153,19 @@ def main() -> None:
         "alignment": alignment,
         "train_seconds": round(train_seconds, 1),
     }
-    report = Report("photographs", device=device, dtype=training_dtype(device))
+    report = _report("photographs", arguments)
     report.record(row)
     for coefficient in arguments.coefficients:
         assert run is not None  # "base" has no coefficients
         drawn_back = draw_back(base, run, coefficient)
         found = measure(str(drawn_back), data, arguments.split)
         report.record({**row, **found, "coefficient": coefficient})
-    report.finish(store=arguments.store, summary=row)
+    report.finish(summary=row)
+
+
+def _report(bench: str, arguments: argparse.Namespace) -> Report:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Report(bench, device=device, dtype=training_dtype(device), store=arguments.store)
 
 
 def cost(

@@ -590,16 +590,14 @@ def measure(
                     seconds=options.seconds,
                     least=5,
                 )
-                before = len(report.rows)
                 report.add(
                     case | {"query": query, "batch": batch},
                     timings,
                     work=batch,
                     unit="queries",
                     accuracy=f"recall@{options.k}",
+                    notes={"note": options.note, "knob": kind.knob, "values": knobs},
                 )
-                for row in report.rows[before:]:
-                    row |= {"note": options.note, "knob": kind.knob, "values": knobs}
                 figures["queries"].setdefault(query, {})[f"batch {batch}"] = {
                     timing.rival: {
                         "seconds": {f"p{at}": timing.quantile(at / 100) for at in (20, 50, 80)},
@@ -626,7 +624,13 @@ def main(words: Sequence[str] | None = None) -> None:
 
 def _run(options: argparse.Namespace, work: Path) -> None:
     start = time.perf_counter()
-    report = Report("storage", device="cpu", dtype="float32", packages=("faiss-cpu", "faiss-gpu"))
+    report = Report(
+        "storage",
+        device="cpu",
+        dtype="float32",
+        packages=("faiss-cpu", "faiss-gpu"),
+        store=options.store,
+    )
     labels = cluster_labels(options.vectors, options.seed)
     spaces, banks = {}, {}
     for number, name in enumerate(("image", "joint")):
@@ -653,7 +657,6 @@ def _run(options: argparse.Namespace, work: Path) -> None:
     case = {name: getattr(options, name) for name in ("vectors", "dimensions", "queries", "k")}
     case |= {"links": options.links, "ef_construction": options.ef_construction}
     report.finish(
-        store=options.store,
         summary={
             "bench": "storage",
             "case": case | {"lists": lists(options.vectors), "seed": options.seed},

@@ -103,7 +103,13 @@ def select_cases(options: argparse.Namespace) -> list[Case]:
 def main(words: Sequence[str] | None = None) -> None:
     options = arguments(words)
     end = None if options.seconds is None else time.monotonic() + options.seconds
-    report = Report("topk", device=options.device, dtype=options.dtype, packages=PACKAGES)
+    report = Report(
+        "topk",
+        device=options.device,
+        dtype=options.dtype,
+        packages=PACKAGES,
+        store=options.store,
+    )
     missing: dict[str, str] = {}
     left_out = []
     packing: dict[str, float] = {}
@@ -151,7 +157,7 @@ def main(words: Sequence[str] | None = None) -> None:
         print(f"{name}: {reason}")
     print(f"seconds to pack the bank, once: {packing}; cases left out: {left_out or 'none'}")
     notes = {"missing": missing, "left_out": left_out, "packing_seconds": packing}
-    report.finish(store=options.store, notes=notes)
+    report.finish(notes=notes)
 
 
 def gflop(problem: Problem, count: int) -> float:

@@ -139,11 +139,13 @@ def main() -> None:
             Rival("open_clip, both towers", open_clips_loop(table, options, False), float),
             Rival("pymcip mcip", our_loop(table, Path(folder), options), float),
         ]
-        report = Report("train", device=options.device, dtype=options.precision)
+        report = Report(
+            "train", device=options.device, dtype=options.precision, store=options.store
+        )
         timings = compare(rivals, repetitions=options.repetitions, device=options.device)
     case = {"model": options.model, "batch": options.batch_size, "workers": options.workers}
     report.add(case, timings, work=images, unit="images", accuracy="skipped")
-    report.finish(store=options.store)
+    report.finish()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import ctypes
 import datetime as dt
 import gc
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -29,7 +30,6 @@ from pymcip.environment import environment_report
 from pymcip.model import has_bf16
 
 RESULTS = Path(__file__).parent / "results"
-
 
 Accuracy = float | Mapping[str, float] | None
 
@@ -88,7 +88,13 @@ def compare(
         found.append(timing)
         gc.collect()
         if device == "cuda":
-            wait()  # raises if a kernel has broken the device's context: nothing can follow then
+            try:
+                wait()
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"{rival.name} left the GPU unusable for this process, in which nothing more can "
+                    "be measured; leave it out with --rivals, or give it a process of its own"
+                ) from error
             torch.cuda.empty_cache()
     times: list[list[float]] = [[] for _ in rivals]
     gc.disable()
@@ -174,16 +180,30 @@ def training_dtype(device: str) -> str:
 
 
 class Report:
-    """Prints a table per case; at the end one line of JSON, and on request the rows in a file."""
+    """Prints a table per case, and at the end one line of JSON.
+
+    With `store` each row is added to a file as soon as it is there, so that a bench that is killed
+    loses no more than what it was at: bench/results/BENCH.jsonl, or the one that the environment
+    names in PYMCIP_BENCH_ROWS.
+    """
 
     def __init__(
-        self, bench: str, *, device: str, dtype: str, packages: Sequence[str] = ()
+        self,
+        bench: str,
+        *,
+        device: str,
+        dtype: str,
+        packages: Sequence[str] = (),
+        store: bool = False,
     ) -> None:
         """`packages`: the rivals', whose versions go into the rows, too."""
         environment = environment_report()
         versions = environment["versions"] | {name: _version(name) for name in packages}
         self.bench = bench
         self.rows: list[dict[str, Any]] = []
+        self._file: Path | None = None
+        if store:
+            self._file = Path(os.environ.get("PYMCIP_BENCH_ROWS") or RESULTS / f"{bench}.jsonl")
         self._common = {
             "bench": bench,
             "device": torch.cuda.get_device_name()
@@ -208,10 +228,12 @@ class Report:
         unit: str,
         accuracy: str,
         ceiling: str | None = None,
+        notes: Mapping[str, Any] | None = None,
     ) -> None:
         """`work` per run in `unit` gives the rate; `ceiling` names the rival that bounds it.
 
-        `accuracy` names the figure of rivals whose check gives a single one.
+        `accuracy` names the figure of rivals whose check gives a single one. `notes` go into every
+        row as they are.
         """
         done = [row for row in timings if row.seconds]
         bound = next((row for row in done if row.rival == ceiling), None)
@@ -227,11 +249,10 @@ class Report:
         print("\n" + ", ".join(f"{name} {value}" for name, value in case.items()))
         print(head + "".join(f"{name:>12}" for name in columns))
         for timing in timings:
-            row = {**self._common, "case": dict(case), "rival": timing.rival}
-            self.rows.append(row)
+            row = {"case": dict(case), "rival": timing.rival, **(notes or {})}
             if not timing.seconds:
                 print(f"{timing.rival:<28}  {timing.error}")
-                row["error"] = timing.error
+                self.record(row | {"error": timing.error})
                 continue
             p20, p50, p80 = (timing.quantile(share) for share in (0.2, 0.5, 0.8))
             rate = (timing.work or work) / p50
@@ -256,30 +277,29 @@ class Report:
                 line += f"{mebibytes:>10}"
             shown = [figures[timing.rival].get(name) for name in columns]
             print(
-                line + "".join(f"{'' if value is None else _brief(value):>12}" for value in shown)
+                line + "".join(f"{'' if value is None else _brief(value):>12}" for value in shown),
+                flush=True,
             )
+            self.record(row)
 
     def record(self, figures: Mapping[str, Any]) -> None:
-        """Add a row that is no timing: figures with device, versions, commit and command."""
-        self.rows.append({**self._common, **figures})
+        """Add a row: these figures with device, versions, commit and command."""
+        row = {**self._common, **figures}
+        self.rows.append(row)
+        if self._file is not None:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with self._file.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(row) + "\n")
 
     def finish(
         self,
         *,
-        store: bool,
         summary: Mapping[str, Any] | None = None,
         notes: Mapping[str, Any] | None = None,
     ) -> None:
-        """Store the rows if asked to; print `summary`, or all timings in brief, as the last line.
-
-        `notes` go into that line, too, beside the timings.
-        """
-        if store:
-            RESULTS.mkdir(exist_ok=True)
-            path = RESULTS / f"{self.bench}.jsonl"
-            with path.open("a", encoding="utf-8") as stream:
-                stream.writelines(json.dumps(row) + "\n" for row in self.rows)
-            print(f"\n{len(self.rows)} rows added to {path}")
+        """Print `summary`, or all timings in brief with `notes` beside them, as the last line."""
+        if self._file is not None:
+            print(f"\n{len(self.rows)} rows added to {self._file}")
         if summary is not None:
             print(json.dumps(summary))
             return
@@ -323,7 +343,9 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The checked-out commit, marked if the tree differs from it; None outside a repository."""
+    """The checked-out commit, marked if the tree differs from it; outside a repository PYMCIP_COMMIT."""
+    if given := os.environ.get("PYMCIP_COMMIT"):
+        return given
     try:
         return subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],

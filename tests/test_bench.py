@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -88,14 +89,77 @@ def test_a_rival_that_fails_stops_nothing(bench: Any, capsys: pytest.CaptureFixt
     assert [len(timing.seconds) for timing in timings] == [3, 0]
     report = bench.Report("none", device="cpu", dtype="float32")
     report.add({}, timings, work=1.0, unit="runs", accuracy="value")
-    report.finish(store=False)
+    report.finish()
     assert '"error": "RuntimeError: out of luck"' in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_rows_are_stored_when_they_are_measured(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "new" / "rows.jsonl"
+    monkeypatch.setenv("PYMCIP_BENCH_ROWS", str(file))
+    monkeypatch.setenv("PYMCIP_COMMIT", "abc")
+    report = bench.Report("none", device="cpu", dtype="float32", store=True)
+    timings = bench.compare([bench.Rival("one", lambda: None)])
+    for count in (1, 2):
+        notes = {"count": count}
+        report.add({"B": 1}, timings, work=1.0, unit="runs", accuracy="value", notes=notes)
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        assert len(rows) == count
+        assert {name: rows[-1][name] for name in ("bench", "rival", "commit", "count")} == {
+            "bench": "none",
+            "rival": "one",
+            "commit": "abc",
+            "count": count,
+        }
+
+
+def test_a_rival_that_breaks_the_gpu_is_named(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise RuntimeError("illegal memory access")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    with pytest.raises(RuntimeError, match=r"^one left the GPU unusable .* with --rivals"):
+        bench.compare([bench.Rival("one", lambda: None)], device="cuda", tolerant=True)
+
+
+def test_liger_cute_gets_the_shapes_that_it_takes(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = bench.Case(256, 700, 16, bench.arguments(["--cluster", "64"]))
+    monkeypatch.setattr(bench, "chunk_rows", lambda rows, columns: 128)
+    rival = bench.cross_entropy_builder(bench.liger_cute(256, 700), 256)
+    name = "liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90"
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=r"pip install 'liger-kernel\[cutedsl\]>=0.8.5'"):
+        rival(case, "arc")
+
+    def its_function(
+        _input: torch.Tensor,
+        weight: torch.Tensor,
+        target: torch.Tensor,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+    ) -> torch.Tensor:
+        assert len(_input) == len(target) == 128
+        assert len(weight) == 768
+        return torch.nn.functional.cross_entropy(
+            _input.float() @ weight.float().T, target, reduction=reduction
+        )
+
+    module = SimpleNamespace(liger_fused_linear_cross_entropy_sm90=its_function)
+    monkeypatch.setitem(sys.modules, name, module)
+    run, check = rival(case, "arc")
+    figures = check(run())
+    # 68 more terms of e^0 beside 700
+    assert set(figures) == {"loss err", "dX err", "dW err"}
+    assert max(figures.values()) < 0.1
 
 
 @pytest.mark.parametrize(
     ("rows", "columns", "chunk"),
     [(4096, 168_192, 4096), (4096, 1_000_320, 2048), (512, 12_000_000, 128), (200, 1000, 256)],
 )
-def test_quack_chunk(bench: Any, rows: int, columns: int, chunk: int) -> None:
-    assert bench.quack_chunk(rows, columns) == chunk
+def test_chunk_rows(bench: Any, rows: int, columns: int, chunk: int) -> None:
+    assert bench.chunk_rows(rows, columns) == chunk
     assert chunk * columns < 2**31

@@ -43,6 +43,8 @@ def test_a_run(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_one_case(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    bench.main(["--smoke", "--repetitions", "1", "--cases", "roxford"])
+    bench.main(["--smoke", "--repetitions", "1", "--cases", "roxford", "--rivals", "torch"])
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert {row["case"]["case"] for row in last["rows"]} == {"roxford"}
+    (row,) = last["rows"]
+    assert (row["case"]["case"], row["rival"]) == ("roxford", "torch mm+argsort+loop")
+    assert not last["goals"]  # which take all rivals

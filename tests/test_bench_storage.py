@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib
 import json
 import sys
 from collections.abc import Iterator
@@ -248,13 +247,13 @@ def test_a_run(bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 @needs_faiss
 def test_picture_and_rows(bench: Any, tmp_path: Path, monkeypatch: Any) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(importlib.import_module("harness"), "RESULTS", tmp_path / "results")
+    monkeypatch.setenv("PYMCIP_BENCH_ROWS", str(tmp_path / "rows.jsonl"))
     words = [*SMALL, *QUICK, "--indexes", "flat", "--threads", "2", "--store", "--plot"]
     bench.main([*words, "--out", str(tmp_path)])
     assert (tmp_path / "storage.png").read_bytes().startswith(b"\x89PNG")
     table = (tmp_path / "storage.md").read_text(encoding="utf-8")
     assert "| flat | combined, two indexes at once |" in table
-    stored = (tmp_path / "results" / "storage.jsonl").read_text(encoding="utf-8").splitlines()
+    stored = (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in stored]
     assert [row["rival"] for row in rows if "bytes" in row] == [bench.TWO, bench.ONE]
     timed = [row for row in rows if "seconds" in row]
