@@ -6,13 +6,7 @@ bf16 products, plus 1e-4. Without a GPU the Triton kernels run in Triton's inter
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,61 +16,15 @@ from torch import Tensor
 
 from pymcip.ops import explain, margin_softmax
 from pymcip.ops.margin_softmax import (
-    CELL_COLUMNS,
-    CELL_ROWS,
     margin_logit,
     margin_softmax_filtered,
     probe_triton,
 )
+from tests.margin_softmax_cases import ANEW, KEEP, ON_GPU, Case, Way
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MISSING = probe_triton()  # Triton older than 3.4 has no tensor descriptors
 needs_triton = pytest.mark.skipif(MISSING is not None, reason=f"Triton: {MISSING}")
-KEEP, ANEW = 1 << 30, 1  # scratch: all of E, or one cell at a time
-
-
-@dataclass(frozen=True)
-class Case:
-    rows: int
-    columns: int
-    dim: int
-    scale: float = 30.0
-    margin: float = 0.3
-    positives: int = 1  # per row; -1: all columns
-    clustered: bool = False
-    duplicates: bool = False  # half of the columns repeat the other half
-    pole: float = 0.0  # +-1: the first rows equal their positive, or its opposite
-    equal: bool = False  # all rows and columns are the same
-
-    @lru_cache(maxsize=2)  # noqa: B019  # one case after the other
-    def make(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x, w in fp32, and the positives in CSR form."""
-        generator = torch.Generator().manual_seed(self.rows + 7 * self.columns + self.dim)
-        count = self.columns if self.positives < 0 else min(self.positives, self.columns)
-        w = torch.randn(self.columns, self.dim, generator=generator)
-        x = torch.randn(self.rows, self.dim, generator=generator)
-        if self.clustered:  # cells are clusters, and rows lie near some of them
-            centres = torch.randn(-(-self.columns // CELL_COLUMNS), self.dim, generator=generator)
-            w = 0.5 * w + centres.repeat_interleave(CELL_COLUMNS, 0)[: self.columns]
-            near = torch.arange(self.rows) // CELL_ROWS % len(centres)
-            x = 0.5 * x + centres[near]
-            own = near[:, None] * CELL_COLUMNS + torch.arange(count)
-            return x, w, torch.arange(self.rows + 1) * count, own.flatten()
-        if self.duplicates:
-            w[self.columns // 2 : self.columns // 2 * 2] = w[: self.columns // 2]
-        if self.equal:
-            x[:], w[:] = x[:1].clone(), x[:1].clone()
-        own = torch.stack(
-            [torch.randperm(self.columns, generator=generator)[:count] for _ in range(self.rows)]
-        ) if count else torch.empty(self.rows, 0, dtype=torch.int64)  # fmt: skip
-        if self.pole and count:
-            x[::2] = self.pole * 3 * w[own[::2, 0]]
-        indptr = torch.arange(self.rows + 1) * count
-        if self.rows > 2 and count > 1:  # rows of different lengths, one of them empty
-            flat = [own[row, : (0 if row == 1 else 1 + row % count)] for row in range(self.rows)]
-            indptr = torch.tensor([0, *map(len, flat)]).cumsum(0)
-            return x, w, indptr, torch.cat(flat)
-        return x, w, indptr, own.flatten()
 
 
 def dense(
@@ -126,30 +74,16 @@ def references(case: Case, half: str | None) -> tuple[list[Tensor], list[float]]
 
 
 def bring(case: Case, half: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, w, indptr, indices = (value.to(DEVICE, copy=True) for value in case.make())
+    x, w, indptr, indices = (value.clone() for value in case.make(DEVICE))
     return x, w if half is None else w.to(getattr(torch, half)).float(), indptr, indices
 
 
-def check(
-    case: Case, backend: str, compute: str, *, need_w: bool, scratch: int, half_bank: bool = False
-) -> None:
-    half = compute if half_bank else None
+def check(case: Case, backend: str, way: Way) -> None:
+    half = way.compute if way.half_bank else None
     x, w, indptr, indices = bring(case, half)
     expected, allowed = references(case, half)
-    leaves = x.requires_grad_(), w.requires_grad_(need_w)
-    loss = margin_softmax(
-        x,
-        w.to(getattr(torch, compute)) if half_bank else w,
-        indptr,
-        indices,
-        scale=case.scale,
-        margin=case.margin,
-        compute=compute,
-        scratch=scratch,
-        backend=backend,
-        w_norms=w.norm(dim=1) if half_bank else None,
-    )
-    found = results(loss, *leaves)
+    leaves = x.requires_grad_(), w.requires_grad_(way.need_w)
+    found = results(way.loss(backend, case, *leaves, indptr, indices), *leaves)
     for name, own, plain in zip(
         ("loss", "dX", "dW"), errors(found, expected[: len(found)]), allowed, strict=False
     ):
@@ -178,49 +112,47 @@ LARGE = [
     Case(256, 1000, 768, scale=64.0, margin=0.5),
     Case(256, 1000, 512, positives=-1),
 ]
-GPU = [
-    *LARGE,
-    Case(4096, 131_073, 768, scale=64.0, margin=0.5, positives=50),
-    Case(256, 131_073, 1152, positives=5),
-    Case(4096, 131_073, 512, scale=16.0, margin=0.0, positives=1),
-    Case(1, 131_073, 512, scale=64.0, positives=50),
-]
-WAYS = [(False, KEEP), (False, ANEW), (True, KEEP), (True, ANEW)]
+COMPUTE = pytest.mark.parametrize("compute", ["bfloat16", "float16"])
+GRADIENTS = pytest.mark.parametrize("need_w", [False, True])
+SCRATCH = pytest.mark.parametrize("scratch", [KEEP, ANEW])
 
 
 @needs_triton
 @pytest.mark.parametrize("case", SMALL, ids=str)
-@pytest.mark.parametrize(("need_w", "scratch"), WAYS)
-@pytest.mark.parametrize("compute", ["bfloat16", "float16"])
+@GRADIENTS
+@SCRATCH
+@COMPUTE
 def test_triton(case: Case, compute: str, need_w: bool, scratch: int) -> None:
-    check(case, "triton", compute, need_w=need_w, scratch=scratch)
+    check(case, "triton", Way(compute, need_w, scratch))
 
 
 @needs_triton
 @pytest.mark.parametrize("case", SMALL[4:7], ids=str)
-@pytest.mark.parametrize("compute", ["bfloat16", "float16"])
+@COMPUTE
 def test_triton_with_a_bank_as_it_is(case: Case, compute: str) -> None:
     """A frozen bank in 16 bits, rows of any norm: not copied, its norms are given."""
-    check(case, "triton", compute, need_w=False, scratch=KEEP, half_bank=True)
+    check(case, "triton", Way(compute, half_bank=True))
 
 
 @needs_triton
 @pytest.mark.parametrize("case", SMALL[4:7], ids=str)
-@pytest.mark.parametrize(("need_w", "scratch"), WAYS)
+@GRADIENTS
+@SCRATCH
 def test_triton_with_pointers(
     case: Case, need_w: bool, scratch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """GPUs before Hopper load tiles by pointers."""
     monkeypatch.setattr("pymcip.triton_kernels.margin_softmax.capability", lambda device: 8)
-    check(case, "triton", "bfloat16", need_w=need_w, scratch=scratch)
+    check(case, "triton", Way("bfloat16", need_w, scratch))
 
 
 @pytest.mark.parametrize("case", SMALL + LARGE, ids=str)
-@pytest.mark.parametrize(("need_w", "scratch"), WAYS)
+@GRADIENTS
+@SCRATCH
 def test_cpu(case: Case, need_w: bool, scratch: int) -> None:
     if DEVICE != "cpu":
         pytest.skip("runs where there is no GPU")
-    check(case, "cpu", "bfloat16", need_w=need_w, scratch=scratch)
+    check(case, "cpu", Way("bfloat16", need_w, scratch))
 
 
 @needs_triton
@@ -235,19 +167,18 @@ def test_cpu(case: Case, need_w: bool, scratch: int) -> None:
         margin=st.sampled_from([0.0, 0.3, 0.5]),
         positives=st.integers(0, 2),  # each costs the interpreter a pass over its tile
     ),
-    way=st.sampled_from(WAYS),
+    need_w=st.booleans(),
+    scratch=st.sampled_from([KEEP, ANEW]),
 )
-def test_any_small_problem(case: Case, way: tuple[bool, int]) -> None:
-    check(case, "triton", "bfloat16", need_w=way[0], scratch=way[1])
+def test_any_small_problem(case: Case, need_w: bool, scratch: int) -> None:
+    check(case, "triton", Way("bfloat16", need_w, scratch))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
-@pytest.mark.parametrize("case", GPU, ids=str)
-@pytest.mark.parametrize(("need_w", "scratch"), WAYS)
-@pytest.mark.parametrize("compute", ["bfloat16", "float16"])
-def test_gpu(case: Case, compute: str, need_w: bool, scratch: int) -> None:
-    check(case, "triton", compute, need_w=need_w, scratch=max(scratch, 1 << 26))
+@pytest.mark.parametrize(("case", "way"), ON_GPU, ids=str)
+def test_gpu(case: Case, way: Way) -> None:
+    check(case, "triton", way)
 
 
 @pytest.mark.gpu
@@ -278,7 +209,7 @@ def test_gpu_more_than_2_31_elements(backend: str) -> None:
 @pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
 @pytest.mark.parametrize("scratch", [KEEP, 1 << 26])
 def test_gpu_two_runs_give_the_same_bits(scratch: int) -> None:
-    x, w, indptr, indices = (value.cuda() for value in Case(512, 50_000, 512, positives=3).make())
+    x, w, indptr, indices = Case(512, 50_000, 768, positives=3).make(DEVICE)
     runs = []
     for _ in range(2):
         leaves = x.clone().requires_grad_(), w.clone().requires_grad_()
@@ -288,13 +219,18 @@ def test_gpu_two_runs_give_the_same_bits(scratch: int) -> None:
 
 # --- the certified filter -----------------------------------------------------------------------
 
-CLUSTERED = Case(130, 2500, 64, positives=3, clustered=True)
-RANDOM = Case(130, 2500, 64, positives=3)
+CLUSTERED = Case(130, 2500, 72, positives=3, clustered=True)
+RANDOM = Case(130, 2500, 72, positives=3)
 
 
 @pytest.mark.parametrize(
     ("backend", "compute"),
-    [("torch", "float64"), ("cpu", "float32"), ("cpu", "bfloat16"), ("triton", "bfloat16")],
+    [
+        ("torch", "float64"),
+        ("cpu", "float32"),
+        ("cpu", "bfloat16"),
+        pytest.param("triton", "bfloat16", marks=pytest.mark.gpu),
+    ],
 )
 @pytest.mark.parametrize("case", [CLUSTERED, RANDOM], ids=["clustered", "random"])
 @pytest.mark.parametrize("delta", [1e-3, 0.3])
@@ -306,7 +242,7 @@ def test_filter_keeps_its_bound(
         pytest.skip("runs where there is no GPU")
     if backend == "triton" and MISSING is not None:
         pytest.skip(MISSING)
-    x, w, indptr, indices = (value.to(DEVICE) for value in case.make())
+    x, w, indptr, indices = case.make(DEVICE)
     x = torch.nn.functional.normalize(x.double(), dim=1)
     if backend != "torch":
         x = x.float()
@@ -342,44 +278,6 @@ def test_filter_keeps_its_bound(
     if not case.clustered and delta > 0.1 and not need_w:  # ten cells of about a tenth each
         assert float(skipped.mass.max()) > 0.1
         assert float(error.max()) > 0.01
-
-
-# --- compiled ahead of time ---------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def compiled() -> list[dict[str, int]]:
-    """Resources of every kernel, for sm_80 and sm_90; Triton needs no GPU for this."""
-    script = Path(__file__).parent / "compile_margin_softmax.py"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(script), "80", "90"],
-        capture_output=True, text=True, env=environment, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-@needs_triton
-def test_compiled_kernels_fit_and_do_not_spill(compiled: list[dict[str, int]]) -> None:
-    assert {row["capability"] for row in compiled} == {80, 90}
-    for row in compiled:
-        assert row["local"] == 0, row
-        assert row["registers"] <= 255, row
-        # 40 bytes of stack are what Triton 3.6 needs on sm_80; spilled products take hundreds
-        assert row["stack"] <= (0 if row["capability"] == 90 else 64), row
-        assert row["shared"] <= {80: 166_912, 90: 232_448}[row["capability"]], row
-        assert row["atomics"] == 0, row
-
-
-@needs_triton
-def test_compiled_kernels_use_the_tensor_cores(compiled: list[dict[str, int]]) -> None:
-    for row in compiled:
-        if row["capability"] == 90:
-            assert row["wgmma"] > 0, row
-            assert row["tma"] > 0, row
-        else:
-            assert row["mma"] > 0, row
 
 
 @needs_triton

@@ -586,7 +586,7 @@ class _Launch:
                 SUMS=sums is not None,
                 ONLINE=maxima is not None,
                 STORE=e is not None,
-                RAW=self.raw,
+                RAW=self.raw and e is not None,
                 OFFSET=offset is not None,
                 FILTER=active is not None,
                 **self.constants(config),

@@ -37,8 +37,8 @@ TUNED = 1 << 16  # fewer rows of a bank are not worth timing tile sizes
 # --- kernels ----------------------------------------------------------------------------------
 
 
-# Numbers that vary from chunk to chunk are no reason to compile again.
-@triton.jit(do_not_specialize=["rows"])
+# Numbers and addresses of vectors that vary from chunk to chunk are no reason to compile again.
+@triton.jit(do_not_specialize=["rounded_ptr", "length_ptr", "residual_ptr", "rows"])
 def prepare_kernel(
     in_ptr,  # [rows, D] with any strides
     out_ptr,  # [rows, WIDTH] 16 bits, if STORE
@@ -85,7 +85,12 @@ def score_of(key):
     return bits.to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["rows", "first", "last", "row_tiles", "tiles_each", "key_stride"])
+@triton.jit(
+    do_not_specialize=[
+        "q_length_ptr", "q_residual_ptr", "c_rounded_ptr", "c_residual_ptr", "best_ptr",
+        "rows", "first", "last", "row_tiles", "tiles_each", "key_stride",
+    ]
+)  # fmt: skip
 def screen_kernel(
     q_tiles,  # [N, WIDTH] 16 bits; this and the next: tensor descriptors if TMA, else pointers
     c_tiles,  # [M, WIDTH]

@@ -1,0 +1,88 @@
+"""Triton's kernels compiled for GPUs that aren't there: resources, instructions, and how many.
+
+Triton needs no GPU for this, but a process in which nothing is interpreted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pymcip.ops.margin_softmax import probe_triton
+
+pytestmark = pytest.mark.skipif(
+    (probe_triton() or "").startswith("Triton"), reason=f"{probe_triton()}"
+)
+CAPABILITIES = (80, 90, 100, 120)
+SHARED = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes that a program may have
+# Triton 3.6 lets products of sm_120 and the screen of sm_80 have this much stack; spilled products
+# take hundreds.
+STACK = 16
+TENSOR_CORES = {80: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}
+PRODUCTS = {"exponentials", "rows", "columns", "screen"}
+
+
+def started(script: str, *words: str) -> subprocess.Popen[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", str(Path(__file__).parent / script), *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+
+
+def rows_of(processes: Sequence[subprocess.Popen[str]]) -> list[dict[str, Any]]:
+    found = []
+    for process in processes:
+        out, error = process.communicate()
+        assert process.returncode == 0, error
+        found += [json.loads(line) for line in out.splitlines()]
+    return found
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict[str, Any]]:
+    """Resources of what runs without timing, on every kind of GPU."""
+    found = []
+    for capability in CAPABILITIES:  # two at a time
+        scripts = ("compile_margin_softmax.py", "compile_topk.py")
+        found += rows_of([started(script, str(capability)) for script in scripts])
+    return found
+
+
+def test_kernels_fit_and_do_not_spill(compiled: list[dict[str, Any]]) -> None:
+    assert {row["capability"] for row in compiled} == set(CAPABILITIES)
+    assert {row["kernel"] for row in compiled} == PRODUCTS | {"prepare", "refine"}
+    for row in compiled:
+        assert row["local"] == 0, row
+        assert row["stack"] <= STACK, row
+        assert row["registers"] <= 255, row
+        assert row["shared"] <= SHARED[row["capability"]], row
+
+
+def test_products_use_the_tensor_cores(compiled: list[dict[str, Any]]) -> None:
+    for row in compiled:
+        if row["kernel"] in PRODUCTS:
+            assert row[TENSOR_CORES[row["capability"]]] > 0, row
+            assert row["tma"] > 0 or row["capability"] == 80, row
+
+
+def test_nothing_depends_on_the_order_of_programs(compiled: list[dict[str, Any]]) -> None:
+    for row in compiled:
+        if row["kernel"] != "screen":  # appends to lists that are sorted afterwards
+            assert row["atomics"] == 0, row
+        if row["kernel"] == "refine":  # flushed scores would not be canonical
+            assert row["flushes"] == 0, row
+
+
+def test_gpu_tests_compile_few_kernels() -> None:
+    """Each takes a second or more, of the minutes that a GPU check has."""
+    kernels = Counter(row["kernel"] for row in rows_of([started("count_kernels.py")]))
+    assert kernels.total() <= 80, kernels
