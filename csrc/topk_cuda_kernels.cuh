@@ -582,6 +582,8 @@ struct MmaShape {
     static constexpr int shared_bytes = stages * stage_bytes + tile_rows * 4;
     static_assert(stages * stage_bytes >= threads / 32 * kHits * static_cast<int>(sizeof(Hit)));
 };
+// What a block gets where it gets least: sm_86, sm_89, sm_120.
+static_assert(MmaShape<128>::shared_bytes <= 99 * 1024);
 
 template <Screen screen, int tile_rows>
 __global__ __launch_bounds__(256) void screen_mma(const ScreenProblem p) {
