@@ -372,6 +372,11 @@ void copy(void* to, const void* from, std::int64_t bytes, cudaMemcpyKind kind, c
     check(cudaMemcpyAsync(to, from, static_cast<std::size_t>(bytes), kind, stream), "copying");
 }
 
+template <Screen screen>
+auto pack_kernel(int columns) {
+    return columns <= 8 * kPart ? cuda::pack<screen, 8> : cuda::pack<screen, kMostD / kPart>;
+}
+
 void Form::pack(const Source& source, std::int64_t first, int rows, const Packed& to,
                 unsigned long long* unrankable, int processors, cudaStream_t stream) const {
     for (float* most : {to.group_norm, to.group_residual})
@@ -387,23 +392,9 @@ void Form::pack(const Source& source, std::int64_t first, int rows, const Packed
     p.group_residual = to.group_residual;
     p.unrankable = unrankable;
     p.first = first;
-    const bool bf16 = screen == Screen::bf16;
-    const auto start = [&](auto bf16_kernel, auto int8_kernel) {
-        launch(bf16 ? bf16_kernel : int8_kernel,
-               blocks_for(rows, bf16 ? kPackThreads / 32 : 1, processors), kPackThreads,
-               bf16 ? 0 : spread_length(row_bytes) * sizeof(float), stream, p);
-    };
-    switch (source.type) {
-        case Type::float32:
-            start(pack_bf16<Type::float32>, pack_int8<Type::float32>);
-            break;
-        case Type::float16:
-            start(pack_bf16<Type::float16>, pack_int8<Type::float16>);
-            break;
-        case Type::bfloat16:
-            start(pack_bf16<Type::bfloat16>, pack_int8<Type::bfloat16>);
-            break;
-    }
+    const auto kernel = screen == Screen::bf16 ? pack_kernel<Screen::bf16>(columns)
+                                               : pack_kernel<Screen::int8>(columns);
+    launch(kernel, blocks_for(rows, kPackThreads / 32, processors), kPackThreads, 0, stream, p);
     launched();
 }
 

@@ -521,6 +521,15 @@ void launch(Kernel kernel, int blocks, int threads, std::size_t shared_bytes, cu
     });
 }
 
+// Exact, subnormals, infinities and NaNs included.
+inline float half_to_float(std::uint16_t half) {
+    const std::uint32_t sign = (half & 0x8000u) << 16, magnitude = half & 0x7fffu;
+    if (magnitude >= 0x7c00u) return __uint_as_float(sign | 0x7f800000u | (magnitude << 13));
+    if (magnitude >= 0x0400u) return __uint_as_float(sign | ((magnitude << 13) + (112u << 23)));
+    const float value = static_cast<float>(magnitude) * (1.0f / (1 << 24));
+    return sign ? -value : value;
+}
+
 inline char* dynamic_shared() { return emulator::shared_memory; }
 
 inline std::uint32_t shared_address(const void* pointer) {
