@@ -27,6 +27,28 @@
 // to each residual. kTiny covers underflow of the products themselves.
 // Overflow: norms are finite, but where |q| |c| nears FLT_MAX a screen's sums may be infinite or NaN:
 // the bound is then infinite, and comparisons are written so that NaN admits.
+//
+// What bounds each kernel, by arithmetic (nothing is measured): D = 768, an H100 or H200 (132
+// processors, 1.755 GHz, 4096 bf16 FLOP per processor and cycle, twice that for INT8).
+//   screen   Per tile of 128 queries x 256 rows, in cycles of one processor:
+//                                                  bf16    INT8
+//              tensor cores, 2 x 128 x 256 x 768  12,288   6,144
+//              steps of 48 KB from L2               12       6     48 bytes per cycle in both
+//              looking through the sums               350     900   issue slots of each scheduler
+//            The tensor cores bound it as long as L2 feeds them: 132 x 48 bytes are 11 TB/s at the full
+//            rate, and if that is more than it gives, a cluster of two blocks that shares the bank's
+//            part (32 bytes per cycle) is what to try first. The sums of one warpgroup are looked
+//            through while the other multiplies; INT8 leaves 5,200 cycles for 900 slots, so it hides.
+//            Device memory: a row is read once per block of up to 8192 queries; 256 rows take 192 KB
+//            (INT8) or 384 KB (bf16), over query tiles x 6,144 or 12,288 / 132 cycles. From 4 query
+//            tiles (512 queries) on that is less than 2 TB/s; for fewer, device memory bounds it.
+//   pack     A warp per row. INT8: 1,220 instructions (sm_90a, bf16 rows; 24 values per lane: loading 140,
+//            rotating 590, 120 of them shuffles, rounding 240, maxima and sums 100), so 305 cycles of
+//            4 schedulers, 1.3 ns per row on 132 processors; its bytes (2,304 from bf16, 3,840 from
+//            fp32) take 0.8 or 1.3 ns at 3 TB/s. bf16: 460 instructions, 0.5 ns; norms of bf16 rows
+//            in place read 1,536 bytes, 0.5 ns. Fewer instructions help INT8, nothing else.
+//   refine   A block per query: latency of a few thousand cycles, 16 blocks per processor. An fp64
+//            score is 768 multiply-adds by 16 lanes; about k + 50 rows of a chunk get one.
 #pragma once
 
 #include <cstdint>
