@@ -17,7 +17,7 @@
 // none are: a range of `capacity` rows can't lose any. Refining recognises rows it has seen.
 //
 // The host stays one step ahead: step i + 1 is queued before it waits for step i and sees whether that
-// has lost candidates. Else it waits for the queries' packing, for every halved range, and at the end.
+// has lost candidates. It also waits for the queries' packing, for every halved range, and at the end.
 //
 // Three streams: the caller's has queries, screens and refining; one packs chunks; one copies those of a
 // bank in main memory (pageable rows through pinned pieces, by a thread of its own).
@@ -31,8 +31,8 @@
 //     one that was queued later gets what processors the other leaves.
 //
 // Device memory beyond inputs and outputs (defaults): packed queries up to 1 GiB, candidates 64 MiB,
-// two packed chunks of 256 MiB (none for a bank screened in place), for a bank in main memory two raw
-// chunks of 256 MiB, and 16 bytes per row of these; 32 MiB of pinned memory.
+// two packed chunks of 256 MiB (none for a bank screened in place or packed ahead), for a bank in main
+// memory two raw chunks of 256 MiB, and 16 bytes per row of these; 32 MiB of pinned memory.
 //
 // The file is also compiled by a plain C++ compiler against tests/cuda_emulator.
 #include "topk_cuda.hpp"

@@ -32,10 +32,10 @@ _SAVE_ROWS = 1 << 16
 class PackedBank:
     """Rows [M, D] and their rounded form, for `pymcip.ops.topk` where the rows are.
 
-    Takes D bytes per row beside the rows, twice that in bfloat16. On the CPU D is rounded up to a
-    multiple of 64. On a GPU the bytes are rounded up to a multiple of 128, and 16 come to each row;
-    nothing else does for bfloat16 rows packed in bfloat16 (without gaps within a row, and each at a
-    multiple of 16 bytes): these are screened where they are.
+    Beside the rows it takes, per row, D bytes on the CPU (D rounded up to a multiple of 64), twice
+    that in bfloat16. On a GPU it is D bytes, 2 D in bfloat16 (rounded up to a multiple of 128), and
+    16; only these 16 where rows that are bfloat16 themselves can be screened where they are, which
+    takes contiguous rows at multiples of 16 bytes.
 
     Attributes:
         rows: as given.
