@@ -213,8 +213,7 @@ def asked_for(name: str, options: argparse.Namespace) -> bool:
 def pack(bank: torch.Tensor, missing: dict[str, str]) -> tuple[Any, float]:
     """The bank packed where it is, and the seconds that takes; None if it can't be had."""
     try:
-        if bank.is_cuda:
-            torch.cuda.synchronize()
+        PackedBank.pack(bank[:1])  # the back end's first check, and what a device has yet to do
         start = time.perf_counter()
         packed = PackedBank.pack(bank)
         return packed, time.perf_counter() - start
