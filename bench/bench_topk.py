@@ -121,7 +121,7 @@ def main(words: Sequence[str] | None = None) -> None:
         queries, bank = (rows.to(DTYPES[options.dtype]) for rows in made)
         del made
         packed = None
-        if options.device == "cpu" and any(asked_for(name, options) for name in PACKED):
+        if any(asked_for(name, options) for name in PACKED):
             packed, packing[f"D {dim}"] = pack(bank, missing)
         wanted = fp64_ranking(queries[:CHECKED], bank, max(case.k for case in own))
         for case in own:
@@ -205,9 +205,10 @@ def fp64_ranking(
     return ids.cpu(), scores.cpu()
 
 
-def _runs_here(backend: str) -> bool:
+def _runs_here(backend: str, options: argparse.Namespace) -> bool:
     return backend == "auto" or any(
-        row.name == backend and row.unavailable() is None for row in backends("topk")
+        row.name == backend and row.obstacle(options.device, options.dtype) is None
+        for row in backends("topk")
     )
 
 
@@ -216,8 +217,9 @@ def asked_for(name: str, options: argparse.Namespace) -> bool:
 
 
 def pack(bank: torch.Tensor, missing: dict[str, str]) -> tuple[Any, float]:
-    """The bank as CPU back ends search it, and the seconds that takes; None if it can't be had."""
+    """The bank packed where it is, and the seconds that takes; None if it can't be had."""
     try:
+        PackedBank.pack(bank[:1])  # the back end's first check, and what a device has yet to do
         start = time.perf_counter()
         packed = PackedBank.pack(bank)
         return packed, time.perf_counter() - start
@@ -285,7 +287,7 @@ def rivals(
         chosen += [
             Rival(name, ours(packed, backend, exact), recall)
             for name, (backend, exact) in PACKED.items()
-            if listed(name) and _runs_here(backend)
+            if listed(name) and _runs_here(backend, options)
         ]
     for contender in CONTENDERS:
         if contender.device != options.device or not listed(contender.name):

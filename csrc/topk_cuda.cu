@@ -1,9 +1,9 @@
 // Exact top-k on a GPU, fused: a product of queries and bank rows never leaves the registers unless it
 // may rank.
 //
-//   pack     the queries once, the bank chunk by chunk: bf16, or rotated INT8, and what the rounding
-//            did to each row (topk_cuda_kernels.cuh has the certificate). A bf16 bank whose rows
-//            are aligned is screened where it is.
+//   pack     the queries once, the bank chunk by chunk, or ahead of the search and all of it: bf16, or
+//            rotated INT8, and what the rounding did to each row (topk_cuda_kernels.cuh has the
+//            certificate). A bf16 bank whose rows are aligned is screened where it is.
 //   screen   tiles of queries x bank rows on the tensor cores; products that can reach their query's
 //            cut are appended to the query's candidates: wgmma + TMA on Hopper, mma.sync + cp.async
 //            from sm_80 on.
@@ -16,13 +16,23 @@
 // candidates are lost nevertheless, the query is screened again by halves of the chunk until
 // none are: a range of `capacity` rows can't lose any. Refining recognises rows it has seen.
 //
-// The host stays one step ahead: step i + 1 is queued before it looks at what became of step i. So a
-// chunk's buffers are free again when the next but one needs them, and a bank in main memory is copied
-// (pageable rows through pinned pieces, by a thread and a stream of their own) beside the products.
+// The host stays one step ahead: step i + 1 is queued before it waits for step i and sees whether that
+// has lost candidates. It also waits for the queries' packing, for every halved range, and at the end.
+//
+// Three streams: the caller's has queries, screens and refining; one packs chunks; one copies those of a
+// bank in main memory (pageable rows through pinned pieces, by a thread of its own).
+//   * The second and third get work once the host has waited for the queries' packing, and so for all
+//     that the caller had queued: the bank's rows are there, and the workspace has no other user.
+//   * A chunk is packed after it has been copied, and screened after it has been packed: events.
+//   * A chunk's buffers are filled again once the host has waited for the last step that read them,
+//     its halved ranges included. Only the next chunk's steps are queued then: the packing of the one
+//     after that runs beside them.
+//   * Packing needs no low priority: torch's streams have the lowest there is, and of two kernels the
+//     one that was queued later gets what processors the other leaves.
 //
 // Device memory beyond inputs and outputs (defaults): packed queries up to 1 GiB, candidates 64 MiB,
-// two packed chunks of 256 MiB (none for a bank screened in place), for a bank in main memory two raw
-// chunks of 256 MiB, and 16 bytes per row of these; 32 MiB of pinned memory.
+// two packed chunks of 256 MiB (none for a bank screened in place or packed ahead), for a bank in main
+// memory two raw chunks of 256 MiB, and 16 bytes per row of these; 32 MiB of pinned memory.
 //
 // The file is also compiled by a plain C++ compiler against tests/cuda_emulator.
 #include "topk_cuda.hpp"
@@ -122,17 +132,97 @@ Type type_of(const std::string& name) {
 
 int bytes_of(Type type) { return type == Type::float32 ? 4 : 2; }
 
-// A chunk's buffers.
+Source source_of(const CudaMatrix& matrix, std::int64_t first) {
+    const Type type = type_of(matrix.type);
+    return {static_cast<const char*>(matrix.data) + first * matrix.row_stride * bytes_of(type), type,
+            matrix.row_stride, matrix.column_stride};
+}
+
+// Cuts memory into pieces; of none, it only adds their sizes up.
+struct Cutter {
+    char* memory = nullptr;
+    std::int64_t bytes = 0;
+
+    template <class T>
+    void take(T*& pointer, std::int64_t count) {
+        pointer = memory ? reinterpret_cast<T*>(memory + bytes) : nullptr;
+        bytes += round_up(count * static_cast<std::int64_t>(sizeof(T)), 256);
+    }
+};
+
+// Rows as a screen needs them.
+struct Packed {
+    char* data = nullptr;  // null: they are screened where they are
+    Row* meta = nullptr;
+    float* group_norm = nullptr;  // of kGroupRows rows each; null for queries
+    float* group_residual = nullptr;
+};
+
+// How the rows of a bank, and its queries, are packed for a screen.
+struct Form {
+    Form(const CudaMatrix& bank, bool on_host, const std::string& name) {
+        const std::int64_t D = bank.columns;
+        if (name != "bf16" && name != "int8")
+            throw std::invalid_argument("screen '" + name + "' is not one of bf16, int8");
+        if (D < 1 || D > kMostD)
+            throw std::invalid_argument("topk on CUDA takes 1 <= D <= 4096");
+        columns = static_cast<int>(D);
+        screen = name == "bf16" ? Screen::bf16 : Screen::int8;
+        row_bytes = static_cast<int>(round_up(D * (screen == Screen::bf16 ? 2 : 1), kStepBytes));
+        in_place = screen == Screen::bf16 && type_of(bank.type) == Type::bfloat16 &&
+                   (on_host || (bank.column_stride == 1 && bank.row_stride >= D &&
+                                bank.row_stride % 8 == 0 &&
+                                reinterpret_cast<std::uintptr_t>(bank.data) % 16 == 0));
+    }
+
+    Screen screen;
+    int columns;
+    int row_bytes;  // packed
+    bool in_place;
+
+    static std::int64_t groups(std::int64_t rows) { return (rows + kGroupRows - 1) / kGroupRows; }
+
+    Packed take(Cutter& cutter, std::int64_t rows) const {
+        Packed packed;
+        if (!in_place) cutter.take(packed.data, rows * row_bytes);
+        cutter.take(packed.meta, rows);
+        cutter.take(packed.group_norm, groups(rows));
+        cutter.take(packed.group_residual, groups(rows));
+        return packed;
+    }
+
+    // From a row on that begins a group.
+    Packed part(const Packed& whole, std::int64_t row) const {
+        return {whole.data ? whole.data + row * row_bytes : nullptr, whole.meta + row,
+                whole.group_norm + row / kGroupRows, whole.group_residual + row / kGroupRows};
+    }
+
+    // Queues the packing of rows whose numbers start at `first`.
+    void pack(const Source& source, std::int64_t first, int rows, const Packed& to,
+              unsigned long long* unrankable, int processors, cudaStream_t stream) const;
+};
+
+// A bank that was packed ahead.
+struct Ahead {
+    Ahead(const Form& form, std::int64_t rows, void* memory) {
+        Cutter cutter{static_cast<char*>(memory)};
+        cutter.take(unrankable, 1);
+        packed = form.take(cutter, rows);
+        bytes = cutter.bytes;
+    }
+
+    unsigned long long* unrankable;
+    Packed packed;
+    std::int64_t bytes;
+};
+
+// A chunk's buffers, and the chunk they hold.
 struct Slot {
     char* raw = nullptr;
-    char* packed = nullptr;
-    Row* meta = nullptr;
-    float* group_norm = nullptr;
-    float* group_residual = nullptr;
-    // of the chunk it holds
+    Packed packed;
     std::int64_t first = 0;
     int rows = 0;
-    Source source{};               // the rows as they are
+    Source source{};                 // the rows as they are
     const char* screened = nullptr;  // the rows as they are screened
     std::int64_t screened_stride = 0;
     int screened_bytes = 0;
@@ -140,24 +230,14 @@ struct Slot {
 
 // All sizes, and where everything lies in the workspace.
 struct Layout {
-    explicit Layout(const CudaTopkProblem& problem, char* workspace = nullptr) {
+    explicit Layout(const CudaTopkProblem& problem, char* workspace = nullptr)
+        : form(problem.bank, problem.bank_on_host, problem.screen) {
         const CudaTopkLimits& limits = problem.limits;
-        const std::int64_t D = problem.bank.columns, k = problem.k;
-        if (problem.screen != "bf16" && problem.screen != "int8")
-            throw std::invalid_argument("screen '" + problem.screen +
-                                        "' is not one of bf16, int8");
-        if (k < 1 || k > kMostK || D < 1 || D > kMostD || problem.queries.columns != D)
-            throw std::invalid_argument("topk on CUDA takes 1 <= k <= 2048 and 1 <= D <= 4096");
-        screen = problem.screen == "bf16" ? Screen::bf16 : Screen::int8;
+        const std::int64_t k = problem.k;
+        if (k < 1 || k > kMostK || problem.queries.columns != problem.bank.columns)
+            throw std::invalid_argument("topk on CUDA takes 1 <= k <= 2048 and rows of one length");
         bank_type = type_of(problem.bank.type);
-        const int bank_bytes = bytes_of(bank_type);
-        row_bytes = static_cast<int>(round_up(D * (screen == Screen::bf16 ? 2 : 1), kStepBytes));
-        raw_stride = round_up(D * bank_bytes, 16);
-        in_place = screen == Screen::bf16 && bank_type == Type::bfloat16 &&
-                   (problem.bank_on_host ||
-                    (problem.bank.column_stride == 1 && problem.bank.row_stride >= D &&
-                     problem.bank.row_stride % 8 == 0 &&
-                     reinterpret_cast<std::uintptr_t>(problem.bank.data) % 16 == 0));
+        raw_stride = round_up(form.columns * bytes_of(bank_type), 16);
 
         capacity = static_cast<int>(limits.capacity ? limits.capacity
                                                     : std::max<std::int64_t>(1024, 2 * k));
@@ -171,60 +251,48 @@ struct Layout {
             return std::max<std::int64_t>(
                 std::min(whole, round_up(most, kTileQueries)), kTileQueries);
         };
-        queries = tiles(std::min<std::int64_t>(limits.query_bytes / row_bytes, 1 << 24), N);
+        queries = tiles(std::min<std::int64_t>(limits.query_bytes / form.row_bytes, 1 << 24), N);
         query_block = static_cast<int>(
             tiles(std::min({limits.candidate_bytes / capacity / 8, kMostQueryBlock,
-                            kMostQueryBlockBytes / row_bytes}),
+                            kMostQueryBlockBytes / form.row_bytes}),
                   queries));
         std::int64_t rows = 1 << 20;
-        if (!in_place) rows = std::min(rows, limits.packed_bytes / row_bytes);
+        if (!form.in_place && !problem.packed)
+            rows = std::min(rows, limits.packed_bytes / form.row_bytes);
         if (problem.bank_on_host) rows = std::min(rows, limits.raw_bytes / raw_stride);
         rows = std::max<std::int64_t>(rows / kRangeRows * kRangeRows, kRangeRows);
         chunk_rows = static_cast<int>(std::min(rows, round_up(M, kRangeRows)));
 
-        const auto take = [&](std::int64_t bytes) {
-            char* place = workspace ? workspace + this->bytes : nullptr;
-            this->bytes += round_up(bytes, 256);
-            return place;
-        };
-        const auto take_array = [&](auto*& pointer, std::int64_t count) {
-            using T = std::remove_reference_t<decltype(*pointer)>;
-            pointer = reinterpret_cast<T*>(take(count * static_cast<std::int64_t>(sizeof(T))));
-        };
-        query_data = take(queries * row_bytes);
-        take_array(unrankable, 2);
-        take_array(query_meta, queries);
-        take_array(cuts, queries);
-        take_array(filled, queries);
-        take_array(counts, queries);
-        take_array(candidates, std::int64_t{query_block} * capacity);
+        Cutter cutter{workspace};
+        cutter.take(packed_queries.data, queries * form.row_bytes);
+        cutter.take(packed_queries.meta, queries);
+        cutter.take(unrankable, 2);
+        cutter.take(cuts, queries);
+        cutter.take(filled, queries);
+        cutter.take(counts, queries);
+        cutter.take(candidates, std::int64_t{query_block} * capacity);
         for (Slot& slot : slots) {
-            if (problem.bank_on_host) slot.raw = take(chunk_rows * raw_stride);
-            if (!in_place) slot.packed = take(std::int64_t{chunk_rows} * row_bytes);
-            take_array(slot.meta, chunk_rows);
-            take_array(slot.group_norm, chunk_rows / kGroupRows * 2);
-            slot.group_residual = slot.group_norm + chunk_rows / kGroupRows;
+            if (problem.bank_on_host) cutter.take(slot.raw, chunk_rows * raw_stride);
+            if (!problem.packed) slot.packed = form.take(cutter, chunk_rows);
         }
         for (unsigned*& loss : losses)
-            take_array(loss, 1 + query_block / static_cast<int>(sizeof(unsigned)));
-        take_array(active_tiles, query_block / kTileQueries * kLevels);
-        take_array(only, std::int64_t{query_block} * kLevels);
+            cutter.take(loss, 1 + query_block / static_cast<int>(sizeof(unsigned)));
+        cutter.take(active_tiles, query_block / kTileQueries * kLevels);
+        cutter.take(only, std::int64_t{query_block} * kLevels);
+        bytes = cutter.bytes;
     }
 
-    Screen screen;
+    Form form;
     Type bank_type;
-    bool in_place;
-    int row_bytes;
     std::int64_t raw_stride;
     int capacity;
     std::int64_t queries;  // packed at a time
     int query_block;       // screened at a time
     int chunk_rows;
-    std::int64_t bytes = 0;
+    std::int64_t bytes;
 
     unsigned long long* unrankable;  // of the queries, of the bank
-    char* query_data;
-    Row* query_meta;
+    Packed packed_queries;
     float* cuts;
     int* filled;
     unsigned* counts;
@@ -281,24 +349,73 @@ class OnDevice {
     int before_ = 0;
 };
 
+int processors_of(int device) {
+    int count = 0;
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
+          "asking for the multiprocessors");
+    return count;
+}
+
+void launched() { check(cudaGetLastError(), "launching a kernel"); }
+
+// Blocks for kernels that stride over their items: enough to fill the device several times.
+int blocks_for(std::int64_t items, std::int64_t per_block, int processors) {
+    return static_cast<int>(
+        std::min<std::int64_t>((items + per_block - 1) / per_block, std::int64_t{processors} * 32));
+}
+
+void clear(void* place, int byte, std::int64_t bytes, cudaStream_t stream) {
+    check(cudaMemsetAsync(place, byte, static_cast<std::size_t>(bytes), stream), "clearing");
+}
+
+void copy(void* to, const void* from, std::int64_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
+    check(cudaMemcpyAsync(to, from, static_cast<std::size_t>(bytes), kind, stream), "copying");
+}
+
+template <Screen screen>
+auto pack_kernel(int columns) {
+    return columns <= 8 * kPart ? cuda::pack<screen, 8> : cuda::pack<screen, kMostD / kPart>;
+}
+
+void Form::pack(const Source& source, std::int64_t first, int rows, const Packed& to,
+                unsigned long long* unrankable, int processors, cudaStream_t stream) const {
+    for (float* most : {to.group_norm, to.group_residual})
+        if (most) clear(most, 0, groups(rows) * static_cast<std::int64_t>(sizeof(float)), stream);
+    PackProblem p{};
+    p.source = source;
+    p.rows = rows;
+    p.D = columns;
+    p.row_bytes = row_bytes;
+    p.packed = to.data;
+    p.meta = to.meta;
+    p.group_norm = to.group_norm;
+    p.group_residual = to.group_residual;
+    p.unrankable = unrankable;
+    p.first = first;
+    const auto kernel = screen == Screen::bf16 ? pack_kernel<Screen::bf16>(columns)
+                                               : pack_kernel<Screen::int8>(columns);
+    launch(kernel, blocks_for(rows, kPackThreads / 32, processors), kPackThreads, 0, stream, p);
+    launched();
+}
+
 class Search {
   public:
     Search(const CudaTopkProblem& problem, const CudaProgress& progress)
         : problem_(problem),
           progress_(progress),
           layout_(problem, static_cast<char*>(problem.workspace)),
+          ahead_(layout_.form, problem.bank.rows, problem.packed),
           stream_(reinterpret_cast<cudaStream_t>(problem.stream)),
-          total_(problem.queries.rows * problem.bank.rows) {
-        check(cudaDeviceGetAttribute(&processors_, cudaDevAttrMultiProcessorCount, problem.device),
-              "asking for the multiprocessors");
+          total_(problem.queries.rows * problem.bank.rows),
+          processors_(processors_of(problem.device)) {
         const auto paths = topk_cuda_paths(problem.device);
         if (std::find(paths.begin(), paths.end(), problem.path) == paths.end())
             throw std::invalid_argument("this device has no top-k path called '" + problem.path +
                                         "'");
         // By what a tensor core's sums can be off; see topk_cuda_kernels.cuh.
-        slack_ = layout_.screen == Screen::int8
+        slack_ = form_.screen == Screen::int8
                      ? 1.0f / (1 << 18)
-                     : static_cast<float>(layout_.row_bytes / 2) / (1 << 22) + 1.0f / (1 << 19);
+                     : static_cast<float>(form_.row_bytes / 2) / (1 << 22) + 1.0f / (1 << 19);
         allow_shared_memory();
         staging_ = static_cast<char*>(problem.pinned) + 256;
         host_losses_ = static_cast<unsigned*>(problem.pinned);
@@ -307,26 +424,18 @@ class Search {
                        cudaPointerGetAttributes(&attributes, problem.bank.data) == cudaSuccess &&
                        attributes.type == cudaMemoryTypeHost;
         cudaGetLastError();
-        if (problem.bank_on_host) {
-            Event ready;  // the workspace may have users in the stream before
-            ready.record(stream_);
-            ready.hold(copies_);
-        }
     }
 
-    ~Search() {
-        if (staged_.valid()) staged_.wait();
-        cudaStreamSynchronize(copies_);
-        cudaStreamSynchronize(stream_);
-    }
+    // However the search ends, the device is done with its memory: what belongs to this object, the
+    // thread and then the other streams, waits in destructors of its own.
+    ~Search() { cudaStreamSynchronize(stream_); }
 
     Search(const Search&) = delete;
     Search& operator=(const Search&) = delete;
 
     CudaTopkOutcome run() {
         plan_chunks();
-        check(cudaMemsetAsync(layout_.unrankable, 0xff, 2 * sizeof(unsigned long long), stream_),
-              "clearing");
+        clear(layout_.unrankable, 0xff, 2 * sizeof(unsigned long long), stream_);
         for (std::int64_t first = 0; first < problem_.queries.rows && good(); first += layout_.queries)
             search(first, std::min(layout_.queries, problem_.queries.rows - first));
         return outcome_;
@@ -361,18 +470,12 @@ class Search {
     void search(std::int64_t first_query, std::int64_t count) {
         first_query_ = first_query;
         const int k = static_cast<int>(problem_.k);
-        launch(start_search, blocks_for(count * k, 256 * 4), 256, 0, stream_,
+        launch(start_search, blocks_for(count * k, 256 * 4, processors_), 256, 0, stream_,
                static_cast<int>(count), k, problem_.threshold, layout_.cuts, layout_.filled,
                layout_.counts, problem_.ids + first_query * k, problem_.scores + first_query * k);
         launched();
-        PackProblem queries{};
-        queries.source = source_of(problem_.queries, first_query);
-        queries.rows = static_cast<int>(count);
-        queries.packed = layout_.query_data;
-        queries.meta = layout_.query_meta;
-        queries.unrankable = layout_.unrankable;
-        queries.first = first_query;
-        pack(queries);
+        form_.pack(source_of(problem_.queries, first_query), first_query, static_cast<int>(count),
+                   layout_.packed_queries, layout_.unrankable, processors_, stream_);
         fetch_unrankable();
         if (!good()) return;
 
@@ -406,9 +509,7 @@ class Search {
 
     void fetch_unrankable() {
         unsigned long long found[2];
-        check(cudaMemcpyAsync(found, layout_.unrankable, sizeof found, cudaMemcpyDeviceToHost,
-                              stream_),
-              "copying");
+        copy(found, layout_.unrankable, sizeof found, cudaMemcpyDeviceToHost, stream_);
         check(cudaStreamSynchronize(stream_), "running the kernels");
         outcome_.bad_query = static_cast<std::int64_t>(found[0]);  // all ones: -1
         outcome_.bad_bank_row = static_cast<std::int64_t>(found[1]);
@@ -449,10 +550,7 @@ class Search {
             const std::int64_t count = std::min(piece, rows - row);
             piece_copied_[half].wait();  // a fresh event counts as past
             gather(start + row * bank.row_stride * element, count, staging);
-            check(cudaMemcpyAsync(device + row * stride, staging,
-                                  static_cast<std::size_t>(count * stride), cudaMemcpyHostToDevice,
-                                  copies_),
-                  "copying the bank");
+            copy(device + row * stride, staging, count * stride, cudaMemcpyHostToDevice, copies_);
             piece_copied_[half].record(copies_);
         }
     }
@@ -490,64 +588,29 @@ class Search {
         std::tie(slot.first, slot.rows) = chunks_[chunk];
         if (problem_.bank_on_host) {
             staged_.get();
-            copied_[chunk % kSlots].hold(stream_);
+            copied_[chunk % kSlots].hold(packing_);
             slot.source = {slot.raw, layout_.bank_type,
                            layout_.raw_stride / bytes_of(layout_.bank_type), 1};
         } else {
             slot.source = source_of(problem_.bank, slot.first);
         }
-        check(cudaMemsetAsync(slot.group_norm, 0,
-                              static_cast<std::size_t>(layout_.chunk_rows / kGroupRows) * 2 *
-                                  sizeof(float),
-                              stream_),
-              "clearing");
-        PackProblem rows{};
-        rows.source = slot.source;
-        rows.rows = slot.rows;
-        rows.packed = slot.packed;
-        rows.meta = slot.meta;
-        rows.group_norm = slot.group_norm;
-        rows.group_residual = slot.group_residual;
-        rows.unrankable = layout_.unrankable + 1;
-        rows.first = slot.first;
-        pack(rows);
-        if (layout_.in_place) {
+        if (problem_.packed) {
+            slot.packed = form_.part(ahead_.packed, slot.first);
+        } else {
+            form_.pack(slot.source, slot.first, slot.rows, slot.packed, layout_.unrankable + 1,
+                       processors_, packing_);
+            packed_.record(packing_);
+            packed_.hold(stream_);
+        }
+        if (form_.in_place) {
             slot.screened = static_cast<const char*>(slot.source.data);
             slot.screened_stride = slot.source.row_stride * 2;
-            slot.screened_bytes = static_cast<int>(problem_.bank.columns * 2);
+            slot.screened_bytes = form_.columns * 2;
         } else {
-            slot.screened = slot.packed;
-            slot.screened_stride = layout_.row_bytes;
-            slot.screened_bytes = layout_.row_bytes;
+            slot.screened = slot.packed.data;
+            slot.screened_stride = form_.row_bytes;
+            slot.screened_bytes = form_.row_bytes;
         }
-    }
-
-    static Source source_of(const CudaMatrix& matrix, std::int64_t first) {
-        const Type type = type_of(matrix.type);
-        return {static_cast<const char*>(matrix.data) + first * matrix.row_stride * bytes_of(type),
-                type, matrix.row_stride, matrix.column_stride};
-    }
-
-    void pack(PackProblem& p) {
-        p.D = static_cast<int>(problem_.bank.columns);
-        p.row_bytes = layout_.row_bytes;
-        const bool bf16 = layout_.screen == Screen::bf16;
-        const auto start = [&](auto bf16_kernel, auto int8_kernel) {
-            launch(bf16 ? bf16_kernel : int8_kernel, blocks_for(p.rows, bf16 ? kPackThreads / 32 : 1),
-                   kPackThreads, bf16 ? 0 : spread_length(p.row_bytes) * sizeof(float), stream_, p);
-        };
-        switch (p.source.type) {
-            case Type::float32:
-                start(pack_bf16<Type::float32>, pack_int8<Type::float32>);
-                break;
-            case Type::float16:
-                start(pack_bf16<Type::float16>, pack_int8<Type::float16>);
-                break;
-            case Type::bfloat16:
-                start(pack_bf16<Type::bfloat16>, pack_int8<Type::bfloat16>);
-                break;
-        }
-        launched();
     }
 
     // ---- steps
@@ -601,22 +664,17 @@ class Search {
     }
 
     void clear_losses(const Step& step, int ring) {
-        check(cudaMemsetAsync(layout_.losses[ring], 0,
-                              sizeof(unsigned) + static_cast<std::size_t>(step.queries), stream_),
-              "clearing");
+        clear(layout_.losses[ring], 0,
+              static_cast<std::int64_t>(sizeof(unsigned)) + step.queries, stream_);
     }
 
     void fetch_losses(int ring) {
-        check(cudaMemcpyAsync(host_losses_ + ring, layout_.losses[ring], sizeof(unsigned),
-                              cudaMemcpyDeviceToHost, stream_),
-              "copying");
+        copy(host_losses_ + ring, layout_.losses[ring], sizeof(unsigned), cudaMemcpyDeviceToHost,
+             stream_);
     }
 
     void keep_losers(const Step& step, int ring, std::uint8_t* only) {
-        check(cudaMemcpyAsync(only, layout_.losses[ring] + 1,
-                              static_cast<std::size_t>(step.queries), cudaMemcpyDeviceToDevice,
-                              stream_),
-              "copying");
+        copy(only, layout_.losses[ring] + 1, step.queries, cudaMemcpyDeviceToDevice, stream_);
     }
 
     void screen(const Step& step, int begin, int end, const std::uint8_t* only,
@@ -625,16 +683,17 @@ class Search {
         ScreenProblem p{};
         p.queries = step.queries;
         p.bank_rows = end - begin;
-        p.steps = layout_.row_bytes / kStepBytes;
-        p.query_data = layout_.query_data + step.query * layout_.row_bytes;
-        p.query_stride = layout_.row_bytes;
+        p.steps = form_.row_bytes / kStepBytes;
+        p.query_data = layout_.packed_queries.data + step.query * form_.row_bytes;
+        p.query_stride = form_.row_bytes;
         p.bank_data = slot.screened + begin * slot.screened_stride;
         p.bank_stride = slot.screened_stride;
         p.row_bytes = slot.screened_bytes;
-        p.query_meta = layout_.query_meta + step.query;
-        p.bank_meta = slot.meta + begin;
-        p.group_norm = slot.group_norm + begin / kGroupRows;
-        p.group_residual = slot.group_residual + begin / kGroupRows;
+        p.query_meta = layout_.packed_queries.meta + step.query;
+        const Packed rows = form_.part(slot.packed, begin);
+        p.bank_meta = rows.meta;
+        p.group_norm = rows.group_norm;
+        p.group_residual = rows.group_residual;
         p.cuts = layout_.cuts + step.query;
         p.only = only;
         p.active_tiles = active_tiles;
@@ -646,13 +705,13 @@ class Search {
         p.slack = slack_;
         const int query_tiles = (p.queries + kTileQueries - 1) / kTileQueries;
         if (problem_.path == "hopper") {
-            const TensorMap queries = tensor_map(p.query_data, layout_.row_bytes, p.queries,
+            const TensorMap queries = tensor_map(p.query_data, form_.row_bytes, p.queries,
                                                  p.query_stride, kTileQueries);
             const TensorMap bank = tensor_map(p.bank_data, p.row_bytes, p.bank_rows, p.bank_stride,
                                               HopperShape::tile_rows);
             const int tiles = query_tiles * tiles_of(p.bank_rows, HopperShape::tile_rows);
-            const auto kernel = layout_.screen == Screen::bf16 ? screen_hopper<Screen::bf16>
-                                                               : screen_hopper<Screen::int8>;
+            const auto kernel = form_.screen == Screen::bf16 ? screen_hopper<Screen::bf16>
+                                                             : screen_hopper<Screen::int8>;
             launch(kernel, std::min(tiles, processors_), HopperShape::threads,
                    HopperShape::shared_bytes, stream_, queries, bank, p);
         } else if (problem_.path == "mma") {
@@ -676,8 +735,8 @@ class Search {
         p.capacity = layout_.capacity;
         p.certified = problem_.exact;
         p.slack = slack_;
-        p.query_meta = layout_.query_meta + step.query;
-        p.bank_meta = slot.meta;
+        p.query_meta = layout_.packed_queries.meta + step.query;
+        p.bank_meta = slot.packed.meta;
         p.counts = layout_.counts + step.query;
         p.candidates = layout_.candidates;
         p.cuts = layout_.cuts + step.query;
@@ -697,17 +756,11 @@ class Search {
 
     template <int tile_rows>
     MmaKernel mma_kernel() const {
-        return layout_.screen == Screen::bf16 ? screen_mma<Screen::bf16, tile_rows>
-                                              : screen_mma<Screen::int8, tile_rows>;
+        return form_.screen == Screen::bf16 ? screen_mma<Screen::bf16, tile_rows>
+                                            : screen_mma<Screen::int8, tile_rows>;
     }
 
     static int tiles_of(int rows, int tile_rows) { return (rows + tile_rows - 1) / tile_rows; }
-
-    // Blocks for kernels that stride over their items: enough to fill the device several times.
-    int blocks_for(std::int64_t items, std::int64_t per_block) const {
-        return static_cast<int>(std::min<std::int64_t>((items + per_block - 1) / per_block,
-                                                       std::int64_t{processors_} * 32));
-    }
 
     void allow_shared_memory() const {
         const auto allow = [](auto kernel, int bytes) {
@@ -726,8 +779,6 @@ class Search {
                                           static_cast<int>(problem_.bank.columns)));
     }
 
-    static void launched() { check(cudaGetLastError(), "launching a kernel"); }
-
     void poll() const {
         if (!progress_(done_, total_)) throw Stopped{};
     }
@@ -741,11 +792,13 @@ class Search {
     const CudaTopkProblem& problem_;
     const CudaProgress& progress_;
     Layout layout_;
+    const Form& form_ = layout_.form;
+    const Ahead ahead_;
     cudaStream_t stream_;
     const std::int64_t total_;
+    const int processors_;
     std::int64_t done_ = 0;
     std::int64_t first_query_ = 0;
-    int processors_ = 0;
     float slack_ = 0;
     bool bank_pinned_ = false;
     char* staging_ = nullptr;
@@ -755,7 +808,9 @@ class Search {
     Event finished_[kSlots];
     Event copied_[kSlots];
     Event piece_copied_[2];
+    Event packed_;
     Stream copies_;
+    Stream packing_;
     std::future<void> staged_;
     CudaTopkOutcome outcome_;
 };
@@ -786,6 +841,29 @@ CudaTopkMemory topk_cuda_memory(const CudaTopkProblem& problem) {
     const std::int64_t staging =
         problem.bank_on_host ? 2 * cuda::Search::staging_piece_bytes(problem, layout) : 0;
     return {layout.bytes, 256 + staging};
+}
+
+std::int64_t topk_cuda_packed_bytes(const CudaMatrix& bank, const std::string& screen) {
+    return cuda::Ahead(cuda::Form(bank, false, screen), bank.rows, nullptr).bytes;
+}
+
+std::int64_t topk_cuda_pack(const CudaMatrix& bank, const std::string& screen, int device,
+                            std::uintptr_t given_stream, void* packed) {
+    constexpr std::int64_t most = 1 << 30;  // rows of a launch
+    const cuda::OnDevice on_device(device);
+    const auto stream = reinterpret_cast<cudaStream_t>(given_stream);
+    const cuda::Form form(bank, false, screen);
+    const cuda::Ahead ahead(form, bank.rows, packed);
+    unsigned long long unrankable;
+    cuda::clear(ahead.unrankable, 0xff, sizeof unrankable, stream);
+    for (std::int64_t first = 0; first < bank.rows; first += most)
+        form.pack(cuda::source_of(bank, first), first,
+                  static_cast<int>(std::min(most, bank.rows - first)),
+                  form.part(ahead.packed, first), ahead.unrankable, cuda::processors_of(device),
+                  stream);
+    cuda::copy(&unrankable, ahead.unrankable, sizeof unrankable, cudaMemcpyDeviceToHost, stream);
+    cuda::check(cudaStreamSynchronize(stream), "packing");
+    return static_cast<std::int64_t>(unrankable);  // all ones: -1
 }
 
 CudaTopkOutcome topk_cuda(const CudaTopkProblem& problem, const CudaProgress& progress) {

@@ -33,6 +33,7 @@ struct CudaTopkProblem {
     CudaMatrix queries;
     CudaMatrix bank;
     bool bank_on_host = false;
+    void* packed = nullptr;  // the bank, as topk_cuda_pack has left it for `screen`; null: packed here
     std::int64_t k = 0;
     float threshold = 0;
     bool exact = true;
@@ -61,6 +62,16 @@ constexpr std::int64_t kMostD = 4096;
 std::vector<std::string> topk_cuda_paths(int device);
 
 CudaTopkMemory topk_cuda_memory(const CudaTopkProblem& problem);
+
+// The packed form of a bank on the device, in memory of its own: 16 bytes per row and 8 per 128 rows,
+// and D bytes per row for INT8 or 2D for bf16, rounded up to a multiple of 128, unless the rows can be
+// screened where they are (bf16 rows for bf16, without gaps, at multiples of 16 bytes).
+std::int64_t topk_cuda_packed_bytes(const CudaMatrix& bank, const std::string& screen);
+
+// Packs into memory of that size, 256-byte aligned, after what `stream` has queued. Returns when that is
+// done: the lowest number of a row that can't be ranked, or -1.
+std::int64_t topk_cuda_pack(const CudaMatrix& bank, const std::string& screen, int device,
+                            std::uintptr_t stream, void* packed);
 
 // Called after every piece of work, from the calling thread, with the scores computed and to compute;
 // returning false stops the search. It must not throw.

@@ -27,10 +27,33 @@
 // to each residual. kTiny covers underflow of the products themselves.
 // Overflow: norms are finite, but where |q| |c| nears FLT_MAX a screen's sums may be infinite or NaN:
 // the bound is then infinite, and comparisons are written so that NaN admits.
+//
+// What bounds each kernel, by arithmetic (nothing is measured): D = 768, an H100 or H200 (132
+// processors, 1.755 GHz, 4096 bf16 FLOP per processor and cycle, twice that for INT8).
+//   screen   Per tile of 128 queries x 256 rows, in cycles of one processor:
+//                                                  bf16    INT8
+//              tensor cores, 2 x 128 x 256 x 768  12,288   6,144
+//              steps of 48 KB from L2               12       6     48 bytes per cycle in both
+//              looking through the sums               350     900   issue slots of each scheduler
+//            The tensor cores bound it as long as L2 feeds them: 132 x 48 bytes are 11 TB/s at the full
+//            rate, and if that is more than it gives, a cluster of two blocks that shares the bank's
+//            part (32 bytes per cycle) is what to try first. The sums of one warpgroup are looked
+//            through while the other multiplies; INT8 leaves 5,200 cycles for 900 slots, so it hides.
+//            Device memory: a row is read once per block of up to 8192 queries; 256 rows take 192 KB
+//            (INT8) or 384 KB (bf16), over query tiles x 6,144 or 12,288 / 132 cycles. From 4 query
+//            tiles (512 queries) on that is less than 2 TB/s; for fewer, device memory bounds it.
+//   pack     A warp per row. INT8: 1,220 instructions (sm_90a, bf16 rows; 24 values per lane: loading 140,
+//            rotating 590, 120 of them shuffles, rounding 240, maxima and sums 100), so 305 cycles of
+//            4 schedulers, 1.3 ns per row on 132 processors; its bytes (2,304 from bf16, 3,840 from
+//            fp32) take 0.8 or 1.3 ns at 3 TB/s. bf16: 460 instructions, 0.5 ns; norms of bf16 rows
+//            in place read 1,536 bytes, 0.5 ns. Fewer instructions help INT8, nothing else.
+//   refine   A block per query: latency of a few thousand cycles, 16 blocks per processor. An fp64
+//            score is 768 multiply-adds by 16 lanes; about k + 50 rows of a chunk get one.
 #pragma once
 
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #if defined(PYMCIP_CUDA_EMULATOR)
 #include "cuda_emulator.hpp"
@@ -57,6 +80,7 @@ constexpr float kRaise = 1.0f + 1.0f / 1024;                  // of norms and re
 constexpr float kFlushed = 1.0f / (1ull << 59) / (1ull << 59);  // 2^-118
 constexpr float kSmallSquares = 1.0f / (1ull << 60);          // 2^-60
 constexpr float kNearOverflow = 1e37f;
+constexpr float kShift = 3 << 22;  // floats from here on are integers
 
 // What packing leaves of a row besides its elements.
 struct alignas(16) Row {
@@ -86,15 +110,6 @@ __device__ __forceinline__ float bits_to_float(std::uint32_t bits) {
     return __uint_as_float(bits);
 }
 
-// Exact, subnormals, infinities and NaNs included.
-__device__ __forceinline__ float half_to_float(std::uint16_t half) {
-    const std::uint32_t sign = (half & 0x8000u) << 16, magnitude = half & 0x7fffu;
-    if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (magnitude << 13));
-    if (magnitude >= 0x0400u) return bits_to_float(sign | ((magnitude << 13) + (112u << 23)));
-    const float value = static_cast<float>(magnitude) * (1.0f / (1 << 24));
-    return sign ? -value : value;
-}
-
 template <Type type>
 struct Element;
 template <>
@@ -120,26 +135,53 @@ struct alignas(4 * sizeof(T)) Four {
     T x[4];
 };
 
-// Rows that can be read four neighbouring elements at a time.
-__device__ __forceinline__ bool in_fours(const Source& source, int element_bytes) {
-    return source.column_stride == 1 && source.row_stride % 4 == 0 &&
-           reinterpret_cast<std::uintptr_t>(source.data) % (4u * element_bytes) == 0;
-}
+constexpr int kPart = 128;  // places of a row of which each lane of a warp has four neighbours
 
-// Elements d to d + 3 of a row, zeros from D on.
-template <Type type>
-__device__ __forceinline__ void load_four(const Source& source, bool fours, std::int64_t row, int d,
-                                          int D, float (&x)[4]) {
+// A warp's row: places kPart j + 4 lane + i in x[j][i], zeros from D on.
+template <Type type, int most>
+__device__ __forceinline__ void load_row(const Source& source, std::int64_t row, int D,
+                                         float (&x)[most][4]) {
     using Stored = typename Element<type>::Stored;
     const Stored* start = static_cast<const Stored*>(source.data) + row * source.row_stride;
-    if (fours && d + 4 <= D) {
-        const Four<Stored> four = *reinterpret_cast<const Four<Stored>*>(start + d);
+    const int first = 4 * (threadIdx.x % 32);
+    const bool in_fours = source.column_stride == 1 && source.row_stride % 4 == 0 && D % 4 == 0 &&
+                          reinterpret_cast<std::uintptr_t>(source.data) % sizeof(Four<Stored>) == 0;
+    if (in_fours) {
+        Four<Stored> fours[most];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) x[i] = Element<type>::widen(four.x[i]);
+        for (int j = 0; j < most; ++j) {  // all on their way before the first is used
+            fours[j] = {};
+            if (const int d = kPart * j + first; d < D)
+                fours[j] = *reinterpret_cast<const Four<Stored>*>(start + d);
+        }
+#pragma unroll
+        for (int j = 0; j < most; ++j)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) x[j][i] = Element<type>::widen(fours[j].x[i]);
     } else {
+        const Stored* place = start + first * source.column_stride;
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-            x[i] = d + i < D ? Element<type>::widen(start[(d + i) * source.column_stride]) : 0.0f;
+        for (int j = 0; j < most; ++j) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                x[j][i] = kPart * j + first + i < D
+                              ? Element<type>::widen(place[i * source.column_stride])
+                              : 0.0f;
+            place += kPart * source.column_stride;
+        }
+    }
+}
+
+template <int most>
+__device__ __forceinline__ void load_row(const Source& source, std::int64_t row, int D,
+                                         float (&x)[most][4]) {
+    switch (source.type) {
+        case Type::float32:
+            return load_row<Type::float32>(source, row, D, x);
+        case Type::float16:
+            return load_row<Type::float16>(source, row, D, x);
+        default:
+            return load_row<Type::bfloat16>(source, row, D, x);
     }
 }
 
@@ -202,41 +244,6 @@ __device__ __forceinline__ void store_row(const PackProblem& p, int row, int dep
     }
 }
 
-// A warp per row.
-template <Type type>
-__global__ __launch_bounds__(kPackThreads) void pack_bf16(const PackProblem p) {
-    const int lane = threadIdx.x % 32;
-    const int warps = kPackThreads / 32;
-    const int depth = p.row_bytes / 2;
-    const bool fours = in_fours(p.source, sizeof(typename Element<type>::Stored));
-    for (int row = blockIdx.x * warps + threadIdx.x / 32; row < p.rows; row += gridDim.x * warps) {
-        float squares = 0.0f, residual_squares = 0.0f, amax = 0.0f;
-        Four<std::uint16_t>* out =
-            p.packed ? reinterpret_cast<Four<std::uint16_t>*>(static_cast<char*>(p.packed) +
-                                                              std::int64_t{row} * p.row_bytes)
-                     : nullptr;
-        for (int d = 4 * lane; d < depth; d += 4 * 32) {
-            float x[4];
-            load_four<type>(p.source, fours, row, d, p.D, x);
-            Four<std::uint16_t> rounded;
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                rounded.x[i] = to_bf16(x[i]);
-                const float rest = x[i] - Element<Type::bfloat16>::widen(rounded.x[i]);  // exact
-                squares += x[i] * x[i];
-                residual_squares += rest * rest;
-                amax = fmaxf(amax, fabsf(x[i]));
-            }
-            if (out) out[d / 4] = rounded;
-        }
-        squares = warp_sum(squares);
-        residual_squares = warp_sum(residual_squares);
-        amax = warp_max(amax);
-        if (lane == 0)
-            store_row(p, row, depth, squares, amax, residual_squares, 1.0f);
-    }
-}
-
 // The random signs of the rotation for places 8 unit to 8 unit + 7, a bit each: a fixed hash.
 __device__ __forceinline__ std::uint32_t random_signs(int unit) {
     std::uint32_t x = static_cast<std::uint32_t>(unit) * 0x9e3779b9u + 0x7f4a7c15u;
@@ -245,154 +252,114 @@ __device__ __forceinline__ std::uint32_t random_signs(int unit) {
     return x >> 16;
 }
 
-// 1 / sqrt(length) of a power of two.
-__device__ __forceinline__ float inverse_root(int length) {
-    const int exponent = 31 - __clz(length);
+// 2^(-exponent / 2), rounded once.
+__device__ __forceinline__ float inverse_root(int exponent) {
     const float power = bits_to_float(static_cast<std::uint32_t>(127 - exponent / 2) << 23);
     return exponent % 2 ? power * 0.70710678118654752f : power;
 }
 
-// Walsh-Hadamard blocks: the largest powers of two that fit, one after the other. Gives the block
-// of place d (a multiple of 128, as all lengths are).
-__device__ __forceinline__ void hadamard_block(int d, int depth, int& start, int& length) {
-    start = 0;
-    length = 4096;
-    while (true) {
-        while (length > depth - start) length /= 2;
-        if (d < start + length) return;
-        start += length;
+__device__ __forceinline__ void butterfly(float& a, float& b) {
+    const float sum = a + b;
+    b = a - b;
+    a = sum;
+}
+
+// Random signs, then Walsh-Hadamard transforms of blocks, the largest powers of two that fit one after
+// the other: strides 1 and 2 are within a lane, 4 to 64 between lanes, and from kPart on within a lane
+// again. All blocks of at least 2h parts together are the first parts / 2h * 2h parts.
+template <int most>
+__device__ __forceinline__ void rotate(float (&x)[most][4], int parts) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int j = 0; j < most; ++j) {
+        if (j >= parts) continue;
+        const std::uint32_t signs = random_signs(kPart / 8 * j + lane / 2) >> lane % 2 * 4;
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            x[j][i] = bits_to_float(__float_as_uint(x[j][i]) ^ (signs << (31 - i) & 0x80000000u));
+        butterfly(x[j][0], x[j][1]);
+        butterfly(x[j][2], x[j][3]);
+        butterfly(x[j][0], x[j][2]);
+        butterfly(x[j][1], x[j][3]);
+#pragma unroll
+        for (int w = 1; w < 32; w *= 2) {
+            const float sign = lane & w ? -1.0f : 1.0f;
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                x[j][i] = fmaf(sign, x[j][i], __shfl_xor_sync(kAllLanes, x[j][i], w));
+        }
+        hold(x[j]);  // one part after the other, which saves registers
+    }
+#pragma unroll
+    for (int h = 1; h < most; h *= 2)
+#pragma unroll
+        for (int j = 0; j < most; ++j) {
+            if ((j & h) != 0 || j >= parts / (2 * h) * (2 * h)) continue;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) butterfly(x[j][i], x[j + h][i]);
+        }
+#pragma unroll
+    for (int j = 0; j < most; ++j) {
+        int exponent = 7;  // of the block's length
+#pragma unroll
+        for (int h = 1; h < most; h *= 2) exponent += j < parts / (2 * h) * (2 * h);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[j][i] *= inverse_root(exponent);
     }
 }
 
-// Without bank conflicts at any stride a pass uses.
-__device__ __forceinline__ int spread(int d) { return d + d / 64 * 8; }
-constexpr int spread_length(int depth) { return depth + depth / 64 * 8; }
-
-template <int radix>
-__device__ __forceinline__ void butterflies(float (&x)[8]) {
+// A warp per row: bf16 as it is, or INT8 rotated, integers in -127 .. 127 of one scale.
+template <Screen screen, int most>
+__global__ __launch_bounds__(kPackThreads, most <= 8 ? 6 : 2) void pack(const PackProblem p) {
+    const int lane = threadIdx.x % 32;
+    const int warps = kPackThreads / 32;
+    const int depth = screen == Screen::bf16 ? p.row_bytes / 2 : p.row_bytes;
+    for (int row = blockIdx.x * warps + threadIdx.x / 32; row < p.rows; row += gridDim.x * warps) {
+        float x[most][4];
+        load_row(p.source, row, p.D, x);
+        float squares = 0.0f, amax = 0.0f;
 #pragma unroll
-    for (int h = 1; h < radix; h *= 2)
+        for (int j = 0; j < most; ++j)
 #pragma unroll
-        for (int i = 0; i < 8; ++i)
-            if ((i & h) == 0) {
-                const float a = x[i], b = x[i + h];
-                x[i] = a + b;
-                x[i + h] = a - b;
-            }
-}
-
-// One pass of butterflies at strides h, 2h and 4h, as far as the block is that long. Of 8 / radix
-// groups of `radix` elements each, all in x.
-template <int radix>
-__device__ __forceinline__ void hadamard_pass(float* row, int start, int unit, int h) {
-    float x[8];
-    constexpr int groups = 8 / radix;
+            for (int i = 0; i < 4; ++i) squares += x[j][i] * x[j][i];
+        if constexpr (screen == Screen::int8) rotate(x, depth / kPart);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        const int group = unit * groups + i / radix;
-        x[i] = row[spread(start + group / h * radix * h + group % h + i % radix * h)];
-    }
-    butterflies<radix>(x);
+        for (int j = 0; j < most; ++j)
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        const int group = unit * groups + i / radix;
-        row[spread(start + group / h * radix * h + group % h + i % radix * h)] = x[i];
-    }
-}
-
-// A block per row: signs, Walsh-Hadamard transform, one scale, integers in -127 .. 127.
-template <Type type>
-__global__ __launch_bounds__(kPackThreads) void pack_int8(const PackProblem p) {
-    float* rotated = reinterpret_cast<float*>(dynamic_shared());
-    __shared__ float sums[3][kPackThreads / 32];
-    const int depth = p.row_bytes;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const bool fours = in_fours(p.source, sizeof(typename Element<type>::Stored));
-    for (int row = blockIdx.x; row < p.rows; row += gridDim.x) {
-        float squares = 0.0f;
-        for (int unit = threadIdx.x; unit < depth / 8; unit += kPackThreads) {
-            const std::uint32_t signs = random_signs(unit);
-            float x[8], low[4], high[4];
-            load_four<type>(p.source, fours, row, 8 * unit, p.D, low);
-            load_four<type>(p.source, fours, row, 8 * unit + 4, p.D, high);
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                x[i] = i < 4 ? low[i % 4] : high[i % 4];
-                squares += x[i] * x[i];
-                if (signs >> i & 1u) x[i] = -x[i];
-            }
-            butterflies<8>(x);
-#pragma unroll
-            for (int i = 0; i < 8; ++i) rotated[spread(8 * unit + i)] = x[i];
-        }
-        for (int h = 8; h < depth; h *= 8) {
-            __syncthreads();
-            for (int unit = threadIdx.x; unit < depth / 8; unit += kPackThreads) {
-                int start, length;
-                hadamard_block(8 * unit, depth, start, length);
-                const int inner = unit - start / 8;
-                if (length >= 8 * h)
-                    hadamard_pass<8>(rotated, start, inner, h);
-                else if (length == 4 * h)
-                    hadamard_pass<4>(rotated, start, inner, h);
-                else if (length == 2 * h)
-                    hadamard_pass<2>(rotated, start, inner, h);
-            }
-        }
-        __syncthreads();
-
-        float amax = 0.0f;
-        for (int d = 4 * threadIdx.x; d < depth; d += 4 * kPackThreads) {
-            int start, length;
-            hadamard_block(d, depth, start, length);
-            const float factor = inverse_root(length);
-            Four<float>& four = *reinterpret_cast<Four<float>*>(rotated + spread(d));
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                four.x[i] *= factor;
-                amax = fmaxf(amax, fabsf(four.x[i]));
-            }
-        }
-        amax = warp_max(amax);
+            for (int i = 0; i < 4; ++i) amax = fmaxf(amax, fabsf(x[j][i]));
         squares = warp_sum(squares);
-        if (lane == 0) {
-            sums[0][warp] = amax;
-            sums[1][warp] = squares;
-        }
-        __syncthreads();
-        amax = squares = 0.0f;
-        for (int w = 0; w < kPackThreads / 32; ++w) {
-            amax = fmaxf(amax, sums[0][w]);
-            squares += sums[1][w];
-        }
-        // Rows of (nearly) nothing are packed as zeros; their residual is their norm.
-        const bool nothing = amax < 1e-30f;
-        const float scale = nothing ? 1.0f : amax / 127.0f;
-        const float inverse = nothing ? 0.0f : 127.0f / amax;
+        amax = warp_max(amax);
+
+        // Rows of (nearly) nothing become zeros in INT8; their residual is their norm.
+        const bool some = screen == Screen::int8 && !(amax < 1e-30f);
+        const float scale = some ? amax / 127.0f : 1.0f;
+        const float inverse = some ? 127.0f / amax : 0.0f;
         float residual_squares = 0.0f;
-        Four<std::int8_t>* out = reinterpret_cast<Four<std::int8_t>*>(
-            static_cast<char*>(p.packed) + std::int64_t{row} * p.row_bytes);
-        for (int d = 4 * threadIdx.x; d < depth; d += 4 * kPackThreads) {
-            Four<std::int8_t> four;
+        using Code = std::conditional_t<screen == Screen::bf16, std::uint16_t, std::int8_t>;
+        Code* out = p.packed ? static_cast<Code*>(p.packed) + std::int64_t{row} * depth : nullptr;
+#pragma unroll
+        for (int j = 0; j < most; ++j) {
+            const int d = kPart * j + 4 * lane;
+            if (d >= depth) continue;
+            Four<Code> four;
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const float x = rotated[spread(d) + i];
-                const float integer = fminf(fmaxf(rintf(x * inverse), -127.0f), 127.0f);
-                const float rest = fmaf(-scale, integer, x);  // one rounding, relative
+                float rest;  // x - x': exact for bf16, rounded once for INT8
+                if constexpr (screen == Screen::bf16) {
+                    four.x[i] = to_bf16(x[j][i]);
+                    rest = x[j][i] - Element<Type::bfloat16>::widen(four.x[i]);
+                } else {
+                    // Rounds to the nearest integer and leaves it in the low bits; |x| <= amax.
+                    const float shifted = fmaf(x[j][i], inverse, kShift);
+                    four.x[i] = static_cast<std::int8_t>(__float_as_uint(shifted));
+                    rest = fmaf(-scale, shifted - kShift, x[j][i]);
+                }
                 residual_squares += rest * rest;
-                four.x[i] = static_cast<std::int8_t>(integer);
             }
-            out[d / 4] = four;
+            if (out) *reinterpret_cast<Four<Code>*>(out + d) = four;
         }
         residual_squares = warp_sum(residual_squares);
-        if (lane == 0) sums[2][warp] = residual_squares;
-        __syncthreads();
-        if (threadIdx.x == 0) {
-            residual_squares = 0.0f;
-            for (int w = 0; w < kPackThreads / 32; ++w) residual_squares += sums[2][w];
-            store_row(p, row, depth, squares, amax, residual_squares, scale);
-        }
-        __syncthreads();
+        if (lane == 0) store_row(p, row, depth, squares, amax, residual_squares, scale);
     }
 }
 
@@ -582,6 +549,8 @@ struct MmaShape {
     static constexpr int shared_bytes = stages * stage_bytes + tile_rows * 4;
     static_assert(stages * stage_bytes >= threads / 32 * kHits * static_cast<int>(sizeof(Hit)));
 };
+// What a block gets where it gets least: sm_86, sm_89, sm_120.
+static_assert(MmaShape<128>::shared_bytes <= 99 * 1024);
 
 template <Screen screen, int tile_rows>
 __global__ __launch_bounds__(256) void screen_mma(const ScreenProblem p) {

@@ -44,13 +44,15 @@ pymcip::CudaTopkLimits to_limits(const std::map<std::string, std::int64_t>& give
 }
 
 pymcip::CudaTopkProblem to_problem(const MatrixTuple& queries, const MatrixTuple& bank,
-                                   bool bank_on_host, std::int64_t k, float threshold, bool exact,
-                                   const std::string& screen, const std::string& path, int device,
+                                   bool bank_on_host, std::uintptr_t packed, std::int64_t k,
+                                   float threshold, bool exact, const std::string& screen,
+                                   const std::string& path, int device,
                                    const std::map<std::string, std::int64_t>& limits) {
     pymcip::CudaTopkProblem problem;
     problem.queries = to_matrix(queries);
     problem.bank = to_matrix(bank);
     problem.bank_on_host = bank_on_host;
+    problem.packed = reinterpret_cast<void*>(packed);
     problem.k = k;
     problem.threshold = threshold;
     problem.exact = exact;
@@ -62,21 +64,34 @@ pymcip::CudaTopkProblem to_problem(const MatrixTuple& queries, const MatrixTuple
 }
 
 py::tuple memory(const MatrixTuple& queries, const MatrixTuple& bank, bool bank_on_host,
-                 std::int64_t k, bool exact, const std::string& screen,
+                 std::uintptr_t packed, std::int64_t k, bool exact, const std::string& screen,
                  const std::map<std::string, std::int64_t>& limits) {
     const pymcip::CudaTopkMemory found = pymcip::topk_cuda_memory(
-        to_problem(queries, bank, bank_on_host, k, 0, exact, screen, "", 0, limits));
+        to_problem(queries, bank, bank_on_host, packed, k, 0, exact, screen, "", 0, limits));
     return py::make_tuple(found.workspace_bytes, found.pinned_bytes);
 }
 
+std::int64_t packed_bytes(const MatrixTuple& bank, const std::string& screen) {
+    return pymcip::topk_cuda_packed_bytes(to_matrix(bank), screen);
+}
+
+// Returns the number of a row that can't be ranked, or -1.
+std::int64_t pack(const MatrixTuple& bank, const std::string& screen, int device,
+                  std::uintptr_t stream, std::uintptr_t packed) {
+    const pymcip::CudaMatrix matrix = to_matrix(bank);
+    const py::gil_scoped_release release;
+    return pymcip::topk_cuda_pack(matrix, screen, device, stream, reinterpret_cast<void*>(packed));
+}
+
 // Returns the numbers of a query and of a row of the bank that can't be ranked, or -1.
-py::tuple topk(const MatrixTuple& queries, const MatrixTuple& bank, bool bank_on_host, std::int64_t k,
-          float threshold, bool exact, const std::string& screen, const std::string& path,
-          int device, std::uintptr_t stream, int threads, std::uintptr_t ids,
-          std::uintptr_t scores, std::uintptr_t workspace, std::uintptr_t pinned,
-          const std::map<std::string, std::int64_t>& limits, const py::object& progress) {
-    pymcip::CudaTopkProblem problem = to_problem(queries, bank, bank_on_host, k, threshold, exact,
-                                                 screen, path, device, limits);
+py::tuple topk(const MatrixTuple& queries, const MatrixTuple& bank, bool bank_on_host,
+               std::uintptr_t packed, std::int64_t k, float threshold, bool exact,
+               const std::string& screen, const std::string& path, int device,
+               std::uintptr_t stream, int threads, std::uintptr_t ids, std::uintptr_t scores,
+               std::uintptr_t workspace, std::uintptr_t pinned,
+               const std::map<std::string, std::int64_t>& limits, const py::object& progress) {
+    pymcip::CudaTopkProblem problem = to_problem(queries, bank, bank_on_host, packed, k, threshold,
+                                                 exact, screen, path, device, limits);
     problem.stream = stream;
     problem.threads = threads;
     problem.ids = reinterpret_cast<std::int64_t*>(ids);
@@ -116,11 +131,14 @@ py::tuple topk(const MatrixTuple& queries, const MatrixTuple& bank, bool bank_on
 void bind_topk_cuda(py::module_& module) {
     module.def("topk_cuda_paths", &pymcip::topk_cuda_paths, py::arg("device"));
     module.def("topk_cuda_memory", &memory, py::arg("queries"), py::arg("bank"),
-               py::arg("bank_on_host"), py::arg("k"), py::arg("exact"), py::arg("screen"),
-               py::arg("limits"));
+               py::arg("bank_on_host"), py::arg("packed"), py::arg("k"), py::arg("exact"),
+               py::arg("screen"), py::arg("limits"));
+    module.def("topk_cuda_packed_bytes", &packed_bytes, py::arg("bank"), py::arg("screen"));
+    module.def("topk_cuda_pack", &pack, py::arg("bank"), py::arg("screen"), py::arg("device"),
+               py::arg("stream"), py::arg("packed"));
     module.def("topk_cuda", &topk, py::arg("queries"), py::arg("bank"), py::arg("bank_on_host"),
-               py::arg("k"), py::arg("threshold"), py::arg("exact"), py::arg("screen"),
-               py::arg("path"), py::arg("device"), py::arg("stream"), py::arg("threads"),
-               py::arg("ids"), py::arg("scores"), py::arg("workspace"), py::arg("pinned"),
-               py::arg("limits"), py::arg("progress"));
+               py::arg("packed"), py::arg("k"), py::arg("threshold"), py::arg("exact"),
+               py::arg("screen"), py::arg("path"), py::arg("device"), py::arg("stream"),
+               py::arg("threads"), py::arg("ids"), py::arg("scores"), py::arg("workspace"),
+               py::arg("pinned"), py::arg("limits"), py::arg("progress"));
 }

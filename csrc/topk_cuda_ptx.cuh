@@ -28,6 +28,13 @@ void launch(Kernel kernel, int blocks, int threads, std::size_t shared_bytes, cu
 
 #if defined(__CUDACC__)
 
+// Exact, subnormals, infinities and NaNs included.
+__device__ __forceinline__ float half_to_float(std::uint16_t half) {
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(half));
+    return x;
+}
+
 // Dynamic shared memory, at a multiple of 1024 bytes (the 128-byte swizzle's pattern).
 __device__ __forceinline__ char* dynamic_shared() {
     extern __shared__ __align__(1024) char dynamic_shared_bytes[];

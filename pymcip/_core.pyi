@@ -5,7 +5,7 @@ from typing import TypeAlias
 _Matrix: TypeAlias = tuple[int, str, int, int, int, int]
 
 # addresses of codes, groups and sums
-_Packed: TypeAlias = tuple[int, int, int]
+_Packed: TypeAlias = tuple[int, ...]
 
 def topk(
     queries: _Matrix,

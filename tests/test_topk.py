@@ -933,6 +933,31 @@ def test_what_cannot_be_packed(rows: np.ndarray) -> None:
     for threads in (0, -1, 1.5, "2"):
         with pytest.raises(ConfigError, match="threads="):
             PackedBank.pack(rows, threads=threads)
+    with pytest.raises(BackendError, match="cuda runs on cuda, not on cpu"):
+        PackedBank.pack(rows, backend="cuda")
+    with pytest.raises(
+        ConfigError, match="precision='fp8' is not allowed; allowed: int8, bfloat16"
+    ):
+        PackedBank.pack(rows, precision="fp8")
+    for backend, wrong in (("portable", "bfloat16"), ("amx_bf16", "int8")):
+        if backend in KERNELS:
+            with pytest.raises(ConfigError, match=rf"packs in .*, not in {wrong}; allowed: "):
+                PackedBank.pack(rows, backend=backend, precision=wrong)
+
+
+def test_a_packed_bank_is_moved(rows: np.ndarray) -> None:
+    bank = rows[::-2]
+    packed = PackedBank.pack(bank)
+    assert packed.to("cpu") is packed
+    again = packed.to("cpu", backend="portable", precision="int8")
+    assert again is not packed
+    assert (again.device.type, again.nbytes) == ("cpu", packed.nbytes)
+    assert_same(topk(rows[:5], again, 4), ranking(rows[:5], bank, 4))
+    for device in ("nowhere", 1.5, *(() if torch.cuda.is_available() else ("cuda",))):
+        with pytest.raises(ConfigError, match=r"can't be used here .* allowed: cpu, or cuda"):
+            packed.to(device)
+    with pytest.raises(ConfigError, match="bank is Tensor"):
+        packed.to("meta")
 
 
 def test_packing_reports_progress_and_stops(rows: np.ndarray) -> None:
@@ -1327,5 +1352,5 @@ def test_cpu_back_ends_refuse_gpu_tensors() -> None:
         topk(rows, rows, 1, backend=FASTEST)
     with pytest.raises(ConfigError, match="the bank is on cuda:0 and the queries are on cpu"):
         topk(rows.cpu(), rows, 1)
-    with pytest.raises(ConfigError, match=r"the bank is on cuda:0; packed banks .* \.cpu\(\)"):
-        PackedBank.pack(rows)
+    with pytest.raises(BackendError, match="runs on cpu, not on cuda"):
+        PackedBank.pack(rows, backend=FASTEST)

@@ -1,8 +1,8 @@
 """A bank of rows, rounded to 8 bits (or to bfloat16) once, to be searched many times.
 
-The form is that of csrc/topk.hpp: rows rotated (so that no column stands out) and rounded, 32 to a
-scale, with bounds of what the rounding took away. A search screens it and scores the few rows that
-matter from the rows themselves, which therefore stay with it.
+The form is that of csrc/topk.hpp, or on a GPU of csrc/topk_cuda_kernels.cuh: rows rotated (so that no
+column stands out) and rounded, with bounds of what the rounding took away. A search screens it and
+scores the few rows that matter from the rows themselves, which therefore stay with it.
 """
 
 from __future__ import annotations
@@ -30,35 +30,23 @@ _SAVE_ROWS = 1 << 16
 
 
 class PackedBank:
-    """Rows [M, D] and their rounded form, for `pymcip.ops.topk` on the CPU.
+    """Rows [M, D] and their rounded form, for `pymcip.ops.topk` where the rows are.
 
-    Takes D bytes per row (rounded up to a multiple of 64) beside the rows, twice that in bfloat16.
+    Beside the rows it takes, per row, D bytes on the CPU (D rounded up to a multiple of 64), twice
+    that in bfloat16. On a GPU it is D bytes, 2 D in bfloat16 (rounded up to a multiple of 128), and
+    16; only these 16 where rows that are bfloat16 themselves can be screened where they are, which
+    takes contiguous rows at multiples of 16 bytes.
 
     Attributes:
         rows: as given.
         precision: "int8" or "bfloat16".
     """
 
-    def __init__(
-        self,
-        rows: Array,
-        codes: np.ndarray,
-        groups: np.ndarray,
-        sums: np.ndarray,
-        precision: str,
-    ) -> None:
+    def __init__(self, rows: Array, arrays: dict[str, Any], precision: str) -> None:
         """Use `PackedBank.pack` or `PackedBank.load`."""
         self.rows = rows
         self.precision = precision
-        self._arrays = {"codes": codes, "groups": groups, "sums": sums}
-        wanted = _shapes(rows.shape, precision)
-        for name, array in self._arrays.items():
-            shape, dtype = wanted[name]
-            if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
-                raise DataError(
-                    f"the packed bank's {name} are {array.dtype} {array.shape}; its rows "
-                    f"{tuple(rows.shape)} need {dtype} {shape}. Pack the bank again"
-                )
+        self._arrays = arrays
 
     @classmethod
     def pack(
@@ -66,45 +54,66 @@ class PackedBank:
         rows: Array,
         *,
         backend: str = "auto",
+        precision: str | None = None,
         threads: int | None = None,
         progress: Progress | None = None,
     ) -> PackedBank:
-        """Pack a bank.
+        """Pack a bank, where it is: on the CPU or on a CUDA device.
 
-        rows: [M, D], NumPy (memory maps too) or torch on the CPU, float32, float16 or bfloat16, any
-            strides; kept, not copied.
+        rows: [M, D], NumPy (memory maps too) or torch, float32, float16 or bfloat16, any strides;
+            kept, not copied.
         backend: whose instruction set to use; see `pymcip.ops.explain("topk")`. The codes are the
-            same whichever it is, 8 bits, but for "amx_bf16", which packs and searches bfloat16.
+            same whichever the CPU's is, 8 bits, but for "amx_bf16", which packs and searches
+            bfloat16. On a GPU only "cuda" packs.
+        precision: "int8" or "bfloat16"; None is the back end's own, int8 for "cuda".
         threads: CPU threads; by default torch's number.
-        progress: called with the rows packed and to pack, about ten times a second.
+        progress: called with the rows packed and to pack, about ten times a second; not by "cuda",
+            which takes milliseconds.
 
         Raises:
-            ConfigError: shape, dtype or device are not allowed.
+            ConfigError: shape, dtype, device or precision are not allowed.
             DataError: a row holds NaN or infinity, or its squared norm overflows float32.
             BackendError: the back end can't run here, or doesn't take packed banks.
         """
         from pymcip import _core
         from pymcip.ops.dispatch import select
         from pymcip.ops.topk import check_count, check_matrix
-        from pymcip.ops.topk_cpu import KERNELS, precision
+        from pymcip.ops.topk_cpu import KERNELS
+        from pymcip.ops.topk_cpu import precision as own_precision
+        from pymcip.ops.topk_cuda import pack_cuda
 
         check_matrix("bank", rows)
-        if isinstance(rows, torch.Tensor) and rows.device.type != "cpu":
-            raise ConfigError(
-                f"PackedBank: the bank is on {rows.device}; packed banks are searched by the CPU: "
-                "move it with .cpu(), or give it to topk as it is"
-            )
         if threads is not None:
             threads = check_count("PackedBank", "threads", threads)
-        row = select("topk", backend, device="cpu", dtype=dtype_name(rows), dim=rows.shape[1])
+        if precision not in (None, *PRECISIONS):
+            raise ConfigError(
+                f"PackedBank: precision={precision!r} is not allowed; allowed: "
+                f"{', '.join(PRECISIONS)}, or None for the back end's own"
+            )
+        device = device_of(rows).type
+        if backend == "auto" and device == "cuda":
+            backend = "cuda"
+        elif backend == "auto" and precision == "bfloat16":
+            backend = "amx_bf16"
+        row = select("topk", backend, device=device, dtype=dtype_name(rows), dim=rows.shape[1])
+        if row.name == "cuda":
+            precision = precision or "int8"
+            return cls(rows, {"packed": pack_cuda(rows, precision)}, precision)
         if row.name not in KERNELS:
             raise BackendError(
                 f"PackedBank: backend={row.name!r} does not search packed banks, or does not take "
-                f"D={rows.shape[1]}; allowed: auto, {', '.join(_core.topk_kernels())}, for D <= 4096"
+                f"D={rows.shape[1]}; allowed: auto, {', '.join(_core.topk_kernels())}, and cuda on "
+                "a GPU, for D <= 4096"
+            )
+        own = own_precision(row.name)
+        if precision not in (None, own):
+            raise ConfigError(
+                f"PackedBank: backend={row.name!r} packs in {own}, not in {precision}; allowed: "
+                f"precision={own!r} or None, or another back end"
             )
         arrays = {
             name: _aligned(shape, dtype)
-            for name, (shape, dtype) in _shapes(rows.shape, precision(row.name)).items()
+            for name, (shape, dtype) in _shapes(rows.shape, own).items()
         }
         pointer, owner = matrix_pointer(rows)
         unrankable = _core.topk_pack(
@@ -119,10 +128,34 @@ class PackedBank:
         del owner
         if unrankable is not None:
             raise_unrankable("bank", unrankable[1], rows[unrankable[1] : unrankable[1] + 1])
-        return cls(rows, **arrays, precision=precision(row.name))
+        return cls(rows, arrays, own)
+
+    def to(self, device: str | torch.device, **options: Any) -> PackedBank:
+        """The bank on the CPU or on a CUDA device: its rows are copied there and packed anew.
+
+        device: "cpu", "cuda", "cuda:1"; where the bank is already, it is returned as it is if
+            there are no options.
+        options: what `pack` takes.
+
+        Raises:
+            ConfigError: there is no such device.
+            DataError, BackendError: as by `pack`.
+        """
+        try:
+            place = torch.empty(0, device=device).device
+        except (AssertionError, RuntimeError, TypeError) as error:
+            raise ConfigError(
+                f"PackedBank: device={device!r} can't be used here ({str(error).splitlines()[0]}); "
+                "allowed: cpu, or cuda[:n] where torch sees a GPU"
+            ) from error
+        if place == self.device and not options:
+            return self
+        return PackedBank.pack(_tensor(self.rows).to(place), **options)
 
     def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write rows and codes into a folder (complete or absent), to be memory-mapped by `load`.
+
+        A bank on a GPU is packed for the CPU first, with `to("cpu")`.
 
         Raises:
             OutputExistsError: the folder exists and `overwrite` is False.
@@ -130,6 +163,8 @@ class PackedBank:
         folder = Path(folder)
         if folder.exists() and not overwrite:
             raise OutputExistsError(f"{folder} exists; give overwrite=True, or another folder")
+        if self.device.type != "cpu":
+            return self.to("cpu").save(folder, overwrite=overwrite)
         dtype = dtype_name(self.rows)
         with atomic_path(folder) as temporary:
             temporary.mkdir()
@@ -177,15 +212,31 @@ class PackedBank:
             raise DataError(
                 f"{folder} holds no complete packed bank ({error}); write one with PackedBank.save"
             ) from error
+        for name, (shape, stored) in _shapes(rows.shape, precision).items():
+            array = arrays[name]
+            if array.shape != shape or array.dtype != stored or not array.flags.c_contiguous:
+                raise DataError(
+                    f"the packed bank's {name} are {array.dtype} {array.shape}; its rows "
+                    f"{tuple(rows.shape)} need {stored} {shape}. Pack the bank again"
+                )
         if dtype == "bfloat16":
-            rows = _as_bfloat16(rows)
-        return cls(rows, **arrays, precision=precision)
+            rows = _tensor(rows).view(torch.bfloat16)
+        return cls(rows, arrays, precision)
 
     @property
-    def addresses(self) -> tuple[int, int, int]:
-        """Of codes, groups and sums, for the extension; valid while this object lives."""
-        codes, groups, sums = (array.ctypes.data for array in self._arrays.values())
-        return codes, groups, sums
+    def addresses(self) -> tuple[int, ...]:
+        """Of codes, groups and sums, or on a GPU of what csrc/topk_cuda.cu packs; for the extension.
+
+        They are valid while this object lives.
+        """
+        return tuple(
+            array.data_ptr() if isinstance(array, torch.Tensor) else array.ctypes.data
+            for array in self._arrays.values()
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return device_of(self.rows)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -206,7 +257,8 @@ class PackedBank:
         return self.shape[0]
 
     def __repr__(self) -> str:
-        return f"PackedBank({len(self)} x {self.shape[1]}, {dtype_name(self.rows)} in {self.precision})"
+        what = f"{dtype_name(self.rows)} in {self.precision} on {self.device}"
+        return f"PackedBank({len(self)} x {self.shape[1]}, {what})"
 
 
 def matrix_pointer(matrix: Array) -> tuple[tuple[int, str, int, int, int, int], Array]:
@@ -276,11 +328,20 @@ def _bits(rows: Array) -> np.ndarray:
     return rows.view(np.uint16) if dtype_name(rows) == "bfloat16" else rows
 
 
-def _as_bfloat16(bits: np.ndarray) -> torch.Tensor:
+def _tensor(rows: Array) -> torch.Tensor:
+    """The same memory, unless torch can't take it."""
+    if isinstance(rows, torch.Tensor):
+        return rows
     with warnings.catch_warnings():
         # torch warns about arrays that can't be written to; nothing here writes.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(bits).view(torch.bfloat16)
+        tensor = torch.from_numpy(np.require(_bits(rows), requirements=("C", "A")))
+    return tensor.view(torch.bfloat16) if dtype_name(rows) == "bfloat16" else tensor
+
+
+def device_of(matrix: Array | PackedBank) -> torch.device:
+    held = isinstance(matrix, (torch.Tensor, PackedBank))
+    return matrix.device if held else torch.device("cpu")
 
 
 def dtype_name(matrix: Array) -> str:

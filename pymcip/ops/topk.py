@@ -23,7 +23,7 @@ import torch
 
 from pymcip.errors import ConfigError
 from pymcip.ops.dispatch import Backend, select
-from pymcip.ops.packed_bank import PackedBank, dtype_name, raise_unrankable
+from pymcip.ops.packed_bank import PackedBank, device_of, dtype_name, raise_unrankable
 from pymcip.ops.topk_cpu import KERNELS, probe
 
 Array: TypeAlias = Any  # np.ndarray (memory maps too) or torch.Tensor
@@ -48,8 +48,8 @@ def topk(
     queries, bank: NumPy arrays, memory maps or torch tensors, float32, float16 or bfloat16, with
         finite values, any strides and possibly no rows. The results are of the kind of `queries`
         and on its device. A bank in main memory is streamed to queries on a GPU, and a memory map
-        from the disk. A bank may be a list of parts, whose rows are numbered on, and on the CPU a
-        `PackedBank`, which saves packing at every call.
+        from the disk. A bank may be a list of parts, whose rows are numbered on, and a
+        `PackedBank`, which saves packing at every call where it was packed.
     k: places per query. Places that stay empty hold id -1 and score -inf.
     threshold: lowest score admitted (inclusive, compared in fp32); None admits all.
     exact: False takes the scores of a screen in 8 or 16 bits for the answer.
@@ -82,16 +82,16 @@ def topk(
             f"topk: progress={progress!r} is not allowed; allowed: None or a function"
         )
 
-    device = _device(queries)
+    device = device_of(queries)
     for part in parts:
-        place = _device(part)
+        place = device_of(part)
         if place not in (device, torch.device("cpu")):
             raise ConfigError(
                 f"topk: the bank is on {place} and the queries are on {device}; move the queries "
                 "to the bank's device, or the bank to the queries' device or to the CPU"
             )
     packed = {part.precision if isinstance(part, PackedBank) else None for part in parts}
-    if backend == "auto" and packed == {"bfloat16"} and probe("amx_bf16") is None:
+    if (backend, device.type, packed) == ("auto", "cpu", {"bfloat16"}) and not probe("amx_bf16"):
         backend = "amx_bf16"  # the others would not use the codes
     row = select(
         "topk", backend, device=device.type, dtype=dtype_name(parts[0]), k=k, dim=queries.shape[1]
@@ -120,13 +120,15 @@ def _over_parts(
     options: dict[str, Any],
 ) -> tuple[Array, Array]:
     """The answer of a back end that takes one array at a time."""
+    firsts = np.cumsum([0, *map(len, parts)]).tolist()
     banks = [part.rows if isinstance(part, PackedBank) else part for part in parts]
-    firsts = np.cumsum([0, *map(len, banks)]).tolist()
     checks_itself = row.name == "cuda"
     if not checks_itself or not len(queries):
         check_finite("queries", queries, 0)
         for bank, first in zip(banks, firsts, strict=False):
             check_finite("bank", bank, first)
+    if checks_itself:
+        banks = list(parts)  # it takes packed ones as well
     run = row.load()
     told = options["progress"]
     ids = scores = None
@@ -232,8 +234,3 @@ def check_finite(name: str, matrix: Array, first: int = 0, op: str = "topk") -> 
             raise_unrankable(name, first + start + row, block[row : row + 1], op)
         largest = max(largest, top)
     return largest
-
-
-def _device(matrix: Array | PackedBank) -> torch.device:
-    rows = matrix.rows if isinstance(matrix, PackedBank) else matrix
-    return rows.device if isinstance(rows, torch.Tensor) else torch.device("cpu")

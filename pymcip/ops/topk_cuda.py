@@ -12,18 +12,18 @@ import torch
 
 from pymcip.errors import ConfigError
 from pymcip.ops.canonical import canonical_topk
-from pymcip.ops.packed_bank import matrix_pointer, raise_unrankable
+from pymcip.ops.packed_bank import PackedBank, matrix_pointer, raise_unrankable
 
 Array: TypeAlias = Any  # np.ndarray (memory maps too) or torch.Tensor
 
-SCREENS = ("int8", "bf16")
+SCREENS = {"int8": "int8", "bfloat16": "bf16"}  # of a packed bank's precision
 MOST_K = 2048
 MOST_D = 4096
 
 
 def topk_cuda(
     queries: torch.Tensor,
-    bank: Array,
+    bank: Array | PackedBank,
     k: int,
     threshold: float,
     *,
@@ -42,24 +42,33 @@ def topk_cuda(
     the end.
 
     bank: on the queries' device, or in main memory (NumPy, memory map, tensor on the CPU), from
-        where it is streamed by chunks, copies overlapping with products.
+        where it is streamed by chunks, copies overlapping with products. Of a packed bank that is
+        not on the device, the rows.
     exact: False takes the screen's own scores for the answer.
     threads: that copy a bank in main memory to where the GPU can fetch it.
     screen: products in "int8" or "bf16". By default INT8 for exact results, since it runs at twice
-        the rate and its certificate is tighter, and bf16, which ranks better, for the others.
+        the rate and its certificate is tighter, and bf16, which ranks better, for the others. A
+        bank that was packed on the device has its own.
     path: one of `pymcip._core.topk_cuda_paths(device)`, by default the first.
     limits: memory to use, see CudaTopkLimits in csrc/topk_cuda.hpp.
     first_row: number of the bank's first row in messages about rows, which packing finds.
 
     Beside the results it takes at most 2.1 GiB of the device (1 GiB for packed queries, which are
-    taken in turns beyond; 64 MiB of candidates; two chunks of the bank of 256 MiB, and twice that
-    for a bank in main memory), or an eighth of that where there isn't as much, and 32 MiB of
-    pinned memory. It returns when the work is done.
+    taken in turns beyond; 64 MiB of candidates; two chunks of the bank of 256 MiB, none of a bank
+    that is packed, and twice that for a bank in main memory), or an eighth of that where there
+    isn't as much, and 32 MiB of pinned memory. It returns when the work is done.
     """
     core = _core()
+    packed = 0
+    if isinstance(bank, PackedBank):
+        if bank.device == queries.device:
+            screen = SCREENS[bank.precision]
+            (packed,) = bank.addresses
+        bank = bank.rows
     screen = screen or ("int8" if exact else "bf16")
-    if screen not in SCREENS:
-        raise ConfigError(f"topk: screen={screen!r} is not known; allowed: {', '.join(SCREENS)}")
+    if screen not in SCREENS.values():
+        allowed = ", ".join(SCREENS.values())
+        raise ConfigError(f"topk: screen={screen!r} is not known; allowed: {allowed}")
     count, columns = queries.shape
     if reason := limits_cuda("cuda", k=k, dim=columns):
         raise ConfigError(f"topk: the cuda back end {reason}. Choose backend='torch'")
@@ -78,6 +87,7 @@ def topk_cuda(
             "queries": query_pointer,
             "bank": bank_pointer,
             "bank_on_host": bank_on_host,
+            "packed": packed,
             "k": k,
             "exact": exact,
             "screen": screen,
@@ -102,6 +112,33 @@ def topk_cuda(
     if bad_row >= 0:
         raise_unrankable("bank", first_row + bad_row, bank[bad_row : bad_row + 1])
     return ids, scores
+
+
+def pack_cuda(rows: torch.Tensor, precision: str) -> torch.Tensor:
+    """The packed form of rows on a GPU, uint8, for `topk_cuda`; its work is done.
+
+    Raises:
+        DataError: a row can't be ranked.
+    """
+    core = _core()
+    pointer, _ = matrix_pointer(rows)
+    screen = SCREENS[precision]
+    with torch.cuda.device(rows.device):
+        packed = torch.empty(
+            core.topk_cuda_packed_bytes(bank=pointer, screen=screen),
+            dtype=torch.uint8,
+            device=rows.device,
+        )
+        bad_row = core.topk_cuda_pack(
+            bank=pointer,
+            screen=screen,
+            device=rows.device.index,
+            stream=torch.cuda.current_stream().cuda_stream,
+            packed=packed.data_ptr(),
+        )
+    if bad_row >= 0:
+        raise_unrankable("bank", bad_row, rows[bad_row : bad_row + 1])
+    return packed
 
 
 def _memory(

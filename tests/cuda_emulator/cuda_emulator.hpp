@@ -22,6 +22,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -332,11 +333,59 @@ inline int atomicMax(int* place, int x) {
 }
 
 // --------------------------------------------------------------------------------------------------
-// The runtime. There is one device with one queue: everything has happened when a call returns.
+// The runtime. There is one device. The work of a stream is done in order and as late as that allows:
+// when somebody waits for it; or, `eager`, work of streams that the program made is done at once, after
+// what it has to wait for. So where an event is missing, either the stream that should have waited for it
+// comes too early, or the one that should have been waited for too late.
+
+namespace emulator {
+
+inline std::recursive_mutex device;  // one thread of the host at a time
+inline bool eager = false;
+
+struct Stream {
+    std::deque<std::function<void()>> work;
+    std::uint64_t queued = 0, begun = 0;
+    bool made = true;
+
+    void finish(std::uint64_t count) {
+        const std::lock_guard lock(device);
+        while (begun < count) {
+            const std::function<void()> next = std::move(work.front());
+            work.pop_front();
+            ++begun;
+            next();
+        }
+    }
+};
+
+struct Event {
+    Stream* stream = nullptr;  // null: never recorded, which counts as past
+    std::uint64_t count = 0;
+
+    void wait() const {
+        if (stream) stream->finish(count);
+    }
+};
+
+inline Stream default_stream{{}, 0, 0, false};
+
+inline Stream& stream_of(Stream* stream) { return stream ? *stream : default_stream; }
+
+inline int enqueue(Stream* given, std::function<void()> work) {
+    const std::lock_guard lock(device);
+    Stream& stream = stream_of(given);
+    stream.work.push_back(std::move(work));
+    ++stream.queued;
+    if (stream.made && eager) stream.finish(stream.queued);
+    return 0;
+}
+
+}  // namespace emulator
 
 using cudaError_t = int;
-using cudaStream_t = void*;
-using cudaEvent_t = void*;
+using cudaStream_t = emulator::Stream*;
+using cudaEvent_t = emulator::Event*;
 enum { cudaSuccess = 0, cudaStreamNonBlocking, cudaEventDisableTiming };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
 enum cudaDeviceAttr {
@@ -372,14 +421,40 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
     }
     return cudaSuccess;
 }
-inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t*, int) { return cudaSuccess; }
-inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, int) { return cudaSuccess; }
-inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t*, int) { return cudaSuccess; }
-inline cudaError_t cudaEventDestroy(cudaEvent_t) { return cudaSuccess; }
-inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, int) {
+    *stream = new emulator::Stream;
+    return cudaSuccess;
+}
+inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+    const std::lock_guard lock(emulator::device);
+    emulator::stream_of(stream).finish(emulator::stream_of(stream).queued);
+    return cudaSuccess;
+}
+inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+    if (!stream->work.empty()) emulator::fail("a stream was destroyed before its work was done");
+    delete stream;
+    return cudaSuccess;
+}
+inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, int) {
+    *event = new emulator::Event;
+    return cudaSuccess;
+}
+inline cudaError_t cudaEventDestroy(cudaEvent_t event) {
+    delete event;
+    return cudaSuccess;
+}
+inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+    const std::lock_guard lock(emulator::device);
+    *event = {&emulator::stream_of(stream), emulator::stream_of(stream).queued};
+    return cudaSuccess;
+}
+inline cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+    event->wait();
+    return cudaSuccess;
+}
+inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, int) {
+    return emulator::enqueue(stream, [event = *event] { event.wait(); });
+}
 inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* found, const void*) {
     const char* pinned = std::getenv("PYMCIP_EMULATE_PINNED");
     found->type = pinned ? cudaMemoryTypeHost : 0;
@@ -389,22 +464,22 @@ template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, int, int bytes) {
     return bytes > 227 * 1024;
 }
-inline cudaError_t cudaMemsetAsync(void* place, int value, std::size_t bytes, cudaStream_t) {
-    std::memset(place, value, bytes);
-    return cudaSuccess;
+inline cudaError_t cudaMemsetAsync(void* place, int value, std::size_t bytes,
+                                   cudaStream_t stream) {
+    return emulator::enqueue(stream, [=] { std::memset(place, value, bytes); });
 }
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind,
-                                   cudaStream_t) {
-    std::memcpy(to, from, bytes);
-    return cudaSuccess;
+                                   cudaStream_t stream) {
+    return emulator::enqueue(stream, [=] { std::memcpy(to, from, bytes); });
 }
 inline cudaError_t cudaMemcpy2DAsync(void* to, std::size_t to_stride, const void* from,
                                      std::size_t from_stride, std::size_t bytes, std::size_t rows,
-                                     cudaMemcpyKind, cudaStream_t) {
-    for (std::size_t row = 0; row < rows; ++row)
-        std::memcpy(static_cast<char*>(to) + row * to_stride,
-                    static_cast<const char*>(from) + row * from_stride, bytes);
-    return cudaSuccess;
+                                     cudaMemcpyKind, cudaStream_t stream) {
+    return emulator::enqueue(stream, [=] {
+        for (std::size_t row = 0; row < rows; ++row)
+            std::memcpy(static_cast<char*>(to) + row * to_stride,
+                        static_cast<const char*>(from) + row * from_stride, bytes);
+    });
 }
 
 // --------------------------------------------------------------------------------------------------
@@ -430,18 +505,29 @@ inline TensorMap tensor_map(const void* data, std::int64_t row_bytes, std::int64
 }
 
 template <class Kernel, class... Arguments>
-void launch(Kernel kernel, int blocks, int threads, std::size_t shared_bytes, cudaStream_t,
+void launch(Kernel kernel, int blocks, int threads, std::size_t shared_bytes, cudaStream_t stream,
             const Arguments&... arguments) {
     if (shared_bytes > sizeof emulator::shared_memory || blocks < 1) emulator::fail("bad launch");
-    emulator::shared_bytes = shared_bytes;
-    emulator::grid_dim = {static_cast<unsigned>(blocks), 1, 1};
-    emulator::block_dim = {static_cast<unsigned>(threads), 1, 1};
-    emulator::body = [&] { kernel(arguments...); };
-    for (unsigned index = 0; index < static_cast<unsigned>(blocks); ++index) {
-        // Any order of blocks must do; this one is not the usual.
-        emulator::block_index = {static_cast<unsigned>(blocks) - 1 - index, 0, 0};
-        emulator::run_block(static_cast<unsigned>(threads));
-    }
+    emulator::enqueue(stream, [=] {
+        emulator::shared_bytes = shared_bytes;
+        emulator::grid_dim = {static_cast<unsigned>(blocks), 1, 1};
+        emulator::block_dim = {static_cast<unsigned>(threads), 1, 1};
+        emulator::body = [&] { kernel(arguments...); };
+        for (unsigned index = 0; index < static_cast<unsigned>(blocks); ++index) {
+            // Any order of blocks must do; this one is not the usual.
+            emulator::block_index = {static_cast<unsigned>(blocks) - 1 - index, 0, 0};
+            emulator::run_block(static_cast<unsigned>(threads));
+        }
+    });
+}
+
+// Exact, subnormals, infinities and NaNs included.
+inline float half_to_float(std::uint16_t half) {
+    const std::uint32_t sign = (half & 0x8000u) << 16, magnitude = half & 0x7fffu;
+    if (magnitude >= 0x7c00u) return __uint_as_float(sign | 0x7f800000u | (magnitude << 13));
+    if (magnitude >= 0x0400u) return __uint_as_float(sign | ((magnitude << 13) + (112u << 23)));
+    const float value = static_cast<float>(magnitude) * (1.0f / (1 << 24));
+    return sign ? -value : value;
 }
 
 inline char* dynamic_shared() { return emulator::shared_memory; }

@@ -53,6 +53,8 @@ class _Problem(ctypes.Structure):
         ("bank_row_stride", ctypes.c_int64),
         ("bank_column_stride", ctypes.c_int64),
         ("bank_on_host", ctypes.c_int32),
+        ("packed_ahead", ctypes.c_int32),
+        ("eager", ctypes.c_int32),
         ("exact", ctypes.c_int32),
         ("k", ctypes.c_int64),
         ("threshold", ctypes.c_float),
@@ -85,10 +87,12 @@ def topk(
     path: str,
     exact: bool = True,
     on_host: bool = False,
+    packed_ahead: bool = False,
+    eager: bool = False,
     stop_after: int = -1,
     **limits: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """queries, bank: NumPy arrays or torch tensors on the CPU."""
+    """queries, bank: NumPy arrays or torch tensors on the CPU. eager: see cuda_emulator.hpp."""
     ids = np.full((len(queries), k), 12345)
     scores = np.full((len(queries), k), 12345, dtype=np.float32)
     sizes = {
@@ -104,6 +108,8 @@ def topk(
         *_matrix(queries),
         *(part for index, part in enumerate(_matrix(bank)) if index != 3),
         on_host,
+        packed_ahead,
+        eager,
         exact,
         k,
         threshold,

@@ -12,7 +12,7 @@ struct EmulatedProblem {
     const void* bank;
     const char* bank_type;
     std::int64_t bank_rows, bank_row_stride, bank_column_stride;
-    std::int32_t bank_on_host;
+    std::int32_t bank_on_host, packed_ahead, eager;
     std::int32_t exact;
     std::int64_t k;
     float threshold;
@@ -26,10 +26,16 @@ struct EmulatedProblem {
 
 static char message[512];
 
+static const char* unrankable(const char* matrix, std::int64_t row) {
+    std::snprintf(message, sizeof message, "row %lld of %s", static_cast<long long>(row), matrix);
+    return message;
+}
+
 // Returns null, or what went wrong; stop_after: reports of progress after which to stop, or -1.
 const char* emulate_topk(const EmulatedProblem* given, std::int64_t stop_after,
                          std::int64_t* done_at_last) {
     try {
+        emulator::eager = given->eager;
         pymcip::CudaTopkProblem problem;
         problem.queries = {given->queries,     given->query_type,       given->query_rows,
                            given->columns,     given->query_row_stride, given->query_column_stride};
@@ -46,7 +52,6 @@ const char* emulate_topk(const EmulatedProblem* given, std::int64_t stop_after,
                           given->candidate_bytes, given->staging_bytes, given->capacity};
         problem.ids = given->ids;
         problem.scores = given->scores;
-        const pymcip::CudaTopkMemory memory = pymcip::topk_cuda_memory(problem);
         // Exactly what was asked for, between bytes that must stay as they are.
         constexpr std::size_t guard = 4096;
         const auto allocate = [&](std::int64_t bytes) {
@@ -63,6 +68,16 @@ const char* emulate_topk(const EmulatedProblem* given, std::int64_t stop_after,
                     return false;
             return true;
         };
+        const std::int64_t packed_bytes =
+            given->packed_ahead ? pymcip::topk_cuda_packed_bytes(problem.bank, problem.screen) : 0;
+        const auto packed = allocate(packed_bytes);
+        if (given->packed_ahead) {
+            problem.packed = packed.get() + guard;
+            const std::int64_t bad_row =
+                pymcip::topk_cuda_pack(problem.bank, problem.screen, 0, 0, problem.packed);
+            if (bad_row >= 0) return unrankable("bank", bad_row);
+        }
+        const pymcip::CudaTopkMemory memory = pymcip::topk_cuda_memory(problem);
         const auto workspace = allocate(memory.workspace_bytes);
         const auto pinned = allocate(memory.pinned_bytes);
         problem.workspace = workspace.get() + guard;
@@ -75,14 +90,10 @@ const char* emulate_topk(const EmulatedProblem* given, std::int64_t stop_after,
                 return ++reports != stop_after;
             });
         if (!intact(workspace.get(), memory.workspace_bytes) ||
-            !intact(pinned.get(), memory.pinned_bytes))
+            !intact(pinned.get(), memory.pinned_bytes) || !intact(packed.get(), packed_bytes))
             return "wrote outside of its memory";
-        if (outcome.bad_query >= 0 || outcome.bad_bank_row >= 0) {
-            std::snprintf(message, sizeof message, "row %lld of %s",
-                          static_cast<long long>(std::max(outcome.bad_query, outcome.bad_bank_row)),
-                          outcome.bad_query >= 0 ? "queries" : "bank");
-            return message;
-        }
+        if (outcome.bad_query >= 0) return unrankable("queries", outcome.bad_query);
+        if (outcome.bad_bank_row >= 0) return unrankable("bank", outcome.bad_bank_row);
         return outcome.finished ? nullptr : "stopped";
     } catch (const std::exception& error) {
         std::snprintf(message, sizeof message, "%s", error.what());
