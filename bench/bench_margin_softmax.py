@@ -53,7 +53,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize, pad
 
 from pymcip.ops import backends
-from pymcip.ops.margin_softmax import MarginOptions, margin_softmax_filtered
+from pymcip.ops.margin_softmax import MOST_SCRATCH, MarginOptions, margin_softmax_filtered
 
 PRODUCTS = {  # by mode, the most telling first
     "mc": 2,
@@ -138,7 +138,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--delta", type=float, default=1e-3, help="of the filtered modes")
     add("--positives", type=int, default=8, help="per row, in MCArcMargin")
     add("--cluster", type=int, default=1024, help="columns of a cluster")
-    add("--scratch", type=int, help="bytes; default: 2^28 on cuda, 2^26 on the CPU")
+    add("--scratch", type=int, help="bytes; default: 2^31 on cuda, 2^26 on the CPU")
     add("--skip-memory", action="store_true", help="on the CPU: start no processes to measure it")
     add("--peak-of", help=argparse.SUPPRESS)  # MODE:RIVAL, in the process that measures its memory
     options = parser.parse_args(words)
@@ -147,7 +147,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     options.seconds = options.seconds or (240 if cuda else 600)
     # The one pass with a frozen bank needs bfloat16 on a GPU; the CPU's default matches the files.
     options.bank_dtype = options.bank_dtype or ("bfloat16" if cuda else "float16")
-    options.scratch = options.scratch or (1 << 28 if cuda else 1 << 26)
+    options.scratch = options.scratch or (MOST_SCRATCH if cuda else 1 << 26)
     return options
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from pymcip.losses import ArcMargin, MCArcMargin, info_nce
 from pymcip.ops import margin_softmax
-from pymcip.ops.margin_softmax import margin_logit, margin_softmax_filtered
+from pymcip.ops.margin_softmax import MarginOptions, margin_logit, margin_softmax_filtered
 
 EXACT = ("torch", "cpu")  # those that take fp32 operands
 
@@ -326,3 +327,16 @@ def test_info_nce_by_hand_and_with_repeated_captions() -> None:
     masked = info_nce(images, texts, 2.0, text_ids=ids).item()
     two = math.log(math.exp(2) + 1) - 2
     assert masked == pytest.approx((2 * two + expected) / 3, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("gibibytes", "expected"), [(8, 1 << 28), (40, 40 << 24), (80, 80 << 24), (141, 1 << 31)]
+)
+def test_scratch_by_the_memory_of_the_device(
+    gibibytes: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = SimpleNamespace(total_memory=gibibytes << 30)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: gpu)
+    assert MarginOptions().scratch_bytes(torch.device("cuda")) == expected
+    assert MarginOptions().scratch_bytes(torch.device("cpu")) == 1 << 28
+    assert MarginOptions(scratch=5).scratch_bytes(torch.device("cuda")) == 5

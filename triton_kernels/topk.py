@@ -9,6 +9,15 @@ Bottom-up: the kernels, then their launchers.
 
 A list is in no particular order, as programs append to it through a counter; keys are distinct, so
 that sorting them leaves nothing of that order.
+
+What bounds them, on an H100 or H200, by arithmetic (rates as in `margin_softmax`):
+
+    screen_kernel    the tensor cores, 12,288 cycles per tile of 128 x 256 at D = 768, beside 48 bytes a
+        cycle from L2. Then, while no product runs, a maximum per row and a compare: two
+        instructions per element, 512 cycles of the fp32 lanes, and two barriers.
+    prepare_kernel   HBM: 6 D bytes per row in fp32, 2 D of a row in 16 bits that stays where it is
+    refine_kernel    fp64, D products per pair admitted (1.3 k per query of a bf16 bank), and the
+        latency of rows fetched from anywhere
 """
 
 from __future__ import annotations
