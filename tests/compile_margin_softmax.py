@@ -26,6 +26,14 @@ from pymcip.triton_kernels.tuning import Config
 D = 768
 GEOMETRY = {"BLOCK_ROWS": kernels.CELL_ROWS, "CELL": kernels.CELL_COLUMNS}
 HALVES = ("bf16", "fp16")
+INSTRUCTIONS = {
+    "wgmma": r"wgmma\.mma_async",
+    "tcgen05": r"tcgen05\.mma",
+    "mma": r"\bmma\.sync",
+    "tma": r"cp\.async\.bulk\.tensor",
+    "atomics": r"\b(?:atom|red)\.",
+    "flushes": r"\.ftz\b",
+}
 WAYS = {
     "exponentials": ("sums", "online", "one pass", "kept", "anew", "filter"),
     "rows": ("exact", "filter"),
@@ -65,20 +73,13 @@ def compile_case(
             ),
         },
     )
-    ptx = compiled.asm["ptx"]
     return {
         "kernel": kernel,
         "way": way,
         "half": half,
         "config": vars(config),
         "capability": capability,
-        "shared": compiled.metadata.shared,
-        "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
-        "tcgen05": len(re.findall(r"tcgen05\.mma", ptx)),
-        "mma": len(re.findall(r"\bmma\.sync", ptx)),
-        "tma": len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
-        "atomics": len(re.findall(r"\b(?:atom|red)\.", ptx)),
-        **_resources(compiled.asm["cubin"]),
+        **resources(compiled),
     }
 
 
@@ -142,17 +143,23 @@ def _divisible(function: Any, signature: dict[str, str]) -> dict[tuple[int], lis
     }
 
 
-def _resources(cubin: bytes) -> dict[str, int]:
-    """Registers and bytes of local memory, from the cuobjdump that comes with Triton."""
+def resources(compiled: Any) -> dict[str, int]:
+    """Instructions in PTX, shared memory, and by Triton's own cuobjdump registers and local memory."""
     tool = triton.knobs.nvidia.cuobjdump.path
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
+        path.write_bytes(compiled.asm["cubin"])
         output = subprocess.run(
             [tool, "--dump-resource-usage", str(path)], capture_output=True, text=True, check=True
         ).stdout
     found = {name: int(value) for name, value in re.findall(r"\b(REG|LOCAL|STACK):(\d+)", output)}
-    return {"registers": found["REG"], "local": found["LOCAL"], "stack": found["STACK"]}
+    return {
+        "shared": compiled.metadata.shared,
+        "registers": found["REG"],
+        "local": found["LOCAL"],
+        "stack": found["STACK"],
+        **{name: len(re.findall(text, compiled.asm["ptx"])) for name, text in INSTRUCTIONS.items()},
+    }
 
 
 if __name__ == "__main__":

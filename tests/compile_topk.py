@@ -8,13 +8,12 @@ A script of its own, as Triton decides at import whether kernels are interpreted
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 import triton
-from compile_margin_softmax import _resources
+from compile_margin_softmax import resources
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -96,21 +95,13 @@ def compile_case(
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": config.warps, "num_stages": config.stages},
     )
-    ptx = compiled.asm["ptx"]
     return {
         "kernel": kernel,
         "dtype": dtype,
         "columns": columns,
         "config": vars(config),
         "capability": capability,
-        "shared": compiled.metadata.shared,
-        "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
-        "tcgen05": len(re.findall(r"tcgen05\.mma", ptx)),
-        "mma": len(re.findall(r"\bmma\.sync", ptx)),
-        "tma": len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
-        "atomics": len(re.findall(r"\b(?:atom|red)\.", ptx)),
-        "flushes": len(re.findall(r"\.ftz\b", ptx)),
-        **_resources(compiled.asm["cubin"]),
+        **resources(compiled),
     }
 
 

@@ -111,7 +111,7 @@ EDGES = (
 )
 WIDE = (
     Case(256, 1000, 768, scale=64.0, margin=0.5, positives=50),
-    Case(4096, 131_073, 768, scale=64.0, margin=0.5, positives=50),
+    Case(4096, 65_537, 768, scale=64.0, margin=0.5, positives=50),
 )
 SMALL_SCRATCH = 1 << 26  # chunks of many cells
 BF16 = (

@@ -7,6 +7,9 @@ up in fp64 in an order that `pymcip.ops.canonical` defines, and rounded to fp32 
 to the bit on every back end and device, and with it the whole result: neither threads nor blocks
 change it. Unit rows make it the cosine.
 
+Matrices reach a back end as they came, with any strides and at any address. It reads them by their
+strides; where it needs dense or aligned rows, it looks, and copies (a block or a chunk at a time).
+
 Back ends that compute in low precision screen the bank with it, and keep every row that could be
 among the best by a bound on their error; the scores of these rows decide. With `exact=False` the
 screen's own scores decide: a little faster, and nearly the same rows.
