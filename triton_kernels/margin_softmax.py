@@ -227,9 +227,7 @@ def exponentials_kernel(
             tl.store(maxima_ptr + place, row_max, mask=inside)
 
 
-@triton.jit(
-    do_not_specialize=["rows", "first", "columns", "cells", "row_tiles", "splits", "accumulate"]
-)
+@triton.jit(do_not_specialize=["rows", "first", "columns", "cells", "row_tiles", "splits", "held"])
 def rows_kernel(
     e_tiles,  # [B, columns]
     w_tiles,  # [C, D]
@@ -243,7 +241,7 @@ def rows_kernel(
     e_stride,
     row_tiles,
     splits,
-    accumulate,  # 1 if `out` holds sums of earlier chunks, else 0
+    held,  # rows of `out` that hold sums of earlier chunks: all, or none
     D: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -281,9 +279,10 @@ def rows_kernel(
     for half in tl.static_range(2):
         dim_ids = dim + half * (BN // 2) + tl.arange(0, BN // 2)
         place = (split.to(tl.int64) * rows + row_ids)[:, None] * D + dim_ids[None, :]
-        inside = (row_ids < rows)[:, None] & (dim_ids < D)[None, :]
-        before = tl.load(out_ptr + place, mask=inside & (accumulate != 0), other=0.0)
-        tl.store(out_ptr + place, before + half_of(total, half, BM, BN), mask=inside)
+        wanted = (dim_ids < D)[None, :]
+        before = tl.load(out_ptr + place, mask=(row_ids < held)[:, None] & wanted, other=0.0)
+        total_half = before + half_of(total, half, BM, BN)
+        tl.store(out_ptr + place, total_half, mask=(row_ids < rows)[:, None] & wanted)
 
 
 @triton.jit(do_not_specialize=["rows", "first", "columns", "row_blocks"])
@@ -642,7 +641,7 @@ class _Launch:
                 e.stride(0),
                 row_tiles,
                 out.shape[0],
-                int(accumulate),
+                self.rows if accumulate else 0,
                 FILTER=active is not None,
                 **self.constants(config, listed=active is not None),
             )
