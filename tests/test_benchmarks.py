@@ -17,9 +17,10 @@ from pymcip.benchmarks import (
     BENCHMARKS,
     PAPER,
     SuiteOptions,
-    classification,
     find_suite,
+    imagenet,
     listing,
+    objectnet,
     paper,
 )
 from pymcip.benchmarks.suite import Found
@@ -68,7 +69,8 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _few_templates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two templates instead of eighty: 1,000 names times two prompts."""
-    monkeypatch.setattr(classification, "imagenet_templates", lambda: TEMPLATES)
+    for module in (imagenet, objectnet):
+        monkeypatch.setattr(module, "imagenet_templates", lambda: TEMPLATES)
 
 
 @pytest.fixture

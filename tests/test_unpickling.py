@@ -290,14 +290,14 @@ def test_containers_that_hold_themselves_or_are_too_deep_are_refused(written: Wr
 def test_numpys_own_functions_never_run(written: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     """A dtype's and an array's states reach stand-ins only."""
     seen = []
-    unpickler = unpickling._Unpickler
+    unpickler = unpickling.Unpickler
 
     class Recorded(unpickler):  # type: ignore[valid-type,misc]
         def load(self) -> Any:
             seen.append(super().load())
             return seen[-1]
 
-    monkeypatch.setattr(unpickling, "_Unpickler", Recorded)
+    monkeypatch.setattr(unpickling, "Unpickler", Recorded)
     load_restricted(written({"a": np.arange(3), "b": np.float64(2)}))
     kinds = {type(value) for value in seen[0].values()}
     assert kinds == {unpickling._Array}

@@ -75,7 +75,7 @@ def load_restricted(path: str | os.PathLike[str]) -> Any:
         raise DataError(f"{path} has more than {MOST_BYTES:,} bytes; is it the right file?")
     try:
         _check_instructions(content)
-        loaded = _Unpickler(io.BytesIO(content), encoding="latin1").load()
+        loaded = Unpickler(io.BytesIO(content), encoding="latin1").load()
         return _Resolver().resolve(loaded, 0)
     except _RefusedError as error:
         raise DataError(
@@ -264,7 +264,9 @@ _MAKERS: dict[tuple[str, str], Callable[..., Any]] = {
 _FUNCTIONS = {name: _Function(".".join(name), maker) for name, maker in _MAKERS.items()}
 
 
-class _Unpickler(pickle.Unpickler):
+class Unpickler(pickle.Unpickler):
+    """An unpickler that finds the stand-ins and nothing else."""
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _FUNCTIONS:
             return _FUNCTIONS[module, name]
