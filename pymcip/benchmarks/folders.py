@@ -22,36 +22,25 @@ def list_entries(place: Path) -> tuple[list[str], list[str]]:
         for entry in entries:
             if entry.name.startswith("."):
                 continue  # .DS_Store and the like
-            if _is_image(entry.name):
+            if os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:  # noqa: PTH122  a million
                 files.append(entry.name)
             elif entry.is_dir():
                 folders.append(entry.name)
     return sorted(folders), sorted(files)
 
 
-def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122  a million names
-
-
 def image_names(base: Path, below: str = "", *, deep: bool = False) -> Iterator[str]:
-    """Yield the image files of a folder, `/`-separated from `base`, in no order; none is hidden.
+    """Yield the visible images of a folder, `/`-separated from `base`, in no particular order.
 
     With `below`, or `deep`, folders in it are entered.
     """
     pending = [below]
     while pending:
         inside = pending.pop()
-        if not (base / inside).is_dir():
-            continue
-        with os.scandir(base / inside) as entries:
-            for entry in entries:
-                name = f"{inside}/{entry.name}" if inside else entry.name
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    pending += [name] if below or deep else []
-                elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:  # noqa: PTH122
-                    yield name
+        folders, files = list_entries(base / inside) if (base / inside).is_dir() else ([], [])
+        yield from (f"{inside}/{name}".lstrip("/") for name in files)
+        if below or deep:
+            pending += [f"{inside}/{name}".lstrip("/") for name in folders]
 
 
 def first_folder(
@@ -62,10 +51,12 @@ def first_folder(
 
 
 def first_file(folders: Iterable[Path], name: str) -> Path | None:
+    """Return the first file of this name in the folders; None if there is none."""
     return next((folder / name for folder in folders if (folder / name).is_file()), None)
 
 
 def any_exists(folder: Path, names: Iterable[str]) -> bool:
+    """Whether the folder holds a file or folder of one of the names."""
     return any((folder / name).exists() for name in names)
 
 
@@ -120,4 +111,5 @@ def list_classes(
 
 
 def count_labels(labels: Int64) -> dict[str, int]:
+    """Count images and classes, as `check_counts` takes them."""
     return {"images": len(labels), "classes": len(np.unique(labels))}

@@ -8,7 +8,7 @@ CLIP_benchmark's layout (see `pymcip.benchmarks.webdataset`), with the same labe
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,6 @@ from pymcip.benchmarks import webdataset
 from pymcip.benchmarks.contract import (
     AbsentError,
     DataSet,
-    Int64,
     Labelled,
     SuiteOptions,
     check_counts,
@@ -25,7 +24,7 @@ from pymcip.benchmarks.contract import (
 from pymcip.benchmarks.folders import count_labels, list_classes, list_entries
 from pymcip.benchmarks.imagenet_names import imagenet_names, imagenet_templates, synsets
 from pymcip.benchmarks.imagenet_val import TITLE, list_flat_val
-from pymcip.data import ImageData, list_images
+from pymcip.data import list_images
 
 VAL_COUNTS = {"images": 50_000, "classes": 1_000}
 TRAIN_COUNTS = {"images": 1_281_167, "classes": 1_000}
@@ -57,21 +56,19 @@ def read_imagenet_val(folder: Path, options: SuiteOptions) -> Labelled:
         DataError: there are other images among them, or some are missing or without a class.
         MissingDependencyError: the development kit is needed, and SciPy is missing.
     """
-    if webdataset.is_layout(folder):
-        return _imagenet_shards(folder, "test", IMAGENET_VAL.title, VAL_COUNTS, options)
-    places = ("val", "ILSVRC/Data/CLS-LOC/val", "Data/CLS-LOC/val", "ILSVRC2012_img_val", ".")
-    place = _find_split(folder, places, IMAGENET_VAL, "ILSVRC2012_val_")
-    folders, files = list_entries(place)
-    if folders:
-        names, labels = list_classes(place, IMAGENET_VAL.title, synsets(), "ILSVRC2012_val_")
-    else:
-        names, labels = list_flat_val(folder, place, files, options)
-    notes = check_counts(IMAGENET_VAL.title, count_labels(labels), VAL_COUNTS, options)
-    if not notes:  # complete, but images may lie in folders of other classes
-        even = int(np.sum(np.bincount(labels) == VAL_PER_CLASS))
+    found = _read(
+        IMAGENET_VAL,
+        VAL_COUNTS,
+        folder,
+        options,
+        ("val", "ILSVRC/Data/CLS-LOC/val", "Data/CLS-LOC/val", "ILSVRC2012_img_val", "."),
+        stem="ILSVRC2012_val_",
+    )
+    if not found.notes:  # complete, but images may lie in folders of other classes
+        even = int(np.sum(np.bincount(found.labels) == VAL_PER_CLASS))
         what = f"classes of {VAL_PER_CLASS} images"
-        notes = check_counts(IMAGENET_VAL.title, {what: even}, {what: 1_000}, options)
-    return _imagenet(list_images(place, names), labels, notes)
+        check_counts(IMAGENET_VAL.title, {what: even}, {what: 1_000}, options)
+    return found
 
 
 def read_imagenet_train(folder: Path, options: SuiteOptions) -> Labelled:
@@ -81,19 +78,9 @@ def read_imagenet_train(folder: Path, options: SuiteOptions) -> Labelled:
         AbsentError: there are no training images.
         DataError: there are other images among them, or some are missing.
     """
-    if webdataset.is_layout(folder):
-        return _imagenet_shards(folder, "train", IMAGENET_TRAIN.title, TRAIN_COUNTS, options)
-    places = (
-        "train",
-        "ILSVRC/Data/CLS-LOC/train",
-        "Data/CLS-LOC/train",
-        "ILSVRC2012_img_train",
-        ".",
-    )
-    place = _find_split(folder, places, IMAGENET_TRAIN, "n")
-    names, labels = list_classes(place, IMAGENET_TRAIN.title, synsets(), "{}_")
-    notes = check_counts(IMAGENET_TRAIN.title, count_labels(labels), TRAIN_COUNTS, options)
-    return _imagenet(list_images(place, names), labels, notes)
+    images = "Data/CLS-LOC/train"
+    places = ("train", f"ILSVRC/{images}", images, "ILSVRC2012_img_train", ".")
+    return _read(IMAGENET_TRAIN, TRAIN_COUNTS, folder, options, places, split="train", stem="{}_")
 
 
 def read_imagenet_sketch(folder: Path, options: SuiteOptions) -> Labelled:
@@ -103,12 +90,8 @@ def read_imagenet_sketch(folder: Path, options: SuiteOptions) -> Labelled:
         AbsentError: there are no images.
         DataError: some are missing, or there are folders of other classes.
     """
-    if webdataset.is_layout(folder):
-        return _imagenet_shards(folder, "test", IMAGENET_SKETCH.title, SKETCH_COUNTS, options)
-    place = _find_split(folder, ("sketch", "ImageNet-Sketch", "."), IMAGENET_SKETCH, "")
-    names, labels = list_classes(place, IMAGENET_SKETCH.title, synsets(), "")
-    notes = check_counts(IMAGENET_SKETCH.title, count_labels(labels), SKETCH_COUNTS, options)
-    return _imagenet(list_images(place, names), labels, notes)
+    places = ("sketch", "ImageNet-Sketch", ".")
+    return _read(IMAGENET_SKETCH, SKETCH_COUNTS, folder, options, places)
 
 
 def read_imagenet_a(folder: Path, options: SuiteOptions) -> Labelled:
@@ -122,45 +105,60 @@ def read_imagenet_a(folder: Path, options: SuiteOptions) -> Labelled:
         DataError: some are missing, or there are folders of other classes.
     """
     known = synsets("imagenet_a_synsets.txt")
+    return _read(IMAGENET_A, A_COUNTS, folder, options, ("imagenet-a", "."), known=known)
+
+
+def _read(
+    data: DataSet,
+    expected: Mapping[str, int],
+    folder: Path,
+    options: SuiteOptions,
+    places: Sequence[str],
+    *,
+    split: str = "test",
+    stem: str = "",
+    known: Sequence[str] | None = None,
+) -> Labelled:
+    """Read a data set of ImageNet's classes from shards, or from a folder per synset.
+
+    Args:
+        data: the data set.
+        expected: its public numbers of images and classes.
+        folder: where it lies.
+        options: of the suite.
+        places: folders below `folder` that may hold the images.
+        split: that of CLIP_benchmark's shards.
+        stem: what images' names begin with, `{}` for the synset.
+        known: synsets, if they are not ImageNet's 1,000; they are the candidates of zero-shot.
+    """
     label_of = {synset: label for label, synset in enumerate(synsets())}
-    candidates = tuple(label_of[synset] for synset in known)
+    candidates = None if known is None else tuple(label_of[synset] for synset in known)
     if webdataset.is_layout(folder):
         return webdataset.read_labelled(
             folder,
-            "test",
-            IMAGENET_A.title,
-            A_COUNTS,
+            split,
+            data.title,
+            expected,
             options,
             class_ids=candidates,
             names=imagenet_names(),
             templates=imagenet_templates(),
         )
-    place = _find_split(folder, ("imagenet-a", "."), IMAGENET_A, "")
-    names, labels = list_classes(place, IMAGENET_A.title, known, "")
-    notes = check_counts(IMAGENET_A.title, count_labels(labels), A_COUNTS, options)
-    own = np.array(candidates, np.int64)[labels]
-    return _imagenet(list_images(place, names), own, notes, candidates)
-
-
-def _imagenet(
-    images: ImageData,
-    labels: Int64,
-    notes: tuple[str, ...],
-    candidates: tuple[int, ...] | None = None,
-) -> Labelled:
-    return Labelled(images, labels, imagenet_names(), imagenet_templates(), candidates, notes)
-
-
-def _imagenet_shards(
-    folder: Path, split: str, title: str, expected: Mapping[str, int], options: SuiteOptions
-) -> Labelled:
-    names, templates = imagenet_names(), imagenet_templates()
-    return webdataset.read_labelled(
-        folder, split, title, expected, options, names=names, templates=templates
+    place = _find_split(folder, places, data, stem.replace("{}_", "n"))
+    folders, files = list_entries(place)
+    if files and not folders and data is IMAGENET_VAL:
+        names, labels = list_flat_val(folder, place, files, options)
+    else:
+        names, labels = list_classes(place, data.title, known or synsets(), stem)
+    notes = check_counts(data.title, count_labels(labels), expected, options)
+    if candidates is not None:
+        labels = np.array(candidates, np.int64)[labels]
+    return Labelled(
+        list_images(place, names), labels, imagenet_names(), imagenet_templates(), candidates, notes
     )
 
 
-def _find_split(folder: Path, places: Iterable[str], data: DataSet, stem: str) -> Path:
+def _find_split(folder: Path, places: Sequence[str], data: DataSet, stem: str) -> Path:
     """Return the first of the places that holds images or folders.
 
     The folder itself (".") may be the one of another split: the names of its images must begin with

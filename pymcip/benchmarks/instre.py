@@ -9,21 +9,13 @@ import numpy as np
 from pymcip.benchmarks.contract import (
     AbsentError,
     DataSet,
-    Int64,
     Labelled,
     QuerySet,
     SuiteOptions,
     check_counts,
 )
 from pymcip.benchmarks.folders import any_exists, first_file, first_folder, image_names
-from pymcip.benchmarks.query_sets import (
-    as_boxes,
-    as_rows,
-    as_texts,
-    check_lists,
-    open_query_set,
-    raise_problems,
-)
+from pymcip.benchmarks.query_sets import as_rows, as_texts, make_query_set
 from pymcip.benchmarks.readers import load_mat
 from pymcip.data import list_images
 from pymcip.errors import DataError
@@ -94,17 +86,15 @@ def _instre(folder: Path, base: Path, options: SuiteOptions) -> QuerySet:
     if len(fields) != 2 and not {"ok", "bbx"} <= set(fields):
         raise DataError(f"{path}: gnd has the fields {list(fields)}; needed: ok and bbx")
     ok, bbx = ("ok", "bbx") if {"ok", "bbx"} <= set(fields) else fields  # all readers go by place
-    problems = check_lists(database, queries, len(gnd))
-    truth: list[dict[str, Int64]] = []
-    for number, rows in enumerate(gnd[ok]):
-        truth.append({"ok": as_rows(rows, len(database), 1, f"query {number}, ok", problems)})
-    raise_problems(path, problems)
-    images, asked = open_query_set(base, database, queries)
-    if options.instre_crop:
-        asked = asked.cropped(as_boxes(path, gnd[bbx]))
-    found = {"queries": len(queries), "database images": len(database)}
-    notes = check_counts("INSTRE", found, INSTRE_COUNTS, options)
-    return QuerySet(images, asked, tuple(truth), notes=notes)
+    problems: list[str] = []
+    truth = [
+        {"ok": as_rows(rows, len(database), 1, f"query {number}, ok", problems)}
+        for number, rows in enumerate(gnd[ok])
+    ]
+    boxes = gnd[bbx] if options.instre_crop else None
+    return make_query_set(
+        INSTRE, path, base, database, queries, truth, problems, boxes, INSTRE_COUNTS, options
+    )
 
 
 INSTRE = DataSet(

@@ -3,49 +3,78 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pymcip.benchmarks.contract import Int64
-from pymcip.data import ImageData, list_images
+from pymcip.benchmarks.contract import DataSet, Int64, QuerySet, SuiteOptions, check_counts
+from pymcip.data import list_images
 from pymcip.data.sources import some
 from pymcip.errors import DataError
 
-Floats = npt.NDArray[np.float64]
 
+def make_query_set(
+    data: DataSet,
+    path: Path,
+    base: Path,
+    database: Sequence[str],
+    queries: Sequence[str],
+    truth: Sequence[dict[str, Int64]],
+    problems: Sequence[str],
+    boxes: Iterable[Any] | None,
+    expected: Mapping[str, int],
+    options: SuiteOptions,
+    places: Mapping[str, str] | None = None,
+) -> QuerySet:
+    """Check the ground truth as a whole and index its images.
 
-def check_lists(database: Sequence[str], queries: Sequence[str], described: int) -> list[str]:
-    """Say what is wrong with the lists of images of a query set."""
-    problems = []
-    if described != len(queries):
-        problems.append(f"gnd has {described} entries, qimlist has {len(queries)}")
+    Args:
+        data: the data set.
+        path: the file of the ground truth, for messages.
+        base: the folder of the images.
+        database, queries: names of images, as the ground truth has them.
+        truth: each query's rows of the database.
+        problems: what is wrong with these rows.
+        boxes: x1, y1, x2, y2 of each query, to which it is cropped; None: it is not.
+        expected: the public numbers of queries and database images.
+        options: of the suite.
+        places: the files of the names, below `base`; None: the names are files.
+
+    Raises:
+        DataError: lists or rows can't be right, images are missing, or the numbers are others.
+    """
+    wrong = []
+    if len(truth) != len(queries):
+        wrong.append(f"gnd has {len(truth)} entries, qimlist has {len(queries)}")
     twice = [name for name, count in Counter(database).items() if count > 1]
     if twice:
-        problems.append(f"imlist has images twice: {some(twice)}")
+        wrong.append(f"imlist has images twice: {some(twice)}")
     both = sorted(set(database) & set(queries))
     if both:
-        problems.append(f"queries are in the database too: {some(both)}")
-    outside = [name for name in (*database, *queries) if ".." in name.split("/")]
+        wrong.append(f"queries are in the database too: {some(both)}")
+    names = [*database, *queries]
+    outside = [name for name in names if ".." in name.split("/")]
     if outside:
-        problems.append(f"names lead out of the folder: {some(outside)}")
-    return problems
-
-
-def raise_problems(path: Path, problems: Sequence[str]) -> None:
-    if problems:
-        raise DataError(f"{path} can't be used: {some(problems)}. Get it from its authors again")
-
-
-def open_query_set(
-    base: Path, database: Sequence[str], queries: Sequence[str]
-) -> tuple[ImageData, ImageData]:
-    """Index database and queries, and report what is missing of both at once."""
-    both = list_images(base, [*database, *queries])
-    return both.select(range(len(database))), both.select(range(len(database), len(both)))
+        wrong.append(f"names lead out of the folder: {some(outside)}")
+    wrong += problems
+    if wrong:
+        raise DataError(f"{path} can't be used: {some(wrong)}. Get it from its authors again")
+    absent = [] if places is None else [name for name in names if name not in places]
+    if absent:
+        raise DataError(
+            f"{len(absent)} of the {len(names)} images that {path.name} lists are not below {base}: "
+            f"{some(f'{name}.jpg' for name in absent)}; unpack the archives of {data.source} there"
+        )
+    images = list_images(base, names if places is None else [places[name] for name in names])
+    asked = images.select(range(len(database), len(names)))
+    if boxes is not None:
+        asked = asked.cropped(_boxes(path, boxes))
+    found = {"queries": len(queries), "database images": len(database)}
+    notes = check_counts(data.title, found, expected, options)
+    return QuerySet(images.select(range(len(database))), asked, tuple(truth), notes=notes)
 
 
 def as_rows(values: Any, count: int, first: int, what: str, problems: list[str]) -> Int64:
@@ -67,7 +96,7 @@ def as_rows(values: Any, count: int, first: int, what: str, problems: list[str])
     return rows - first
 
 
-def as_boxes(path: Path, values: Iterable[Any]) -> Floats:
+def _boxes(path: Path, values: Iterable[Any]) -> npt.NDArray[np.float64]:
     """Make float64 [Q, 4]: left, top, right, bottom."""
     boxes, problems = [], []
     for number, value in enumerate(values):

@@ -14,17 +14,9 @@ from pymcip.benchmarks.contract import (
     Int64,
     QuerySet,
     SuiteOptions,
-    check_counts,
 )
 from pymcip.benchmarks.folders import first_file, first_folder, image_names
-from pymcip.benchmarks.query_sets import (
-    as_boxes,
-    as_rows,
-    as_texts,
-    check_lists,
-    open_query_set,
-    raise_problems,
-)
+from pymcip.benchmarks.query_sets import as_rows, as_texts, make_query_set
 from pymcip.benchmarks.unpickling import load_restricted
 from pymcip.data.sources import some
 from pymcip.errors import DataError
@@ -84,7 +76,7 @@ def _read_revisited(
             f"https://cmp.felk.cvut.cz/revisitop/data/datasets/{data.name}/gnd_{data.name}.pkl"
         )
     database, queries, gnd = _unpack_revisited(path)
-    problems = check_lists(database, queries, len(gnd))
+    problems: list[str] = []
     truth: list[dict[str, Int64]] = []
     for number, each in enumerate(gnd):
         rows = {
@@ -95,22 +87,10 @@ def _read_revisited(
         if len(np.unique(together)) < len(together):
             problems.append(f"query {number} has an image twice in easy, hard and junk")
         truth.append(rows)
-    raise_problems(path, problems)
-    absent = [name for name in (*database, *queries) if name not in places]
-    if absent:
-        raise DataError(
-            f"{len(absent)} of the {len(database) + len(queries)} images that {path.name} lists are "
-            f"not below {base}: {some(f'{name}.jpg' for name in absent)}; unpack the archives of "
-            f"{data.source} there"
-        )
-    images, asked = open_query_set(
-        base, [places[name] for name in database], [places[name] for name in queries]
+    boxes = [each.get("bbx") for each in gnd] if options.revisited_crop else None
+    return make_query_set(
+        data, path, base, database, queries, truth, problems, boxes, counts, options, places
     )
-    if options.revisited_crop:
-        asked = asked.cropped(as_boxes(path, [each.get("bbx") for each in gnd]))
-    found = {"queries": len(queries), "database images": len(database)}
-    notes = check_counts(data.title, found, counts, options)
-    return QuerySet(images, asked, tuple(truth), notes=notes)
 
 
 def _unpack_revisited(path: Path) -> tuple[list[str], list[str], list[dict[str, Any]]]:
