@@ -174,7 +174,7 @@ class DataSet:
         raise absent
 
     def how_to_get(self) -> str:
-        """Say where to get the data and what the folder must look like."""
+        """Describe where to get the data and what the folder must look like."""
         lines = "\n".join(f"    {line}" for line in self.layout.strip().splitlines())
         return (
             f"Get it from {self.source}\nand lay it out below data_root in one of "
@@ -218,6 +218,7 @@ class Benchmark:
 
     @property
     def data_sets(self) -> tuple[DataSet, ...]:
+        """The data sets that it needs."""
         return (self.data,) if self.database is None else (self.data, self.database)
 
 

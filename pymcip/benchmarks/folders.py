@@ -56,7 +56,7 @@ def first_file(folders: Iterable[Path], name: str) -> Path | None:
 
 
 def any_exists(folder: Path, names: Iterable[str]) -> bool:
-    """Whether the folder holds a file or folder of one of the names."""
+    """Return whether the folder holds a file or folder of one of the names."""
     return any((folder / name).exists() for name in names)
 
 

@@ -1,4 +1,4 @@
-"""ImageNet's validation images in one folder: their classes from names, lists or the development kit."""
+"""Classes of ImageNet's validation images that lie in one folder, read from the lists beside them."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def _objectnet_folder(folder: Path) -> Path:
 
 
 def _objectnet_titles(place: Path) -> dict[str, str]:
-    """Give ObjectNet's label of each folder whose class is one of ImageNet's too."""
+    """Map each folder whose class is one of ImageNet's too to ObjectNet's label of it."""
     title_of = _mapping(place, "folder_to_objectnet_label.json")
     shared = set(_mapping(place, "objectnet_to_imagenet_1k.json"))
     folders, _ = list_entries(place / "images")
@@ -94,8 +94,8 @@ def _mapping(place: Path, name: str) -> dict[str, str]:
     path = next((each for each in paths if each.is_file()), None)
     if path is None:
         raise DataError(
-            f"{OBJECTNET.title}: {paths[0]} is missing; it is part of objectnet-1.0.zip and tells the "
-            "classes"
+            f"{OBJECTNET.title}: {paths[0]} is missing; it is part of objectnet-1.0.zip and says what "
+            "the classes are; unpack it again"
         )
     value = read_json(path, OBJECTNET.title)
     if not all(isinstance(each, str) for each in value.values()):

@@ -1,4 +1,4 @@
-"""Which benchmarks there are, on which data sets, and the settings of the suites.
+"""The list of all benchmarks with their data sets, and the settings of the suites.
 
 `BENCHMARKS` has a row for each, in the order of the paper's columns (arXiv 2409.01936, Table 1). A
 new benchmark is a `DataSet` with a reader, a protocol, and a row here.

@@ -33,6 +33,7 @@ class Found:
 
     @property
     def notes(self) -> tuple[str, ...]:
+        """What a reader of the table must know about the data."""
         return self.data.notes + (() if self.database is None else self.database.notes)
 
     @property
@@ -55,6 +56,7 @@ class SuiteScores:
 
     @property
     def figures(self) -> dict[str, float]:
+        """Each benchmark's own figure, in percent, by its name."""
         return {name: next(iter(values.values())) for name, values in self.scores.items()}
 
 

@@ -1,4 +1,4 @@
-"""Pickles from the net, read without running anything that they name.
+"""Pickles from the internet, read without running anything that they name.
 
 A pickle is a program: it may import and call whatever it likes. This reader first walks over the
 program without running it and refuses instructions that plain data don't need; then it runs it with

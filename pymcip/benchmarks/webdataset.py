@@ -53,7 +53,7 @@ _LFS_POINTER = b"version https://git-lfs"
 
 
 def is_layout(folder: Path) -> bool:
-    """Tell whether a folder is laid out as CLIP_benchmark does: a subfolder holds numbered shards."""
+    """Return whether a folder has CLIP_benchmark's layout: a subfolder holds numbered shards."""
     with os.scandir(folder) as entries:
         return any(
             entry.is_dir()
@@ -251,7 +251,7 @@ def _templates(folder: Path, title: str) -> tuple[str, ...]:
 
 
 def _classes(data: ImageData, title: str, number: int) -> Int64:
-    """Give each image's cls as a number, int64 [N], 0 <= cls < number."""
+    """Read each image's cls as a number: int64 [N], 0 <= cls < number."""
     bare = np.flatnonzero(data.labels < 0)
     if len(bare):
         raise DataError(
