@@ -29,7 +29,7 @@ from pymcip.config import EvaluateConfig
 from pymcip.data import ImageData
 from pymcip.errors import ConfigError, DataError
 from pymcip.evaluation import run
-from pymcip.evaluation.run import suite_options
+from pymcip.evaluation.run import protocol_options
 from pymcip.evaluation.tables import (
     BENCHMARKS_OF_THE_MEAN,
     model_headings,
@@ -205,7 +205,7 @@ def test_the_model_may_come_first(options: dict[str, Any]) -> None:
 
 def test_suites_set_what_is_left_open() -> None:
     def chosen(**given: Any) -> SuiteOptions:
-        return suite_options(EvaluateConfig(model="m", data_root="d", **given))
+        return protocol_options(EvaluateConfig(model="m", data_root="d", **given))
 
     assert chosen(suite="paper") == SuiteOptions()
     authors = chosen(suite="authors")

@@ -32,7 +32,6 @@ from pymcip.evaluation.tables import (
     suite_table,
 )
 from pymcip.files import prepare_output, write_json, write_text
-from pymcip.metrics import KNN_TEMPERATURE
 from pymcip.model import load
 
 Measured = TypeVar("Measured")
@@ -100,11 +99,7 @@ def _evaluate_own(config: EvaluateConfig) -> EvaluateResult:
     knn_data = None if config.knn_data is None else load_images(config.knn_data)
     names = None if config.class_names is None else read_class_names(config.class_names)
     own = check_own(data, knn_data, names)
-    options = SuiteOptions(
-        knn_k=config.knn_k,
-        knn_vote=config.knn_vote,
-        knn_temperature=config.knn_temperature or KNN_TEMPERATURE,
-    )
+    options = protocol_options(config)
     out = _prepare(config, [config.data, config.knn_data, config.class_names])
     measured = _each_model(
         config,
@@ -132,7 +127,7 @@ def _evaluate_suite(config: EvaluateConfig) -> EvaluateResult:
     unknown = sorted(config.data_paths.keys() - DATA_SETS.keys())
     if unknown:
         raise ConfigError(f"data_paths has {unknown}; allowed: {', '.join(sorted(DATA_SETS))}")
-    options = suite_options(config)
+    options = protocol_options(config)
     wanted = [BENCHMARKS[name] for name in BENCHMARKS if name in (config.benchmarks or BENCHMARKS)]
     root = None if config.data_root is None else Path(config.data_root).expanduser()
     if root is not None and not root.is_dir():
@@ -176,14 +171,13 @@ def _evaluate_suite(config: EvaluateConfig) -> EvaluateResult:
     return result
 
 
-def suite_options(config: EvaluateConfig) -> SuiteOptions:
-    """Combine the suite's settings with those that were given."""
-    assert config.suite is not None
+def protocol_options(config: EvaluateConfig) -> SuiteOptions:
+    """Combine the suite's settings (without a suite: the defaults) with those that were given."""
     names = {item.name for item in fields(SuiteOptions)} & {item.name for item in fields(config)}
     given = {name: getattr(config, name) for name in names}
     return SuiteOptions(
         **{
-            **SUITES[config.suite],
+            **SUITES[config.suite or "paper"],
             **{name: value for name, value in given.items() if value is not None},
         }
     )
