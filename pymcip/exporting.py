@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from pymcip.config import ExportConfig
+from pymcip.configs import ExportConfig
 from pymcip.embedding import EmbeddingFolder
 from pymcip.errors import DataError, MissingDependencyError, StaleEmbeddingsError
 from pymcip.files import atomic_path, prepare_output, write_json

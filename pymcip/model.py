@@ -18,7 +18,7 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from pymcip.config import ModelOptions
+from pymcip.configs import ModelOptions
 from pymcip.errors import CheckpointError, ConfigError
 from pymcip.files import fingerprint
 
