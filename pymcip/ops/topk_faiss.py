@@ -24,16 +24,14 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 
 from pymcip.errors import MissingDependencyError
+from pymcip.ops.arrays import Array, Progress
 from pymcip.ops.canonical import canonical_matrix, canonical_scores
-
-Array: TypeAlias = Any  # np.ndarray (memory maps too) or torch.Tensor
-Progress: TypeAlias = Callable[[int, int], object]
 
 UNIT_ROUNDOFF = 2.0**-24
 SMALLEST_NORMAL = 2.0**-126
