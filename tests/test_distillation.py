@@ -17,7 +17,6 @@ from pymcip.data import load_images
 from pymcip.errors import ConfigError, DataError
 from pymcip.mining import CaptionTable
 from pymcip.model import ClipModel, load
-from pymcip.training.alignment import probe_rows
 from pymcip.training.checkpoints import checkpoint_files, load_checkpoint
 from pymcip.training.distillation import (
     CaptionSample,
@@ -25,7 +24,8 @@ from pymcip.training.distillation import (
     caption_divergence,
     frozen_copy,
 )
-from pymcip.training.stages import ImageStage, caption_bank
+from pymcip.training.image_stage import ImageStage, caption_bank
+from pymcip.training.probe_sources import probe_rows
 from pymcip.training.towers import image_parameters
 from tests.conftest import lines_of, train_until_killed
 
