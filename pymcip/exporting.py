@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-from torch import Tensor
 
 from pymcip.config import ExportConfig
 from pymcip.embedding import EmbeddingFolder
 from pymcip.errors import DataError, MissingDependencyError, StaleEmbeddingsError
 from pymcip.files import atomic_path, prepare_output, write_json
-from pymcip.model import ClipModel, load_configured
+from pymcip.model import ClipModel, load_configured, plain_state
 
 STATE_DICT = "state_dict.pt"
 HUB = "hub"
@@ -114,16 +113,6 @@ def write_export(clip: ClipModel, out: str | os.PathLike[str]) -> ExportResult:
             save_tokenizer(temporary)
     _log.info("exported %s to %s", clip.name, out)
     return ExportResult(out=out, state_dict=out / STATE_DICT, hub=out / HUB)
-
-
-def plain_state(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Copy a module's state: contiguous CPU tensors, floating-point ones in fp32, none shared."""
-    state = {}
-    for name, value in model.state_dict().items():
-        dtype = torch.float32 if value.is_floating_point() else value.dtype
-        plain = torch.empty(value.shape, dtype=dtype)
-        state[name] = plain.copy_(value.detach())
-    return state
 
 
 def write_index(folder: EmbeddingFolder, path: str | os.PathLike[str]) -> Path:

@@ -19,10 +19,18 @@ from pymcip.data import load_images
 from pymcip.errors import ConfigError, DataError
 from pymcip.mining import CaptionTable
 from pymcip.model import ClipModel
+from pymcip.model.depthwise import speed_up_depthwise
+from pymcip.model.towers import (
+    discard_projector,
+    image_parameters,
+    image_projector,
+    text_parameters,
+    unlock_image_tower,
+    unlock_text_tower,
+)
 from pymcip.training import train
 from pymcip.training.batches import AugmentedImages, image_batches, random_state
 from pymcip.training.checkpoints import random_states
-from pymcip.training.depthwise import speed_up_depthwise
 from pymcip.training.noise import noisy_captions
 from pymcip.training.optim import cosine_with_warmup, parameter_groups
 from pymcip.training.sampling import epoch_order, random_generator
@@ -32,14 +40,6 @@ from pymcip.training.stages import (
     TextStage,
     caption_bank,
     order_caption_bank,
-)
-from pymcip.training.towers import (
-    discard_projector,
-    image_parameters,
-    image_projector,
-    text_parameters,
-    unlock_image_tower,
-    unlock_text_tower,
 )
 
 

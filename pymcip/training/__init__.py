@@ -33,10 +33,11 @@ from pymcip.data import Captions, ImageData, load_captions, load_images
 from pymcip.embedding import EmbeddingCache
 from pymcip.errors import CheckpointError, ConfigError, DataError
 from pymcip.evaluation import ClassNames, ClassTexts, evaluate_model, name_texts, read_class_names
-from pymcip.exporting import plain_state, write_export
+from pymcip.exporting import write_export
 from pymcip.files import TEMPORARY_SUFFIX, prepare_output, read_json, write_json
 from pymcip.mining import CaptionTable, mine_captions
-from pymcip.model import ClipModel, load, load_configured
+from pymcip.model import ClipModel, load, load_configured, plain_state
+from pymcip.model.towers import discard_projector
 from pymcip.training.alignment import (
     EVALUATIONS_OF_SEARCH,
     FEWEST_CAPTIONS,
@@ -73,7 +74,6 @@ from pymcip.training.stages import (
     caption_bank,
     order_caption_bank,
 )
-from pymcip.training.towers import discard_projector
 
 __all__ = ["TrainResult", "train"]
 

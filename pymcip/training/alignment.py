@@ -247,7 +247,7 @@ class AlignmentProbe:
         self._forth: _Truth | _Beliefs
         self._back: _Truth | _Beliefs
         if right is None:
-            scale = float(original.model.logit_scale.detach().exp())  # type: ignore[union-attr,operator]
+            scale = original.logit_scale
             count = len(self.texts)
             text_tasks = [np.arange(count)] if names else _candidates(count, seed, TEXT_TASKS)
             image_tasks = _candidates(len(pixels), seed, IMAGE_TASKS)

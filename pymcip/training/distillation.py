@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,7 +29,6 @@ from pymcip.model import ClipModel, evaluation_mode
 from pymcip.training.mixtures import mixtures
 from pymcip.training.sampling import Indices, random_generator
 
-MAX_SCALE = 100.0
 GENERIC_RATE = 1 / 8  # generic images per training image, at least
 
 CAPTION_STREAM, MIXTURE_STREAM, GENERIC_STREAM = 7, 8, 9  # of `random_generator`
@@ -53,12 +51,6 @@ def caption_divergence(
     now = torch.log_softmax(scale * features @ captions.T, dim=1)
     before = torch.log_softmax(scale * original.detach() @ captions.T, dim=1)
     return (before.exp() * (before - now)).sum(dim=1)
-
-
-def logit_scale(clip: ClipModel) -> float:
-    """Return s = exp(logit_scale) of the model, at most 100."""
-    model = clip.model
-    return min(MAX_SCALE, math.exp(float(model.logit_scale.detach())))  # type: ignore[union-attr,operator,arg-type]
 
 
 def frozen_copy(clip: ClipModel) -> ClipModel:
@@ -162,7 +154,7 @@ class Distillation:
         self.weight, self.seed = weight, seed
         self.generic = generic
         self.rate = rate if generic is None else max(rate, GENERIC_RATE)
-        self.scale = logit_scale(teacher)
+        self.scale = teacher.logit_scale
 
     def extra(self, images: int) -> int:
         """Return how many mixtures or generic images go with a micro-batch of `images`."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from pymcip.config import TrainConfig
 from pymcip.errors import CheckpointError, TrainingDivergedError
 from pymcip.model import ClipModel
+from pymcip.model.towers import training_batch_norms
 from pymcip.progress import progress
 from pymcip.training.checkpoints import (
     Position,
@@ -31,7 +32,6 @@ from pymcip.training.checkpoints import (
 from pymcip.training.logs import MetricsLog
 from pymcip.training.optim import cosine_with_warmup
 from pymcip.training.stages import Stage
-from pymcip.training.towers import training_batch_norms
 
 MAX_BAD_STEPS_IN_A_ROW = 10
 

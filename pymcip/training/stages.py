@@ -19,13 +19,8 @@ from pymcip.data import ImageData
 from pymcip.losses import ArcMargin, MCArcMargin, info_nce
 from pymcip.mining import CaptionTable
 from pymcip.model import ClipModel, is_convolutional
-from pymcip.ops import order_bank
-from pymcip.training.batches import AugmentedImages, image_batches
-from pymcip.training.depthwise import speed_up_depthwise
-from pymcip.training.distillation import Distillation, TwoSets
-from pymcip.training.optim import make_optimizer, parameter_groups
-from pymcip.training.sampling import epoch_order, random_generator
-from pymcip.training.towers import (
+from pymcip.model.depthwise import speed_up_depthwise
+from pymcip.model.towers import (
     fixed_statistics,
     image_parameters,
     image_tower_to_train_mode,
@@ -34,6 +29,11 @@ from pymcip.training.towers import (
     unlock_image_tower,
     unlock_text_tower,
 )
+from pymcip.ops import order_bank
+from pymcip.training.batches import AugmentedImages, image_batches
+from pymcip.training.distillation import Distillation, TwoSets
+from pymcip.training.optim import make_optimizer, parameter_groups
+from pymcip.training.sampling import epoch_order, random_generator
 
 NAME_SHARE = 0.5  # of the texts of re-alignment, where classes have names
 
@@ -338,8 +338,7 @@ class TextStage:
         groups = parameter_groups(text_parameters(clip.model), lr=config.rea_lr, wd=config.wd)
         self.optimizer: torch.optim.Optimizer = make_optimizer(groups, config)
         self.heads = nn.ModuleDict()
-        model: Any = clip.model
-        self.scale = min(100.0, float(model.logit_scale.detach().exp()))
+        self.scale = clip.logit_scale
 
     def train_mode(self) -> None:
         self.clip.model.train()

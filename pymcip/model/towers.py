@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pymcip.errors import ConfigError
-from pymcip.model import ClipModel
+from pymcip.model.clip import ClipModel
 
 LOGIT_PARAMETERS = ("logit_scale", "logit_bias")
 
