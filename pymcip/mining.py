@@ -33,8 +33,8 @@ from pymcip.errors import DataError, StaleEmbeddingsError
 from pymcip.files import atomic_path, prepare_output, read_json, write_json, write_text
 from pymcip.ops import ApproximateIndex, topk
 from pymcip.ops.dispatch import backends
+from pymcip.ops.faiss_import import import_faiss
 from pymcip.ops.topk_cpu import pass_queries
-from pymcip.ops.topk_faiss import import_faiss
 from pymcip.progress import progress
 
 SPREADS = 3.5  # auto threshold: this many spreads above the median, see `auto_threshold`
