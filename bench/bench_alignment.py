@@ -29,7 +29,7 @@ import torch
 from harness import Report, training_dtype
 
 import pymcip
-from pymcip.config import TrainConfig
+from pymcip.configs import TrainConfig
 from pymcip.data import ImageData, load_captions, load_images
 from pymcip.demo.run import (
     Recipe,

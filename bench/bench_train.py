@@ -24,7 +24,7 @@ from open_clip_train.train import train_one_epoch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from pymcip.config import TrainConfig
+from pymcip.configs import TrainConfig
 from pymcip.data import load_images
 from pymcip.mining import CaptionTable
 from pymcip.model import ClipModel, load

@@ -10,7 +10,7 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pymcip.config import (
+    from pymcip.configs import (
         DemoConfig,
         EmbedConfig,
         EvaluateConfig,
@@ -33,7 +33,7 @@ except metadata.PackageNotFoundError:  # the bare source folder
     __version__ = "0+unknown"
 
 _MODULES = {
-    "config": [
+    "configs": [
         "DemoConfig",
         "EmbedConfig",
         "EvaluateConfig",

@@ -28,7 +28,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet
 
-from pymcip.config import EmbedConfig, Source
+from pymcip.configs import EmbedConfig, Source
 from pymcip.data import Captions, ImageData, load_captions, load_images
 from pymcip.data.loading import Skipped, iterate_batches
 from pymcip.data.sources import natural, some

@@ -28,7 +28,7 @@ from pymcip.benchmarks import (
     paper,
 )
 from pymcip.benchmarks.suite import suite_table
-from pymcip.config import EvaluateConfig
+from pymcip.configs import EvaluateConfig
 from pymcip.data import ImageData, load_images
 from pymcip.data.loading import iterate_batches
 from pymcip.embedding import EmbeddingCache

@@ -15,7 +15,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from pymcip.config import ExportConfig
+from pymcip.configs import ExportConfig
 from pymcip.embedding import EmbeddingFolder
 from pymcip.errors import DataError, MissingDependencyError, StaleEmbeddingsError
 from pymcip.files import atomic_path, prepare_output, write_json

@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import torch
 
-from pymcip.config import MineConfig, Source
+from pymcip.configs import MineConfig, Source
 from pymcip.embedding import EmbeddingFolder, Kind
 from pymcip.errors import DataError, StaleEmbeddingsError
 from pymcip.files import atomic_path, prepare_output, read_json, write_json, write_text

@@ -24,7 +24,7 @@ from pymcip.benchmarks import (
 )
 from pymcip.benchmarks.suite import BENCHMARKS_OF_THE_MEAN, Found, suite_table
 from pymcip.cli import main
-from pymcip.config import EvaluateConfig
+from pymcip.configs import EvaluateConfig
 from pymcip.data import ImageData
 from pymcip.errors import ConfigError, DataError
 from pymcip.model import ClipModel

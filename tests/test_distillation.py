@@ -12,7 +12,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import pymcip
-from pymcip.config import TrainConfig
+from pymcip.configs import TrainConfig
 from pymcip.data import load_images
 from pymcip.errors import ConfigError, DataError
 from pymcip.mining import CaptionTable

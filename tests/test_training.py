@@ -17,7 +17,7 @@ from PIL import Image
 
 import pymcip
 from pymcip import training
-from pymcip.config import TrainConfig
+from pymcip.configs import TrainConfig
 from pymcip.errors import (
     CheckpointError,
     ConfigError,

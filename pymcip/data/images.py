@@ -22,7 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from PIL import Image, UnidentifiedImageError
 
-from pymcip.config import Source, Sources
+from pymcip.configs import Source, Sources
 from pymcip.data import shards
 from pymcip.data.sources import (
     TABLES,

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from pymcip.config import Source, Sources
+from pymcip.configs import Source, Sources
 from pymcip.errors import DataError
 
 COMPRESSIONS = (".gz", ".zst", ".bz2")

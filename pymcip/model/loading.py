@@ -11,7 +11,7 @@ from typing import Any
 import open_clip
 import torch
 
-from pymcip.config import ModelOptions
+from pymcip.configs import ModelOptions
 from pymcip.errors import CheckpointError, ConfigError
 from pymcip.model.clip import ClipModel, is_convolutional
 

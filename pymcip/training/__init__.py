@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pymcip.config import TrainConfig
+from pymcip.configs import TrainConfig
 from pymcip.data import Captions, ImageData, load_captions, load_images
 from pymcip.embedding import EmbeddingCache
 from pymcip.errors import CheckpointError, ConfigError, DataError

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pymcip.config import TrainConfig
+from pymcip.configs import TrainConfig
 from pymcip.data import Captions, ImageData, load_captions, load_images
 from pymcip.data.images import UNLABELLED
 from pymcip.data.loading import iterate_batches

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pymcip.config import TrainConfig
+from pymcip.configs import TrainConfig
 from pymcip.errors import CheckpointError, TrainingDivergedError
 from pymcip.model import ClipModel
 from pymcip.model.towers import training_batch_norms

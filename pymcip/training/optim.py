@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from pymcip.config import TrainConfig
+from pymcip.configs import TrainConfig
 
 
 def parameter_groups(

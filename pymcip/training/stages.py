@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pymcip.config import TrainConfig
+from pymcip.configs import TrainConfig
 from pymcip.data import ImageData
 from pymcip.losses import ArcMargin, MCArcMargin, info_nce
 from pymcip.mining import CaptionTable
