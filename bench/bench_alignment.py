@@ -41,9 +41,8 @@ from pymcip.demo.run import (
 from pymcip.demo.world import BASE_FOLDER, World
 from pymcip.errors import DataError
 from pymcip.evaluation import evaluate_model, read_class_names
-from pymcip.exporting import plain_state
 from pymcip.files import read_json
-from pymcip.model import ClipModel, load_configured
+from pymcip.model import ClipModel, load_configured, plain_state
 from pymcip.training.checkpoints import checkpoint_files, load_checkpoint
 from pymcip.training.interpolation import interpolated
 from pymcip.training.probe import AlignmentProbe

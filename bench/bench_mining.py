@@ -41,9 +41,8 @@ import torch
 from harness import Report, Rival, common_arguments, compare
 from topk_rivals import Merge, MissingRivalError, Problem, faiss_flat, product_alone
 
-from pymcip import mining
 from pymcip.embedding import EmbeddingFolder
-from pymcip.mining import CaptionTable
+from pymcip.mining import CaptionTable, images_per_block, search_device
 from pymcip.ops import topk
 
 FULL = {"images": 100_000, "captions": 12_000_000, "dim": 512, "part_rows": 100_000}
@@ -165,7 +164,7 @@ def mine(options: argparse.Namespace, folder: Path, out: Path, kill_at: float | 
     shown: list[bytes] = []
     reader = threading.Thread(target=_drain, args=(terminal, shown))
     reader.start()
-    rows = mining._block_rows(options.k, options.dim, torch.device(options.device))
+    rows = images_per_block(options.k, options.dim, torch.device(options.device))
     planned = -(-options.images // rows)
     due = None if kill_at is None else max(1, round(kill_at * planned))
     last, finished, spacing = start, 0, 0.0
@@ -351,7 +350,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rival-captions", type=int, default=200_000)
     parser.add_argument("--note", default="", help="what else ran on the machine; goes into rows")
     options = parser.parse_args(words)
-    device = mining._device(options.backend, "float16").type  # pymcip mine has no choice of it
+    device = search_device(options.backend, "float16").type  # pymcip mine has no choice of it
     if options.device != device:
         print(f"pymcip mine works on {device} here, with backend={options.backend}")
         options.device = device

@@ -214,6 +214,20 @@ def test_the_original_keeps_everything(precision: str, stored: bool, tiny_model_
     assert probe.measure(perturbed(clip, 0.02)) != kept
 
 
+def test_the_scale_is_at_most_100_as_in_training(
+    tiny_clip: ClipModel, tiny_model_dir: Path
+) -> None:
+    """The original is as sure in the probe as in the losses: CLIP clips the scale at 100."""
+    pixels, kept = random_pixels(40), []
+    tuned = perturbed(load(f"local-dir:{tiny_model_dir}", device="cpu", precision="fp32"), 0.3)
+    for scale in (100.0, 400.0):
+        with torch.no_grad():
+            tiny_clip.model.logit_scale.fill_(np.log(scale))  # type: ignore[union-attr,operator]
+        probe = AlignmentProbe(tiny_clip, pixels, TEXTS, seed=0)
+        kept.append(probe.measure(tuned, texts=True))
+    assert kept[0] == kept[1] != probe.measure(tiny_clip, texts=True)
+
+
 def test_an_answer_the_original_was_sure_of_costs_more(tiny_clip: ClipModel) -> None:
     """Two texts, p0 by hand: the scale makes the original sure, and the tuned one errs always."""
     with torch.no_grad():

@@ -17,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pymcip
-from pymcip import mining
 from pymcip.data import Captions, load_captions, load_images
 from pymcip.embedding import EmbeddingFolder, embed_captions, embed_images
 from pymcip.errors import (
@@ -27,7 +26,15 @@ from pymcip.errors import (
     OutputExistsError,
     StaleEmbeddingsError,
 )
-from pymcip.mining import CaptionTable, auto_threshold, mine_table
+from pymcip.mining import (
+    CaptionTable,
+    auto_threshold,
+    blocks,
+    images_per_block,
+    mine,
+    mine_table,
+    search,
+)
 from pymcip.model import ClipModel, load
 from tests.conftest import CAPTIONS
 
@@ -312,7 +319,7 @@ def test_captions_in_another_folder(
 def stopping_topk(monkeypatch: pytest.MonkeyPatch, at: int) -> list[int]:
     """Interrupt the op in its call `at`; the list tells the images of each call."""
     calls: list[int] = []
-    original = mining.topk
+    original = search.topk
 
     def stopping(queries: Any, *arguments: Any, **named: Any) -> Any:
         calls.append(len(queries))
@@ -320,7 +327,7 @@ def stopping_topk(monkeypatch: pytest.MonkeyPatch, at: int) -> list[int]:
             raise KeyboardInterrupt
         return original(queries, *arguments, **named)
 
-    monkeypatch.setattr(mining, "topk", stopping)
+    monkeypatch.setattr(search, "topk", stopping)
     return calls
 
 
@@ -328,13 +335,15 @@ def test_interrupted_mining_goes_on(
     embedded: EmbeddingFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = pymcip.mine_captions(**options(embedded, tmp_path, out=tmp_path / "whole"))
-    monkeypatch.setattr(mining, "_block_rows", lambda *_: 2)
+    monkeypatch.setattr(mine, "images_per_block", lambda *_: 2)
     calls = stopping_topk(monkeypatch, at=3)  # in the third block of images
     with pytest.raises(KeyboardInterrupt):
         pymcip.mine_captions(**options(embedded, tmp_path))
     assert len(list((tmp_path / "out" / "blocks").iterdir())) == 2
     assert not (tmp_path / "out" / "report.json").exists()
-    monkeypatch.setattr(mining, "_block_rows", lambda *_: 5)  # of another machine: the run's rule
+    monkeypatch.setattr(
+        mine, "images_per_block", lambda *_: 5
+    )  # of another machine: the run's rule
     result = pymcip.mine_captions(**options(embedded, tmp_path))
     assert calls[3:] == [2] * 4  # four images were done
     assert np.array_equal(result.table.ids, whole.table.ids)
@@ -364,12 +373,12 @@ def test_blocks_do_not_follow_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_blocks_are_one_pass_of_the_op() -> None:
     """Codes and candidates of a block stay below what the op takes at a time (40 MiB)."""
     cpu = torch.device("cpu")
-    assert mining._block_rows(10, 512, cpu) == 14_848
+    assert images_per_block(10, 512, cpu) == 14_848
     for k, columns in [(1, 1), (10, 512), (16, 768), (64, 1152), (2048, 4096)]:
-        rows = mining._block_rows(k, columns, cpu)
+        rows = images_per_block(k, columns, cpu)
         assert rows >= 32
         assert rows * (columns + 16 * max(128, 4 * k)) <= 40 << 20
-    assert mining._block_rows(10, 512, torch.device("cuda")) == 131_072
+    assert images_per_block(10, 512, torch.device("cuda")) == 131_072
 
 
 def test_older_blocks_are_not_mixed_in(
@@ -377,7 +386,7 @@ def test_older_blocks_are_not_mixed_in(
 ) -> None:
     """Those of version 0.1 had other names, another size, and cosines with other last bits."""
     whole = pymcip.mine_captions(**options(embedded, tmp_path, out=tmp_path / "whole"))
-    monkeypatch.setattr(mining, "_block_rows", lambda *_: 5)
+    monkeypatch.setattr(mine, "images_per_block", lambda *_: 5)
     stopping_topk(monkeypatch, at=2)
     with pytest.raises(KeyboardInterrupt):
         pymcip.mine_captions(**options(embedded, tmp_path))
@@ -388,7 +397,7 @@ def test_older_blocks_are_not_mixed_in(
     (out / "mine.json").write_text(json.dumps(stored))
     wrong = {"ids": np.zeros((5, 3), np.int64), "cosines": np.ones((5, 3), np.float32)}
     np.savez(out / "blocks" / "block_000000.npz", **wrong)
-    monkeypatch.setattr(mining, "_block_rows", lambda *_: 7)
+    monkeypatch.setattr(mine, "images_per_block", lambda *_: 7)
     result = pymcip.mine_captions(**options(embedded, tmp_path))
     assert np.array_equal(result.table.ids, whole.table.ids)
     assert np.array_equal(result.table.cosines, whole.table.cosines)
@@ -398,7 +407,7 @@ def test_older_blocks_are_not_mixed_in(
 def test_damaged_block(
     embedded: EmbeddingFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mining, "_block_rows", lambda *_: 6)
+    monkeypatch.setattr(mine, "images_per_block", lambda *_: 6)
     stopping_topk(monkeypatch, at=2)
     with pytest.raises(KeyboardInterrupt):
         pymcip.mine_captions(**options(embedded, tmp_path))
@@ -439,7 +448,7 @@ def test_bar_moves_within_blocks_and_goes_on(
         bars.append(Bar(**named))
         return bars[-1]
 
-    original = mining.topk
+    original = search.topk
 
     def telling_topk(*arguments: Any, progress: Any, **named: Any) -> Any:
         progress(1, 4)
@@ -448,9 +457,9 @@ def test_bar_moves_within_blocks_and_goes_on(
             raise KeyboardInterrupt
         return original(*arguments, **named)
 
-    monkeypatch.setattr(mining, "progress", new_bar)
-    monkeypatch.setattr(mining, "topk", telling_topk)
-    monkeypatch.setattr(mining, "_block_rows", lambda *_: 6)
+    monkeypatch.setattr(blocks, "progress", new_bar)
+    monkeypatch.setattr(search, "topk", telling_topk)
+    monkeypatch.setattr(mine, "images_per_block", lambda *_: 6)
     with pytest.raises(KeyboardInterrupt):
         pymcip.mine_captions(**options(embedded, tmp_path))
     pymcip.mine_captions(**options(embedded, tmp_path))
@@ -518,7 +527,7 @@ def test_approximate_search(
     def no_build(*_: Any, **__: Any) -> Any:
         raise AssertionError
 
-    monkeypatch.setattr(mining.ApproximateIndex, "build", no_build)  # the folder is used again
+    monkeypatch.setattr(search.ApproximateIndex, "build", no_build)  # the folder is used again
     again = pymcip.mine_captions(**named, out=tmp_path / "again")
     assert np.array_equal(again.table.ids, result.table.ids)
     other = "another recall \\(0\\.9, now 1\\.0\\), index \\(.*index, now None\\); mine into"
@@ -531,8 +540,8 @@ def test_interrupted_approximate_search_goes_on(
 ) -> None:
     named: dict[str, Any] = {"images": large, "threshold": 0.8, "k": 5, "recall": 0.9}
     whole = pymcip.mine_captions(**named, out=tmp_path / "whole")
-    monkeypatch.setattr(mining, "_block_rows", lambda *_: 200)
-    original = mining.ApproximateIndex.search
+    monkeypatch.setattr(mine, "images_per_block", lambda *_: 200)
+    original = search.ApproximateIndex.search
     counts: list[int] = []
 
     def stopping(self: Any, queries: Any, *arguments: Any, **options: Any) -> Any:
@@ -541,7 +550,7 @@ def test_interrupted_approximate_search_goes_on(
             raise KeyboardInterrupt
         return original(self, queries, *arguments, **options)
 
-    monkeypatch.setattr(mining.ApproximateIndex, "search", stopping)
+    monkeypatch.setattr(search.ApproximateIndex, "search", stopping)
     with pytest.raises(KeyboardInterrupt):
         pymcip.mine_captions(**named, out=tmp_path / "out")
     result = pymcip.mine_captions(**named, out=tmp_path / "out")

@@ -91,7 +91,9 @@ def test_hub_folder_gives_what_open_clip_gives(tiny_model_dir: Path) -> None:
 def test_embeddings_are_unit_fp32_in_either_precision(
     tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pymcip.model.has_bf16", lambda device: True)  # as it is emulated elsewhere
+    monkeypatch.setattr(
+        "pymcip.model.loading.has_bf16", lambda device: True
+    )  # as it is emulated elsewhere
     exact = load(f"local-dir:{tiny_model_dir}", device="cpu", precision="fp32")
     rough = load(f"local-dir:{tiny_model_dir}", device="cpu", precision="amp_bf16")
     got = rough.encode_images(images())
@@ -105,13 +107,22 @@ def test_embeddings_are_unit_fp32_in_either_precision(
 def test_a_cpu_without_bf16_runs_in_fp32(
     tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("pymcip.model.has_bf16", lambda device: False)
+    monkeypatch.setattr("pymcip.model.loading.has_bf16", lambda device: False)
     with caplog.at_level("INFO"):
         clip = load(f"local-dir:{tiny_model_dir}", device="cpu", precision="amp_bf16")
     assert "fp32, not amp_bf16" in caplog.text
     exact = load(f"local-dir:{tiny_model_dir}", device="cpu", precision="fp32")
     assert torch.equal(clip.encode_images(images()), exact.encode_images(images()))
     assert clip.fingerprint() == exact.fingerprint()
+
+
+@pytest.mark.parametrize(("stored", "scale"), [(20.0, 20.0), (100.0, 100.0), (117.33, 100.0)])
+def test_logit_scale_is_at_most_100(tiny_clip: ClipModel, stored: float, scale: float) -> None:
+    """As CLIP and open_clip clip it in training; what is stored stays."""
+    with torch.no_grad():
+        tiny_clip.model.logit_scale.fill_(np.log(stored))  # type: ignore[union-attr,operator]
+    assert tiny_clip.logit_scale == pytest.approx(scale, rel=1e-6)
+    assert float(tiny_clip.model.logit_scale.detach().exp()) == pytest.approx(stored, rel=1e-6)  # type: ignore[union-attr,operator]
 
 
 def test_has_bf16_is_what_the_cpu_says() -> None:

@@ -19,16 +19,8 @@ from pymcip.data import load_images
 from pymcip.errors import ConfigError, DataError
 from pymcip.mining import CaptionTable
 from pymcip.model import ClipModel
-from pymcip.training import train
-from pymcip.training.batches import AugmentedImages, image_batches, random_state
-from pymcip.training.checkpoints import random_states
-from pymcip.training.depthwise import speed_up_depthwise
-from pymcip.training.image_stage import ImageStage, caption_bank, order_caption_bank
-from pymcip.training.noise import noisy_captions
-from pymcip.training.optim import cosine_with_warmup, parameter_groups
-from pymcip.training.sampling import Stream, epoch_order, random_generator
-from pymcip.training.text_stage import Pairs, TextStage
-from pymcip.training.towers import (
+from pymcip.model.depthwise import speed_up_depthwise
+from pymcip.model.towers import (
     discard_projector,
     image_parameters,
     image_projector,
@@ -36,6 +28,14 @@ from pymcip.training.towers import (
     unlock_image_tower,
     unlock_text_tower,
 )
+from pymcip.training import train
+from pymcip.training.batches import AugmentedImages, image_batches, random_state
+from pymcip.training.checkpoints import random_states
+from pymcip.training.image_stage import ImageStage, caption_bank, order_caption_bank
+from pymcip.training.noise import noisy_captions
+from pymcip.training.optim import cosine_with_warmup, parameter_groups
+from pymcip.training.sampling import Stream, epoch_order, random_generator
+from pymcip.training.text_stage import Pairs, TextStage
 
 
 def table_of(rows: list[list[int]]) -> CaptionTable:

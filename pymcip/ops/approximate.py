@@ -34,9 +34,9 @@ from pymcip.errors import BackendError, ConfigError, DataError, OutputExistsErro
 from pymcip.files import atomic_path, read_json, write_json
 from pymcip.ops.arrays import Array, Progress, check_matrix
 from pymcip.ops.canonical import canonical_scores
+from pymcip.ops.faiss_import import faiss_threads, import_faiss
 from pymcip.ops.packed_bank import PackedBank
 from pymcip.ops.topk import topk
-from pymcip.ops.topk_faiss import faiss_threads, import_faiss
 
 Bank: TypeAlias = Any  # an Array or a PackedBank, or a list of such: the parts of one bank
 

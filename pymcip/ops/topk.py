@@ -5,7 +5,8 @@ s >= threshold, ordered by score descending, then by j ascending; the first k of
 s(q, c) is the inner product of the rows as they are (fp16 and bf16 are widened, not rounded), added
 up in fp64 in an order that `pymcip.ops.canonical` defines, and rounded to fp32 once. It is the same
 to the bit on every back end and device, and with it the whole result: neither threads nor blocks
-change it. Unit rows make it the cosine.
+change it. Unit rows make it the cosine. (One back end, "faiss", is not held to this: it ranks by
+faiss's own fp32 sums, and `auto` prefers all others.)
 
 Matrices reach a back end as they came, with any strides and at any address. It reads them by their
 strides; where it needs dense or aligned rows, it looks, and copies (a block or a chunk at a time).

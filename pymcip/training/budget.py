@@ -14,9 +14,8 @@ from torch import Tensor
 from pymcip.configs import TrainConfig
 from pymcip.data import ImageData
 from pymcip.embedding import EmbeddingFolder
-from pymcip.exporting import plain_state
 from pymcip.files import write_json
-from pymcip.model import ClipModel
+from pymcip.model import ClipModel, plain_state
 from pymcip.ops.arrays import MatrixParts
 from pymcip.training.interpolation import interpolated, largest_coefficient
 from pymcip.training.loop import Run, Stage

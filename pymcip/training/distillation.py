@@ -30,7 +30,6 @@ from pymcip.model import ClipModel, evaluation_mode
 from pymcip.ops.arrays import MatrixParts
 from pymcip.training.mixtures import mixtures
 from pymcip.training.sampling import Indices, Stream, random_generator
-from pymcip.training.towers import logit_scale
 
 GENERIC_RATE = 1 / 8  # generic images per training image, at least
 
@@ -155,7 +154,7 @@ class Distillation:
         self.weight, self.seed = weight, seed
         self.generic = generic
         self.rate = rate if generic is None else max(rate, GENERIC_RATE)
-        self.scale = logit_scale(teacher)
+        self.scale = teacher.logit_scale
 
     def extra(self, images: int) -> int:
         """Return how many mixtures or generic images go with a micro-batch of `images`."""

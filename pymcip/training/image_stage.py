@@ -19,20 +19,20 @@ from pymcip.data import ImageData
 from pymcip.losses import ArcMargin, MCArcMargin
 from pymcip.mining import CaptionTable
 from pymcip.model import ClipModel, is_convolutional
-from pymcip.ops import order_bank
-from pymcip.ops.arrays import MatrixParts
-from pymcip.training.batches import AugmentedImages, image_batches
-from pymcip.training.depthwise import speed_up_depthwise
-from pymcip.training.distillation import Distillation, TwoSets
-from pymcip.training.optim import make_optimizer, parameter_groups
-from pymcip.training.sampling import Stream, epoch_order, random_generator
-from pymcip.training.towers import (
+from pymcip.model.depthwise import speed_up_depthwise
+from pymcip.model.towers import (
     fixed_statistics,
     image_parameters,
     image_tower_to_train_mode,
     training_batch_norms,
     unlock_image_tower,
 )
+from pymcip.ops import order_bank
+from pymcip.ops.arrays import MatrixParts
+from pymcip.training.batches import AugmentedImages, image_batches
+from pymcip.training.distillation import Distillation, TwoSets
+from pymcip.training.optim import make_optimizer, parameter_groups
+from pymcip.training.sampling import Stream, epoch_order, random_generator
 
 _log = logging.getLogger("pymcip.training")
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pymcip.configs import TrainConfig
 from pymcip.errors import CheckpointError, TrainingDivergedError
 from pymcip.model import ClipModel
+from pymcip.model.towers import training_batch_norms
 from pymcip.progress import progress
 from pymcip.training.checkpoints import (
     Position,
@@ -30,7 +31,6 @@ from pymcip.training.checkpoints import (
 )
 from pymcip.training.logs import MetricsLog
 from pymcip.training.optim import cosine_with_warmup
-from pymcip.training.towers import training_batch_norms
 
 MAX_BAD_STEPS_IN_A_ROW = 10
 

@@ -35,7 +35,6 @@ from pymcip.metrics import zero_shot_classifier
 from pymcip.model import ClipModel
 from pymcip.training.mixtures import other_views
 from pymcip.training.sampling import Indices, Stream, random_generator
-from pymcip.training.towers import logit_scale
 
 CANDIDATES = 8  # texts or images to choose from in a task that p0 judges, or that is hard
 TASKS = 200  # sets of them
@@ -111,7 +110,7 @@ class AlignmentProbe:
             )
             image_tasks = _candidates(len(pixels), seed, Stream.PROBE_IMAGE_TASKS)
             generator = random_generator(seed, Stream.PROBE_VIEWS)
-            logits = logit_scale(original) * (self._images(original, generator) @ self.vectors.T)
+            logits = original.logit_scale * (self._images(original, generator) @ self.vectors.T)
             self.image_to_text = Beliefs(similarities, logits, text_tasks)
             self.text_to_image = Beliefs(similarities.T, logits.T, image_tasks)
             return

@@ -18,9 +18,9 @@ from pymcip.evaluation import ClassTexts
 from pymcip.losses import info_nce
 from pymcip.mining import CaptionTable
 from pymcip.model import ClipModel
+from pymcip.model.towers import text_parameters, unlock_text_tower
 from pymcip.training.optim import make_optimizer, parameter_groups
 from pymcip.training.sampling import Stream, random_generator
-from pymcip.training.towers import logit_scale, text_parameters, unlock_text_tower
 
 NAME_SHARE = 0.5  # of the texts of re-alignment, where classes have names
 
@@ -117,7 +117,7 @@ class TextStage:
         groups = parameter_groups(text_parameters(clip.model), lr=config.rea_lr, wd=config.wd)
         self.optimizer: torch.optim.Optimizer = make_optimizer(groups, config)
         self.heads = nn.ModuleDict()
-        self.scale = logit_scale(clip)
+        self.scale = clip.logit_scale
 
     def train_mode(self) -> None:
         self.clip.model.train()

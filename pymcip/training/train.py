@@ -33,6 +33,7 @@ from pymcip.exporting import write_export
 from pymcip.files import prepare_output, write_json
 from pymcip.mining import CaptionTable, mine_captions
 from pymcip.model import ClipModel, load, load_configured
+from pymcip.model.towers import discard_projector
 from pymcip.ops.arrays import MatrixParts
 from pymcip.training.budget import AlignmentBudget
 from pymcip.training.checkpoints import (
@@ -51,7 +52,6 @@ from pymcip.training.noise import noisy_captions
 from pymcip.training.probe_sources import probe_rows
 from pymcip.training.result import TrainResult, finished_result
 from pymcip.training.text_stage import TextStage, image_text_pairs
-from pymcip.training.towers import discard_projector
 from pymcip.training.validation import Validation
 
 _log = logging.getLogger("pymcip.training")

@@ -10,16 +10,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pymcip.errors import ConfigError
-from pymcip.model import ClipModel
+from pymcip.model.clip import ClipModel
 
 LOGIT_PARAMETERS = ("logit_scale", "logit_bias")
-LARGEST_SCALE = 100.0  # of CLIP, arXiv 2103.00020
-
-
-def logit_scale(clip: ClipModel) -> float:
-    """CLIP's factor from cosines to logits, exp(logit_scale), at most 100."""
-    scale = clip.model.logit_scale
-    return min(LARGEST_SCALE, float(scale.detach().exp()))  # type: ignore[union-attr,operator]
 
 
 def image_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
