@@ -53,7 +53,7 @@ class EmbeddingFolder:
         return f"EmbeddingFolder({str(self.path)!r}: {', '.join(held)})"
 
     def has(self, kind: Kind) -> bool:
-        """Tell whether the folder holds embeddings of this kind ("img" or "text")."""
+        """Whether the folder holds embeddings of this kind ("img" or "text")."""
         return (self.path / f"{kind}_emb").is_dir()
 
     def _part_files(self, kind: Kind) -> list[Path]:
@@ -90,7 +90,7 @@ class EmbeddingFolder:
         if not files or complete < wanted:
             raise DataError(
                 f"{self.path} holds {complete} of {wanted} parts of {WHAT[kind]}; "
-                "run pymcip.embed again with the same options, it goes on where it stopped"
+                "run pymcip.embed again with the same options, which continues where it stopped"
             )
         return [_open_part(path) for path in files]
 
@@ -100,7 +100,7 @@ class EmbeddingFolder:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def has_metadata(self, kind: Kind) -> bool:
-        """Tell whether the rows of this kind are described."""
+        """Whether the rows of this kind are described."""
         return bool(self._metadata_files(kind))
 
     def metadata(self, kind: Kind) -> pa.Table:
