@@ -17,8 +17,8 @@ CACHE_PART_SIZE = 20_000  # what a kill while embedding can cost a run
 class EmbeddingCache:
     """Embeddings of one model in a folder that runs share: what is in it is not embedded again.
 
-    Each set of images or captions has a subfolder, named by what it was made from. The model's weights
-    must not change while the cache is in use.
+    Each set of images or captions has a subfolder, named by what it was made from. The model's
+    weights must not change while the cache is in use.
     """
 
     def __init__(

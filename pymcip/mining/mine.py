@@ -151,15 +151,15 @@ def mine_table(
         seed: of the samples of random pairs and of images, and of the index.
         blocks: folder that keeps finished blocks of images, for a run that is started again with
             the same arguments; None keeps nothing.
-        block_rows: images per block, at most; default: see `images_per_block`. The result doesn't depend
-            on it. Blocks of another size than those in `blocks` are ignored.
+        block_rows: images per block, at most; default: see `images_per_block`. The result doesn't
+            depend on it. Blocks of another size than those in `blocks` are ignored.
 
     Returns:
         The table of N images, and a report: `images`, `captions`, `k`, `threshold`,
         `threshold_from`, `random_pairs` (an `AutoThreshold`, whichever threshold is used),
         `images_by_captions` (how many images have 0, 1, … k captions), `pairs`, `captions_used`,
-        `cosines` (of the pairs: lowest, mean, highest, histogram), `recall` (1, or measured; None if
-        nothing could be measured) and `approximate` (None, or how `recall` was measured).
+        `cosines` (of the pairs: lowest, mean, highest, histogram), `recall` (1, or measured; None
+        if nothing could be measured) and `approximate` (None, or how `recall` was measured).
 
     Raises:
         DataError: there are no rows, widths differ, or not one caption reaches the threshold.
