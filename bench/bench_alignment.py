@@ -43,14 +43,10 @@ from pymcip.errors import DataError
 from pymcip.evaluation import evaluate_model, read_class_names
 from pymcip.files import read_json
 from pymcip.model import ClipModel, load_configured, plain_state
-from pymcip.training.alignment import (
-    AlignmentProbe,
-    load_probe_sources,
-    probe_pixels,
-    probe_rows,
-)
 from pymcip.training.checkpoints import checkpoint_files, load_checkpoint
 from pymcip.training.interpolation import interpolated
+from pymcip.training.probe import AlignmentProbe
+from pymcip.training.probe_sources import load_probe_sources, probe_pixels, probe_rows
 
 UNBOUND = {"alignment_budget": 0.999}  # measured, and not held to anything
 PLUS: dict[str, Any] = {"method": "mcip+", **Recipe().rea, **Recipe().plus}

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from pymcip.mining import CaptionTable, MineResult, mine_captions
     from pymcip.model import ClipModel, load
     from pymcip.studies import SweepResult, sweep
-    from pymcip.training import TrainResult, train
+    from pymcip.training.result import TrainResult
+    from pymcip.training.train import train
 
 try:
     __version__ = metadata.version("pymcip")

@@ -298,7 +298,7 @@ import pymcip
 from pymcip.training import loop
 
 step, options = int(sys.argv[1]), json.loads(sys.argv[2])
-inner = loop._step
+inner = loop.optimizer_step
 
 def killed(run, stage, micro_batches):
     values = inner(run, stage, micro_batches)
@@ -306,7 +306,7 @@ def killed(run, stage, micro_batches):
         os.kill(os.getpid(), signal.SIGKILL)
     return values
 
-loop._step = killed
+loop.optimizer_step = killed
 pymcip.train(**options)
 """
 

@@ -20,12 +20,14 @@ import pymcip
 from pymcip.data import load_images
 from pymcip.errors import ConfigError, DataError
 from pymcip.model import ClipModel, load
-from pymcip.training import alignment
-from pymcip.training.alignment import AlignmentProbe, affordable, probe_pixels, probe_rows
+from pymcip.training import probe_sources
+from pymcip.training.budget import AlignmentBudget
 from pymcip.training.checkpoints import load_checkpoint
 from pymcip.training.interpolation import interpolated, largest_coefficient
 from pymcip.training.mixtures import mixtures, other_views
-from pymcip.training.sampling import random_generator
+from pymcip.training.probe import AlignmentProbe, Beliefs, Kept, Truth, ratio_of_sums, right_answers
+from pymcip.training.probe_sources import affordable, load_probe_sources, probe_pixels, probe_rows
+from pymcip.training.sampling import Stream, random_generator
 from tests.conftest import lines_of, picture, train_until_killed
 
 THINGS = ["red square", "green square", "dog", "city at night", "wooden box", "tree", "cup", "car"]
@@ -177,14 +179,14 @@ def test_probe_against_the_definition(
 
     scale = float(np.exp(float(tiny_clip.model.logit_scale.detach())))  # type: ignore[arg-type,union-attr,operator]
     original_images, original_texts = embed(tiny_clip, pixels.float())
-    views = other_views(pixels.float(), random_generator(5, alignment.STREAM, alignment.VIEWS))
+    views = other_views(pixels.float(), random_generator(5, Stream.PROBE_VIEWS))
     beliefs = embed(tiny_clip, views)[0] @ original_texts.T
     tuned = perturbed(load(f"local-dir:{tiny_model_dir}", device="cpu", precision="fp32"), 0.3)
     tuned_images, tuned_texts = embed(tuned, pixels.float())
     base = original_images @ original_texts.T
-    assert isinstance(probe._forth, alignment._Beliefs)
-    assert isinstance(probe._back, alignment._Beliefs)
-    text_tasks, image_tasks = probe._forth.tasks, probe._back.tasks
+    assert isinstance(probe.image_to_text, Beliefs)
+    assert isinstance(probe.text_to_image, Beliefs)
+    text_tasks, image_tasks = probe.image_to_text.tasks, probe.text_to_image.tasks
     assert len(text_tasks) == (1 if names or texts <= 8 else 200)
     assert len(image_tasks) == (1 if images <= 8 else 200)
     assert {len(set(task.tolist())) for task in text_tasks} == {texts if names else min(8, texts)}
@@ -232,17 +234,15 @@ def test_an_answer_the_original_was_sure_of_costs_more(tiny_clip: ClipModel) -> 
         tiny_clip.model.logit_scale.fill_(np.log(100.0))  # type: ignore[union-attr,operator]
     pixels, texts = random_pixels(8), TEXTS[:2]
     images = tiny_clip.encode_images(pixels.half().float()).double()
-    views = other_views(
-        pixels.half().float(), random_generator(0, alignment.STREAM, alignment.VIEWS)
-    )
+    views = other_views(pixels.half().float(), random_generator(0, Stream.PROBE_VIEWS))
     vectors = tiny_clip.encode_texts(texts).double()
     signs = (images @ vectors.T).diff(dim=1)[:, 0].sign()
     seen = (tiny_clip.encode_images(views).double() @ vectors.T).diff(dim=1)[:, 0]
     probe = AlignmentProbe(tiny_clip, pixels, texts, seed=0)
-    probe._vectors = probe._vectors.flip(0)  # every answer is the other one
     sure = torch.sigmoid(100 * signs * seen)  # p0 of the original's answers
     expected = float((1 - sure).sum() / sure.sum())
-    assert probe.measure(tiny_clip).image_to_text == pytest.approx(expected, rel=1e-4)
+    wrong = probe.features @ probe.vectors.flip(0).T  # every answer is the other one
+    assert probe.image_to_text.kept(wrong)[0] == pytest.approx(expected, rel=1e-4)
 
 
 def test_pixels_of_the_probe(
@@ -270,10 +270,10 @@ def test_pixels_of_the_probe(
 def test_memory_of_the_probe_is_bounded(
     tiny_clip: ClipModel, tiny_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(alignment, "PIXEL_BYTES", 2 * 3 * 32 * 32 * 100)
+    monkeypatch.setattr(probe_sources, "PIXEL_BYTES", 2 * 3 * 32 * 32 * 100)
     training = load_images(tiny_images("train"))
     pixels, _ = probe_pixels(tiny_clip, None, training, 1000, 0, 0)
-    assert 100 <= len(pixels) < 100 + alignment.BATCH
+    assert 100 <= len(pixels) < 100 + probe_sources.READ_BATCH
 
 
 # --- the probe, where right answers are known ---------------------------------------------------
@@ -309,9 +309,7 @@ def test_right_answers_are_the_mean_over_all_sets(candidates: int) -> None:
     similarities = generator.integers(0, 12, (7, 9)).astype(np.float32)  # with ties
     right = generator.random((7, 9)) < 0.3
     right[3], right[5] = False, True  # a query that nothing answers, and one that all do
-    found = alignment.right_answers(
-        torch.from_numpy(similarities), torch.from_numpy(right), candidates
-    )
+    found = right_answers(torch.from_numpy(similarities), torch.from_numpy(right), candidates)
     assert len(found) == 6
     assert float(found.mean()) == pytest.approx(
         drawn_accuracy(similarities, right, candidates), abs=1e-9
@@ -330,11 +328,11 @@ def test_right_answers_among_many_candidates() -> None:
     chances = [math.comb(5000 - g, 63) / math.comb(5000, 63) for g in above.tolist()]
     for row, chance in enumerate(chances):
         part = slice(row, row + 1)
-        found = float(alignment.right_answers(similarities[part], right[part], 64))
+        found = float(right_answers(similarities[part], right[part], 64))
         assert found == pytest.approx(chance, rel=1e-9)
-    assert alignment.right_answers(similarities[:1], right[:1], 64) == 1
+    assert right_answers(similarities[:1], right[:1], 64) == 1
     similarities[0, 0] = torch.nan
-    assert alignment.right_answers(similarities[:1], right[:1], 64) == 0
+    assert right_answers(similarities[:1], right[:1], 64) == 0
 
 
 @pytest.mark.parametrize(
@@ -348,7 +346,7 @@ def test_a_hard_task_has_fewer_candidates(above: int, candidates: int) -> None:
     similarities[:, 1 : above + 1] = 2.0
     right = torch.zeros(3, 5001, dtype=torch.bool)
     right[:, 0] = True
-    truth = alignment._Truth(similarities, right, 64)
+    truth = Truth(similarities, right, 64)
     assert truth.candidates == candidates
     own = {n: math.comb(5000 - above, n - 1) / math.comb(5000, n - 1) for n in (64, 32, 16, 8)}
     assert truth.accuracy == pytest.approx(own[candidates], rel=1e-9)
@@ -371,9 +369,9 @@ def test_kept_is_a_ratio_of_right_answers(
     for image, own in enumerate(right):
         mask[image, own] = True
     probe = AlignmentProbe(tiny_clip, pixels, texts, seed=0, names=names, right=right)
-    assert probe.measure(tiny_clip, texts=True) == alignment.Kept(1.0, 1.0)
+    assert probe.measure(tiny_clip, texts=True) == Kept(1.0, 1.0)
     tuned = perturbed(load(f"local-dir:{tiny_model_dir}", device="cpu", precision="fp32"), 0.5)
-    base_images, base_texts = probe._features, probe._vectors
+    base_images, base_texts = probe.features, probe.vectors
     tuned_images = tuned.encode_images(pixels.float())
     before, after = (
         (images @ base_texts.T).numpy().astype(np.float64) for images in (base_images, tuned_images)
@@ -393,10 +391,10 @@ def test_a_model_may_keep_more_than_the_original_knew(tiny_clip: ClipModel) -> N
     truth = [[int(row.argmin())] for row in answers]
     truth[0] = [int(answers[0].argmax())]
     probe = AlignmentProbe(tiny_clip, pixels, texts, seed=0, right=truth)
-    assert isinstance(probe._forth, alignment._Truth)
-    assert probe._forth.accuracy == pytest.approx(1 / 12)
-    probe._vectors = -probe._vectors  # every order is the other way round
-    assert probe.measure(tiny_clip).image_to_text == pytest.approx(11)
+    assert isinstance(probe.image_to_text, Truth)
+    assert probe.image_to_text.accuracy == pytest.approx(1 / 12)
+    reversed_order = -probe.features @ probe.vectors.T
+    assert probe.image_to_text.kept(reversed_order)[0] == pytest.approx(11)
     wrong = [[int(row.argmin())] for row in answers]
     with pytest.raises(DataError, match="gives no right answer to the probe's tasks"):
         AlignmentProbe(tiny_clip, pixels, texts, seed=0, right=wrong)
@@ -415,15 +413,15 @@ def test_the_error_of_a_ratio_is_that_of_other_samples() -> None:
     for _ in range(2000):
         thing = generator.random((60, 2)).repeat(2, axis=0) + 0.05 * generator.random((120, 2))
         own, found = torch.from_numpy(thing[:, 0]), torch.from_numpy(thing.mean(1))
-        ratio, error = alignment.ratio_of_sums(found, own, groups)
+        ratio, error = ratio_of_sums(found, own, groups)
         ratios.append(ratio)
         errors.append(error)
-        ignored.append(alignment.ratio_of_sums(found, own)[1])
+        ignored.append(ratio_of_sums(found, own)[1])
     spread = np.std(ratios)
     assert spread == pytest.approx(np.mean(errors), rel=0.06)
     assert np.mean(ignored) < 0.8 * spread
     same = torch.ones(3, dtype=torch.float64)
-    assert alignment.ratio_of_sums(same, same) == (1.0, 0.0)
+    assert ratio_of_sums(same, same) == (1.0, 0.0)
 
 
 def test_views_of_one_thing_are_one_observation(tiny_clip: ClipModel) -> None:
@@ -435,8 +433,8 @@ def test_views_of_one_thing_are_one_observation(tiny_clip: ClipModel) -> None:
     right[int(answers[:, 0].argmax())] = [0]
     for names in (False, True):
         probe = AlignmentProbe(tiny_clip, pixels, TEXTS[:3], seed=0, names=names, right=right)
-        assert isinstance(probe._forth, alignment._Truth)
-        groups = probe._forth._groups
+        assert isinstance(probe.image_to_text, Truth)
+        groups = probe.image_to_text.groups
         if names:
             assert groups is None
         else:
@@ -450,8 +448,8 @@ def test_captions_of_one_image_are_one_observation(tiny_clip: ClipModel) -> None
     pixels, texts = random_pixels(3), TEXTS[:6]
     right = [[0, 1], [2, 3], [4, 5]]
     probe = AlignmentProbe(tiny_clip, pixels, texts, seed=0, right=right)
-    assert isinstance(probe._back, alignment._Truth)
-    groups = probe._back._groups
+    assert isinstance(probe.text_to_image, Truth)
+    groups = probe.text_to_image.groups
     assert groups is not None
     first, second = groups[0::2].tolist(), groups[1::2].tolist()
     assert first == second
@@ -562,7 +560,7 @@ def test_exported_model_keeps_the_budget(method: str, options: dict[str, Any]) -
     records = [record for record in lines_of(result.out) if "alignment" in record]
     steps = [3, 6, 8, 10] if method == "mcip+rea" else [3, 6]
     assert [record["global_step"] for record in records] == steps
-    by_epoch = [alignment.Kept(**record["alignment"]).alignment for record in records]
+    by_epoch = [Kept(**record["alignment"]).alignment for record in records]
     assert by_epoch == found["kept_by_epoch"]
     assert by_epoch[-1] == found["kept_tuned"]
     assert json.loads((result.out / "alignment.json").read_text()) == found
@@ -679,7 +677,7 @@ def test_captions_of_the_probe_are_the_truth(
     options = {**options, "captions": None, "probe_data": probe_shards(shards), "lr": 1e-3}
     options["alignment_budget"] = 0.9
     config = pymcip.TrainConfig(**options, method="gpr")
-    sources = alignment.load_probe_sources(config, None)
+    sources = load_probe_sources(config, None)
     assert sources is not None
     assert sources.images is not None
     rows = np.array([3, 4, 0])
@@ -731,7 +729,7 @@ def test_classes_of_the_probe_are_the_truth(
     names = tmp_path / "names.tsv"
     names.write_text("0\tred square\n1\tgreen square\n2\tdog\n3\tdog\n4\tcup\n")
     options = {**options, "probe_data": probe_shards(shards), "probe_class_names": str(names)}
-    sources = alignment.load_probe_sources(pymcip.TrainConfig(**options, method="gpr"), None)
+    sources = load_probe_sources(pymcip.TrainConfig(**options, method="gpr"), None)
     assert sources is not None
     assert sources.images is not None
     assert sources.description == "probe_data with their own classes"
@@ -743,7 +741,7 @@ def test_classes_of_the_probe_are_the_truth(
     assert result.alignment is not None
     assert result.alignment["probe"]["captions"] == 4
     names.write_text("0\tred square\n1\tgreen square\n2\tdog\n")  # not all labels have names
-    sources = alignment.load_probe_sources(pymcip.TrainConfig(**options, method="gpr"), None)
+    sources = load_probe_sources(pymcip.TrainConfig(**options, method="gpr"), None)
     assert sources is not None
     assert sources.truth is None
 
@@ -753,7 +751,7 @@ def test_captions_given_are_asked_for_instead_of_the_images_own(
 ) -> None:
     given = {"probe_data": probe_shards(shards), "probe_captions": options["captions"]}
     config = pymcip.TrainConfig(**{**options, **given}, method="gpr")
-    sources = alignment.load_probe_sources(config, None)
+    sources = load_probe_sources(config, None)
     assert sources is not None
     assert sources.truth is None
     assert sources.description == "probe_data, probe_captions"
@@ -797,7 +795,7 @@ def test_resumed_after_sigkill_gives_the_same_bits(options: dict[str, Any], tmp_
     assert_same_run(whole, pymcip.train(**killed))
 
 
-@pytest.mark.parametrize("where", ["_probe_epoch", "_keep_alignment"])
+@pytest.mark.parametrize("where", ["after_epoch", "keep"])
 def test_resumed_after_a_kill_while_probing(
     where: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -809,7 +807,7 @@ def test_resumed_after_a_kill_while_probing(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pymcip.training._Trainer, where, stop)
+        patch.setattr(AlignmentBudget, where, stop)
         with pytest.raises(KeyboardInterrupt):
             pymcip.train(**stopped)
     assert not (tmp_path / "stopped" / "result.json").exists()

@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 
 import pymcip
-from pymcip import training
 from pymcip.configs import TrainConfig
 from pymcip.errors import (
     CheckpointError,
@@ -28,7 +27,8 @@ from pymcip.errors import (
 from pymcip.model import ClipModel
 from pymcip.training import loop
 from pymcip.training.checkpoints import checkpoint_files, load_checkpoint, save_checkpoint
-from pymcip.training.stages import ImageStage, Pairs, TextStage
+from pymcip.training.image_stage import ImageStage
+from pymcip.training.text_stage import Pairs, TextStage
 from tests.conftest import lines_of, train_until_killed
 
 METHODS = ["gpr", "2sft", "mcip", "mcip+rea", "rea", "mcip+"]
@@ -183,7 +183,7 @@ def test_signals_write_a_checkpoint_and_end_cleanly(
     options = {**options, "method": "mcip", "save_steps": 1000}
     whole = pymcip.train(**options)
     stopped = {**options, "out": str(tmp_path / "stopped")}
-    inner = loop._step
+    inner = loop.optimizer_step
 
     def signalled(run: Any, stage: Any, micro_batches: Any) -> dict[str, float]:
         if run.position.global_step == 1:
@@ -192,7 +192,7 @@ def test_signals_write_a_checkpoint_and_end_cleanly(
 
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_step", signalled)
+        patch.setattr(loop, "optimizer_step", signalled)
         result = pymcip.train(**stopped)
     assert signal.getsignal(signal.SIGTERM) is before
     assert result.interrupted == name
@@ -338,7 +338,7 @@ def test_ten_bad_steps_in_a_row_stop_the_run_and_name_a_checkpoint(
 
 def test_batch_norm_statistics_survive_a_skipped_step() -> None:
     model = torch.nn.Sequential(torch.nn.BatchNorm1d(3))
-    before = loop._running_statistics(model)
+    before = loop.running_statistics(model)
     model(torch.full((4, 3), float("nan")))
     assert not torch.isfinite(model[0].running_mean).all()
     for buffer, copy in before:
@@ -429,12 +429,13 @@ def test_realignment_with_class_names(
     table.write_text("class2\tfig\nother\tnut\nclass0\tapple\nclass1\tfig\n", encoding="utf-8")
     found = []
 
-    class Spy(TextStage):
-        def __init__(self, clip: ClipModel, pairs: Pairs, config: TrainConfig) -> None:
-            found.append(pairs)
-            super().__init__(clip, pairs, config)
+    inner = TextStage.__init__
 
-    monkeypatch.setattr(training, "TextStage", Spy)
+    def noted(self: TextStage, clip: ClipModel, pairs: Pairs, config: TrainConfig) -> None:
+        found.append(pairs)
+        inner(self, clip, pairs, config)
+
+    monkeypatch.setattr(TextStage, "__init__", noted)
     changes = {"rea_class_names": str(table), "rea_templates": ("a {}", "{}, a fruit", "{}")}
     result = pymcip.train(**{**options, **changes}, method="mcip+rea")
     assert result.steps == 6 + 4

@@ -31,16 +31,11 @@ from pymcip.model.towers import (
 from pymcip.training import train
 from pymcip.training.batches import AugmentedImages, image_batches, random_state
 from pymcip.training.checkpoints import random_states
+from pymcip.training.image_stage import ImageStage, caption_bank, order_caption_bank
 from pymcip.training.noise import noisy_captions
 from pymcip.training.optim import cosine_with_warmup, parameter_groups
-from pymcip.training.sampling import epoch_order, random_generator
-from pymcip.training.stages import (
-    ImageStage,
-    Pairs,
-    TextStage,
-    caption_bank,
-    order_caption_bank,
-)
+from pymcip.training.sampling import Stream, epoch_order, random_generator
+from pymcip.training.text_stage import Pairs, TextStage
 
 
 def table_of(rows: list[list[int]]) -> CaptionTable:
@@ -67,7 +62,7 @@ def test_epoch_order_draws_what_was_asked(
     order = epoch_order(
         labels,
         source_ids,
-        generator=random_generator(seed),
+        generator=random_generator(seed, Stream.IMAGE_ORDER),
         class_balanced=balanced,
         source_weights=weights,
     )
@@ -96,9 +91,9 @@ def test_epoch_order_draws_what_was_asked(
 def test_epoch_order_depends_on_the_epoch_and_nothing_else() -> None:
     labels = np.arange(50) % 5
     zeros = np.zeros(50, dtype=np.int64)
-    first = epoch_order(labels, zeros, generator=random_generator(1, 1, 0))
-    again = epoch_order(labels, zeros, generator=random_generator(1, 1, 0))
-    second = epoch_order(labels, zeros, generator=random_generator(1, 1, 1))
+    first = epoch_order(labels, zeros, generator=random_generator(1, Stream.IMAGE_ORDER, 0))
+    again = epoch_order(labels, zeros, generator=random_generator(1, Stream.IMAGE_ORDER, 0))
+    second = epoch_order(labels, zeros, generator=random_generator(1, Stream.IMAGE_ORDER, 1))
     assert first.tolist() == again.tolist()
     assert first.tolist() != second.tolist()
 
