@@ -5,7 +5,7 @@ disk, a block of images at a time. Equal cosines are ordered by caption id. A co
 product of two stored rows, rounded to fp32 once; rows stored as float16 have unit norm up to 3e-4.
 
 With `recall` below 1 the blocks are searched for by a `pymcip.ops.ApproximateIndex`, for corpora
-that are too large for that: cosines are still exact, but captions may be missing, and how many are
+that are too large for that: cosines are exact too, but captions may be missing, and how many are
 is measured on a sample of the images.
 """
 
@@ -55,8 +55,8 @@ def mine_captions(config: MineConfig | None = None, /, **options: Any) -> MineRe
     """Mine the pseudo-captions of embedded images; see `MineConfig` for the options.
 
     Writes into `out`: caption_table.npz and .parquet, report.json, and sample.tsv (some images with
-    their captions, to look at). An interrupted run goes on with the blocks of images that are
-    missing, and so loses a block at most; a finished one is opened.
+    their captions, to look at). An interrupted run that is started again mines
+    the blocks of images that are missing; a finished one is opened.
 
     Raises:
         ConfigError: an option is wrong.
@@ -151,15 +151,15 @@ def mine_table(
         seed: of the samples of random pairs and of images, and of the index.
         blocks: folder that keeps finished blocks of images, for a run that is started again with
             the same arguments; None keeps nothing.
-        block_rows: images per block, at most; default: see `images_per_block`. The result doesn't depend
-            on it. Blocks of another size than those in `blocks` are mined anew.
+        block_rows: images per block, at most; default: see `images_per_block`. The result doesn't
+            depend on it. Blocks of another size than those in `blocks` are ignored.
 
     Returns:
         The table of N images, and a report: `images`, `captions`, `k`, `threshold`,
         `threshold_from`, `random_pairs` (an `AutoThreshold`, whichever threshold is used),
         `images_by_captions` (how many images have 0, 1, … k captions), `pairs`, `captions_used`,
-        `cosines` (of the pairs: lowest, mean, highest, histogram), `recall` (1, or measured; None if
-        nothing could be measured) and `approximate` (None, or how `recall` was measured).
+        `cosines` (of the pairs: lowest, mean, highest, histogram), `recall` (1, or measured; None
+        if nothing could be measured) and `approximate` (None, or how `recall` was measured).
 
     Raises:
         DataError: there are no rows, widths differ, or not one caption reaches the threshold.

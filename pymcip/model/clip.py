@@ -140,7 +140,7 @@ def weights_fingerprint(state: dict[str, Tensor]) -> str:
 
 
 def is_convolutional(model: nn.Module) -> bool:
-    """Whether the image tower gains from channels-last: more convolutions than a patch embedding."""
+    """Whether the image tower is convolutional, and so faster with channels-last memory."""
     visual = model.visual
     return sum(isinstance(layer, nn.Conv2d) for layer in visual.modules()) > 4  # type: ignore[union-attr]
 

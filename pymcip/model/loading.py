@@ -92,7 +92,7 @@ def _check_source(name: str, pretrained: str | None) -> bool:
         if quick in open_clip.list_models():
             _log.warning(
                 "%s is loaded into %s, which has GELU; weights that descend from OpenAI's need "
-                "QuickGELU, which a file does not tell: model=%r",
+                "QuickGELU, which can't be seen in a file: model=%r",
                 pretrained,
                 name,
                 quick,
