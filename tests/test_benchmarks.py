@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import pymcip
-from pymcip import benchmarks, evaluation
+from pymcip import benchmarks
 from pymcip.benchmarks import (
     BENCHMARKS,
     PAPER,
@@ -22,11 +22,19 @@ from pymcip.benchmarks import (
     listing,
     paper,
 )
-from pymcip.benchmarks.suite import BENCHMARKS_OF_THE_MEAN, Found, suite_table
+from pymcip.benchmarks.suite import Found
 from pymcip.cli import main
 from pymcip.configs import EvaluateConfig
 from pymcip.data import ImageData
 from pymcip.errors import ConfigError, DataError
+from pymcip.evaluation import run
+from pymcip.evaluation.run import suite_options
+from pymcip.evaluation.tables import (
+    BENCHMARKS_OF_THE_MEAN,
+    model_headings,
+    reported_columns,
+    suite_table,
+)
 from pymcip.model import ClipModel
 from tests import benchmark_layouts as layouts
 
@@ -195,7 +203,7 @@ def test_the_model_may_come_first(options: dict[str, Any]) -> None:
 
 def test_suites_set_what_is_left_open() -> None:
     def chosen(**given: Any) -> SuiteOptions:
-        return evaluation._suite_options(EvaluateConfig(model="m", data_root="d", **given))
+        return suite_options(EvaluateConfig(model="m", data_root="d", **given))
 
     assert chosen(suite="paper") == SuiteOptions()
     authors = chosen(suite="authors")
@@ -310,7 +318,7 @@ def test_a_killed_evaluation_keeps_its_embeddings(
 ) -> None:
     options |= {"out": tmp_path / "out", "benchmarks": ["gpr1200", "t2i-flickr30k"]}
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "suite_table", lambda *_: 1 / 0)
+        patch.setattr(run, "suite_table", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             pymcip.evaluate(**options)
     assert sum(embedded) == 9
@@ -359,9 +367,9 @@ def test_reported_figures_have_the_papers_means() -> None:
 def test_the_papers_figures_stand_beside_its_models(data_root: Path) -> None:
     found, _ = find_suite([BENCHMARKS["cub200"]], data_root, {}, SuiteOptions(allow_partial=True))
     models = [("ViT-L-14-336", "openai"), ("runs/shop", None)]
-    headings = evaluation._headings(models)
+    headings = model_headings(models)
     results = [{"cub200": 76.5}, {"cub200": 88.0}]
-    table = suite_table(headings, results, found, {}, evaluation._reported(models))
+    table = suite_table(headings, results, found, {}, reported_columns(models))
     assert "| runs/shop | difference | paper: ViT-L-14-336 (openai) |" in table
     assert "| cub200 \\* | I2I R@1 | 76.50 | 88.00 | +11.50 | 77.0 |" in table
 

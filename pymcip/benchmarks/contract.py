@@ -67,13 +67,14 @@ class Labelled:
     """Images with classes: for retrieval by class, k-NN and zero-shot.
 
     Attributes:
-        images: N images.
+        images: the images.
         labels: int64 [N], the class of each, by the data set's own ids: never by the order in which
             folders happen to be listed.
         names: what prompts call class 0, 1, …; empty where there is no zero-shot.
         templates: prompts with `{}` for the name.
         candidates: the classes that zero-shot may answer (ImageNet-A: 200 of 1,000); None: all.
         notes: what a reader of the table must know, such as "partial: 10 of 12,000 images".
+        rows: int64 [N], those of `images` that are measured; None: all.
     """
 
     images: ImageData
@@ -82,6 +83,7 @@ class Labelled:
     templates: tuple[str, ...] = ()
     candidates: tuple[int, ...] | None = None
     notes: tuple[str, ...] = ()
+    rows: Int64 | None = None
 
 
 @dataclass(frozen=True)
@@ -99,12 +101,21 @@ class QuerySet:
 
 @dataclass(frozen=True)
 class Captioned:
-    """N images and M captions; `owners` int64 [M]: the image row that each caption belongs to."""
+    """N images and M captions.
+
+    Attributes:
+        images: the images.
+        captions: M texts.
+        owners: int64 [M], which of the N images each caption belongs to.
+        notes: as of `Labelled`.
+        rows: int64 [N], those of `images` that are measured; None: all.
+    """
 
     images: ImageData
     captions: tuple[str, ...]
     owners: Int64
     notes: tuple[str, ...] = ()
+    rows: Int64 | None = None
 
 
 Data = Labelled | QuerySet | Captioned
@@ -175,8 +186,12 @@ class DataSet:
 class Embedder(Protocol):
     """A model's unit vectors; every image and text is embedded once, whoever asks."""
 
-    def images(self, data: ImageData) -> Tensor:
-        """Return float32 [N, D]; raises DataError if one of the N can't be decoded."""
+    def images(self, data: ImageData, rows: Int64 | None = None) -> Tensor:
+        """Return float32 [N, D] of all images, or of `rows` [N].
+
+        Raises:
+            DataError: one of the N can't be decoded.
+        """
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Return float32 [M, D]."""
