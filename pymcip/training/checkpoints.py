@@ -59,6 +59,13 @@ def random_states() -> dict[str, Any]:
     }
 
 
+def seed_random_states(seed: int) -> None:
+    """Seed every generator that a training step may draw from."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    random.seed(seed)
+
+
 def restore_random_states(states: dict[str, Any]) -> None:
     """Put every generator back into the state that `random_states` recorded."""
     torch.set_rng_state(states["torch"])
@@ -117,3 +124,18 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             "pymcip version that wrote it, or train anew."
         )
     return state
+
+
+def load_weights(model: torch.nn.Module, state: dict[str, Any], path: Path, name: str) -> None:
+    """Put the weights of a checkpoint's `state` into the model called `name`.
+
+    Raises:
+        CheckpointError: `path`, which it was read from, holds another model's.
+    """
+    try:
+        model.load_state_dict(state["model"], strict=True)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{path} holds another model than {name!r}: {str(error)[:300]}\n"
+            "Resume with the model that the run was started with."
+        ) from error

@@ -24,7 +24,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from pymcip.configs import TrainConfig
 from pymcip.data import ImageData
+from pymcip.embedding import EmbeddingCache, EmbeddingFolder
 from pymcip.errors import DataError
 from pymcip.model import ClipModel, evaluation_mode
 from pymcip.ops.arrays import MatrixParts
@@ -155,6 +157,44 @@ class Distillation:
         self.generic = generic
         self.rate = rate if generic is None else max(rate, GENERIC_RATE)
         self.scale = teacher.logit_scale
+
+    @classmethod
+    def start(
+        cls,
+        config: TrainConfig,
+        cache: EmbeddingCache,
+        images: EmbeddingFolder,
+        captions: EmbeddingFolder,
+        *,
+        generic: ImageData | None = None,
+        left_out: Indices | None = None,
+    ) -> Distillation:
+        """Take from the untrained model, which `cache` embeds by, what is to be kept.
+
+        Args:
+            config: the options of the run.
+            cache: of the untrained model.
+            images: its embeddings of the training images.
+            captions: its embeddings of the corpus.
+            generic: images without labels, those that can't be decoded included.
+            left_out: captions that the probe keeps.
+        """
+        generic_vectors = None
+        if generic is not None:
+            embedded = cache.images(generic)
+            generic, generic_vectors = generic.select(embedded.rows("img")), embedded.vectors("img")
+        mixes = config.mixtures > 0 and generic is None
+        return cls(
+            frozen_copy(cache.clip) if mixes else cache.clip,
+            CaptionSample(captions.parts("text"), config.distill_captions, config.seed, left_out),
+            images.vectors("img"),
+            weight=config.distill,
+            rate=config.mixtures,
+            seed=config.seed,
+            generic=generic,
+            generic_vectors=generic_vectors,
+            temperature=config.distill_temperature,
+        )
 
     def extra(self, images: int) -> int:
         """Return how many mixtures or generic images go with a micro-batch of `images`."""

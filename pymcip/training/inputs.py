@@ -7,8 +7,8 @@ from typing import Any
 
 from pymcip.configs import TrainConfig
 from pymcip.data import Captions, ImageData, load_captions, load_images
+from pymcip.data.class_names import ClassNames, ClassTexts, name_texts, read_class_names
 from pymcip.errors import DataError
-from pymcip.evaluation import ClassNames, ClassTexts, name_texts, read_class_names
 from pymcip.training.probe_sources import ProbeSources, load_probe_sources
 
 

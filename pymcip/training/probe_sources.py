@@ -11,10 +11,10 @@ from torch import Tensor
 
 from pymcip.configs import TrainConfig
 from pymcip.data import Captions, ImageData, load_captions, load_images
+from pymcip.data.class_names import read_class_names
 from pymcip.data.images import UNLABELLED
 from pymcip.data.loading import iterate_batches
 from pymcip.errors import DataError
-from pymcip.evaluation import read_class_names
 from pymcip.model import ClipModel
 from pymcip.training.mixtures import mixtures
 from pymcip.training.sampling import Indices, Stream, random_generator
@@ -51,6 +51,12 @@ class ProbeSources:
         if self.names is not None:
             return f"{images}, probe_class_names"
         return f"{images}, {'a sample of captions' if self.from_corpus else 'probe_captions'}"
+
+    def held_back(self, seed: int) -> Indices | None:
+        """The rows of the corpus that only the probe may use; None: it uses none."""
+        if not self.from_corpus or self.captions is None:
+            return None
+        return probe_rows(len(self.captions), seed)
 
     def answers(self, rows: Indices) -> tuple[list[str], list[list[int]]]:
         """The texts to choose from, and which of them are right for each of the images `rows`.

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from pymcip.configs import TrainConfig
 from pymcip.data import Captions, ImageData
+from pymcip.data.class_names import ClassTexts
 from pymcip.embedding import EmbeddingFolder
 from pymcip.errors import DataError
-from pymcip.evaluation import ClassTexts
 from pymcip.losses import info_nce
+from pymcip.metrics import expand_prompts
 from pymcip.mining import CaptionTable
 from pymcip.model import ClipModel
 from pymcip.model.towers import text_parameters, unlock_text_tower
@@ -79,14 +80,10 @@ def image_text_pairs(
         ids += [number.setdefault(text, len(number)) for text in own]
     names = None
     if class_texts is not None:
-        of_name = [
-            [
-                number.setdefault(template.replace("{}", name), len(number))
-                for template in config.rea_templates
-            ]
-            for name in class_texts.texts
-        ]
-        names = np.array(of_name)[class_texts.of_class[data.labels[rows]]]
+        prompts = expand_prompts(class_texts.texts, config.rea_templates)
+        of_name = np.array([number.setdefault(prompt, len(number)) for prompt in prompts])
+        of_name = of_name.reshape(-1, len(config.rea_templates))
+        names = of_name[class_texts.of_class[data.labels[rows]]]
     if not ids and names is None:
         raise DataError("re-alignment found no image with a caption; lower threshold")
     return Pairs(

@@ -15,20 +15,17 @@ With `distill`, every stage on images also stays near the untrained model's dist
 from __future__ import annotations
 
 import logging
-import random
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from pymcip.configs import TrainConfig
 from pymcip.data import ImageData
 from pymcip.embedding import EmbeddingCache, EmbeddingFolder
-from pymcip.errors import CheckpointError, DataError
+from pymcip.errors import DataError
 from pymcip.exporting import write_export
 from pymcip.files import prepare_output, write_json
 from pymcip.mining import CaptionTable, mine_captions
@@ -40,16 +37,17 @@ from pymcip.training.checkpoints import (
     Position,
     checkpoint_files,
     load_checkpoint,
+    load_weights,
     position_of,
     remove_leftovers,
+    seed_random_states,
 )
-from pymcip.training.distillation import CaptionSample, Distillation, frozen_copy
+from pymcip.training.distillation import Distillation
 from pymcip.training.image_stage import ImageStage, caption_bank, class_means, order_caption_bank
 from pymcip.training.inputs import Inputs, open_inputs
 from pymcip.training.logs import MetricsLog, forget_after, log_file
 from pymcip.training.loop import Interruption, Run, Stage, fit, restore
 from pymcip.training.noise import noisy_captions
-from pymcip.training.probe_sources import probe_rows
 from pymcip.training.result import TrainResult, finished_result
 from pymcip.training.text_stage import TextStage, image_text_pairs
 from pymcip.training.validation import Validation
@@ -126,7 +124,11 @@ def _run(
             class_rows = class_means(data.labels, data.num_classes, embedded.vectors("img"))
         if config.distill > 0:
             assert captions is not None
-            distillation = _distillation(config, inputs, cache, embedded, captions)
+            distillation = Distillation.start(
+                config, cache, embedded, captions,
+                generic=inputs.generic,
+                left_out=inputs.probe.held_back(config.seed) if inputs.probe is not None else None,
+            )  # fmt: skip
     if inputs.probe is not None:
         budget = AlignmentBudget.start(config, inputs.probe, clip, data, captions)
 
@@ -137,10 +139,10 @@ def _run(
     state = load_checkpoint(files[-1]) if config.resume and files else None
     if state is None:
         position = Position()
-        _seed_everything(config.seed)
+        seed_random_states(config.seed)
     else:
         position = position_of(state)
-        _load_weights(clip, state["model"], files[-1], config.model)
+        load_weights(clip.model, state, files[-1], config.model)
         _log.info("resuming from %s", files[-1])
     metrics = forget_after(out / "metrics.jsonl", position)
     validation = None
@@ -274,50 +276,3 @@ def _embed_and_mine(
     if config.caption_noise > 0:  # mined/ keeps what was mined
         table = noisy_captions(table, config.caption_noise, config.seed)
     return data, embedded, table
-
-
-def _distillation(
-    config: TrainConfig,
-    inputs: Inputs,
-    cache: EmbeddingCache,
-    embedded: EmbeddingFolder,
-    captions: EmbeddingFolder,
-) -> Distillation:
-    """What the image stage keeps of the untrained model, whose `cache` it is."""
-    generic, generic_vectors = inputs.generic, None
-    if generic is not None:
-        embedded_generic = cache.images(generic)
-        generic = generic.select(embedded_generic.rows("img"))
-        generic_vectors = embedded_generic.vectors("img")
-    left_out = None
-    if inputs.probe is not None and inputs.probe.from_corpus:
-        assert inputs.captions is not None
-        left_out = probe_rows(len(inputs.captions), config.seed)
-    mixes = config.mixtures > 0 and generic is None
-    return Distillation(
-        frozen_copy(cache.clip) if mixes else cache.clip,
-        CaptionSample(captions.parts("text"), config.distill_captions, config.seed, left_out),
-        embedded.vectors("img"),
-        weight=config.distill,
-        rate=config.mixtures,
-        seed=config.seed,
-        generic=generic,
-        generic_vectors=generic_vectors,
-        temperature=config.distill_temperature,
-    )
-
-
-def _load_weights(clip: ClipModel, state: dict[str, Tensor], path: Path, name: str) -> None:
-    try:
-        clip.model.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"{path} holds another model than {name!r}: {str(error)[:300]}\n"
-            "Resume with the model that the run was started with."
-        ) from error
-
-
-def _seed_everything(seed: int) -> None:
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002
-    random.seed(seed)

@@ -7,7 +7,8 @@ import logging
 import numpy as np
 
 from pymcip.data import ImageData
-from pymcip.evaluation import ClassNames, evaluate_model
+from pymcip.data.class_names import ClassNames
+from pymcip.evaluation import evaluate_model
 from pymcip.files import read_json, write_json
 from pymcip.model import ClipModel
 from pymcip.training.checkpoints import mark_best
