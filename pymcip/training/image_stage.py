@@ -187,9 +187,11 @@ class ImageStage:
         self.images = AugmentedImages(source, clip.preprocess_train, config.seed)
 
     def train_mode(self) -> None:
+        """Put the image tower into train mode, the rest of the model into evaluation mode."""
         image_tower_to_train_mode(self.clip.model, self.config.freeze_bn_stats)
 
     def steps(self, epoch: int, first_step: int) -> Iterator[list[Any]]:
+        """Yield each remaining step's micro-batches: pixels [B, 3, H, W] and rows int64 [B]."""
         config, accumulate = self.config, self.config.accum_freq
         order = epoch_order(
             self.data.labels,

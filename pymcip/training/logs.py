@@ -57,6 +57,7 @@ class MetricsLog:
             tracker.close()
 
     def write(self, record: dict[str, Any]) -> None:
+        """Append a line; its `global_step` is the step that the trackers are given."""
         self.handle.write(json.dumps(record) + "\n")
         self.handle.flush()
         numbers = {

@@ -48,7 +48,8 @@ class Stage(Protocol):
     optimizer: torch.optim.Optimizer
     heads: nn.ModuleDict  # trained beside the model, and saved with it
 
-    def train_mode(self) -> None: ...
+    def train_mode(self) -> None:
+        """Put the model's parts into train or evaluation mode."""
 
     def steps(self, epoch: int, first_step: int) -> Iterator[list[Any]]:
         """The micro-batches of each remaining step of the epoch."""
@@ -58,7 +59,7 @@ class Stage(Protocol):
 
 
 class Interruption:
-    """Turns SIGINT and SIGTERM into a request that the loop honours after the current step.
+    """Turn SIGINT and SIGTERM into a request that the loop meets after the current step.
 
     Outside of the loop (while embedding or mining, where finished parts are on disk) the first
     signal ends the work at once, as the second one does everywhere.
@@ -77,6 +78,7 @@ class Interruption:
 
     @contextmanager
     def installed(self) -> Iterator[Interruption]:
+        """Handle the signals in the block, and put the handlers back that were there before."""
         if threading.current_thread() is not threading.main_thread():
             yield self  # only the main thread may set handlers
             return
@@ -91,6 +93,7 @@ class Interruption:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
+        """Let the block end itself after the first signal."""
         self.deferring = True
         try:
             yield
@@ -113,9 +116,11 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
+        """The folder of the run's checkpoints."""
         return self.out / "checkpoints"
 
     def save(self, stage: Stage | None) -> Path:
+        """Write a checkpoint at the run's position; None: between two stages."""
         state = {
             **asdict(self.position),
             "model": self.clip.model.state_dict(),

@@ -46,7 +46,7 @@ PAIRS = 1024  # of a query and a right answer, judged at a time
 
 @dataclass(frozen=True)
 class Kept:
-    """Shares of the original's accuracy, from 0 on: images choose texts, texts images.
+    """Shares of the original's accuracy that a model keeps, from 0 on, in both directions.
 
     The errors are standard errors of these shares for other images (or texts) of the same kind.
     """
@@ -203,7 +203,7 @@ class Truth:
 
     @property
     def accuracy(self) -> float:
-        """The original's."""
+        """The share of right answers that the original gives."""
         return float(self._own.mean())
 
     def kept(self, similarities: Tensor) -> tuple[float, float]:

@@ -45,6 +45,7 @@ class ProbeSources:
 
     @property
     def description(self) -> str:
+        """What the probe is made of, in words."""
         if self.truth is not None:
             return f"probe_data with their own {self.truth}"
         images = "mixtures of training images" if self.images is None else "probe_data"

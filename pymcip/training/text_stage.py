@@ -117,10 +117,12 @@ class TextStage:
         self.scale = clip.logit_scale
 
     def train_mode(self) -> None:
+        """Put all but the image tower into train mode."""
         self.clip.model.train()
         self.clip.model.visual.eval()  # type: ignore[union-attr,operator]
 
     def steps(self, epoch: int, first_step: int) -> Iterator[list[Any]]:
+        """Yield each remaining step's micro-batches: numbers of images and of texts, int64 [B]."""
         generator = random_generator(self.config.seed, Stream.TEXT_ORDER, epoch)
         rows = generator.permutation(self.rows)
         captions = self._choose_texts(rows, generator)
