@@ -15,32 +15,13 @@ import torch
 from pymcip.ops.dispatch import backends, ops
 
 PACKAGES = (
-    "pymcip",
-    "torch",
-    "torchvision",
-    "open_clip_torch",
-    "numpy",
-    "triton",
-    "faiss-cpu",
-    "faiss-gpu",
-    "pillow",
-    "pyarrow",
-    "safetensors",
-)
+    "pymcip", "torch", "torchvision", "open_clip_torch", "numpy", "triton", "faiss-cpu",
+    "faiss-gpu", "pillow", "pyarrow", "safetensors",
+)  # fmt: skip
 CPU_FLAGS = (  # /proc/cpuinfo's names, x86-64 then AArch64
-    "avx2",
-    "fma",
-    "avx512f",
-    "avx512_vnni",
-    "avx512_bf16",
-    "amx_tile",
-    "amx_int8",
-    "amx_bf16",
-    "asimddp",
-    "i8mm",
-    "bf16",
-    "sve",
-)
+    "avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16",
+    "asimddp", "i8mm", "bf16", "sve",
+)  # fmt: skip
 
 
 def environment_report() -> dict[str, Any]:

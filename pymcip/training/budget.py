@@ -89,16 +89,8 @@ class AlignmentBudget:
         clock = time.perf_counter()
         kept = self._measure(run.clip, texts=stage.name == "text")
         self.seconds += time.perf_counter() - clock
-        position = run.position
-        run.log.write(
-            {
-                "alignment": asdict(kept),
-                "stage": stage.name,
-                "epoch": position.epoch,
-                "global_step": position.global_step,
-            }
-        )
-        _log.info("epoch %d keeps %.4f of its alignment", position.epoch + 1, kept.alignment)
+        run.log_epoch(stage, "alignment", asdict(kept))
+        _log.info("epoch %d keeps %.4f of its alignment", run.position.epoch + 1, kept.alignment)
 
     def keep(self, run: Run) -> dict[str, Any]:
         """Draw the run's model back towards the original until it keeps the budget.

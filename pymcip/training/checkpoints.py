@@ -49,14 +49,11 @@ def random_states() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "numpy": [
-            str(name),
-            torch.from_numpy(keys.astype(np.int64)),
-            int(position),
-            int(has_gauss),
+            str(name), torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss),
             float(cached),
         ],
         "python": [version, list(internal), gauss],
-    }
+    }  # fmt: skip
 
 
 def seed_random_states(seed: int) -> None:

@@ -131,6 +131,11 @@ class Run:
         self.checkpoint = save_checkpoint(self.checkpoints, state)
         return self.checkpoint
 
+    def log_epoch(self, stage: Stage, name: str, measured: dict[str, float]) -> None:
+        """Log what was measured, called `name`, at the end of an epoch of `stage`."""
+        place = {"epoch": self.position.epoch, "global_step": self.position.global_step}
+        self.log.write({name: measured, "stage": stage.name, **place})
+
 
 def restore(state: dict[str, Any], stage: Stage) -> None:
     """Put optimizer, heads and random states of a checkpoint back (the model is loaded before)."""

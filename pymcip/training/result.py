@@ -13,16 +13,9 @@ from pymcip.files import TEMPORARY_SUFFIX, read_json, write_json
 
 # Options that may differ when a run is resumed: they don't change what is computed.
 RESUMABLE = (
-    "out",
-    "resume",
-    "overwrite",
-    "workers",
-    "save_steps",
-    "log_steps",
-    "report_to",
-    "cache",
+    "out", "resume", "overwrite", "workers", "save_steps", "log_steps", "report_to", "cache",
     "device",
-)
+)  # fmt: skip
 PATHS = ("out", "checkpoint", "best_checkpoint", "state_dict", "hub")  # of a result; below `out`
 RESULT = "result.json"
 

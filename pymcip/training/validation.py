@@ -54,15 +54,8 @@ class Validation:
     def after_epoch(self, run: Run, stage: Stage) -> None:
         """Evaluate, log, and mark the run's last checkpoint if it is the best so far."""
         self.update()
+        run.log_epoch(stage, "evaluation", self.metrics)
         position = run.position
-        run.log.write(
-            {
-                "evaluation": self.metrics,
-                "stage": stage.name,
-                "epoch": position.epoch,
-                "global_step": position.global_step,
-            }
-        )
         names = ("i2i_map", "zero_shot", "t2i_r5")  # the mean of those that were measured
         score = float(np.mean([self.metrics[name] for name in names if name in self.metrics]))
         _log.info("epoch %d: %s (score %.2f)", position.epoch + 1, self.metrics, score)
