@@ -25,7 +25,7 @@ from pymcip.benchmarks import (
 )
 from pymcip.benchmarks.suite import Found
 from pymcip.cli import main
-from pymcip.config import EvaluateConfig
+from pymcip.configs import EvaluateConfig
 from pymcip.data import ImageData
 from pymcip.errors import ConfigError, DataError
 from pymcip.evaluation import run

@@ -19,7 +19,7 @@ from pymcip.benchmarks import (
     find_suite,
     measure_suite,
 )
-from pymcip.config import EvaluateConfig
+from pymcip.configs import EvaluateConfig
 from pymcip.data import load_images
 from pymcip.data.class_names import read_class_names
 from pymcip.embedding import EmbeddingCache

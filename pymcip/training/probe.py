@@ -24,46 +24,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pymcip.config import TrainConfig
-from pymcip.data import Captions, ImageData, load_captions, load_images
-from pymcip.data.images import UNLABELLED
-from pymcip.data.loading import iterate_batches
 from pymcip.errors import DataError
-from pymcip.evaluation import TEMPLATES, read_class_names
+from pymcip.evaluation import TEMPLATES
 from pymcip.metrics import zero_shot_classifier
 from pymcip.model import ClipModel
-from pymcip.training.mixtures import mixtures, other_views
-from pymcip.training.sampling import Indices, random_generator
+from pymcip.training.mixtures import other_views
+from pymcip.training.sampling import Indices, Stream, random_generator
 
 CANDIDATES = 8  # texts or images to choose from in a task that p0 judges, or that is hard
 TASKS = 200  # sets of them
-KNOWN_CANDIDATES = (
-    64  # to choose from where the right one is known, at most: the mean over all sets
-)
+KNOWN_CANDIDATES = 64  # where the right one is known, at most: the mean over all sets
 EASY = 0.5  # accuracy of the original in a task that is not too hard for it
-SMALLEST_TEXTS = 64  # held back of a small corpus
-MOST_CAPTIONS, FEWEST_CAPTIONS = 4096, 256
-MOST_IMAGES, FEWEST_IMAGES = 1024, 32
-FEWEST_GIVEN = 512  # of the user's images: draws of 256 differed by 3 to 9 % in what is kept
-EVALUATIONS_OF_SEARCH = 8
-SHARE = 0.08  # of the work of training: what the probe's own may be
-WORK_OF_STEP = 3  # a training step's, per image or text, in forward passes
-PIXEL_BYTES = 10**9  # of memory for the probe's images
 BATCH = 64
 PAIRS = 1024  # of a query and a right answer, judged at a time
-STREAM = 5  # of `random_generator`: (seed, STREAM, purpose)
-ROWS, IMAGES, MIXTURES, TEXT_TASKS, IMAGE_TASKS, VIEWS = range(6)  # purposes
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Shares of the original's accuracy, from 0 on: images choose texts, texts images.
+    """Shares of the original's accuracy that a model keeps, from 0 on, in both directions.
 
     The errors are standard errors of these shares for other images (or texts) of the same kind.
     """
@@ -80,135 +63,9 @@ class Kept:
 
     @property
     def error(self) -> float:
-        """Standard error of `alignment`: of the direction that it is of."""
-        forth = self.image_to_text <= self.text_to_image
-        return self.image_to_text_error if forth else self.text_to_image_error
-
-
-@dataclass(frozen=True)
-class ProbeSources:
-    """What the user gave for the probe; None where it is made from the training data.
-
-    `captions` are the probe's own or, with `from_corpus`, the corpus to take a sample from. `truth`:
-    the images' right texts are known, as all of them have captions, or classes of which class c has
-    the name `names[of_class[c]]`.
-    """
-
-    images: ImageData | None
-    captions: Captions | None = None
-    names: tuple[str, ...] | None = None
-    from_corpus: bool = False
-    truth: Literal["captions", "classes"] | None = None
-    of_class: Indices | None = None
-
-    @property
-    def description(self) -> str:
-        if self.truth is not None:
-            return f"probe_data with their own {self.truth}"
-        images = "mixtures of training images" if self.images is None else "probe_data"
-        if self.names is not None:
-            return f"{images}, probe_class_names"
-        return f"{images}, {'a sample of captions' if self.from_corpus else 'probe_captions'}"
-
-    def answers(self, rows: Indices) -> tuple[list[str], list[list[int]]]:
-        """The texts to choose from, and which of them are right for each of the images `rows`.
-
-        Equal captions are one text, right for all images that have it.
-        """
-        assert self.images is not None
-        if self.truth == "classes":
-            assert self.names is not None
-            assert self.of_class is not None
-            own = self.of_class[self.images.labels[rows]]
-            return list(self.names), [[text] for text in own.tolist()]
-        places: dict[str, int] = {}
-        right = [
-            [places.setdefault(title, len(places)) for title in self.images.titles(row)]
-            for row in rows.tolist()
-        ]
-        return list(places), right
-
-
-def has_probe(config: TrainConfig) -> bool:
-    """Whether a run with these options keeps a budget: losing all is no bound."""
-    return config.budget is not None and config.budget < 1
-
-
-def load_probe_sources(config: TrainConfig, corpus: Captions | None) -> ProbeSources | None:
-    """Open what the options name, before any work is done; None for a run without a budget.
-
-    Raises:
-        DataError: a source can't be read, or there are too few texts to choose from.
-    """
-    if not has_probe(config):
-        return None
-    images = None
-    if config.probe_data is not None:
-        images = load_images(config.probe_data, labelled=False)
-        if len(images) < 2:
-            raise DataError("probe_data holds one image; the probe needs 2 at least, better 1000")
-    if config.probe_class_names is not None:
-        table = read_class_names(config.probe_class_names)
-        names = tuple(dict.fromkeys(table.names))
-        if len(names) < 2:
-            raise DataError(
-                f"probe_class_names={str(config.probe_class_names)!r} holds one name; the probe "
-                "chooses between names, give 2 at least"
-            )
-        of_label = dict(zip(table.labels, map(names.index, table.names), strict=True))
-        if images is None or not _all_named(images, of_label):
-            return ProbeSources(images, names=names)
-        of_class = np.array([of_label[label] for label in images.class_names], np.int64)
-        return ProbeSources(images, names=names, truth="classes", of_class=of_class)
-    if config.probe_captions is not None:
-        captions = load_captions(config.probe_captions)
-        if len(captions) < 2:
-            raise DataError(
-                f"probe_captions={config.probe_captions!r} holds one caption; the probe chooses "
-                "between captions, give 2 at least, better 4000"
-            )
-        return ProbeSources(images, captions)
-    if images is not None:
-        titles = [images.titles(row) for row in range(len(images))]
-        captioned = [row for row, own in enumerate(titles) if own]
-        if len({title for own in titles for title in own}) > 1:
-            return ProbeSources(images.select(captioned), truth="captions")
-    if corpus is None:
-        raise DataError(
-            "the probe has no texts: the images of probe_data have no captions, or all the same one; "
-            "give captions=, probe_captions= or probe_class_names=, or images with captions"
-        )
-    if len(probe_rows(len(corpus), config.seed)) < 2:
-        raise DataError(
-            f"captions={config.captions!r} holds {len(corpus)} captions, too few to take the probe's "
-            "from; give probe_captions or probe_class_names, or at least 4 captions"
-        )
-    return ProbeSources(images, corpus, from_corpus=True)
-
-
-def _all_named(images: ImageData, of_label: dict[str, int]) -> bool:
-    labelled = bool((images.labels != UNLABELLED).all())
-    return labelled and all(label in of_label for label in images.class_names)
-
-
-def probe_rows(num_captions: int, seed: int, *, part: bool = True) -> Indices:
-    """Rows of the captions that the probe asks for, int64 in random order, at most 4096.
-
-    `part`: they are of the corpus that is trained on, and distillation leaves them out: a quarter of
-    it; of a small corpus 64, but never more than half.
-    """
-    count = max(num_captions // 4, min(SMALLEST_TEXTS, num_captions // 2)) if part else num_captions
-    generator = random_generator(seed, STREAM, ROWS)
-    return generator.permutation(num_captions)[: min(MOST_CAPTIONS, count)].astype(np.int64)
-
-
-def affordable(work: int, evaluations: int, *, fewest: int, most: int) -> int:
-    """How many images (or texts) may be probed `evaluations` times.
-
-    All of it is to cost at most `SHARE` of a training of `work` images (or texts), each of them
-    counted once per epoch.
-    """
-    return max(fewest, min(most, int(SHARE * WORK_OF_STEP * work / evaluations)))
+        """Standard error of `alignment`, that of the worse direction."""
+        text_is_worse = self.image_to_text <= self.text_to_image
+        return self.image_to_text_error if text_is_worse else self.text_to_image_error
 
 
 class AlignmentProbe:
@@ -222,8 +79,8 @@ class AlignmentProbe:
         names: `texts` are class names, put into the templates of zero-shot classification.
         vectors: unit embeddings [len(texts), D] of `texts` by the original, if there are any: they
             stand for any model whose text tower is the original's.
-        right: for each image the places of its right texts in `texts`; None: nobody knows, and the
-            original's probabilities are taken.
+        right: for each image the places of its right texts in `texts`; None: they are not known, and
+            the original's probabilities take their place.
 
     Raises:
         DataError: the original gives no right answer, so that there is nothing to keep.
@@ -241,28 +98,29 @@ class AlignmentProbe:
         right: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self.pixels, self.texts, self.names = pixels.half(), list(texts), names
-        self._features = self._images(original)
-        self._vectors = self._embedded(original) if vectors is None else vectors.float()
-        similarities = self._features @ self._vectors.T  # in `measure`'s order: the same bits
-        self._forth: _Truth | _Beliefs
-        self._back: _Truth | _Beliefs
+        self.features = self._images(original)
+        self.vectors = self._embedded(original) if vectors is None else vectors.float()
+        similarities = self.features @ self.vectors.T  # in `measure`'s order: the same bits
+        self.image_to_text: Truth | Beliefs
+        self.text_to_image: Truth | Beliefs
         if right is None:
-            scale = float(original.model.logit_scale.detach().exp())  # type: ignore[union-attr,operator]
             count = len(self.texts)
-            text_tasks = [np.arange(count)] if names else _candidates(count, seed, TEXT_TASKS)
-            image_tasks = _candidates(len(pixels), seed, IMAGE_TASKS)
-            generator = random_generator(seed, STREAM, VIEWS)
-            logits = scale * (self._images(original, generator) @ self._vectors.T)
-            self._forth = _Beliefs(similarities, logits, text_tasks)
-            self._back = _Beliefs(similarities.T, logits.T, image_tasks)
+            text_tasks = (
+                [np.arange(count)] if names else _candidates(count, seed, Stream.PROBE_TEXT_TASKS)
+            )
+            image_tasks = _candidates(len(pixels), seed, Stream.PROBE_IMAGE_TASKS)
+            generator = random_generator(seed, Stream.PROBE_VIEWS)
+            logits = original.logit_scale * (self._images(original, generator) @ self.vectors.T)
+            self.image_to_text = Beliefs(similarities, logits, text_tasks)
+            self.text_to_image = Beliefs(similarities.T, logits.T, image_tasks)
             return
         mask = torch.zeros(similarities.shape, dtype=torch.bool)
         for image, own in enumerate(right):
             mask[image, list(own)] = True
-        self._forth = _Truth(
+        self.image_to_text = Truth(
             similarities, mask, len(self.texts) if names else KNOWN_CANDIDATES, alike=not names
         )
-        self._back = _Truth(similarities.T, mask.T, KNOWN_CANDIDATES, alike=not names)
+        self.text_to_image = Truth(similarities.T, mask.T, KNOWN_CANDIDATES, alike=not names)
 
     def measure(self, clip: ClipModel, *, images: bool = True, texts: bool = False) -> Kept:
         """What `clip` keeps of the original's accuracy.
@@ -272,12 +130,12 @@ class AlignmentProbe:
             images: embed the images anew, by its image tower; else the original's embeddings serve.
             texts: likewise the texts, by its text tower.
         """
-        features = self._images(clip) if images else self._features
-        vectors = self._embedded(clip) if texts else self._vectors
+        features = self._images(clip) if images else self.features
+        vectors = self._embedded(clip) if texts else self.vectors
         similarities = features @ vectors.T
-        forth, forth_error = self._forth.kept(similarities)
-        back, back_error = self._back.kept(similarities.T)
-        return Kept(forth, back, forth_error, back_error)
+        to_text, to_text_error = self.image_to_text.kept(similarities)
+        to_image, to_image_error = self.text_to_image.kept(similarities.T)
+        return Kept(to_text, to_image, to_text_error, to_image_error)
 
     def _images(self, clip: ClipModel, views: np.random.Generator | None = None) -> Tensor:
         """Embeddings of the images or, with the generator `views`, of other views of them."""
@@ -292,7 +150,7 @@ class AlignmentProbe:
         return clip.encode_texts(self.texts)
 
 
-class _Beliefs:
+class Beliefs:
     """One direction's tasks, judged by the original's probabilities: rows are queries.
 
     `similarities` [Q, C] over all candidates decide the original's answers; `logits` [Q, C], of the
@@ -317,7 +175,7 @@ class _Beliefs:
         return given
 
 
-class _Truth:
+class Truth:
     """One direction's tasks, judged by the right answers: bool [Q, C], rows are queries.
 
     `candidates`: how many at most; halved until the original's accuracy is `EASY`, or `CANDIDATES` are
@@ -338,20 +196,20 @@ class _Truth:
                 "alignment to keep; give probe_data that it knows, or leave out their captions or "
                 "class names and give probe_captions, or no alignment_budget"
             )
-        self._groups: Tensor | None = None
+        self.groups: Tensor | None = None
         if alike:
             asked = right[right.any(1)]
-            self._groups = torch.unique(asked, dim=0, return_inverse=True)[1]
+            self.groups = torch.unique(asked, dim=0, return_inverse=True)[1]
 
     @property
     def accuracy(self) -> float:
-        """The original's."""
+        """The share of right answers that the original gives."""
         return float(self._own.mean())
 
     def kept(self, similarities: Tensor) -> tuple[float, float]:
         """Right answers over the original's, and the standard error of this ratio."""
         found = right_answers(similarities, self._right, self.candidates)
-        return ratio_of_sums(found, self._own, self._groups)
+        return ratio_of_sums(found, self._own, self.groups)
 
 
 def ratio_of_sums(found: Tensor, own: Tensor, groups: Tensor | None = None) -> tuple[float, float]:
@@ -413,55 +271,9 @@ def right_answers(similarities: Tensor, right: Tensor, candidates: int) -> Tenso
     return sums[asked] / counts[asked]
 
 
-def _candidates(count: int, seed: int, purpose: int) -> list[Indices]:
+def _candidates(count: int, seed: int, stream: Stream) -> list[Indices]:
     """Sets of candidates, drawn without repetition; a single one where there are few."""
     if count <= CANDIDATES:
         return [np.arange(count)]
-    generator = random_generator(seed, STREAM, purpose)
+    generator = random_generator(seed, stream)
     return [generator.choice(count, CANDIDATES, replace=False) for _ in range(TASKS)]
-
-
-def probe_pixels(
-    clip: ClipModel,
-    images: ImageData | None,
-    training: ImageData,
-    count: int,
-    seed: int,
-    workers: int,
-) -> tuple[Tensor, Indices]:
-    """Pixels [<= count, 3, H, W], float16, of the probe's images under the evaluation transform.
-
-    Also int64 [<= count], which images of the source they are of. A seeded sample of `images` (those
-    that can't be decoded are left out), or mixtures of `training` images. As many as fit into a
-    gigabyte of memory.
-
-    Raises:
-        DataError: fewer than two of the images can be decoded.
-    """
-    source = training if images is None else images
-    rows = random_generator(seed, STREAM, IMAGES).permutation(len(source))
-    if images is None:
-        rows = np.resize(rows, count)  # repeated where there are fewer
-    generator = random_generator(seed, STREAM, MIXTURES)
-    mean, std = clip.preprocess_cfg["mean"], clip.preprocess_cfg["std"]
-    parts: list[Tensor] = []
-    read: list[Indices] = []
-    for batch in iterate_batches(
-        source, rows[:count], clip.preprocess_val, batch_size=BATCH, workers=workers
-    ):
-        pixels = batch.images
-        if not len(pixels):
-            continue
-        if images is None:
-            pixels = mixtures(pixels, len(pixels), generator, mean, std)
-        parts.append(pixels.half())
-        read.append(batch.indices)
-        fitting = PIXEL_BYTES // (2 * pixels[0].numel())
-        if sum(map(len, parts)) >= fitting:
-            break
-    found = sum(map(len, parts))
-    if found < 2:
-        raise DataError(
-            f"{found} of {len(rows[:count])} images of the probe can be decoded; give other probe_data"
-        )
-    return torch.cat(parts), np.concatenate(read)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pymcip.errors import ConfigError
-from pymcip.model import ClipModel
+from pymcip.model.clip import ClipModel
 
 LOGIT_PARAMETERS = ("logit_scale", "logit_bias")
 
@@ -60,8 +60,8 @@ def unlock_image_tower(clip: ClipModel, *, projector: str, unlock_layers: int | 
         parameters = image_projector(model)
         if not parameters:
             raise ConfigError(
-                f"projector={projector!r}: the image tower of {clip.name} has no projector of its own; "
-                "allowed for it: keep"
+                f"projector={projector!r}: the image tower of {clip.name} has no projector of its "
+                "own; allowed for it: keep"
             )
         for parameter in parameters:
             parameter.requires_grad_(False)
@@ -90,7 +90,7 @@ def training_batch_norms(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def fixed_statistics(layers: list[nn.Module]) -> Iterator[None]:
-    """Let these batch norms use their running statistics inside the block, and leave those alone."""
+    """Let these batch norms use their running statistics inside the block, unchanged."""
     for layer in layers:
         layer.eval()
     try:

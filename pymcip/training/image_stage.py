@@ -1,4 +1,4 @@
-"""The two things that can be trained: the image tower (gpr, mcip) and the text tower (rea).
+"""The image stage: trains the image tower (gpr, mcip), and stays near the untrained model.
 
 A stage says what its batches are and how a step's gradients come about; `loop.fit` does the rest.
 """
@@ -8,71 +8,51 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pymcip.config import TrainConfig
+from pymcip.configs import TrainConfig
 from pymcip.data import ImageData
-from pymcip.losses import ArcMargin, MCArcMargin, info_nce
+from pymcip.losses import ArcMargin, MCArcMargin
 from pymcip.mining import CaptionTable
 from pymcip.model import ClipModel, is_convolutional
-from pymcip.ops import order_bank
-from pymcip.training.batches import AugmentedImages, image_batches
-from pymcip.training.depthwise import speed_up_depthwise
-from pymcip.training.distillation import Distillation, TwoSets
-from pymcip.training.optim import make_optimizer, parameter_groups
-from pymcip.training.sampling import epoch_order, random_generator
-from pymcip.training.towers import (
+from pymcip.model.depthwise import speed_up_depthwise
+from pymcip.model.towers import (
     fixed_statistics,
     image_parameters,
     image_tower_to_train_mode,
-    text_parameters,
     training_batch_norms,
     unlock_image_tower,
-    unlock_text_tower,
 )
-
-NAME_SHARE = 0.5  # of the texts of re-alignment, where classes have names
+from pymcip.ops import order_bank
+from pymcip.ops.arrays import MatrixParts
+from pymcip.training.batches import AugmentedImages, image_batches
+from pymcip.training.distillation import Distillation, TwoSets
+from pymcip.training.optim import make_optimizer, parameter_groups
+from pymcip.training.sampling import Stream, epoch_order, random_generator
 
 _log = logging.getLogger("pymcip.training")
 
 
-class Stage(Protocol):
-    """What `loop.fit` needs to know. A step is one optimizer update."""
-
-    name: str
-    epochs: int
-    steps_per_epoch: int
-    samples_per_step: int
-    warmup: int
-    optimizer: torch.optim.Optimizer
-    heads: nn.ModuleDict  # trained beside the model, and saved with it
-
-    def train_mode(self) -> None: ...
-
-    def steps(self, epoch: int, first_step: int) -> Iterator[list[Any]]:
-        """The micro-batches of each remaining step of the epoch."""
-
-    def backward(self, micro_batches: list[Any]) -> dict[str, Tensor]:
-        """Add the step's gradients; return its detached scalars, "loss" among them."""
-
-
 @dataclass
 class Positives:
-    """CSR rows of positives on the CPU, looked up per batch."""
+    """The rows of a caption bank that are each image's pseudo-captions, on the CPU.
+
+    Those of image i are `indices[indptr[i]:indptr[i + 1]]`; int64 [nnz] and [N + 1].
+    """
 
     indptr: np.ndarray
     indices: np.ndarray
 
     def counts(self, rows: np.ndarray) -> np.ndarray:
-        """How many positives each of the rows has, without touching the other rows."""
+        """How many positives each of the images `rows` has, without touching the other images."""
         return self.indptr[rows + 1] - self.indptr[rows]
 
     def batch(self, rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-        """indptr int64 [B + 1] and indices int64 [nnz] of the given rows."""
+        """The positives of the images `rows`: indptr int64 [B + 1] and indices int64 [nnz]."""
         starts, counts = self.indptr[rows], self.counts(rows)
         indptr = np.concatenate([[0], np.cumsum(counts)])
         flat = np.arange(indptr[-1]) + np.repeat(starts - indptr[:-1], counts)
@@ -83,7 +63,7 @@ class Positives:
 
 
 def caption_bank(
-    table: CaptionTable, vectors: np.ndarray, negatives: str | int, seed: int
+    table: CaptionTable, vectors: np.ndarray | MatrixParts, negatives: str | int, seed: int
 ) -> tuple[np.ndarray, Positives]:
     """The caption rows that MCArcMargin runs over, and every image's positives among them.
 
@@ -91,12 +71,12 @@ def caption_bank(
     n: the mined rows and a sample of the others, n rows in all (or more, if more are mined).
     """
     if negatives == "bank":
-        return vectors, Positives(table.indptr, table.ids)
+        return vectors[:], Positives(table.indptr, table.ids)
     rows = np.unique(table.ids)
     if isinstance(negatives, int) and negatives > len(rows):
         others = np.setdiff1d(np.arange(len(vectors)), rows, assume_unique=True)
         extra = min(negatives - len(rows), len(others))
-        drawn = random_generator(seed, 3).choice(others, extra, replace=False)
+        drawn = random_generator(seed, Stream.NEGATIVES).choice(others, extra, replace=False)
         rows = np.sort(np.concatenate([rows, drawn]))
     return vectors[rows], Positives(table.indptr, np.searchsorted(rows, table.ids))
 
@@ -104,16 +84,32 @@ def caption_bank(
 def order_caption_bank(
     bank: np.ndarray, positives: Positives, seed: int, device: torch.device
 ) -> tuple[np.ndarray, Positives]:
-    """The same bank with its clusters in a row, so that the certified filter can leave out cells."""
+    """Order a bank by its clusters, so that whole cells of it can be left out of a step.
+
+    `loss_delta` bounds what is left out (`pymcip.ops.margin_softmax`).
+    """
     order = order_bank(bank, seed=seed, device=device)
     return bank[order], Positives(positives.indptr, order.argsort()[positives.indices])
+
+
+def class_means(labels: np.ndarray, num_classes: int, vectors: np.ndarray) -> Tensor:
+    """[C, D]: normalised mean of the unit embeddings [N, D] of each class's images."""
+    rows = torch.from_numpy(np.asarray(vectors, dtype=np.float32))
+    sums = torch.zeros(num_classes, rows.shape[1])
+    return nn.functional.normalize(sums.index_add_(0, torch.from_numpy(labels), rows), dim=1)
 
 
 class ImageStage:
     """gpr: ArcMargin on class labels. mcip: ArcMargin and MCArcMargin on pseudo-captions.
 
-    Rows of `data`, `positives` and `distillation` correspond; `class_rows` [C, D] starts the class
-    matrix.
+    Args:
+        clip: the model; its image tower is unlocked as `config` says.
+        data: the N training images.
+        config: the options of the run.
+        class_rows: [C, D], the class matrix at the start; None: random rows.
+        bank: [M, D], the caption rows of MCArcMargin; None: no such loss.
+        positives: the images' pseudo-captions among them.
+        distillation: what is kept of the untrained model; None: nothing.
     """
 
     name = "image"
@@ -191,14 +187,16 @@ class ImageStage:
         self.images = AugmentedImages(source, clip.preprocess_train, config.seed)
 
     def train_mode(self) -> None:
+        """Put the image tower into train mode, the rest of the model into evaluation mode."""
         image_tower_to_train_mode(self.clip.model, self.config.freeze_bn_stats)
 
     def steps(self, epoch: int, first_step: int) -> Iterator[list[Any]]:
+        """Yield each remaining step's micro-batches: pixels [B, 3, H, W] and rows int64 [B]."""
         config, accumulate = self.config, self.config.accum_freq
         order = epoch_order(
             self.data.labels,
             self.data.source_ids,
-            generator=random_generator(config.seed, 1, epoch),
+            generator=random_generator(config.seed, Stream.IMAGE_ORDER, epoch),
             class_balanced=config.class_balanced,
             source_weights=config.train_weights,
         )
@@ -302,100 +300,3 @@ class ImageStage:
             for name, value in {"loss": loss, **parts}.items():
                 totals[name] = totals.get(name, 0) + value.detach()
         return totals
-
-
-@dataclass
-class Pairs:
-    """Image-caption pairs for re-alignment: per image the captions that it may be shown with.
-
-    vectors: float [N, D], embeddings of the locked image tower. indptr/ids: CSR into `texts`.
-    names: int64 [N, T] into `texts`, each image's class name in T prompts.
-    """
-
-    vectors: Tensor
-    indptr: np.ndarray
-    ids: np.ndarray
-    texts: list[str]
-    names: np.ndarray | None = None
-
-
-class TextStage:
-    """rea: InfoNCE between locked, cached image embeddings and the text tower.
-
-    Every epoch shows each image once, with one of its captions drawn at random; where classes have
-    names, with a prompt of its class's name instead half of the time (always, if it has no caption).
-    """
-
-    name = "text"
-
-    def __init__(self, clip: ClipModel, pairs: Pairs, config: TrainConfig) -> None:
-        self.clip, self.config, self.pairs = clip, config, pairs
-        self.epochs, self.warmup = config.rea_epochs, config.rea_warmup
-        self.samples_per_step = config.rea_batch_size * config.accum_freq
-        self.rows = np.flatnonzero((np.diff(pairs.indptr) > 0) | (pairs.names is not None))
-        self.steps_per_epoch = max(1, len(self.rows) // self.samples_per_step)
-        unlock_text_tower(clip)
-        groups = parameter_groups(text_parameters(clip.model), lr=config.rea_lr, wd=config.wd)
-        self.optimizer: torch.optim.Optimizer = make_optimizer(groups, config)
-        self.heads = nn.ModuleDict()
-        model: Any = clip.model
-        self.scale = min(100.0, float(model.logit_scale.detach().exp()))
-
-    def train_mode(self) -> None:
-        self.clip.model.train()
-        self.clip.model.visual.eval()  # type: ignore[union-attr,operator]
-
-    def steps(self, epoch: int, first_step: int) -> Iterator[list[Any]]:
-        generator = random_generator(self.config.seed, 2, epoch)
-        rows = generator.permutation(self.rows)
-        captions = self._drawn(rows, generator)
-        size, step_size = self.config.rea_batch_size, self.samples_per_step
-        for step in range(first_step, self.steps_per_epoch):
-            begin, end = step * step_size, min((step + 1) * step_size, len(rows))
-            yield [
-                (rows[i : min(i + size, end)], captions[i : min(i + size, end)])
-                for i in range(begin, end, size)
-            ]
-
-    def _drawn(self, rows: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        """Numbers of the texts that these images are shown with."""
-        pairs = self.pairs
-        starts, counts = pairs.indptr[rows], np.diff(pairs.indptr)[rows]
-        places = starts + (generator.random(len(rows)) * counts).astype(np.int64)
-        if pairs.names is None:
-            return pairs.ids[places]
-        prompts = generator.integers(0, pairs.names.shape[1], len(rows))
-        drawn = pairs.names[rows, prompts]
-        captioned = (counts > 0) & (generator.random(len(rows)) >= NAME_SHARE)
-        drawn[captioned] = pairs.ids[places[captioned]]
-        return drawn
-
-    def _texts(self, captions: np.ndarray) -> Tensor:
-        tokens = self.clip.tokenizer([self.pairs.texts[i] for i in captions])
-        return self.clip.text_features(tokens.to(self.clip.device))
-
-    def backward(self, micro_batches: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Tensor]:
-        """The loss of the whole step: with several micro-batches all of it acts as negatives.
-
-        Text features are first computed without a graph; each micro-batch is then run again with the
-        gradient that the loss of the whole step has at its features (open_clip's accumulation).
-        """
-        device = self.clip.device
-        rows = np.concatenate([rows for rows, _ in micro_batches])
-        captions = np.concatenate([captions for _, captions in micro_batches])
-        images = self.pairs.vectors[torch.from_numpy(rows)].to(device, torch.float32)
-        ids = torch.from_numpy(rows).to(device), torch.from_numpy(captions).to(device)
-        if len(micro_batches) == 1:
-            loss = info_nce(images, self._texts(captions), self.scale, *ids)
-            loss.backward()  # type: ignore[no-untyped-call]
-            return {"loss": loss.detach()}
-        with torch.no_grad():
-            features = torch.cat([self._texts(part) for _, part in micro_batches])
-        features.requires_grad_()
-        loss = info_nce(images, features, self.scale, *ids)
-        (slope,) = torch.autograd.grad(loss, features)
-        start = 0
-        for _, part in micro_batches:
-            (self._texts(part) * slope[start : start + len(part)]).sum().backward()  # type: ignore[no-untyped-call]
-            start += len(part)
-        return {"loss": loss.detach()}

@@ -1,0 +1,94 @@
+"""The table of pseudo-captions: which captions each image has, in memory and on disk."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet
+
+from pymcip.configs import Source
+from pymcip.errors import DataError
+from pymcip.files import atomic_path
+
+TABLE = "caption_table"
+
+Int64: TypeAlias = npt.NDArray[np.int64]
+Float32: TypeAlias = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class CaptionTable:
+    """The pseudo-captions of N images, as a compressed sparse table.
+
+    The captions of image i are `ids[indptr[i]:indptr[i+1]]`, by descending cosine, then ascending
+    id. Images are rows of img_emb, captions rows of text_emb.
+
+    Attributes:
+        indptr: int64 [N + 1].
+        ids: int64 [nnz].
+        cosines: float32 [nnz].
+        num_captions: rows of the caption corpus.
+    """
+
+    indptr: Int64
+    ids: Int64
+    cosines: Float32
+    num_captions: int
+
+    def __len__(self) -> int:
+        return len(self.indptr) - 1
+
+    def __getitem__(self, image: int) -> tuple[Int64, Float32]:
+        """Return the caption ids of one image and their cosines."""
+        if not -len(self) <= image < len(self):
+            message = f"image {image} is not in a table of {len(self)} images"
+            raise IndexError(message)
+        image %= len(self)
+        place = slice(self.indptr[image], self.indptr[image + 1])
+        return self.ids[place], self.cosines[place]
+
+    def counts(self) -> Int64:
+        """Return the number of captions of each image, int64 [N]."""
+        return np.diff(self.indptr)
+
+    def save(self, folder: Source) -> None:
+        """Write caption_table.npz, and caption_table.parquet (image, caption, cosine)."""
+        with atomic_path(Path(folder) / f"{TABLE}.parquet") as temporary:
+            images = np.repeat(np.arange(len(self)), self.counts())
+            pa.parquet.write_table(
+                pa.table({"image": images, "caption": self.ids, "cosine": self.cosines}), temporary
+            )
+        with (
+            atomic_path(Path(folder) / f"{TABLE}.npz") as temporary,
+            temporary.open("wb") as handle,
+        ):
+            np.savez(handle, **asdict(self))
+
+    @classmethod
+    def load(cls, path: Source) -> CaptionTable:
+        """Read a table from its folder or its .npz file.
+
+        Raises:
+            DataError: there is none, or it is damaged.
+        """
+        file = Path(path)
+        if file.is_dir():
+            file = file / f"{TABLE}.npz"
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                table = cls(
+                    arrays["indptr"], arrays["ids"], arrays["cosines"], int(arrays["num_captions"])
+                )
+        except (OSError, KeyError, ValueError, EOFError) as error:
+            raise DataError(
+                f"{file} can't be read as a caption table: {error}. Mine it again with "
+                "pymcip.mine_captions"
+            ) from error
+        if not len(table.ids) == len(table.cosines) == table.indptr[-1]:
+            raise DataError(f"{file} is damaged: its arrays don't fit together. Mine it again")
+        return table
