@@ -116,8 +116,8 @@ def test_all_benchmarks_run_and_each_image_is_embedded_once(
         for data in (item.data.images, getattr(item.data, "queries", None)):
             if data is not None:
                 distinct[data.fingerprint()] = data
-        if item.database is not None:
-            distinct[item.database.images.fingerprint()] = item.database.images
+        if item.voters is not None:
+            distinct[item.voters.images.fingerprint()] = item.voters.images
     assert len(distinct) == 17  # 14 data sets, INSTRE's, ROxford's and RParis's queries
     assert sum(embedded) == sum(map(len, distinct.values()))
     # Now all of it is in the cache.

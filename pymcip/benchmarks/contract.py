@@ -75,6 +75,7 @@ class Labelled:
         candidates: the classes that zero-shot may answer (ImageNet-A: 200 of 1,000); None: all.
         notes: what a reader of the table must know, such as "partial: 10 of 12,000 images".
         rows: int64 [N], those of `images` that are measured; None: all.
+        voters: the images that vote in k-NN, with labels of the same classes; None: the others of N.
     """
 
     images: ImageData
@@ -84,6 +85,7 @@ class Labelled:
     candidates: tuple[int, ...] | None = None
     notes: tuple[str, ...] = ()
     rows: Int64 | None = None
+    voters: Labelled | None = None
 
 
 @dataclass(frozen=True)
@@ -204,8 +206,8 @@ class Embedder(Protocol):
 class Benchmark:
     """A protocol on a data set: one column of the table.
 
-    `measure(data, database, embed, options)` returns percentages by name, the benchmark's own figure
-    first. `database` is the data set whose images vote in k-NN.
+    `measure(data, embed, options)` returns percentages by name, the benchmark's own figure first.
+    `database` is the data set whose images vote in k-NN.
     """
 
     name: str
@@ -213,7 +215,7 @@ class Benchmark:
     group: Group
     metric: str
     data: DataSet
-    measure: Callable[[Data, Labelled | None, Embedder, SuiteOptions], dict[str, float]]
+    measure: Callable[[Data, Embedder, SuiteOptions], dict[str, float]]
     database: DataSet | None = None
 
     @property

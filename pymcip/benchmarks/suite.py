@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pymcip.benchmarks.contract import (
@@ -29,18 +29,22 @@ class Found:
 
     benchmark: Benchmark
     data: Data
-    database: Labelled | None = None
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What a reader of the table must know about the data."""
-        return self.data.notes + (() if self.database is None else self.database.notes)
+        return self.data.notes + (self.voters.notes if self.voters else ())
 
     @property
     def images(self) -> int:
-        """Number of images that are evaluated: queries of their own and a database included."""
+        """Number of images that are evaluated: separate queries and voters included."""
         queries = len(self.data.queries) if isinstance(self.data, QuerySet) else 0
-        return len(self.data.images) + queries + (len(self.database.images) if self.database else 0)
+        return len(self.data.images) + queries + (len(self.voters.images) if self.voters else 0)
+
+    @property
+    def voters(self) -> Labelled | None:
+        """The images that vote in k-NN, if they are a data set of their own."""
+        return self.data.voters if isinstance(self.data, Labelled) else None
 
 
 @dataclass(frozen=True)
@@ -95,9 +99,12 @@ def find_suite(
         votes = benchmark.database if options.knn_database == "train" else None
         try:
             data = get(benchmark.data)
-            database = None if votes is None else get(votes)
-            assert database is None or isinstance(database, Labelled)
-            found.append(Found(benchmark, data, database))
+            if votes is not None:
+                voters = get(votes)
+                assert isinstance(data, Labelled)
+                assert isinstance(voters, Labelled)
+                data = replace(data, voters=voters)
+            found.append(Found(benchmark, data))
         except AbsentError as error:
             missing[benchmark.name] = str(error)
             if votes is not None and not isinstance(read[benchmark.data.name], DataError):
@@ -125,7 +132,7 @@ def measure_suite(
         name = item.benchmark.name
         _log.info("%s: %d images", name, item.images)
         try:
-            result.scores[name] = item.benchmark.measure(item.data, item.database, embed, options)
+            result.scores[name] = item.benchmark.measure(item.data, embed, options)
         except DataError as error:
             _log.error("%s is not measured: %s", name, error)
             result.failed[name] = str(error)

@@ -34,15 +34,14 @@ class OwnData:
         images: with labels, captions or both; -1 is the label of an image without one.
         names: the candidates of zero-shot; None: no zero-shot.
         descriptions: the queries of text-to-image mAP; None: there are none.
-        voters: images that vote in k-NN; None: the other images of `images`.
-        voter_labels: int64, the label of each voter; equal to those of `images` for equal classes.
+        voters: images that vote in k-NN, and the label of each (int64), which for a class of
+            `images` is the same; None: the other images of `images` vote.
     """
 
     images: ImageData
     names: ClassTexts | None = None
     descriptions: ClassTexts | None = None
-    voters: ImageData | None = None
-    voter_labels: Int64 | None = None
+    voters: tuple[ImageData, Int64] | None = None
 
 
 def evaluate_model(
@@ -130,7 +129,7 @@ def check_own(
     own = OwnData(data)
     if knn_data is not None:
         voter_labels = np.append(_shared_labels(data, knn_data), -1)[knn_data.labels]
-        own = replace(own, voters=knn_data, voter_labels=voter_labels)
+        own = replace(own, voters=(knn_data, voter_labels))
     if class_names is not None:
         rows = rows_of_classes(data, class_names)
         own = replace(
@@ -169,20 +168,20 @@ def measure_own(
     captions = [(text, row) for row, i in enumerate(decodable) for text in images.titles(int(i))]
     found: dict[str, float] = {}
     if several:
-        found["i2i_map"] = protocols.full_ranking(classes, None, embed, options)["map"]
-        found["i2i_r1"] = protocols.nearest_other(classes, None, embed, options)["r1"]
-    if len(classes.labels) and own.voters is not None and own.voter_labels is not None:
-        voters = _labelled(own.voters, own.voter_labels, embed.decodable(own.voters))
-        found["knn"] = protocols.knn(classes, voters, embed, options)["top1"]
-    elif several:
-        found["knn"] = protocols.knn(classes, None, embed, options)["top1"]
+        found["i2i_map"] = protocols.full_ranking(classes, embed, options)["map"]
+        found["i2i_r1"] = protocols.nearest_other(classes, embed, options)["r1"]
+    voters = None
+    if own.voters is not None:
+        voters = _labelled(*own.voters, embed.decodable(own.voters[0]))
+    if several or (voters and len(classes.labels)):
+        found["knn"] = protocols.knn(replace(classes, voters=voters), embed, options)["top1"]
     if len(classes.labels) and own.names is not None:
         named = replace(_by_texts(own.names, classes), templates=tuple(templates))
-        top = protocols.zero_shot(named, None, embed, options)
+        top = protocols.zero_shot(named, embed, options)
         found["zero_shot"], found["zero_shot_top5"] = top["top1"], top["top5"]
     if len(classes.labels) and own.descriptions is not None:
         described = _by_texts(own.descriptions, classes)
-        found["t2i_map"] = protocols.descriptions(described, None, embed, options)["map"]
+        found["t2i_map"] = protocols.descriptions(described, embed, options)["map"]
     if captions:
         owners = np.array([row for _, row in captions], np.int64)
         texts = tuple(text for text, _ in captions)
