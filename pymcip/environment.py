@@ -10,6 +10,10 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from pymcip.ops.dispatch import backends, ops
+
 PACKAGES = (
     "pymcip",
     "torch",
@@ -111,8 +115,6 @@ def _core() -> dict[str, Any]:
 
 
 def _back_ends() -> dict[str, dict[str, str]]:
-    from pymcip.ops.dispatch import backends, ops
-
     return {
         op: {
             row.name: row.unavailable() or f"available ({' or '.join(row.devices)} device)"
@@ -123,13 +125,11 @@ def _back_ends() -> dict[str, dict[str, str]]:
 
 
 def _cpu() -> dict[str, Any]:
-    import torch
-
-    info = _read("/proc/cpuinfo")
+    info = read_system_file("/proc/cpuinfo")
     model = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
     flags_line = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", info, re.MULTILINE)
     flags = set(flags_line.group(1).split()) if flags_line else set()
-    memory = re.search(r"^MemTotal:\s*(\d+) kB$", _read("/proc/meminfo"), re.MULTILINE)
+    memory = re.search(r"^MemTotal:\s*(\d+) kB$", read_system_file("/proc/meminfo"), re.MULTILINE)
     usable = (
         os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     )
@@ -144,8 +144,6 @@ def _cpu() -> dict[str, Any]:
 
 def _gpu() -> dict[str, Any]:
     """CUDA as torch sees it, and as the compiled core's own runtime does."""
-    import torch
-
     available = torch.cuda.is_available()
     section: dict[str, Any] = {"torch CUDA": torch.version.cuda, "available to torch": available}
     try:
@@ -175,7 +173,8 @@ def _gpu() -> dict[str, Any]:
     return section
 
 
-def _read(path: str) -> str:
+def read_system_file(path: str) -> str:
+    """The text of a file such as /proc/cpuinfo; "" where there is none."""
     try:
         return Path(path).read_text()
     except OSError:

@@ -104,7 +104,7 @@ class CaptionSample:
 
 
 class TwoSets:
-    """Images of one set and then of another, numbered through, for one loader."""
+    """The images of two sets, read as one: those of the second are numbered on from the first's."""
 
     def __init__(self, first: ImageData, second: ImageData) -> None:
         self.first, self.second = first, second
@@ -161,7 +161,7 @@ class Distillation:
         return round(self.rate * images)
 
     def order_with_generic(self, order: Indices, batch_size: int, epoch: int) -> Indices:
-        """Put each batch's generic images behind it, numbered on from the N training images."""
+        """Add each batch's generic images to its end, numbered on from the N training images."""
         assert self.generic is not None
         batches = np.split(order, range(batch_size, len(order), batch_size))
         counts = [self.extra(len(batch)) for batch in batches]

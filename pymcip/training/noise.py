@@ -1,4 +1,4 @@
-"""Pseudo-captions made wrong on purpose, to study how much of them has to be right."""
+"""Pseudo-captions replaced by random ones, to study how many of them have to be right."""
 
 from __future__ import annotations
 

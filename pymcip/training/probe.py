@@ -63,7 +63,7 @@ class Kept:
 
     @property
     def error(self) -> float:
-        """Standard error of `alignment`: of the direction that it is of."""
+        """Standard error of `alignment`, that of the worse direction."""
         text_is_worse = self.image_to_text <= self.text_to_image
         return self.image_to_text_error if text_is_worse else self.text_to_image_error
 
@@ -79,8 +79,8 @@ class AlignmentProbe:
         names: `texts` are class names, put into the templates of zero-shot classification.
         vectors: unit embeddings [len(texts), D] of `texts` by the original, if there are any: they
             stand for any model whose text tower is the original's.
-        right: for each image the places of its right texts in `texts`; None: nobody knows, and the
-            original's probabilities are taken.
+        right: for each image the places of its right texts in `texts`; None: they are not known, and
+            the original's probabilities take their place.
 
     Raises:
         DataError: the original gives no right answer, so that there is nothing to keep.

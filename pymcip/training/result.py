@@ -48,7 +48,7 @@ class TrainResult:
     - `kept`: what it keeps of the original's alignment, the smaller of `image_to_text` and
       `text_to_image` (all None if nothing is exported): 0 to 1, or more where the probe's right
       answers are known and it gives more of them. `standard_error`: of `kept`, for other images (or
-      texts) like the probe's: a probe of few can't tell a small loss. `kept_tuned`: of the tuned model,
+      texts) like the probe's: a small probe can't resolve a small loss. `kept_tuned`: of the tuned model,
       `kept_by_epoch`: while it was trained.
     - `probe`: how many `images` and `captions` were asked for, and their `source`.
     - `tried`: [coefficient, kept] in the order of the search; `seconds`: spent on all probing.

@@ -67,7 +67,7 @@ def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
     With `alignment_budget` the tuned weights are drawn back towards the original ones as far as the
     budget asks for (`TrainResult.alignment`); if nothing keeps it, nothing is exported.
 
-    With `resume="latest"` a run that was killed goes on from its last checkpoint, on the CPU to the
+    With `resume="latest"` a run that was killed continues from its last checkpoint, on the CPU to the
     same bits as if it had not been.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What image search and text search are like on `val_data`: before training and after each epoch."""
+"""Evaluation on `val_data` while training: before it, after every epoch, and at the end."""
 
 from __future__ import annotations
 
