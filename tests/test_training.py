@@ -386,7 +386,7 @@ def test_realignment_with_class_names(
     prompts = [["a apple", "apple, a fruit", "apple"], ["a fig", "fig, a fruit", "fig"]]
     expected = [prompts[min(label, 1)] for label in range(3) for _ in range(4)]
     assert [[pairs.texts[i] for i in row] for row in pairs.names] == expected
-    captions = {pairs.texts[i] for i in pairs.ids}
+    captions = {pairs.texts[i] for i in pairs.captions.ids}
     assert captions
     assert not captions & {prompt for row in prompts for prompt in row}
 

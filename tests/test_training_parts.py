@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pymcip.configs import TrainConfig
 from pymcip.data import load_images
 from pymcip.errors import ConfigError
-from pymcip.mining import CaptionTable
+from pymcip.mining import CaptionLists, CaptionTable
 from pymcip.model import ClipModel
 from pymcip.model.depthwise import speed_up_depthwise
 from pymcip.model.towers import (
@@ -210,16 +210,16 @@ def test_caption_banks() -> None:
     vectors = np.arange(10, dtype=np.float16)[:, None]
     bank, positives = caption_bank(table, vectors, "mined", 0)
     assert bank.ravel().tolist() == [2, 4, 7]
-    assert positives.indices.tolist() == [1, 0, 0, 2]
+    assert positives.ids.tolist() == [1, 0, 0, 2]
     bank, positives = caption_bank(table, vectors, "bank", 0)
     assert len(bank) == 10
-    assert positives.indices.tolist() == [4, 2, 2, 7]
+    assert positives.ids.tolist() == [4, 2, 2, 7]
     bank, positives = caption_bank(table, vectors, 6, 0)
     assert len(bank) == 6
-    assert bank.ravel()[positives.indices].tolist() == [4, 2, 2, 7]
-    indptr, indices = positives.batch(np.array([2, 1, 0]), torch.device("cpu"))
-    assert indptr.tolist() == [0, 2, 2, 4]
-    assert bank.ravel()[indices.numpy()].tolist() == [2, 7, 4, 2]
+    assert bank.ravel()[positives.ids].tolist() == [4, 2, 2, 7]
+    batch = positives.take(np.array([2, 1, 0]))
+    assert batch.indptr.tolist() == [0, 2, 2, 4]
+    assert bank.ravel()[batch.ids].tolist() == [2, 7, 4, 2]
 
 
 def test_an_ordered_bank_has_the_same_positives() -> None:
@@ -227,7 +227,7 @@ def test_an_ordered_bank_has_the_same_positives() -> None:
     table = table_of([[4, 2], [], [2, 599]])
     bank, positives = caption_bank(table, vectors, "bank", 0)
     ordered, moved = order_caption_bank(bank, positives, 0, torch.device("cpu"))
-    assert np.array_equal(ordered[moved.indices], bank[positives.indices])
+    assert np.array_equal(ordered[moved.ids], bank[positives.ids])
     assert not np.array_equal(ordered, bank)
     assert np.array_equal(np.sort(ordered, axis=0), np.sort(bank, axis=0))
 
@@ -271,7 +271,9 @@ def test_accumulated_gradients_are_those_of_one_large_batch(
 def test_accumulated_text_gradients_are_those_of_one_large_batch(tiny_clip: ClipModel) -> None:
     generator = torch.Generator().manual_seed(0)
     vectors = torch.nn.functional.normalize(torch.randn(8, 16, generator=generator), dim=1)
-    pairs = Pairs(vectors, np.arange(9), np.arange(8) % 6, [f"caption {i}" for i in range(6)])
+    pairs = Pairs(
+        vectors, CaptionLists(np.arange(9), np.arange(8) % 6), [f"caption {i}" for i in range(6)]
+    )
     stage = TextStage(tiny_clip, pairs, config_for())
     stage.train_mode()
     gradients = []
@@ -288,7 +290,7 @@ def test_accumulated_text_gradients_are_those_of_one_large_batch(tiny_clip: Clip
 
 def test_text_stage_shows_each_image_once_with_one_of_its_captions(tiny_clip: ClipModel) -> None:
     indptr, ids = np.array([0, 2, 2, 3, 6]), np.array([0, 1, 2, 3, 4, 5])
-    pairs = Pairs(torch.eye(4, 16), indptr, ids, [f"caption {i}" for i in range(6)])
+    pairs = Pairs(torch.eye(4, 16), CaptionLists(indptr, ids), [f"caption {i}" for i in range(6)])
     config = config_for(rea_batch_size=2, rea_epochs=2)
     stage = TextStage(tiny_clip, pairs, config)
     assert stage.steps_per_epoch == 1  # three images have captions; a step takes two
@@ -306,7 +308,9 @@ def test_text_stage_shows_class_names_half_of_the_time(tiny_clip: ClipModel) -> 
     """Image 1 has no caption, and image 3, the last, neither: they are shown with names alone."""
     indptr, ids = np.array([0, 2, 2, 3, 3]), np.array([0, 1, 2])
     names = np.array([[3, 4], [5, 6], [3, 4], [5, 6]])
-    pairs = Pairs(torch.eye(4, 16), indptr, ids, [f"text {i}" for i in range(7)], names)
+    pairs = Pairs(
+        torch.eye(4, 16), CaptionLists(indptr, ids), [f"text {i}" for i in range(7)], names
+    )
     stage = TextStage(tiny_clip, pairs, config_for(rea_batch_size=4))
     counts: dict[int, list[int]] = {row: [0] * 7 for row in range(4)}
     epochs = 400

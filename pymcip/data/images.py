@@ -105,8 +105,8 @@ class ImageData:
         given = np.asarray(boxes, np.float32)
         if given.shape not in ((4,), (len(self), 4)) or not np.isfinite(given).all():
             raise DataError(
-                f"crops are {list(given.shape)}; needed: finite [4] or [{len(self)}, 4], left, top, "
-                "right, bottom"
+                f"crops are {list(given.shape)}; needed: finite [4] or [{len(self)}, 4], left, "
+                "top, right, bottom"
             )
         table = np.broadcast_to(given, (len(self), 4))
         empty = ((table[:, 2:] > 0) & (table[:, 2:] <= table[:, :2])).any(axis=1)

@@ -124,8 +124,8 @@ def list_images(
     numbers = numbers.astype(np.int64)
     if numbers.shape != (len(names),) or numbers.max() >= len(class_names):
         raise DataError(
-            f"{folder}: {len(names)} images with labels {list(numbers.shape)} up to {numbers.max()} of "
-            f"{len(class_names)} classes; needed: a label below the number of classes for each"
+            f"{folder}: {len(names)} images with labels {list(numbers.shape)} up to "
+            f"{numbers.max()} of {len(class_names)} classes; needed: a label below the number of classes for each"
         )
     return ImageData(
         [store],

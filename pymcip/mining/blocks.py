@@ -11,7 +11,7 @@ import numpy as np
 from pymcip.errors import DataError
 from pymcip.files import atomic_path
 from pymcip.mining.search import Search
-from pymcip.mining.table import CaptionTable, Float32, Int64
+from pymcip.mining.table import CaptionTable, Float32, Int64, bounds_of
 from pymcip.ops.arrays import MatrixParts
 from pymcip.progress import progress
 
@@ -71,8 +71,7 @@ def mine_blocks(
                     np.savez(handle, ids=ids, cosines=cosines)
             found.append(_present(ids, cosines))
     counts, all_ids, all_cosines = (np.concatenate(column) for column in zip(*found, strict=True))
-    indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    return CaptionTable(indptr, all_ids, all_cosines, captions)
+    return CaptionTable(bounds_of(counts), all_ids, all_cosines, captions)
 
 
 def _present(ids: Int64, cosines: Float32) -> tuple[Int64, Int64, Float32]:

@@ -218,8 +218,8 @@ def _check_parts(image_parts: Sequence[Matrix], caption_parts: Sequence[Matrix])
     widths = {part.shape[1] for part in (*image_parts, *caption_parts)}
     if len(widths) > 1:
         raise DataError(
-            f"the embeddings are {' and '.join(map(str, sorted(widths)))} wide; images and captions "
-            "must be embedded with one model"
+            f"the embeddings are {' and '.join(map(str, sorted(widths)))} wide; images and "
+            "captions must be embedded with one model"
         )
     for what, parts in (("images", image_parts), ("captions", caption_parts)):
         if not sum(len(part) for part in parts):

@@ -87,8 +87,8 @@ def explain_nothing(
     advice = f"give threshold='auto' ({random_pairs.value:.3f} here)"
     if best < random_pairs.value:
         advice = (
-            f"threshold='auto' would be {random_pairs.value:.3f} here, so the captions don't fit the "
-            "images: give a lower threshold, or another corpus"
+            f"threshold='auto' would be {random_pairs.value:.3f} here, so the captions don't fit "
+            "the images: give a lower threshold, or another corpus"
         )
     return (
         f"no caption of any image has a cosine of {threshold:.3f} or more; the best among "

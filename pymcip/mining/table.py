@@ -22,26 +22,52 @@ Float32: TypeAlias = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class CaptionTable:
-    """The pseudo-captions of N images, as a compressed sparse table.
-
-    The captions of image i are `ids[indptr[i]:indptr[i+1]]`, by descending cosine, then ascending
-    id. Images are rows of img_emb, captions rows of text_emb.
+class CaptionLists:
+    """The captions of N images: those of image i are `ids[indptr[i]:indptr[i + 1]]`.
 
     Attributes:
-        indptr: int64 [N + 1].
-        ids: int64 [nnz].
-        cosines: float32 [nnz].
-        num_captions: rows of the caption corpus.
+        indptr: int64 [N + 1], ascending from 0.
+        ids: int64 [nnz], numbers of captions in whatever corpus or bank the lists belong to.
     """
 
     indptr: Int64
     ids: Int64
-    cosines: Float32
-    num_captions: int
 
     def __len__(self) -> int:
         return len(self.indptr) - 1
+
+    def counts(self, images: Int64 | None = None) -> Int64:
+        """The number of captions of each image, int64 [N], or of some images only, int64 [B]."""
+        if images is None:
+            return np.diff(self.indptr)
+        return self.indptr[images + 1] - self.indptr[images]
+
+    def take(self, images: Int64) -> CaptionLists:
+        """The lists of some images (int64 [B]) in that order; those of others are not read."""
+        counts = self.counts(images)
+        indptr = bounds_of(counts)
+        places = np.arange(indptr[-1]) + np.repeat(self.indptr[images] - indptr[:-1], counts)
+        return CaptionLists(indptr, self.ids[places])
+
+
+def bounds_of(counts: npt.ArrayLike) -> Int64:
+    """`CaptionLists.indptr`, int64 [N + 1], of lists that are so long (int [N])."""
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class CaptionTable(CaptionLists):
+    """The pseudo-captions of N images, each list by descending cosine, then ascending id.
+
+    Images are rows of img_emb, captions rows of text_emb.
+
+    Attributes:
+        cosines: float32 [nnz], of each image and its caption.
+        num_captions: rows of the caption corpus.
+    """
+
+    cosines: Float32
+    num_captions: int
 
     def __getitem__(self, image: int) -> tuple[Int64, Float32]:
         """Return the caption ids of one image and their cosines."""
@@ -51,10 +77,6 @@ class CaptionTable:
         image %= len(self)
         place = slice(self.indptr[image], self.indptr[image + 1])
         return self.ids[place], self.cosines[place]
-
-    def counts(self) -> Int64:
-        """Return the number of captions of each image, int64 [N]."""
-        return np.diff(self.indptr)
 
     def save(self, folder: Source) -> None:
         """Write caption_table.npz, and caption_table.parquet (image, caption, cosine)."""

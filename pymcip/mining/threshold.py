@@ -49,8 +49,8 @@ def auto_threshold(
     Why 3.5: with the random pairs usually reported of OpenAI's CLIP (around 0.15, deviation 0.03 to
     0.035) it gives 0.255 to 0.27, near the paper's 0.27; that was not measured here on OpenAI's
     weights. On the demo's base model, whose cosines spread far wider (0.16), it leaves three of
-    four images a caption; 4 leaves one in a hundred. In a normal distribution 2 of 10,000 random pairs
-    lie above.
+    four images a caption; 4 leaves one in a hundred. In a normal distribution 2 of 10,000 random
+    pairs lie above.
 
     Args:
         image_parts: float16 or float32 [n, D] each, unit rows.

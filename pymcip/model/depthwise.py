@@ -55,10 +55,13 @@ def _forward(layer: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def speed_up_depthwise(model: nn.Module) -> int:
-    """Let the model's plain depthwise convolutions train as above; returns how many there are.
+    """Let a model's plain depthwise convolutions take their weight gradient in fp32, in place.
 
     Parameters, state dict and evaluation stay as they are. Layers with a bias or with padding given
-    by name are left alone.
+    by name are left as they are.
+
+    Returns:
+        The number of layers changed.
     """
     layers = [
         layer

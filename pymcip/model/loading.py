@@ -29,7 +29,8 @@ def has_bf16(device: torch.device) -> bool:
     return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def default_device(device: str | None) -> torch.device:
+def _device(device: str | None) -> torch.device:
+    """The named device; without a name a GPU, if torch sees one."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -43,15 +44,15 @@ def default_device(device: str | None) -> torch.device:
     return chosen
 
 
-def resolve_name(model: str) -> str:
+def _resolve_name(model: str) -> str:
     """The name open_clip knows: a run folder or a hub-style folder becomes `local-dir:…`."""
     if ":" not in model and Path(model).is_dir():
         for folder in (Path(model) / HUB_FOLDER, Path(model) / "hub", Path(model)):
             if (folder / "open_clip_config.json").is_file():
                 return f"local-dir:{folder}"
         raise ConfigError(
-            f"model={model!r} is a folder without {HUB_FOLDER}/open_clip_config.json; give a finished "
-            "pymcip run, a hub-style folder, or a name that open_clip knows"
+            f"model={model!r} is a folder without {HUB_FOLDER}/open_clip_config.json; give a "
+            "finished pymcip run, a hub-style folder, or a name that open_clip knows"
         )
     plain = model.replace("/", "-")  # ViT-B/32, as open_clip takes it too
     return plain if plain in open_clip.list_models() else model
@@ -64,8 +65,8 @@ def _check_source(name: str, pretrained: str | None) -> bool:
     schema, identifier = open_clip.factory.parse_model_name(name)
     if schema == "local-dir" and not (Path(identifier) / "open_clip_config.json").is_file():
         raise ConfigError(
-            f"model={name!r}: there is no open_clip_config.json in {identifier}; a hub-style folder "
-            "holds that file and open_clip_model.safetensors"
+            f"model={name!r}: there is no open_clip_config.json in {identifier}; a hub-style "
+            "folder holds that file and open_clip_model.safetensors"
         )
     if schema is not None:
         if pretrained:
@@ -77,8 +78,8 @@ def _check_source(name: str, pretrained: str | None) -> bool:
     if open_clip.get_model_config(name) is None:
         close = difflib.get_close_matches(name, open_clip.list_models(), n=6, cutoff=0.5)
         raise ConfigError(
-            f"model={name!r} is not known to open_clip {open_clip.__version__}; allowed: hf-hub:…, "
-            f"local-dir:…, a run folder, or a name such as {', '.join(close or ['ViT-B-32'])}"
+            f"model={name!r} is not known to open_clip {open_clip.__version__}; allowed: "
+            f"hf-hub:…, local-dir:…, a run folder, or a name such as {', '.join(close or ['ViT-B-32'])}"
         )
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained is None:
@@ -137,9 +138,9 @@ def load(
         ConfigError: unknown model, tag or augmentation; no weights named.
         CheckpointError: the checkpoint is damaged or of another model.
     """
-    name = resolve_name(model)
+    name = _resolve_name(model)
     _check_augmentation(aug_cfg)
-    chosen = default_device(device)
+    chosen = _device(device)
     try:
         quick_gelu = _check_source(name, pretrained)
         config = open_clip.get_model_config(name)
@@ -161,8 +162,8 @@ def load(
     except Exception as error:  # open_clip, torch, pickle, safetensors, the hub: no common base
         raise CheckpointError(
             f"open_clip can't load model={model!r}, pretrained={pretrained!r}: "
-            f"{type(error).__name__}: {_short(error)}\nWeights must be an undamaged plain state dict "
-            "of just this architecture; check that the name and the file belong together."
+            f"{type(error).__name__}: {_short(error)}\nWeights must be an undamaged plain state "
+            "dict of just this architecture; check that the name and the file belong together."
         ) from error
     module.eval()
     if precision == "amp_bf16" and not has_bf16(chosen):

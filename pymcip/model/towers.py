@@ -16,12 +16,12 @@ LOGIT_PARAMETERS = ("logit_scale", "logit_bias")
 
 
 def image_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The image tower and its projector."""
+    """Names and parameters of the image tower and its projector."""
     return ((name, p) for name, p in model.named_parameters() if name.startswith("visual."))
 
 
 def text_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The text tower and its projector; not the temperature."""
+    """Names and parameters of the text tower and its projector, without temperature and bias."""
     return (
         (name, p)
         for name, p in model.named_parameters()
@@ -42,7 +42,16 @@ def image_projector(model: nn.Module) -> list[nn.Parameter]:
 
 
 def unlock_image_tower(clip: ClipModel, *, projector: str, unlock_layers: int | None) -> None:
-    """Let gradients into the image tower only, or into its last groups (open_clip's `lock`)."""
+    """Let gradients into the image tower only, or into its last groups (open_clip's `lock`).
+
+    Args:
+        clip: the model, changed in place.
+        projector: "keep" trains the projector too; "lock" and "discard" leave it as it is.
+        unlock_layers: number of the last groups to train; None: all.
+
+    Raises:
+        ConfigError: this image tower does not allow it, or nothing would be trained.
+    """
     model = clip.model
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -114,6 +123,13 @@ def discard_projector(clip: ClipModel, seed: int) -> None:
     The projector becomes a locked identity, so the model stays one that open_clip can load: its
     `embed_dim` is the image tower's width. The text side gets a new random projection to that width
     and is meaningless until re-alignment has trained it.
+
+    Args:
+        clip: the model, changed in place; `model_cfg` gets the new `embed_dim`.
+        seed: of the random projection.
+
+    Raises:
+        ConfigError: a tower does not end in a linear projection.
     """
     model, visual = clip.model, clip.model.visual
     proj = getattr(visual, "proj", None)

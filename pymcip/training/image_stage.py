@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from pymcip.configs import TrainConfig
 from pymcip.data import ImageData
 from pymcip.losses import ArcMargin, MCArcMargin
-from pymcip.mining import CaptionTable
+from pymcip.mining import CaptionLists, CaptionTable
 from pymcip.model import ClipModel, is_convolutional
 from pymcip.model.depthwise import speed_up_depthwise
 from pymcip.model.towers import (
@@ -37,59 +36,34 @@ from pymcip.training.sampling import Stream, epoch_order, random_generator
 _log = logging.getLogger("pymcip.training")
 
 
-@dataclass
-class Positives:
-    """The rows of a caption bank that are each image's pseudo-captions, on the CPU.
-
-    Those of image i are `indices[indptr[i]:indptr[i + 1]]`; int64 [nnz] and [N + 1].
-    """
-
-    indptr: np.ndarray
-    indices: np.ndarray
-
-    def counts(self, rows: np.ndarray) -> np.ndarray:
-        """How many positives each of the images `rows` has, without touching the other images."""
-        return self.indptr[rows + 1] - self.indptr[rows]
-
-    def batch(self, rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The positives of the images `rows`: indptr int64 [B + 1] and indices int64 [nnz]."""
-        starts, counts = self.indptr[rows], self.counts(rows)
-        indptr = np.concatenate([[0], np.cumsum(counts)])
-        flat = np.arange(indptr[-1]) + np.repeat(starts - indptr[:-1], counts)
-        return (
-            torch.from_numpy(indptr.astype(np.int64)).to(device),
-            torch.from_numpy(self.indices[flat].astype(np.int64)).to(device),
-        )
-
-
 def caption_bank(
     table: CaptionTable, vectors: np.ndarray | MatrixParts, negatives: str | int, seed: int
-) -> tuple[np.ndarray, Positives]:
+) -> tuple[np.ndarray, CaptionLists]:
     """The caption rows that MCArcMargin runs over, and every image's positives among them.
 
     `negatives`: "mined" (rows that are a pseudo-caption of some image), "bank" (all of `vectors`), or
     n: the mined rows and a sample of the others, n rows in all (or more, if more are mined).
     """
     if negatives == "bank":
-        return vectors[:], Positives(table.indptr, table.ids)
+        return vectors[:], CaptionLists(table.indptr, table.ids)
     rows = np.unique(table.ids)
     if isinstance(negatives, int) and negatives > len(rows):
         others = np.setdiff1d(np.arange(len(vectors)), rows, assume_unique=True)
         extra = min(negatives - len(rows), len(others))
         drawn = random_generator(seed, Stream.NEGATIVES).choice(others, extra, replace=False)
         rows = np.sort(np.concatenate([rows, drawn]))
-    return vectors[rows], Positives(table.indptr, np.searchsorted(rows, table.ids))
+    return vectors[rows], CaptionLists(table.indptr, np.searchsorted(rows, table.ids))
 
 
 def order_caption_bank(
-    bank: np.ndarray, positives: Positives, seed: int, device: torch.device
-) -> tuple[np.ndarray, Positives]:
+    bank: np.ndarray, positives: CaptionLists, seed: int, device: torch.device
+) -> tuple[np.ndarray, CaptionLists]:
     """Order a bank by its clusters, so that whole cells of it can be left out of a step.
 
     `loss_delta` bounds what is left out (`pymcip.ops.margin_softmax`).
     """
     order = order_bank(bank, seed=seed, device=device)
-    return bank[order], Positives(positives.indptr, order.argsort()[positives.indices])
+    return bank[order], CaptionLists(positives.indptr, order.argsort()[positives.ids])
 
 
 def class_means(labels: np.ndarray, num_classes: int, vectors: np.ndarray) -> Tensor:
@@ -122,7 +96,7 @@ class ImageStage:
         *,
         class_rows: Tensor | None,
         bank: np.ndarray | None = None,
-        positives: Positives | None = None,
+        positives: CaptionLists | None = None,
         distillation: Distillation | None = None,
     ) -> None:
         self.clip, self.data, self.config, self.positives = clip, data, config, positives
@@ -276,7 +250,9 @@ class ImageStage:
             parts = {"arc_margin": self.classes(features, labels).sum() / images_in_step}
             weights = {"arc_margin": 1.0}
             if self.captions is not None and self.positives is not None:
-                indptr, indices = self.positives.batch(own, device)
+                lists = self.positives.take(own)
+                indptr = torch.from_numpy(lists.indptr).to(device)
+                indices = torch.from_numpy(lists.ids).to(device)
                 parts["caption_margin"] = self.captions(features, indptr, indices).sum() / captioned
                 weights["arc_margin"] = self.config.lambda_class
                 weights["caption_margin"] = self.config.lambda_caption

@@ -17,7 +17,7 @@ from pymcip.embedding import EmbeddingFolder
 from pymcip.errors import DataError
 from pymcip.losses import info_nce
 from pymcip.metrics import expand_prompts
-from pymcip.mining import CaptionTable
+from pymcip.mining import CaptionLists, CaptionTable, bounds_of
 from pymcip.model import ClipModel
 from pymcip.model.towers import text_parameters, unlock_text_tower
 from pymcip.training.optim import make_optimizer, parameter_groups
@@ -32,15 +32,13 @@ class Pairs:
 
     Attributes:
         vectors: float [N, D], unit embeddings of the images by the locked image tower.
-        indptr, ids: int64 [N + 1] and [nnz]; the captions of image i are the numbers
-            `ids[indptr[i]:indptr[i + 1]]` in `texts`.
+        captions: of the N images, as numbers in `texts`.
         texts: captions and prompts, each once.
         names: int64 [N, T], the numbers in `texts` of each image's class name in T prompts.
     """
 
     vectors: Tensor
-    indptr: np.ndarray
-    ids: np.ndarray
+    captions: CaptionLists
     texts: list[str]
     names: np.ndarray | None = None
 
@@ -88,8 +86,7 @@ def image_text_pairs(
         raise DataError("re-alignment found no image with a caption; lower threshold")
     return Pairs(
         vectors=torch.from_numpy(np.array(embedded.vectors("img"))),
-        indptr=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        ids=np.array(ids, dtype=np.int64),
+        captions=CaptionLists(bounds_of(counts), np.array(ids, dtype=np.int64)),
         texts=list(number),
         names=names,
     )
@@ -108,7 +105,7 @@ class TextStage:
         self.clip, self.config, self.pairs = clip, config, pairs
         self.epochs, self.warmup = config.rea_epochs, config.rea_warmup
         self.samples_per_step = config.rea_batch_size * config.accum_freq
-        self.rows = np.flatnonzero((np.diff(pairs.indptr) > 0) | (pairs.names is not None))
+        self.rows = np.flatnonzero((pairs.captions.counts() > 0) | (pairs.names is not None))
         self.steps_per_epoch = max(1, len(self.rows) // self.samples_per_step)
         unlock_text_tower(clip)
         groups = parameter_groups(text_parameters(clip.model), lr=config.rea_lr, wd=config.wd)
@@ -137,14 +134,14 @@ class TextStage:
     def _choose_texts(self, rows: np.ndarray, generator: np.random.Generator) -> np.ndarray:
         """Choose at random the numbers of the texts that these images are shown with."""
         pairs = self.pairs
-        starts, counts = pairs.indptr[rows], np.diff(pairs.indptr)[rows]
+        starts, counts = pairs.captions.indptr[rows], pairs.captions.counts(rows)
         places = starts + (generator.random(len(rows)) * counts).astype(np.int64)
         if pairs.names is None:
-            return pairs.ids[places]
+            return pairs.captions.ids[places]
         prompts = generator.integers(0, pairs.names.shape[1], len(rows))
         drawn = pairs.names[rows, prompts]
         captioned = (counts > 0) & (generator.random(len(rows)) >= NAME_SHARE)
-        drawn[captioned] = pairs.ids[places[captioned]]
+        drawn[captioned] = pairs.captions.ids[places[captioned]]
         return drawn
 
     def _features(self, captions: np.ndarray) -> Tensor:
