@@ -29,7 +29,7 @@ import torch
 from harness import Report, training_dtype
 
 import pymcip
-from pymcip.config import TrainConfig
+from pymcip.configs import TrainConfig
 from pymcip.data import ImageData, load_captions, load_images
 from pymcip.demo.run import (
     Recipe,
@@ -41,17 +41,12 @@ from pymcip.demo.run import (
 from pymcip.demo.world import BASE_FOLDER, World
 from pymcip.errors import DataError
 from pymcip.evaluation import evaluate_model, read_class_names
-from pymcip.exporting import plain_state
 from pymcip.files import read_json
-from pymcip.model import ClipModel, load_configured
-from pymcip.training.alignment import (
-    AlignmentProbe,
-    load_probe_sources,
-    probe_pixels,
-    probe_rows,
-)
+from pymcip.model import ClipModel, load_configured, plain_state
 from pymcip.training.checkpoints import checkpoint_files, load_checkpoint
 from pymcip.training.interpolation import interpolated
+from pymcip.training.probe import AlignmentProbe
+from pymcip.training.probe_sources import load_probe_sources, probe_pixels, probe_rows
 
 UNBOUND = {"alignment_budget": 0.999}  # measured, and not held to anything
 PLUS: dict[str, Any] = {"method": "mcip+", **Recipe().rea, **Recipe().plus}

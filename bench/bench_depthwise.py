@@ -1,5 +1,5 @@
 """A training step of a network with depthwise convolutions under bf16 autocast on the CPU:
-plain autocast against `pymcip.training.depthwise`, which computes their weight gradient in fp32.
+plain autocast against `pymcip.model.depthwise`, which computes their weight gradient in fp32.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ import timm
 import torch
 from harness import Report, Rival, common_arguments, compare
 
-from pymcip.training.depthwise import speed_up_depthwise
+from pymcip.model.depthwise import speed_up_depthwise
 
 
 def main() -> None:

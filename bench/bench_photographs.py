@@ -30,7 +30,8 @@ from generic_images import write_generic_images
 from harness import Report, training_dtype
 
 import pymcip
-from pymcip.exporting import plain_state, write_export
+from pymcip.exporting import write_export
+from pymcip.model import plain_state
 from pymcip.training.checkpoints import checkpoint_files, load_checkpoint
 from pymcip.training.interpolation import interpolated
 

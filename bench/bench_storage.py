@@ -51,7 +51,7 @@ from harness import Report, Rival, common_arguments, compare
 from pymcip.errors import MissingDependencyError
 from pymcip.files import atomic_path, write_text
 from pymcip.ops import topk
-from pymcip.ops.topk_faiss import faiss_threads, import_faiss
+from pymcip.ops.faiss_import import faiss_threads, import_faiss
 from pymcip.progress import progress
 
 Floats = npt.NDArray[np.float32]

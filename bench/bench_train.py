@@ -24,15 +24,15 @@ from open_clip_train.train import train_one_epoch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from pymcip.config import TrainConfig
+from pymcip.configs import TrainConfig
 from pymcip.data import load_images
 from pymcip.mining import CaptionTable
 from pymcip.model import ClipModel, load
 from pymcip.training.checkpoints import Position
+from pymcip.training.image_stage import ImageStage, caption_bank
 from pymcip.training.logs import MetricsLog
-from pymcip.training.loop import Interruption, Run, _epoch
+from pymcip.training.loop import Interruption, Run, run_epoch
 from pymcip.training.optim import make_optimizer, parameter_groups
-from pymcip.training.stages import ImageStage, caption_bank
 
 CLASSES, CAPTIONS, PER_IMAGE = 1000, 20_000, 10
 
@@ -74,7 +74,7 @@ def our_loop(table: Path, folder: Path, options: Any) -> Callable[[], float]:
 
     def epoch() -> float:
         run.position.step = 0
-        _epoch(run, stage)
+        run_epoch(run, stage)
         run.position.epoch += 1
         return run.position.skipped_steps
 

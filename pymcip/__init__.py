@@ -10,7 +10,7 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pymcip.config import (
+    from pymcip.configs import (
         DemoConfig,
         EmbedConfig,
         EvaluateConfig,
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from pymcip.mining import CaptionTable, MineResult, mine_captions
     from pymcip.model import ClipModel, load
     from pymcip.studies import SweepResult, sweep
-    from pymcip.training import TrainResult, train
+    from pymcip.training.result import TrainResult
+    from pymcip.training.train import train
 
 try:
     __version__ = metadata.version("pymcip")
@@ -33,7 +34,7 @@ except metadata.PackageNotFoundError:  # the bare source folder
     __version__ = "0+unknown"
 
 _MODULES = {
-    "config": [
+    "configs": [
         "DemoConfig",
         "EmbedConfig",
         "EvaluateConfig",

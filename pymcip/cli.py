@@ -19,7 +19,7 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pymcip
-from pymcip.config import (
+from pymcip.configs import (
     Config,
     DemoConfig,
     EmbedConfig,

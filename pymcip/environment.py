@@ -10,33 +10,18 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from pymcip.ops.dispatch import backends, ops
+
 PACKAGES = (
-    "pymcip",
-    "torch",
-    "torchvision",
-    "open_clip_torch",
-    "numpy",
-    "triton",
-    "faiss-cpu",
-    "faiss-gpu",
-    "pillow",
-    "pyarrow",
-    "safetensors",
-)
+    "pymcip", "torch", "torchvision", "open_clip_torch", "numpy", "triton", "faiss-cpu",
+    "faiss-gpu", "pillow", "pyarrow", "safetensors",
+)  # fmt: skip
 CPU_FLAGS = (  # /proc/cpuinfo's names, x86-64 then AArch64
-    "avx2",
-    "fma",
-    "avx512f",
-    "avx512_vnni",
-    "avx512_bf16",
-    "amx_tile",
-    "amx_int8",
-    "amx_bf16",
-    "asimddp",
-    "i8mm",
-    "bf16",
-    "sve",
-)
+    "avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16",
+    "asimddp", "i8mm", "bf16", "sve",
+)  # fmt: skip
 
 
 def environment_report() -> dict[str, Any]:
@@ -111,8 +96,6 @@ def _core() -> dict[str, Any]:
 
 
 def _back_ends() -> dict[str, dict[str, str]]:
-    from pymcip.ops.dispatch import backends, ops
-
     return {
         op: {
             row.name: row.unavailable() or f"available ({' or '.join(row.devices)} device)"
@@ -123,13 +106,11 @@ def _back_ends() -> dict[str, dict[str, str]]:
 
 
 def _cpu() -> dict[str, Any]:
-    import torch
-
-    info = _read("/proc/cpuinfo")
+    info = read_system_file("/proc/cpuinfo")
     model = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
     flags_line = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", info, re.MULTILINE)
     flags = set(flags_line.group(1).split()) if flags_line else set()
-    memory = re.search(r"^MemTotal:\s*(\d+) kB$", _read("/proc/meminfo"), re.MULTILINE)
+    memory = re.search(r"^MemTotal:\s*(\d+) kB$", read_system_file("/proc/meminfo"), re.MULTILINE)
     usable = (
         os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     )
@@ -144,8 +125,6 @@ def _cpu() -> dict[str, Any]:
 
 def _gpu() -> dict[str, Any]:
     """CUDA as torch sees it, and as the compiled core's own runtime does."""
-    import torch
-
     available = torch.cuda.is_available()
     section: dict[str, Any] = {"torch CUDA": torch.version.cuda, "available to torch": available}
     try:
@@ -175,7 +154,8 @@ def _gpu() -> dict[str, Any]:
     return section
 
 
-def _read(path: str) -> str:
+def read_system_file(path: str) -> str:
+    """The text of a file such as /proc/cpuinfo; "" where there is none."""
     try:
         return Path(path).read_text()
     except OSError:

@@ -14,17 +14,19 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-from torch import Tensor
 
-from pymcip.config import ExportConfig
+from pymcip.configs import ExportConfig
 from pymcip.embedding import EmbeddingFolder
-from pymcip.errors import DataError, MissingDependencyError, StaleEmbeddingsError
+from pymcip.errors import DataError, StaleEmbeddingsError
 from pymcip.files import atomic_path, prepare_output, write_json
-from pymcip.model import ClipModel, load_configured
+from pymcip.model import ClipModel, load_configured, plain_state
+from pymcip.ops.arrays import MatrixParts
+from pymcip.ops.faiss_import import import_faiss
 
 STATE_DICT = "state_dict.pt"
 HUB = "hub"
 INDEX = "index.faiss"
+BLOCK = 65_536  # rows normalised at a time
 
 _log = logging.getLogger("pymcip.exporting")
 
@@ -55,7 +57,7 @@ def export(config: ExportConfig | None = None, /, **options: Any) -> ExportResul
     """
     config = ExportConfig.make(config, options)
     if config.index is not None:
-        _import_faiss()  # before any work
+        import_faiss()  # before any work
     clip = load_configured(config)
     folder = None
     if config.index is not None:
@@ -116,16 +118,6 @@ def write_export(clip: ClipModel, out: str | os.PathLike[str]) -> ExportResult:
     return ExportResult(out=out, state_dict=out / STATE_DICT, hub=out / HUB)
 
 
-def plain_state(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Copy a module's state: contiguous CPU tensors, floating-point ones in fp32, none shared."""
-    state = {}
-    for name, value in model.state_dict().items():
-        dtype = torch.float32 if value.is_floating_point() else value.dtype
-        plain = torch.empty(value.shape, dtype=dtype)
-        state[name] = plain.copy_(value.detach())
-    return state
-
-
 def write_index(folder: EmbeddingFolder, path: str | os.PathLike[str]) -> Path:
     """Write an exact inner-product faiss index over an embedding folder's images.
 
@@ -140,20 +132,18 @@ def write_index(folder: EmbeddingFolder, path: str | os.PathLike[str]) -> Path:
         DataError: the folder holds no image embeddings.
         MissingDependencyError: faiss is not installed.
     """
-    faiss = _import_faiss()
-    parts = folder.parts("img")
-    if not any(len(part) for part in parts):
+    faiss = import_faiss()
+    bank = MatrixParts(folder.parts("img"))
+    if not len(bank):
         raise DataError(
             f"{folder.path} holds no image embeddings; make them with pymcip embed --images"
         )
     rows = folder.rows("img")
-    index = faiss.IndexIDMap2(faiss.IndexFlatIP(parts[0].shape[1]))
-    start = 0
-    for part in parts:
-        vectors = np.array(part, dtype=np.float32)
+    index = faiss.IndexIDMap2(faiss.IndexFlatIP(bank.shape[1]))
+    for start, block in bank.blocks(BLOCK):
+        vectors = np.array(block, dtype=np.float32)
         faiss.normalize_L2(vectors)
-        index.add_with_ids(vectors, rows[start : start + len(part)])
-        start += len(part)
+        index.add_with_ids(vectors, rows[start : start + len(block)])
     with atomic_path(path) as temporary:
         faiss.write_index(index, str(temporary))
     return Path(path)
@@ -171,13 +161,3 @@ def _check_index(folder: EmbeddingFolder, clip: ClipModel) -> None:
             f"transform ({made_from.get('model', 'unknown')}) than {clip.name}; embed the images "
             "with this model"
         )
-
-
-def _import_faiss() -> Any:
-    try:
-        import faiss
-    except ImportError as error:
-        raise MissingDependencyError(
-            'index= needs faiss, which is not installed; run: pip install "pymcip[faiss]"'
-        ) from error
-    return faiss

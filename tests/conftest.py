@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import os
 
+import pyarrow as pa
+import pyarrow.parquet
 import torch
+
+from pymcip.data import Captions, load_images
+from pymcip.embedding import EmbeddingFolder, embed_captions, embed_images
 
 if not torch.cuda.is_available():  # Triton decides at its import, and others import it
     os.environ["TRITON_INTERPRET"] = "1"
@@ -112,6 +117,11 @@ def picture(seed: int, colour: Sequence[int] = (128, 128, 128), size: int = 40) 
     return Image.fromarray(pixels)
 
 
+def images(count: int = 3, size: int = 32) -> torch.Tensor:
+    """Standard normal pixels, float32 [count, 3, size, size], the same in every call."""
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
 def encoded(image: Image.Image, file_format: str = "JPEG") -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, file_format)
@@ -165,6 +175,33 @@ def sample_members(key: str, sample: Mapping[str, Any]) -> list[tuple[str, bytes
     return members
 
 
+def files(folder: Path) -> dict[str, bytes]:
+    """The content of every file below a folder, by its path in it."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Write rows as the table that the path's ending asks for."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pa.parquet.write_table(pa.Table.from_pylist(list(rows)), path)
+        return path
+    separator = "\t" if path.suffix == ".tsv" else ","
+    lines = [separator.join(rows[0])]
+    lines += [
+        separator.join(
+            f'"{cell}"' if separator in str(cell) else str(cell) for cell in row.values()
+        )
+        for row in rows
+    ]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
 @pytest.fixture
 def shards(tmp_path: Path) -> Callable[..., list[Path]]:
     """Writer of webdataset shards: `shards(samples, name="shards", per_shard=4)` -> tar paths.
@@ -210,6 +247,26 @@ def captions_file(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
+def ten_images(shards: Callable[..., list[Path]]) -> Path:
+    """Make ten labelled images in shards; the third can't be decoded."""
+    samples: list[dict[str, Any]] = [
+        {"jpg": picture(i), "cls": i % 3, "txt": f"picture {i}"} for i in range(10)
+    ]
+    samples[2]["jpg"] = b"\xff\xd8\xff broken\tand\nodd"
+    return shards(samples)[0].parent
+
+
+@pytest.fixture
+def embedded(
+    tiny_clip: ClipModel, shards: Callable[..., list[Path]], tmp_path: Path
+) -> EmbeddingFolder:
+    """Embed twelve images and eight captions with the tiny model into one folder."""
+    data = load_images(shards()[0].parent)
+    embed_images(tiny_clip, data, tmp_path / "embedded", part_size=5)
+    return embed_captions(tiny_clip, Captions(CAPTIONS), tmp_path / "embedded", part_size=3)
+
+
+@pytest.fixture
 def run_options(
     tmp_path: Path, tiny_model_dir: Path, tiny_images: Callable[..., Path]
 ) -> dict[str, Any]:
@@ -241,7 +298,7 @@ import pymcip
 from pymcip.training import loop
 
 step, options = int(sys.argv[1]), json.loads(sys.argv[2])
-inner = loop._step
+inner = loop.optimizer_step
 
 def killed(run, stage, micro_batches):
     values = inner(run, stage, micro_batches)
@@ -249,7 +306,7 @@ def killed(run, stage, micro_batches):
         os.kill(os.getpid(), signal.SIGKILL)
     return values
 
-loop._step = killed
+loop.optimizer_step = killed
 pymcip.train(**options)
 """
 

@@ -24,7 +24,7 @@ from pymcip.errors import (
 )
 from pymcip.ops import PackedBank, approximate
 from pymcip.ops.approximate import ApproximateIndex, ApproximateResult
-from pymcip.ops.topk_faiss import import_faiss, probe_faiss
+from pymcip.ops.faiss_import import import_faiss, probe_faiss
 
 pytestmark = pytest.mark.skipif(probe_faiss() is not None, reason="faiss is not installed")
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pymcip.config import TrainConfig
+from pymcip.configs import TrainConfig
 from pymcip.demo.run import Recipe
 from pymcip.errors import DataError
 from tests.conftest import bench_module

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from pymcip.errors import MissingDependencyError
-from pymcip.ops.topk_faiss import probe_faiss
+from pymcip.ops.faiss_import import probe_faiss
 from tests.conftest import bench_module
 
 N, D = 2000, 64

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from pymcip.ops.topk_faiss import faiss_threads, probe_faiss
+from pymcip.ops.faiss_import import faiss_threads, probe_faiss
 from tests.conftest import bench_module
 
 

@@ -12,21 +12,30 @@ import numpy as np
 import pytest
 
 import pymcip
-from pymcip import benchmarks, evaluation
+from pymcip import benchmarks
 from pymcip.benchmarks import (
     BENCHMARKS,
     PAPER,
     SuiteOptions,
-    classification,
     find_suite,
+    imagenet,
     listing,
+    objectnet,
     paper,
 )
-from pymcip.benchmarks.suite import BENCHMARKS_OF_THE_MEAN, Found, suite_table
+from pymcip.benchmarks.suite import Found
 from pymcip.cli import main
-from pymcip.config import EvaluateConfig
+from pymcip.configs import EvaluateConfig
 from pymcip.data import ImageData
 from pymcip.errors import ConfigError, DataError
+from pymcip.evaluation import run
+from pymcip.evaluation.run import protocol_options
+from pymcip.evaluation.tables import (
+    BENCHMARKS_OF_THE_MEAN,
+    model_headings,
+    reported_columns,
+    suite_table,
+)
 from pymcip.model import ClipModel
 from tests import benchmark_layouts as layouts
 
@@ -60,7 +69,8 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _few_templates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two templates instead of eighty: 1,000 names times two prompts."""
-    monkeypatch.setattr(classification, "imagenet_templates", lambda: TEMPLATES)
+    for module in (imagenet, objectnet):
+        monkeypatch.setattr(module, "imagenet_templates", lambda: TEMPLATES)
 
 
 @pytest.fixture
@@ -106,8 +116,8 @@ def test_all_benchmarks_run_and_each_image_is_embedded_once(
         for data in (item.data.images, getattr(item.data, "queries", None)):
             if data is not None:
                 distinct[data.fingerprint()] = data
-        if item.database is not None:
-            distinct[item.database.images.fingerprint()] = item.database.images
+        if item.voters is not None:
+            distinct[item.voters.images.fingerprint()] = item.voters.images
     assert len(distinct) == 17  # 14 data sets, INSTRE's, ROxford's and RParis's queries
     assert sum(embedded) == sum(map(len, distinct.values()))
     # Now all of it is in the cache.
@@ -195,7 +205,7 @@ def test_the_model_may_come_first(options: dict[str, Any]) -> None:
 
 def test_suites_set_what_is_left_open() -> None:
     def chosen(**given: Any) -> SuiteOptions:
-        return evaluation._suite_options(EvaluateConfig(model="m", data_root="d", **given))
+        return protocol_options(EvaluateConfig(model="m", data_root="d", **given))
 
     assert chosen(suite="paper") == SuiteOptions()
     authors = chosen(suite="authors")
@@ -310,7 +320,7 @@ def test_a_killed_evaluation_keeps_its_embeddings(
 ) -> None:
     options |= {"out": tmp_path / "out", "benchmarks": ["gpr1200", "t2i-flickr30k"]}
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "suite_table", lambda *_: 1 / 0)
+        patch.setattr(run, "suite_table", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             pymcip.evaluate(**options)
     assert sum(embedded) == 9
@@ -359,9 +369,9 @@ def test_reported_figures_have_the_papers_means() -> None:
 def test_the_papers_figures_stand_beside_its_models(data_root: Path) -> None:
     found, _ = find_suite([BENCHMARKS["cub200"]], data_root, {}, SuiteOptions(allow_partial=True))
     models = [("ViT-L-14-336", "openai"), ("runs/shop", None)]
-    headings = evaluation._headings(models)
+    headings = model_headings(models)
     results = [{"cub200": 76.5}, {"cub200": 88.0}]
-    table = suite_table(headings, results, found, {}, evaluation._reported(models))
+    table = suite_table(headings, results, found, {}, reported_columns(models))
     assert "| runs/shop | difference | paper: ViT-L-14-336 (openai) |" in table
     assert "| cub200 \\* | I2I R@1 | 76.50 | 88.00 | +11.50 | 77.0 |" in table
 

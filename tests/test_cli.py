@@ -19,7 +19,7 @@ import pytest
 import pymcip
 from pymcip import cli
 from pymcip.cli import COMMANDS, build_parser, main, make_config
-from pymcip.config import Config, EvaluateConfig, TrainConfig
+from pymcip.configs import Config, EvaluateConfig, TrainConfig
 from pymcip.errors import ConfigError, DataError
 
 TRAIN = ["train", "--model", "m", "--train-data", "d", "--out", "o", "--captions", "c"]

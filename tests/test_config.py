@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pymcip import config as configs
-from pymcip.config import (
+from pymcip import configs
+from pymcip.configs import (
     Config,
     EmbedConfig,
     EvaluateConfig,
@@ -267,10 +267,8 @@ def test_to_dict_has_plain_values_only() -> None:
 def test_every_option_says_what_it_is(kind: type[Config]) -> None:
     for item in dataclasses.fields(kind):
         assert item.metadata["help"], f"{kind.__name__}.{item.name}"
-    for name in (*kind.AT_LEAST, *kind.MORE_THAN):
-        assert name in {item.name for item in dataclasses.fields(kind)}
 
 
 def test_configs_need_no_torch() -> None:
-    code = "import sys, pymcip, pymcip.config; assert 'torch' not in sys.modules"
+    code = "import sys, pymcip, pymcip.configs; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from pymcip.cli import summary
-from pymcip.config import DemoConfig
+from pymcip.configs import DemoConfig
 from pymcip.data import load_captions, load_images
 from pymcip.demo import pretrain, run, run_demo, world
 from pymcip.errors import ConfigError, OutputExistsError

@@ -12,12 +12,12 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import pymcip
-from pymcip.config import TrainConfig
+from pymcip.configs import TrainConfig
 from pymcip.data import load_images
 from pymcip.errors import ConfigError, DataError
 from pymcip.mining import CaptionTable
 from pymcip.model import ClipModel, load
-from pymcip.training.alignment import probe_rows
+from pymcip.model.towers import image_parameters
 from pymcip.training.checkpoints import checkpoint_files, load_checkpoint
 from pymcip.training.distillation import (
     CaptionSample,
@@ -25,8 +25,8 @@ from pymcip.training.distillation import (
     caption_divergence,
     frozen_copy,
 )
-from pymcip.training.stages import ImageStage, caption_bank
-from pymcip.training.towers import image_parameters
+from pymcip.training.image_stage import ImageStage, caption_bank
+from pymcip.training.probe_sources import probe_rows
 from tests.conftest import lines_of, train_until_killed
 
 RESNET = {"vision_cfg": {"layers": [1, 1, 1, 1], "width": 8, "head_width": 16, "image_size": 32}}

@@ -44,7 +44,7 @@ def test_cpu_features_are_read_from_the_kernels_list(
         "/proc/cpuinfo": "model name\t: Some CPU\nflags\t\t: fpu avx2 fma amx_tile avx512_vnni\n",
         "/proc/meminfo": "MemTotal:       33554432 kB\n",
     }
-    monkeypatch.setattr(environment, "_read", lambda path: files.get(path, ""))
+    monkeypatch.setattr(environment, "read_system_file", lambda path: files.get(path, ""))
     cpu = environment_report()["cpu"]
     assert cpu["model"] == "Some CPU"
     assert cpu["features"] == ["avx2", "fma", "avx512_vnni", "amx_tile"]
@@ -52,7 +52,7 @@ def test_cpu_features_are_read_from_the_kernels_list(
 
 
 def test_machines_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "_read", lambda path: "")
+    monkeypatch.setattr(environment, "read_system_file", lambda path: "")
     cpu = environment_report()["cpu"]
     assert cpu["features"] == []
     assert cpu["memory GiB"] is None

@@ -25,8 +25,8 @@ from pymcip.errors import (
     OutputExistsError,
     StaleEmbeddingsError,
 )
-from pymcip.exporting import plain_state, write_export, write_index
-from pymcip.model import ClipModel, load
+from pymcip.exporting import write_export, write_index
+from pymcip.model import ClipModel, load, plain_state
 from tests.conftest import TINY_MODEL, picture, write_hub_folder
 
 READER = """

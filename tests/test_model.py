@@ -1,32 +1,26 @@
-"""Loading models as open_clip does, and refusing what it would let pass in silence."""
+"""What a loaded model gives: embeddings, scale, fingerprints."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import pickle
 import shutil
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import open_clip
 import pytest
-import safetensors.torch
 import torch
-from PIL import Image
 
-from pymcip.errors import CheckpointError, ConfigError
 from pymcip.model import (
     ClipModel,
     evaluation_mode,
     has_bf16,
-    is_convolutional,
     load,
     weights_fingerprint,
 )
-from tests.conftest import TINY_MODEL, picture, write_hub_folder
+from tests.conftest import TINY_MODEL, images, picture, write_hub_folder
 
 TINY_TIMM: dict[str, Any] = {
     **TINY_MODEL,
@@ -39,34 +33,6 @@ TINY_TIMM: dict[str, Any] = {
     },
     "custom_text": True,
 }
-
-
-@pytest.fixture
-def known_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
-    """Make "tiny" a name that open_clip knows, with a tag of each kind and no downloads."""
-    path = tmp_path / "tiny.pt"
-    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", TINY_MODEL)
-    tags = {
-        "plain": {"url": "https://example.invalid/plain.pt", "quick_gelu": False},
-        "quick": {"url": "https://example.invalid/quick.pt", "quick_gelu": True},
-    }
-    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny", tags)
-    downloads: list[Any] = []
-
-    def download(tag: dict[str, Any], **options: Any) -> str:
-        downloads.append(tag["url"])
-        return str(path)
-
-    monkeypatch.setattr(open_clip.factory, "download_pretrained", download)
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        model = open_clip.create_model("tiny")
-    torch.save(model.state_dict(), path)
-    return {"path": path, "downloads": downloads, "model": model}
-
-
-def images(count: int = 3, size: int = 32) -> torch.Tensor:
-    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
 # What a loaded model gives
@@ -91,7 +57,9 @@ def test_hub_folder_gives_what_open_clip_gives(tiny_model_dir: Path) -> None:
 def test_embeddings_are_unit_fp32_in_either_precision(
     tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pymcip.model.has_bf16", lambda device: True)  # as it is emulated elsewhere
+    monkeypatch.setattr(
+        "pymcip.model.loading.has_bf16", lambda device: True
+    )  # as it is emulated elsewhere
     exact = load(f"local-dir:{tiny_model_dir}", device="cpu", precision="fp32")
     rough = load(f"local-dir:{tiny_model_dir}", device="cpu", precision="amp_bf16")
     got = rough.encode_images(images())
@@ -105,13 +73,22 @@ def test_embeddings_are_unit_fp32_in_either_precision(
 def test_a_cpu_without_bf16_runs_in_fp32(
     tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("pymcip.model.has_bf16", lambda device: False)
+    monkeypatch.setattr("pymcip.model.loading.has_bf16", lambda device: False)
     with caplog.at_level("INFO"):
         clip = load(f"local-dir:{tiny_model_dir}", device="cpu", precision="amp_bf16")
     assert "fp32, not amp_bf16" in caplog.text
     exact = load(f"local-dir:{tiny_model_dir}", device="cpu", precision="fp32")
     assert torch.equal(clip.encode_images(images()), exact.encode_images(images()))
     assert clip.fingerprint() == exact.fingerprint()
+
+
+@pytest.mark.parametrize(("stored", "scale"), [(20.0, 20.0), (100.0, 100.0), (117.33, 100.0)])
+def test_logit_scale_is_at_most_100(tiny_clip: ClipModel, stored: float, scale: float) -> None:
+    """As CLIP and open_clip clip it in training; what is stored stays."""
+    with torch.no_grad():
+        tiny_clip.model.logit_scale.fill_(np.log(stored))  # type: ignore[union-attr,operator]
+    assert tiny_clip.logit_scale == pytest.approx(scale, rel=1e-6)
+    assert float(tiny_clip.model.logit_scale.detach().exp()) == pytest.approx(stored, rel=1e-6)  # type: ignore[union-attr,operator]
 
 
 def test_has_bf16_is_what_the_cpu_says() -> None:
@@ -148,240 +125,6 @@ def test_texts_are_encoded_alike_in_any_batch_size(tiny_clip: ClipModel) -> None
     torch.testing.assert_close(
         tiny_clip.encode_texts(texts, 2), tiny_clip.encode_texts(texts), rtol=0, atol=1e-6
     )
-
-
-# Names
-
-
-def test_known_name_with_random_weights(known_model: dict[str, Any]) -> None:
-    clip = load("tiny", "random", device="cpu")
-    assert clip.model_cfg["embed_dim"] == 16
-    assert clip.preprocess_cfg["size"] in (32, (32, 32))
-    assert known_model["downloads"] == []
-
-
-def test_slash_of_openai_names_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny-16", TINY_MODEL)
-    assert load("tiny/16", "random", device="cpu").name == "tiny-16"
-
-
-def test_checkpoint_path_is_loaded(known_model: dict[str, Any]) -> None:
-    clip = load("tiny", str(known_model["path"]), device="cpu")
-    wanted = weights_fingerprint(known_model["model"].state_dict())
-    assert weights_fingerprint(clip.model.state_dict()) == wanted
-
-
-def test_published_checkpoint_loads(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A plain state dict of ViT-L-14-336, as MCIP's authors publish it; the weights are random."""
-    with torch.device("meta"):
-        state = open_clip.create_model("ViT-L-14-336", device="meta").state_dict()
-    largest = max(value.numel() for value in state.values())
-    generator = torch.Generator().manual_seed(0)
-    numbers = torch.randn(largest + len(state), generator=generator).half()
-    for start, (name, value) in enumerate(state.items()):  # all of them share one storage
-        state[name] = numbers[start : start + value.numel()].view(value.shape)
-    path = tmp_path / "MCIP-ViT-L-14-336.pth"
-    torch.save(state, path)
-    clip = load("ViT-L-14-336", str(path), device="cpu")
-    loaded = clip.model.state_dict()
-    assert loaded.keys() == state.keys()
-    assert all(torch.equal(value, state[name].float()) for name, value in loaded.items())
-    assert clip.embed_dim == 768
-    assert clip.preprocess_cfg["size"] in (336, (336, 336))
-    assert "model='ViT-L-14-336-quickgelu'" in caplog.text
-
-
-@pytest.mark.parametrize(("tag", "quick"), [("plain", False), ("quick", True)])
-def test_quick_gelu_follows_the_tag(known_model: dict[str, Any], tag: str, quick: bool) -> None:
-    clip = load("tiny", tag, device="cpu", precision="fp32")
-    assert known_model["downloads"] == [f"https://example.invalid/{tag}.pt"]
-    assert clip.model_cfg.get("quick_gelu", False) is quick
-    kinds = {type(module) for module in clip.model.modules()}
-    assert (open_clip.transformer.QuickGELU in kinds) is quick
-    assert (torch.nn.GELU in kinds) is not quick
-
-
-@pytest.mark.parametrize(
-    ("model", "pretrained", "words"),
-    [
-        ("tinny", None, ["model='tinny' is not known to open_clip", "tiny"]),
-        ("tiny", None, ["without pretrained=", "plain, quick", "pretrained='random'"]),
-        ("tiny", "fast", ["pretrained='fast' is neither a file nor a tag", "plain, quick"]),
-        ("local-dir:/nowhere", None, ["no open_clip_config.json in /nowhere"]),
-        ("local-dir:", None, ["names nothing"]),
-        ("local-dir:TINY", "plain", ["names its own weights"]),
-    ],
-)
-def test_names_that_are_wrong(
-    known_model: dict[str, Any],
-    tiny_model_dir: Path,
-    model: str,
-    pretrained: str | None,
-    words: list[str],
-) -> None:
-    with pytest.raises(ConfigError) as raised:
-        load(model.replace("TINY", str(tiny_model_dir)), pretrained, device="cpu")
-    for word in words:
-        assert word in str(raised.value)
-
-
-def test_device_that_is_not_there(tiny_model_dir: Path) -> None:
-    with pytest.raises(ConfigError, match="device='abacus' can't be used here"):
-        load(f"local-dir:{tiny_model_dir}", device="abacus")
-
-
-# Folders
-
-
-@pytest.mark.parametrize("place", ["exported/hub", "hub", "."])
-def test_run_folder_is_resolved(tiny_model_dir: Path, tmp_path: Path, place: str) -> None:
-    shutil.copytree(tiny_model_dir, tmp_path / "run" / place, dirs_exist_ok=True)
-    clip = load(str(tmp_path / "run"), device="cpu")
-    assert clip.name == f"local-dir:{tmp_path / 'run' / place}"
-
-
-def test_folder_without_a_model(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"without exported/hub/open_clip_config\.json"):
-        load(str(tmp_path))
-
-
-# Damaged and foreign weights
-
-
-@pytest.fixture
-def model_copy(tiny_model_dir: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(tiny_model_dir, tmp_path / "copy"))
-
-
-def test_folder_without_weights_is_not_a_random_model(model_copy: Path) -> None:
-    (model_copy / "open_clip_model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="could not be loaded"):
-        load(f"local-dir:{model_copy}", device="cpu")
-
-
-@pytest.mark.parametrize("keep", [0, 100, 5000])
-def test_truncated_safetensors(model_copy: Path, keep: int) -> None:
-    path = model_copy / "open_clip_model.safetensors"
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(CheckpointError, match="undamaged plain state dict"):
-        load(f"local-dir:{model_copy}", device="cpu")
-
-
-def test_damaged_config(model_copy: Path) -> None:
-    (model_copy / "open_clip_config.json").write_text('{"model_cfg": {')
-    with pytest.raises(CheckpointError, match="JSONDecodeError"):
-        load(f"local-dir:{model_copy}", device="cpu")
-
-
-def test_weights_of_another_model(model_copy: Path) -> None:
-    path = model_copy / "open_clip_model.safetensors"
-    state = safetensors.torch.load_file(path)
-    state["visual.proj"] = torch.zeros(32, 8)
-    safetensors.torch.save_file(state, path)
-    with pytest.raises(CheckpointError, match=r"visual\.proj"):
-        load(f"local-dir:{model_copy}", device="cpu")
-
-
-class Trap:
-    def __reduce__(self) -> Any:
-        return exec, ("raise SystemExit('the checkpoint ran code')",)
-
-
-def write_trap(path: Path) -> None:
-    path.write_bytes(pickle.dumps({"state_dict": Trap()}))
-
-
-def write_garbage(path: Path) -> None:
-    path.write_bytes(b"not a checkpoint at all" * 50)
-
-
-def write_other_zip(path: Path) -> None:
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("hello.txt", "hello")
-
-
-def write_list(path: Path) -> None:
-    torch.save([torch.zeros(3)], path)
-
-
-def write_nothing(path: Path) -> None:
-    torch.save({}, path)
-
-
-@pytest.mark.parametrize(
-    "write", [write_trap, write_garbage, write_other_zip, write_list, write_nothing]
-)
-def test_files_that_are_no_state_dict(known_model: dict[str, Any], write: Any) -> None:
-    write(known_model["path"])
-    with pytest.raises(CheckpointError, match="belong together"):
-        load("tiny", str(known_model["path"]), device="cpu")
-
-
-# Image size
-
-
-def test_vit_at_another_size_keeps_weights_and_resizes_positions(tiny_model_dir: Path) -> None:
-    small = load(f"local-dir:{tiny_model_dir}", device="cpu", precision="fp32")
-    large = load(f"local-dir:{tiny_model_dir}", image_size=64, device="cpu", precision="fp32")
-    assert large.model_cfg["vision_cfg"]["image_size"] == 64
-    assert large.preprocess_cfg["size"] in (64, (64, 64))
-    assert large.preprocess_val(picture(0, size=90)).shape == (3, 64, 64)
-    assert large.encode_images(images(size=64)).shape == (3, 16)
-    before, after = small.model.state_dict(), large.model.state_dict()
-    changed = {name for name in before if before[name].shape != after[name].shape}
-    assert changed == {"visual.positional_embedding"}
-    assert after["visual.positional_embedding"].shape == (17, 32)
-    for name in before.keys() - changed:
-        assert torch.equal(before[name], after[name])
-
-
-def test_timm_at_another_size(tmp_path: Path) -> None:
-    folder = write_hub_folder(tmp_path / "timm", **TINY_TIMM)
-    clip = load(f"local-dir:{folder}", image_size=96, device="cpu", precision="fp32")
-    assert clip.preprocess_val(picture(0, size=120)).shape == (3, 96, 96)
-    assert clip.encode_images(images(size=96)).shape == (3, 16)
-    assert clip.model_cfg["custom_text"] is True
-    assert is_convolutional(clip.model)
-    kernel = next(value for value in clip.model.visual.parameters() if value.ndim == 4)  # type: ignore[union-attr]
-    assert kernel.is_contiguous(memory_format=torch.channels_last)
-
-
-# Augmentation
-
-
-def test_augmentation_reaches_the_training_transform(tiny_model_dir: Path) -> None:
-    name = f"local-dir:{tiny_model_dir}"
-    whole = load(name, device="cpu", aug_cfg={"scale": (1.0, 1.0)})
-    crops = load(name, device="cpu", aug_cfg={"scale": (0.1, 0.2)})
-    ramp = Image.fromarray(np.tile(np.arange(256, dtype=np.uint8), (256, 1))).convert("RGB")
-
-    def spread(clip: ClipModel) -> float:
-        pixels = clip.preprocess_train(ramp)
-        return float(pixels.max() - pixels.min())
-
-    assert spread(crops) < 0.7 * spread(whole)
-    torch.testing.assert_close(whole.preprocess_val(ramp), crops.preprocess_val(ramp))
-
-
-@pytest.mark.parametrize(
-    ("aug_cfg", "word"),
-    [
-        ({"zoom": 2}, "zoom"),
-        ({"color_jitter": 0.2}, "use_timm=True"),
-        ({"re_prob": 0.2}, "use_timm=True"),
-    ],
-)
-def test_augmentation_that_would_not_be_applied(
-    tiny_model_dir: Path, aug_cfg: dict[str, Any], word: str
-) -> None:
-    with pytest.raises(ConfigError, match=word):
-        load(f"local-dir:{tiny_model_dir}", device="cpu", aug_cfg=aug_cfg)
-
-
-def test_timm_augmentation_is_taken(tiny_model_dir: Path) -> None:
-    aug_cfg = {"use_timm": True, "scale": (0.5, 1.0), "color_jitter": 0.2}
-    clip = load(f"local-dir:{tiny_model_dir}", device="cpu", aug_cfg=aug_cfg)
-    assert clip.preprocess_train(picture(0)).shape == (3, 32, 32)
 
 
 # Fingerprints

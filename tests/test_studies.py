@@ -18,7 +18,7 @@ from PIL import Image
 
 import pymcip
 from pymcip.cli import COMMANDS, build_parser, main, make_config
-from pymcip.config import SweepConfig, TrainConfig
+from pymcip.configs import SweepConfig, TrainConfig
 from pymcip.demo.run import SMOKE, prepare_world
 from pymcip.demo.world import WorldConfig
 from pymcip.errors import (

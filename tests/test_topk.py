@@ -25,7 +25,8 @@ from pymcip import _core
 from pymcip.errors import BackendError, ConfigError, DataError, OutputExistsError, PymcipError
 from pymcip.ops import PackedBank, backends, topk
 
-BACKENDS = [row.name for row in backends("topk") if row.obstacle("cpu", "float32") is None]
+USABLE = [row.name for row in backends("topk") if row.obstacle("cpu", "float32") is None]
+BACKENDS = [name for name in USABLE if name != "faiss"]  # it is not exact: test_topk_faiss.py
 KERNELS = _core.topk_kernels()
 INT8 = [name for name in KERNELS if name != "amx_bf16"]
 FASTEST = KERNELS[0]
@@ -927,7 +928,7 @@ def test_what_cannot_be_packed(rows: np.ndarray) -> None:
         with pytest.raises(ConfigError, match=message):
             PackedBank.pack(bank)
     for backend in ("torch", "faiss"):
-        if backend in BACKENDS:
+        if backend in USABLE:
             with pytest.raises(BackendError, match="does not search packed banks"):
                 PackedBank.pack(rows, backend=backend)
     for threads in (0, -1, 1.5, "2"):
@@ -1082,7 +1083,7 @@ odd = st.one_of(
     k=st.integers(1, 9) | st.none() | st.floats() | st.integers(-(2**70), 0) | st.text(max_size=2),
     threshold=st.none() | st.floats() | odd,
     exact=st.booleans(),
-    backend=st.sampled_from(["auto", *BACKENDS, "", "cuda", "triton", "no"]),
+    backend=st.sampled_from(["auto", *USABLE, "", "cuda", "triton", "no"]),
     threads=st.none() | odd,
 )
 @settings(max_examples=examples(400), deadline=None)
@@ -1210,7 +1211,7 @@ class StopSearchError(Exception):
 
 
 LONG = Problem(torch.ones(1, 256).expand(4096, 256), torch.ones(1, 256).expand(4_000_000, 256), 3)
-SLOW = [name for name in ("portable", "torch", "faiss", FASTEST) if name in BACKENDS]
+SLOW = [name for name in ("portable", "torch", "faiss", FASTEST) if name in USABLE]
 
 
 @pytest.mark.parametrize("backend", SLOW)

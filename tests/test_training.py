@@ -1,4 +1,4 @@
-"""`pymcip.train` as users call it: methods, run folder, resuming, bad losses, bad input."""
+"""`pymcip.train` as users call it: methods, run folder, resuming, bad input."""
 
 from __future__ import annotations
 
@@ -16,19 +16,17 @@ import torch
 from PIL import Image
 
 import pymcip
-from pymcip import training
-from pymcip.config import TrainConfig
+from pymcip.configs import TrainConfig
 from pymcip.errors import (
     CheckpointError,
     ConfigError,
     DataError,
     OutputExistsError,
-    TrainingDivergedError,
 )
 from pymcip.model import ClipModel
 from pymcip.training import loop
 from pymcip.training.checkpoints import checkpoint_files, load_checkpoint, save_checkpoint
-from pymcip.training.stages import ImageStage, Pairs, TextStage
+from pymcip.training.text_stage import Pairs, TextStage
 from tests.conftest import lines_of, train_until_killed
 
 METHODS = ["gpr", "2sft", "mcip", "mcip+rea", "rea", "mcip+"]
@@ -183,7 +181,7 @@ def test_signals_write_a_checkpoint_and_end_cleanly(
     options = {**options, "method": "mcip", "save_steps": 1000}
     whole = pymcip.train(**options)
     stopped = {**options, "out": str(tmp_path / "stopped")}
-    inner = loop._step
+    inner = loop.optimizer_step
 
     def signalled(run: Any, stage: Any, micro_batches: Any) -> dict[str, float]:
         if run.position.global_step == 1:
@@ -192,7 +190,7 @@ def test_signals_write_a_checkpoint_and_end_cleanly(
 
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_step", signalled)
+        patch.setattr(loop, "optimizer_step", signalled)
         result = pymcip.train(**stopped)
     assert signal.getsignal(signal.SIGTERM) is before
     assert result.interrupted == name
@@ -290,63 +288,6 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(
     assert resumed.steps == 6
 
 
-# --- bad losses ---------------------------------------------------------------------------------
-
-
-def poison(monkeypatch: pytest.MonkeyPatch, bad_steps: set[int], what: str) -> None:
-    """Make the loss or the gradient of some global steps (counted from 1) NaN."""
-    original = ImageStage.backward
-    count = [0]
-
-    def backward(self: ImageStage, micro_batches: list[Any]) -> dict[str, torch.Tensor]:
-        values = original(self, micro_batches)
-        count[0] += 1
-        if count[0] in bad_steps:
-            if what == "loss":
-                values["loss"] = values["loss"] * float("nan")
-            elif what == "tower":
-                self.clip.model.visual.proj.grad[0, 0] = float("inf")
-            else:
-                self.classes.weight.grad[0, 0] = float("nan")
-        return values
-
-    monkeypatch.setattr(ImageStage, "backward", backward)
-
-
-@pytest.mark.parametrize("what", ["loss", "tower", "classes"])
-def test_steps_with_bad_numbers_are_skipped_and_counted(
-    what: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    poison(monkeypatch, {2, 4}, what)
-    result = pymcip.train(**options, method="gpr")
-    assert result.skipped_steps == 2
-    for value in state_of(result.state_dict).values():
-        assert torch.isfinite(value).all()
-    assert [record["skipped_steps"] for record in lines_of(result.out)] == [0, 1, 1, 2, 2, 2]
-
-
-def test_ten_bad_steps_in_a_row_stop_the_run_and_name_a_checkpoint(
-    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    poison(monkeypatch, set(range(4, 40)), "loss")
-    with pytest.raises(TrainingDivergedError, match=r"10 steps in a row.*step_0+\d+\.pt") as caught:
-        pymcip.train(**{**options, "epochs": 9}, method="gpr")
-    named = next(word for word in str(caught.value).split() if word.endswith(".pt."))
-    for value in load_checkpoint(Path(named.rstrip(".")))["model"].values():
-        assert torch.isfinite(value).all()
-
-
-def test_batch_norm_statistics_survive_a_skipped_step() -> None:
-    model = torch.nn.Sequential(torch.nn.BatchNorm1d(3))
-    before = loop._running_statistics(model)
-    model(torch.full((4, 3), float("nan")))
-    assert not torch.isfinite(model[0].running_mean).all()
-    for buffer, copy in before:
-        buffer.copy_(copy)
-    assert torch.isfinite(model[0].running_mean).all()
-    assert int(model[0].num_batches_tracked) == 0
-
-
 # --- bad input ----------------------------------------------------------------------------------
 
 
@@ -429,12 +370,13 @@ def test_realignment_with_class_names(
     table.write_text("class2\tfig\nother\tnut\nclass0\tapple\nclass1\tfig\n", encoding="utf-8")
     found = []
 
-    class Spy(TextStage):
-        def __init__(self, clip: ClipModel, pairs: Pairs, config: TrainConfig) -> None:
-            found.append(pairs)
-            super().__init__(clip, pairs, config)
+    inner = TextStage.__init__
 
-    monkeypatch.setattr(training, "TextStage", Spy)
+    def noted(self: TextStage, clip: ClipModel, pairs: Pairs, config: TrainConfig) -> None:
+        found.append(pairs)
+        inner(self, clip, pairs, config)
+
+    monkeypatch.setattr(TextStage, "__init__", noted)
     changes = {"rea_class_names": str(table), "rea_templates": ("a {}", "{}, a fruit", "{}")}
     result = pymcip.train(**{**options, **changes}, method="mcip+rea")
     assert result.steps == 6 + 4
@@ -444,21 +386,17 @@ def test_realignment_with_class_names(
     prompts = [["a apple", "apple, a fruit", "apple"], ["a fig", "fig, a fruit", "fig"]]
     expected = [prompts[min(label, 1)] for label in range(3) for _ in range(4)]
     assert [[pairs.texts[i] for i in row] for row in pairs.names] == expected
-    captions = {pairs.texts[i] for i in pairs.ids}
+    captions = {pairs.texts[i] for i in pairs.captions.ids}
     assert captions
     assert not captions & {prompt for row in prompts for prompt in row}
 
 
 def test_gradient_checkpointing_and_accumulation_run(options: dict[str, Any]) -> None:
     result = pymcip.train(
-        **{
-            **options,
-            "grad_checkpointing": True,
-            "accum_freq": 2,
-            "batch_size": 3,
-            "rea_batch_size": 3,
-        },
+        **{**options, "batch_size": 3, "rea_batch_size": 3},
         method="mcip+rea",
+        grad_checkpointing=True,
+        accum_freq=2,
     )
     assert result.steps == 2 * 2 + 2 * 2
 

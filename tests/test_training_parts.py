@@ -14,26 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pymcip.config import TrainConfig
+from pymcip.configs import TrainConfig
 from pymcip.data import load_images
-from pymcip.errors import ConfigError, DataError
-from pymcip.mining import CaptionTable
+from pymcip.errors import ConfigError
+from pymcip.mining import CaptionLists, CaptionTable
 from pymcip.model import ClipModel
-from pymcip.training import train
-from pymcip.training.batches import AugmentedImages, image_batches, random_state
-from pymcip.training.checkpoints import random_states
-from pymcip.training.depthwise import speed_up_depthwise
-from pymcip.training.noise import noisy_captions
-from pymcip.training.optim import cosine_with_warmup, parameter_groups
-from pymcip.training.sampling import epoch_order, random_generator
-from pymcip.training.stages import (
-    ImageStage,
-    Pairs,
-    TextStage,
-    caption_bank,
-    order_caption_bank,
-)
-from pymcip.training.towers import (
+from pymcip.model.depthwise import speed_up_depthwise
+from pymcip.model.towers import (
     discard_projector,
     image_parameters,
     image_projector,
@@ -41,6 +28,13 @@ from pymcip.training.towers import (
     unlock_image_tower,
     unlock_text_tower,
 )
+from pymcip.training import train
+from pymcip.training.batches import AugmentedImages, image_batches, random_state
+from pymcip.training.checkpoints import random_states
+from pymcip.training.image_stage import ImageStage, caption_bank, order_caption_bank
+from pymcip.training.optim import cosine_with_warmup, parameter_groups
+from pymcip.training.sampling import Stream, epoch_order, random_generator
+from pymcip.training.text_stage import Pairs, TextStage
 
 
 def table_of(rows: list[list[int]]) -> CaptionTable:
@@ -67,7 +61,7 @@ def test_epoch_order_draws_what_was_asked(
     order = epoch_order(
         labels,
         source_ids,
-        generator=random_generator(seed),
+        generator=random_generator(seed, Stream.IMAGE_ORDER),
         class_balanced=balanced,
         source_weights=weights,
     )
@@ -96,9 +90,9 @@ def test_epoch_order_draws_what_was_asked(
 def test_epoch_order_depends_on_the_epoch_and_nothing_else() -> None:
     labels = np.arange(50) % 5
     zeros = np.zeros(50, dtype=np.int64)
-    first = epoch_order(labels, zeros, generator=random_generator(1, 1, 0))
-    again = epoch_order(labels, zeros, generator=random_generator(1, 1, 0))
-    second = epoch_order(labels, zeros, generator=random_generator(1, 1, 1))
+    first = epoch_order(labels, zeros, generator=random_generator(1, Stream.IMAGE_ORDER, 0))
+    again = epoch_order(labels, zeros, generator=random_generator(1, Stream.IMAGE_ORDER, 0))
+    second = epoch_order(labels, zeros, generator=random_generator(1, Stream.IMAGE_ORDER, 1))
     assert first.tolist() == again.tolist()
     assert first.tolist() != second.tolist()
 
@@ -216,16 +210,16 @@ def test_caption_banks() -> None:
     vectors = np.arange(10, dtype=np.float16)[:, None]
     bank, positives = caption_bank(table, vectors, "mined", 0)
     assert bank.ravel().tolist() == [2, 4, 7]
-    assert positives.indices.tolist() == [1, 0, 0, 2]
+    assert positives.ids.tolist() == [1, 0, 0, 2]
     bank, positives = caption_bank(table, vectors, "bank", 0)
     assert len(bank) == 10
-    assert positives.indices.tolist() == [4, 2, 2, 7]
+    assert positives.ids.tolist() == [4, 2, 2, 7]
     bank, positives = caption_bank(table, vectors, 6, 0)
     assert len(bank) == 6
-    assert bank.ravel()[positives.indices].tolist() == [4, 2, 2, 7]
-    indptr, indices = positives.batch(np.array([2, 1, 0]), torch.device("cpu"))
-    assert indptr.tolist() == [0, 2, 2, 4]
-    assert bank.ravel()[indices.numpy()].tolist() == [2, 7, 4, 2]
+    assert bank.ravel()[positives.ids].tolist() == [4, 2, 2, 7]
+    batch = positives.take(np.array([2, 1, 0]))
+    assert batch.indptr.tolist() == [0, 2, 2, 4]
+    assert bank.ravel()[batch.ids].tolist() == [2, 7, 4, 2]
 
 
 def test_an_ordered_bank_has_the_same_positives() -> None:
@@ -233,7 +227,7 @@ def test_an_ordered_bank_has_the_same_positives() -> None:
     table = table_of([[4, 2], [], [2, 599]])
     bank, positives = caption_bank(table, vectors, "bank", 0)
     ordered, moved = order_caption_bank(bank, positives, 0, torch.device("cpu"))
-    assert np.array_equal(ordered[moved.indices], bank[positives.indices])
+    assert np.array_equal(ordered[moved.ids], bank[positives.ids])
     assert not np.array_equal(ordered, bank)
     assert np.array_equal(np.sort(ordered, axis=0), np.sort(bank, axis=0))
 
@@ -277,7 +271,9 @@ def test_accumulated_gradients_are_those_of_one_large_batch(
 def test_accumulated_text_gradients_are_those_of_one_large_batch(tiny_clip: ClipModel) -> None:
     generator = torch.Generator().manual_seed(0)
     vectors = torch.nn.functional.normalize(torch.randn(8, 16, generator=generator), dim=1)
-    pairs = Pairs(vectors, np.arange(9), np.arange(8) % 6, [f"caption {i}" for i in range(6)])
+    pairs = Pairs(
+        vectors, CaptionLists(np.arange(9), np.arange(8) % 6), [f"caption {i}" for i in range(6)]
+    )
     stage = TextStage(tiny_clip, pairs, config_for())
     stage.train_mode()
     gradients = []
@@ -294,7 +290,7 @@ def test_accumulated_text_gradients_are_those_of_one_large_batch(tiny_clip: Clip
 
 def test_text_stage_shows_each_image_once_with_one_of_its_captions(tiny_clip: ClipModel) -> None:
     indptr, ids = np.array([0, 2, 2, 3, 6]), np.array([0, 1, 2, 3, 4, 5])
-    pairs = Pairs(torch.eye(4, 16), indptr, ids, [f"caption {i}" for i in range(6)])
+    pairs = Pairs(torch.eye(4, 16), CaptionLists(indptr, ids), [f"caption {i}" for i in range(6)])
     config = config_for(rea_batch_size=2, rea_epochs=2)
     stage = TextStage(tiny_clip, pairs, config)
     assert stage.steps_per_epoch == 1  # three images have captions; a step takes two
@@ -312,7 +308,9 @@ def test_text_stage_shows_class_names_half_of_the_time(tiny_clip: ClipModel) -> 
     """Image 1 has no caption, and image 3, the last, neither: they are shown with names alone."""
     indptr, ids = np.array([0, 2, 2, 3, 3]), np.array([0, 1, 2])
     names = np.array([[3, 4], [5, 6], [3, 4], [5, 6]])
-    pairs = Pairs(torch.eye(4, 16), indptr, ids, [f"text {i}" for i in range(7)], names)
+    pairs = Pairs(
+        torch.eye(4, 16), CaptionLists(indptr, ids), [f"text {i}" for i in range(7)], names
+    )
     stage = TextStage(tiny_clip, pairs, config_for(rea_batch_size=4))
     counts: dict[int, list[int]] = {row: [0] * 7 for row in range(4)}
     epochs = 400
@@ -361,101 +359,6 @@ def test_depthwise_convolutions_have_autocasts_gradients(
     with torch.no_grad():  # without autocast it is the plain layer
         assert torch.equal(layer(pixels), type(layer).forward(layer, pixels))
     assert set(layer.state_dict()) == {"weight"}
-
-
-def mined_table(images: int, k: int, num_captions: int) -> CaptionTable:
-    """A table in which image i has i % (k + 1) captions."""
-    generator = np.random.default_rng(7)
-    rows = [generator.choice(num_captions, i % (k + 1), replace=False) for i in range(images)]
-    counts = np.cumsum([0] + [len(row) for row in rows]).astype(np.int64)
-    ids = np.concatenate(rows).astype(np.int64)
-    return CaptionTable(counts, ids, np.full(len(ids), 0.5, dtype=np.float32), num_captions)
-
-
-def replaced_pairs(table: CaptionTable, noisy: CaptionTable) -> dict[int, int]:
-    """Position of each replaced pair and its new caption."""
-    return {int(i): int(noisy.ids[i]) for i in np.flatnonzero(table.ids != noisy.ids)}
-
-
-@pytest.mark.parametrize("num_captions", [8, 50, 20_000])
-def test_caption_noise_replaces_the_share_by_captions_of_others(num_captions: int) -> None:
-    table = mined_table(60, 4, num_captions)
-    before = table.ids.copy()
-    found = [replaced_pairs(table, noisy_captions(table, share, 3)) for share in (0.1, 0.5, 1.0)]
-    assert [len(pairs) for pairs in found] == [round(len(table.ids) * s) for s in (0.1, 0.5, 1.0)]
-    assert found[0].items() <= found[1].items() <= found[2].items(), "shares are nested"
-    noisy = noisy_captions(table, 0.5, 3)
-    assert np.array_equal(noisy.indptr, table.indptr)
-    assert np.array_equal(np.isnan(noisy.cosines), noisy.ids != table.ids)
-    every = noisy_captions(table, 1.0, 3)
-    assert every.ids.min() >= 0
-    assert every.ids.max() < num_captions
-    for image in range(len(table)):
-        own, new = set(table[image][0].tolist()), every[image][0].tolist()
-        assert len(set(new)) == len(own)
-        assert not own & set(new)
-    assert np.array_equal(table.ids, before), "the mined table is left as it is"
-
-
-def test_caption_noise_depends_on_the_seed_alone_and_is_uniform() -> None:
-    table = mined_table(400, 4, 8)
-    first, again = noisy_captions(table, 0.5, 1), noisy_captions(table, 0.5, 1)
-    assert np.array_equal(first.ids, again.ids)
-    assert not np.array_equal(first.ids, noisy_captions(table, 0.5, 2).ids)
-    assert noisy_captions(table, 0.0, 1) is table
-    # images of one and the same caption: each of the 7 others as often, up to chance
-    single = table_of([[4]] * 7000)
-    drawn = np.bincount(noisy_captions(single, 1.0, 0).ids, minlength=10)
-    assert drawn[4] == 0
-    np.testing.assert_allclose(np.delete(drawn, 4), 7000 / 9, atol=5 * np.sqrt(7000 / 9))
-
-
-def test_caption_noise_needs_other_captions() -> None:
-    table = CaptionTable(np.array([0, 1]), np.array([0]), np.array([0.5], np.float32), 1)
-    with pytest.raises(DataError, match=r"one has 1 of the corpus' 1; give a larger corpus"):
-        noisy_captions(table, 0.5, 0)
-    assert noisy_captions(table, 0.0, 0) is table
-
-
-@pytest.mark.parametrize("share", [-0.1, 1.5])
-def test_caption_noise_is_a_share(share: float) -> None:
-    with pytest.raises(ConfigError, match=f"caption_noise={share}"):
-        config_for(caption_noise=share)
-
-
-def test_training_with_noise_keeps_the_mined_table(
-    tmp_path: Path,
-    tiny_model_dir: Path,
-    tiny_images: Callable[..., Path],
-    captions_file: Callable[..., Path],
-) -> None:
-    """Losses differ where the captions do, and a share of 0 is the run without the option."""
-    common: dict[str, Any] = {
-        "model": f"local-dir:{tiny_model_dir}",
-        "train_data": str(tiny_images()),
-        "captions": str(captions_file()),
-        "cache": tmp_path / "cache",
-        "threshold": -1.0,
-        "k": 2,
-        "epochs": 1,
-        "batch_size": 4,
-        "device": "cpu",
-        "precision": "fp32",
-        "method": "mcip",
-        "log_steps": 1,
-    }
-
-    def losses(name: str, **options: Any) -> list[float]:
-        result = train(**common, out=tmp_path / name, **options)
-        lines = (result.out / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line)["caption_margin"] for line in lines]
-
-    plain = losses("plain")
-    assert losses("none", caption_noise=0.0) == plain
-    noisy = losses("noisy", caption_noise=1.0)
-    assert all(one != other for one, other in zip(noisy, plain, strict=True))
-    mined = [CaptionTable.load(tmp_path / name / "mined").ids for name in ("plain", "noisy")]
-    assert np.array_equal(*mined)
 
 
 def test_a_run_that_is_older_than_an_option_can_be_resumed(

@@ -13,7 +13,6 @@ are written, neither stripped nor in lower case nor without punctuation: evaluat
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from pymcip.benchmarks.contract import (
     SuiteOptions,
     check_counts,
 )
+from pymcip.benchmarks.readers import read_json
 from pymcip.benchmarks.webdataset import is_layout, read_captioned
 from pymcip.data import list_images
 from pymcip.data.sources import some
@@ -159,7 +159,7 @@ def _captioned(
 
 def _parse_karpathy(path: Path, title: str) -> _Listing:
     """Read the images of the test split from dataset_flickr30k.json or dataset_coco.json."""
-    document = _read_json(path, title)
+    document = read_json(path, title)
     dataset = document.get("dataset", title.lower())
     if dataset != title.lower():
         raise DataError(f"{title}: {path} is of {dataset!r}; needed: that of {title.lower()!r}")
@@ -188,7 +188,7 @@ def _parse_karpathy(path: Path, title: str) -> _Listing:
 
 def _parse_coco(path: Path, title: str, place: str) -> _Listing:
     """Read COCO's own annotations of captions; images lie in the folder `place`."""
-    document = _read_json(path, title)
+    document = read_json(path, title)
     problems: list[str] = []
     texts: dict[Any, list[Any]] = {}
     names: dict[Any, Any] = {}
@@ -242,21 +242,6 @@ def _refuse(problems: list[str], path: Path, title: str) -> None:
         raise DataError(
             f"{title}: {path} is not what it must be: {some(problems)}. Get the file again"
         )
-
-
-def _read_json(path: Path, title: str) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{title}: {path} can't be read as JSON: {error}. Get the file again"
-        ) from error
-    if not isinstance(document, dict):
-        raise DataError(
-            f"{title}: {path} holds a {type(document).__name__}; needed: an object with images. Get "
-            "the file again"
-        )
-    return document
 
 
 def _rows(document: dict[str, Any], key: str, path: Path, title: str) -> list[dict[str, Any]]:

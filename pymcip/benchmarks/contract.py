@@ -67,13 +67,15 @@ class Labelled:
     """Images with classes: for retrieval by class, k-NN and zero-shot.
 
     Attributes:
-        images: N images.
+        images: the images.
         labels: int64 [N], the class of each, by the data set's own ids: never by the order in which
             folders happen to be listed.
         names: what prompts call class 0, 1, …; empty where there is no zero-shot.
         templates: prompts with `{}` for the name.
         candidates: the classes that zero-shot may answer (ImageNet-A: 200 of 1,000); None: all.
         notes: what a reader of the table must know, such as "partial: 10 of 12,000 images".
+        rows: int64 [N], those of `images` that are measured; None: all.
+        voters: the images that vote in k-NN, with labels of the same classes; None: the others of N.
     """
 
     images: ImageData
@@ -82,6 +84,8 @@ class Labelled:
     templates: tuple[str, ...] = ()
     candidates: tuple[int, ...] | None = None
     notes: tuple[str, ...] = ()
+    rows: Int64 | None = None
+    voters: Labelled | None = None
 
 
 @dataclass(frozen=True)
@@ -99,12 +103,21 @@ class QuerySet:
 
 @dataclass(frozen=True)
 class Captioned:
-    """N images and M captions; `owners` int64 [M]: the image row that each caption belongs to."""
+    """N images and M captions.
+
+    Attributes:
+        images: the images.
+        captions: M texts.
+        owners: int64 [M], which of the N images each caption belongs to.
+        notes: as of `Labelled`.
+        rows: int64 [N], those of `images` that are measured; None: all.
+    """
 
     images: ImageData
     captions: tuple[str, ...]
     owners: Int64
     notes: tuple[str, ...] = ()
+    rows: Int64 | None = None
 
 
 Data = Labelled | QuerySet | Captioned
@@ -163,7 +176,7 @@ class DataSet:
         raise absent
 
     def how_to_get(self) -> str:
-        """Say where to get the data and what the folder must look like."""
+        """Describe where to get the data and what the folder must look like."""
         lines = "\n".join(f"    {line}" for line in self.layout.strip().splitlines())
         return (
             f"Get it from {self.source}\nand lay it out below data_root in one of "
@@ -175,8 +188,12 @@ class DataSet:
 class Embedder(Protocol):
     """A model's unit vectors; every image and text is embedded once, whoever asks."""
 
-    def images(self, data: ImageData) -> Tensor:
-        """Return float32 [N, D]; raises DataError if one of the N can't be decoded."""
+    def images(self, data: ImageData, rows: Int64 | None = None) -> Tensor:
+        """Return float32 [N, D] of all images, or of `rows` [N].
+
+        Raises:
+            DataError: one of the N can't be decoded.
+        """
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Return float32 [M, D]."""
@@ -189,8 +206,8 @@ class Embedder(Protocol):
 class Benchmark:
     """A protocol on a data set: one column of the table.
 
-    `measure(data, database, embed, options)` returns percentages by name, the benchmark's own figure
-    first. `database` is the data set whose images vote in k-NN.
+    `measure(data, embed, options)` returns percentages by name, the benchmark's own figure first.
+    `database` is the data set whose images vote in k-NN.
     """
 
     name: str
@@ -198,11 +215,12 @@ class Benchmark:
     group: Group
     metric: str
     data: DataSet
-    measure: Callable[[Data, Labelled | None, Embedder, SuiteOptions], dict[str, float]]
+    measure: Callable[[Data, Embedder, SuiteOptions], dict[str, float]]
     database: DataSet | None = None
 
     @property
     def data_sets(self) -> tuple[DataSet, ...]:
+        """The data sets that it needs."""
         return (self.data,) if self.database is None else (self.data, self.database)
 
 

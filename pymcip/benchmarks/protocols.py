@@ -6,6 +6,8 @@ first. `pymcip.metrics` defines the metrics.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from pymcip import metrics
@@ -25,12 +27,16 @@ GPR1200_PARTS = ("landmarks", "inaturalist", "sketch", "instre", "sop", "faces")
 GPR1200_PART_SIZE = 2_000
 
 
-def gpr1200(
-    data: Data, database: Labelled | None, embed: Embedder, options: SuiteOptions
-) -> Scores:
+def full_ranking(data: Data, embed: Embedder, options: SuiteOptions) -> Scores:
+    """Measure mAP over the full ranking of all images, each a query that counts itself."""
+    assert isinstance(data, Labelled)
+    return {"map": metrics.full_ranking_map(embed.images(data.images, data.rows), data.labels)}
+
+
+def gpr1200(data: Data, embed: Embedder, options: SuiteOptions) -> Scores:
     """Measure mAP over the full ranking, the query included, and its mean over each source."""
     assert isinstance(data, Labelled)
-    precisions = metrics.full_ranking_ap(embed.images(data.images), data.labels)
+    precisions = metrics.full_ranking_ap(embed.images(data.images, data.rows), data.labels)
     scores = {"map": float(np.mean(precisions))}
     if len(precisions) == len(GPR1200_PARTS) * GPR1200_PART_SIZE:
         parts = np.asarray(precisions).reshape(len(GPR1200_PARTS), -1).mean(axis=1)
@@ -38,10 +44,10 @@ def gpr1200(
     return scores
 
 
-def instre(data: Data, database: Labelled | None, embed: Embedder, options: SuiteOptions) -> Scores:
+def instre(data: Data, embed: Embedder, options: SuiteOptions) -> Scores:
     """Measure trapezoidal mAP of the queries, or with `instre="all"` the full ranking of all."""
     if isinstance(data, Labelled):
-        return {"map": metrics.full_ranking_map(embed.images(data.images), data.labels)}
+        return full_ranking(data, embed, options)
     assert isinstance(data, QuerySet)
     found = metrics.trapezoidal_retrieval(
         embed.images(data.queries), embed.images(data.images), [each["ok"] for each in data.truth]
@@ -49,9 +55,7 @@ def instre(data: Data, database: Labelled | None, embed: Embedder, options: Suit
     return {"map": found}
 
 
-def revisited(
-    data: Data, database: Labelled | None, embed: Embedder, options: SuiteOptions
-) -> Scores:
+def revisited(data: Data, embed: Embedder, options: SuiteOptions) -> Scores:
     """Measure mAP and mP@k of revisitop, easy, medium and hard."""
     assert isinstance(data, QuerySet)
     found = metrics.revisited_retrieval(
@@ -61,35 +65,31 @@ def revisited(
     return {figure: found[figure], **found}
 
 
-def nearest_other(
-    data: Data, database: Labelled | None, embed: Embedder, options: SuiteOptions
-) -> Scores:
+def nearest_other(data: Data, embed: Embedder, options: SuiteOptions) -> Scores:
     """Measure R@1, 2, 4 and 8, all against all."""
     assert isinstance(data, Labelled)
-    found = metrics.recall_at_k(embed.images(data.images), data.labels, ks=(1, 2, 4, 8))
+    found = metrics.recall_at_k(embed.images(data.images, data.rows), data.labels, ks=(1, 2, 4, 8))
     return {f"r{k}": value for k, value in found.items()}
 
 
-def knn(data: Data, database: Labelled | None, embed: Embedder, options: SuiteOptions) -> Scores:
-    """Measure the accuracy of k-NN: the database votes, or without one the set's other images."""
+def knn(data: Data, embed: Embedder, options: SuiteOptions) -> Scores:
+    """Measure the accuracy of k-NN: the data set's voters vote, or else its other images."""
     assert isinstance(data, Labelled)
-    queries = embed.images(data.images)
-    voters = data if database is None else database
+    queries = embed.images(data.images, data.rows)
+    voters = data.voters or data
     answers = metrics.knn_classify(
-        queries if database is None else embed.images(database.images),
+        embed.images(voters.images, voters.rows) if data.voters else queries,
         voters.labels,
         queries,
         options.knn_k,
         options.knn_vote,
         temperature=options.knn_temperature,
-        leave_one_out=database is None,
+        leave_one_out=data.voters is None,
     )
     return {"top1": 100 * float(np.mean(answers == data.labels))}
 
 
-def zero_shot(
-    data: Data, database: Labelled | None, embed: Embedder, options: SuiteOptions
-) -> Scores:
+def zero_shot(data: Data, embed: Embedder, options: SuiteOptions) -> Scores:
     """Measure top-1 and top-5 accuracy among the candidates' prompt ensembles."""
     assert isinstance(data, Labelled)
     classifier, labels = embed.classifier(data.names, data.templates), data.labels
@@ -99,16 +99,25 @@ def zero_shot(
         row_of = np.full(len(data.names), -1)
         row_of[candidates] = np.arange(len(candidates))
         labels = row_of[labels]
-    found = metrics.zero_shot_accuracy(embed.images(data.images), classifier, labels)
+    found = metrics.zero_shot_accuracy(embed.images(data.images, data.rows), classifier, labels)
     return {"top1": found[1], "top5": found[5]}
 
 
-def text_to_image(
-    data: Data, database: Labelled | None, embed: Embedder, options: SuiteOptions
-) -> Scores:
+def descriptions(data: Data, embed: Embedder, options: SuiteOptions) -> Scores:
+    """Measure mAP of the images for each class's description, which are the data set's names."""
+    assert isinstance(data, Labelled)
+    images = embed.images(data.images, data.rows)
+    return {"map": metrics.class_text_map(images, data.labels, embed.texts(data.names))}
+
+
+def text_to_image(data: Data, embed: Embedder, options: SuiteOptions) -> Scores:
     """Measure T2I and I2T R@1, 5 and 10; the figure is T2I R@5."""
-    assert isinstance(data, Captioned)
-    found = metrics.cross_modal_recall(
-        embed.images(data.images), embed.texts(data.captions), data.owners
-    )
+    found = cross_modal(data, embed, (1, 5, 10))
     return {"t2i_r5": found["t2i_r5"], **found}
+
+
+def cross_modal(data: Data, embed: Embedder, ks: Sequence[int]) -> Scores:
+    """Measure T2I and I2T R@k of a captioned data set."""
+    assert isinstance(data, Captioned)
+    images = embed.images(data.images, data.rows)
+    return metrics.cross_modal_recall(images, embed.texts(data.captions), data.owners, ks)

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from pymcip.benchmarks import paper
 from pymcip.benchmarks.contract import (
     AbsentError,
     Benchmark,
@@ -21,13 +16,9 @@ from pymcip.benchmarks.contract import (
     QuerySet,
     SuiteOptions,
 )
-from pymcip.data import Captions, ImageData
-from pymcip.data.sources import some
+from pymcip.benchmarks.embedder import CachedEmbedder
 from pymcip.embedding import EmbeddingCache
 from pymcip.errors import DataError
-from pymcip.metrics import prompt_ensemble
-
-BENCHMARKS_OF_THE_MEAN = len(paper.BENCHMARKS)
 
 _log = logging.getLogger("pymcip.benchmarks")
 
@@ -38,17 +29,22 @@ class Found:
 
     benchmark: Benchmark
     data: Data
-    database: Labelled | None = None
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return self.data.notes + (() if self.database is None else self.database.notes)
+        """What a reader of the table must know about the data."""
+        return self.data.notes + (self.voters.notes if self.voters else ())
 
     @property
     def images(self) -> int:
-        """Number of images that are evaluated: queries of their own and a database included."""
+        """Number of images that are evaluated: separate queries and voters included."""
         queries = len(self.data.queries) if isinstance(self.data, QuerySet) else 0
-        return len(self.data.images) + queries + (len(self.database.images) if self.database else 0)
+        return len(self.data.images) + queries + (len(self.voters.images) if self.voters else 0)
+
+    @property
+    def voters(self) -> Labelled | None:
+        """The images that vote in k-NN, if they are a data set of their own."""
+        return self.data.voters if isinstance(self.data, Labelled) else None
 
 
 @dataclass(frozen=True)
@@ -64,6 +60,7 @@ class SuiteScores:
 
     @property
     def figures(self) -> dict[str, float]:
+        """Each benchmark's own figure, in percent, by its name."""
         return {name: next(iter(values.values())) for name, values in self.scores.items()}
 
 
@@ -102,9 +99,12 @@ def find_suite(
         votes = benchmark.database if options.knn_database == "train" else None
         try:
             data = get(benchmark.data)
-            database = None if votes is None else get(votes)
-            assert database is None or isinstance(database, Labelled)
-            found.append(Found(benchmark, data, database))
+            if votes is not None:
+                voters = get(votes)
+                assert isinstance(data, Labelled)
+                assert isinstance(voters, Labelled)
+                data = replace(data, voters=voters)
+            found.append(Found(benchmark, data))
         except AbsentError as error:
             missing[benchmark.name] = str(error)
             if votes is not None and not isinstance(read[benchmark.data.name], DataError):
@@ -117,54 +117,9 @@ def find_suite(
         raise DataError(
             f"{len(broken)} of the benchmarks' data sets can't be used:\n"
             + "\n".join(f"  - {message}" for message in broken)
-            + "\nMend them, or choose the others with benchmarks="
+            + "\nCorrect them, or choose the others with benchmarks="
         )
     return found, missing
-
-
-class CachedEmbedder:
-    """Unit vectors from an embedding cache: what is in it already is not embedded again.
-
-    Vectors went through float16, as all embedding folders hold it, whether just made or read.
-    """
-
-    def __init__(self, cache: EmbeddingCache) -> None:
-        self.cache = cache
-        self._classifiers: dict[tuple[tuple[str, ...], tuple[str, ...]], Tensor] = {}
-
-    def images(self, data: ImageData) -> Tensor:
-        """Return float32 [N, D] on the model's device.
-
-        Raises:
-            DataError: an image can't be decoded; all of them are embedded nevertheless.
-        """
-        folder = self.cache.images(data)
-        skipped = folder.skipped
-        if skipped:
-            raise DataError(
-                f"{len(skipped)} of {len(data)} images can't be decoded: "
-                f"{some((item['reason'] for item in skipped[:6]), len(skipped))}. Replace these files; "
-                "a benchmark without them is another one"
-            )
-        return self._tensor(folder.vectors("img"))
-
-    def texts(self, texts: Sequence[str]) -> Tensor:
-        """Return float32 [M, D] on the model's device; equal texts are encoded once."""
-        distinct = list(dict.fromkeys(texts))
-        vectors = self._tensor(self.cache.captions(Captions(distinct)).vectors("text"))
-        row = {text: number for number, text in enumerate(distinct)}
-        return vectors[[row[text] for text in texts]]
-
-    def classifier(self, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-        """Return float32 [C, D]: encode every template, normalise, mean, normalise."""
-        key = tuple(names), tuple(templates)
-        if key not in self._classifiers:
-            prompts = [template.replace("{}", name) for name in names for template in templates]
-            self._classifiers[key] = prompt_ensemble(self.texts(prompts), len(templates))
-        return self._classifiers[key]
-
-    def _tensor(self, vectors: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.array(vectors, np.float32)).to(self.cache.clip.device)
 
 
 def measure_suite(
@@ -177,68 +132,10 @@ def measure_suite(
         name = item.benchmark.name
         _log.info("%s: %d images", name, item.images)
         try:
-            result.scores[name] = item.benchmark.measure(item.data, item.database, embed, options)
+            result.scores[name] = item.benchmark.measure(item.data, embed, options)
         except DataError as error:
             _log.error("%s is not measured: %s", name, error)
             result.failed[name] = str(error)
             continue
         _log.info("%s: %.2f", name, result.figures[name])
     return result
-
-
-def suite_table(
-    headings: Sequence[str],
-    results: Sequence[Mapping[str, float]],
-    found: Sequence[Found],
-    missing: Mapping[str, str],
-    reported: Mapping[str, Mapping[str, float]] | None = None,
-) -> str:
-    """Format the figures of one or two models as markdown: a row per benchmark, then the means.
-
-    Means are over the benchmarks of the paper's table that every model has; a mean over fewer than
-    the fourteen says so, and is not to be compared with the paper's. `reported` has columns of the
-    paper's own figures, by their headings.
-    """
-    columns = [*results, *(reported or {}).values()]
-    heads = ["benchmark", "", *headings]
-    heads += ["difference"] if len(results) == 2 else []
-    heads += list(reported or {})
-    lines = [
-        "| " + " | ".join(head.replace("|", "\\|") for head in heads) + " |",
-        "|---|---|" + "---:|" * (len(heads) - 2),
-    ]
-
-    def add(name: str, metric: str, values: Sequence[float | None]) -> None:
-        own, theirs = values[: len(results)], values[len(results) :]
-        cells = ["" if value is None else f"{value:.2f}" for value in own]
-        if len(own) == 2:
-            both = own[0] is not None and own[1] is not None
-            cells.append(f"{own[1] - own[0]:+.2f}" if both else "")  # type: ignore[operator]
-        cells += ["" if value is None else f"{value:.1f}" for value in theirs]
-        lines.append("| " + " | ".join([name, metric, *cells]) + " |")
-
-    remarks = []
-    complete = []
-    for item in found:
-        benchmark = item.benchmark
-        values = [column.get(benchmark.name) for column in columns]
-        if all(value is None for value in values[: len(results)]):
-            continue
-        mark = ""
-        if item.notes:
-            remarks.append(f"{benchmark.name}: {'; '.join(item.notes)}")
-            mark = " \\*"
-        if benchmark.name in paper.BENCHMARKS and None not in values:
-            complete.append(benchmark.name)
-        add(benchmark.name + mark, f"{benchmark.group} {benchmark.metric}", values)
-    if complete:
-        means = [float(np.mean([column[name] for name in complete])) for column in columns]
-        whole = len(complete) == BENCHMARKS_OF_THE_MEAN
-        title = "mean" if whole else f"mean of these {len(complete)} of {BENCHMARKS_OF_THE_MEAN}"
-        add(title, "", means)
-    text = "\n".join(lines) + "\n"
-    if remarks:
-        text += "\n" + "\n".join(f"\\* {remark}" for remark in remarks) + "\n"
-    if missing:
-        text += f"\nNot measured: {', '.join(missing)}.\n"
-    return text

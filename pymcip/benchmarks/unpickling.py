@@ -1,4 +1,4 @@
-"""Pickles from the net, read without running anything that they name.
+"""Pickles from the internet, read without running anything that they name.
 
 A pickle is a program: it may import and call whatever it likes. This reader first walks over the
 program without running it and refuses instructions that plain data don't need; then it runs it with
@@ -75,7 +75,7 @@ def load_restricted(path: str | os.PathLike[str]) -> Any:
         raise DataError(f"{path} has more than {MOST_BYTES:,} bytes; is it the right file?")
     try:
         _check_instructions(content)
-        loaded = _Unpickler(io.BytesIO(content), encoding="latin1").load()
+        loaded = Unpickler(io.BytesIO(content), encoding="latin1").load()
         return _Resolver().resolve(loaded, 0)
     except _RefusedError as error:
         raise DataError(
@@ -125,20 +125,20 @@ def _check_instructions(content: bytes) -> None:
 class _Function:
     """What the pickle may call. An instance, so that it has no attributes to be overwritten."""
 
-    __slots__ = ("_call", "_name")
+    __slots__ = ("call", "name")
 
     def __init__(self, name: str, call: Callable[..., Any]) -> None:
-        self._name = name
-        self._call = call
+        self.name = name
+        self.call = call
 
     def __call__(self, *arguments: Any) -> Any:
         try:
-            return self._call(*arguments)
+            return self.call(*arguments)
         except (TypeError, ValueError) as error:
-            raise _RefusedError(f"{self._name} with arguments of another kind ({error})") from error
+            raise _RefusedError(f"{self.name} with arguments of another kind ({error})") from error
 
     def __setstate__(self, state: Any) -> None:
-        raise _RefusedError(f"a change of {self._name}")
+        raise _RefusedError(f"a change of {self.name}")
 
 
 class _Dtype:
@@ -164,7 +164,7 @@ class _Dtype:
         return np.dtype(self.code).newbyteorder(self.order)  # type: ignore[arg-type]
 
 
-class _Array:
+class PickledArray:
     """An array, or a scalar (shape None), that a pickle describes."""
 
     __slots__ = ("data", "dtype", "order", "shape")
@@ -203,18 +203,18 @@ class _Array:
         return native[()] if self.shape is None else native
 
 
-def _reconstruct(kind: Any, shape: Any = (0,), code: Any = b"b") -> _Array:
-    if kind is not _FUNCTIONS["numpy", "ndarray"]:
+def _reconstruct(kind: Any, shape: Any = (0,), code: Any = b"b") -> PickledArray:
+    if kind is not FUNCTIONS["numpy", "ndarray"]:
         raise _RefusedError(f"an array of the class {kind!r:.60}")
-    return _Array(_Dtype("i1"), (0,), b"")  # its state follows
+    return PickledArray(_Dtype("i1"), (0,), b"")  # its state follows
 
 
-def _frombuffer(data: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> _Array:
-    return _Array(dtype, shape, data, order)
+def _frombuffer(data: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> PickledArray:
+    return PickledArray(dtype, shape, data, order)
 
 
-def _scalar(dtype: Any, data: Any) -> _Array:
-    return _Array(dtype, None, data)
+def _scalar(dtype: Any, data: Any) -> PickledArray:
+    return PickledArray(dtype, None, data)
 
 
 def _encode(text: Any, encoding: Any) -> bytes:
@@ -261,13 +261,15 @@ _MAKERS: dict[tuple[str, str], Callable[..., Any]] = {
         )
     },
 }
-_FUNCTIONS = {name: _Function(".".join(name), maker) for name, maker in _MAKERS.items()}
+FUNCTIONS = {name: _Function(".".join(name), maker) for name, maker in _MAKERS.items()}
 
 
-class _Unpickler(pickle.Unpickler):
+class Unpickler(pickle.Unpickler):
+    """An unpickler that finds the stand-ins and nothing else."""
+
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _FUNCTIONS:
-            return _FUNCTIONS[module, name]
+        if (module, name) in FUNCTIONS:
+            return FUNCTIONS[module, name]
         raise _RefusedError(f"{module}.{name}")
 
 
@@ -289,7 +291,7 @@ class _Resolver:
                 raise _RefusedError(f"a {kind.__name__} that holds itself")
             return found
         self._done[id(value)] = _OPEN
-        if kind is _Array:
+        if kind is PickledArray:
             result = value.make()
         elif kind is dict:
             result = {

@@ -38,6 +38,7 @@ from pymcip.benchmarks.contract import (
     SuiteOptions,
     check_counts,
 )
+from pymcip.benchmarks.readers import read_text
 from pymcip.data import ImageData, load_images
 from pymcip.data.sources import some
 from pymcip.errors import DataError
@@ -52,7 +53,7 @@ _LFS_POINTER = b"version https://git-lfs"
 
 
 def is_layout(folder: Path) -> bool:
-    """Tell whether a folder is laid out as CLIP_benchmark does: a subfolder holds numbered shards."""
+    """Return whether a folder has CLIP_benchmark's layout: a subfolder holds numbered shards."""
     with os.scandir(folder) as entries:
         return any(
             entry.is_dir()
@@ -199,7 +200,7 @@ def _load(
 
 
 def _number_of_shards(path: Path, title: str) -> int:
-    text = _read(path, title, needed=True).strip()
+    text = read_text(path, title).strip()
     if not re.fullmatch(r"[1-9][0-9]{0,5}", text):
         raise DataError(
             f"{title}: {path} says {text[:40]!r}; needed: the number of shards, 1 to 999999"
@@ -213,10 +214,11 @@ def _is_pointer(path: Path) -> bool:
 
 
 def _check_kind(folder: Path, title: str, allowed: tuple[str, ...]) -> None:
-    kind = _read(folder / KIND, title, needed=False).strip().lower()
+    path = folder / KIND
+    kind = read_text(path, title).strip().lower() if path.is_file() else ""
     if kind not in allowed:
         raise DataError(
-            f"{title}: {folder / KIND} says {kind!r}"[:300]
+            f"{title}: {path} says {kind!r}"[:300]
             + f"; needed: {' or '.join(repr(text) for text in allowed)}. The folder holds another "
             "data set, or the file is missing"
         )
@@ -224,7 +226,8 @@ def _check_kind(folder: Path, title: str, allowed: tuple[str, ...]) -> None:
 
 def _class_names(folder: Path, title: str, *, needed: bool) -> list[str]:
     path = folder / CLASS_NAMES
-    lines = [line.strip() for line in _read(path, title, needed=needed).rstrip().split("\n")]
+    text = read_text(path, title) if needed or path.is_file() else ""
+    lines = [line.strip() for line in text.rstrip().split("\n")]
     if lines == [""] and not needed:
         return []
     blank = [row + 1 for row, line in enumerate(lines) if not line]
@@ -237,7 +240,7 @@ def _class_names(folder: Path, title: str, *, needed: bool) -> list[str]:
 
 def _templates(folder: Path, title: str) -> tuple[str, ...]:
     path = folder / TEMPLATES
-    lines = [line.strip() for line in _read(path, title, needed=True).split("\n") if line.strip()]
+    lines = [line.strip() for line in read_text(path, title).split("\n") if line.strip()]
     wrong = [line for line in lines if PLACEHOLDER not in line]
     if wrong or not lines:
         raise DataError(
@@ -247,23 +250,8 @@ def _templates(folder: Path, title: str) -> tuple[str, ...]:
     return tuple(line.replace(PLACEHOLDER, "{}") for line in lines)
 
 
-def _read(path: Path, title: str, *, needed: bool) -> str:
-    """Read a text file of the layout, or "" if it is not there and needn't be."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        if not needed:
-            return ""
-        raise DataError(
-            f"{title}: {path} is missing; CLIP_benchmark's layout has it. Get it from where the shards "
-            "come from"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{title}: {path} can't be read as UTF-8 text: {error}") from error
-
-
 def _classes(data: ImageData, title: str, number: int) -> Int64:
-    """Give each image's cls as a number, int64 [N], 0 <= cls < number."""
+    """Read each image's cls as a number: int64 [N], 0 <= cls < number."""
     bare = np.flatnonzero(data.labels < 0)
     if len(bare):
         raise DataError(

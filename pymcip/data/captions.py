@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute
 
-from pymcip.config import Source, Sources
+from pymcip.configs import Source, Sources
 from pymcip.data import shards
 from pymcip.data.sources import (
     DELIMITERS,

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from pymcip.config import Source, Sources
+from pymcip.configs import Source, Sources
 from pymcip.errors import DataError
 
 COMPRESSIONS = (".gz", ".zst", ".bz2")
@@ -40,7 +40,7 @@ def some(names: Iterable[object], count: int | None = None) -> str:
 
 
 def suffix(path: Path) -> str:
-    """Give the lower-case extension that tells what is in a file, `.gz` and the like left off."""
+    """The lower-case extension of a file; `.gz` and the like are left off."""
     suffixes = [part.lower() for part in path.suffixes[-2:]]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from pymcip.config import DemoConfig
+from pymcip.configs import DemoConfig
 from pymcip.data import ImageData, load_images
 from pymcip.demo.world import (
     BASE_FOLDER,

@@ -32,14 +32,13 @@ import torch
 
 from pymcip.errors import BackendError, ConfigError, DataError, OutputExistsError
 from pymcip.files import atomic_path, read_json, write_json
+from pymcip.ops.arrays import Array, Progress, check_matrix
 from pymcip.ops.canonical import canonical_scores
+from pymcip.ops.faiss_import import faiss_threads, import_faiss
 from pymcip.ops.packed_bank import PackedBank
-from pymcip.ops.topk import check_matrix, topk
-from pymcip.ops.topk_faiss import faiss_threads, import_faiss
+from pymcip.ops.topk import topk
 
-Array: TypeAlias = Any  # np.ndarray (memory maps too) or torch.Tensor
 Bank: TypeAlias = Any  # an Array or a PackedBank, or a list of such: the parts of one bank
-Progress: TypeAlias = Callable[[int, int], object]
 
 CENTROIDS = 256  # of a sub-quantiser: 8 bits
 ROWS_PER_CENTROID = 39  # needed to train one; faiss's figure
@@ -460,7 +459,7 @@ class _Parts:
             part.rows if isinstance(part, PackedBank) else part for part in self.given
         ]
         for part in self.parts:
-            check_matrix("bank", part)
+            check_matrix("ApproximateIndex", "bank", part)
         if len({part.shape[1] for part in self.parts}) != 1:
             raise ConfigError(
                 f"the bank has {len(self.parts)} parts, {[part.shape[1] for part in self.parts]} "

@@ -12,14 +12,12 @@ may be added as zeros: a lane never is -0, so that adding +-0 leaves it as it is
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 
-from pymcip.ops.packed_bank import matrix_pointer
-
-Array: TypeAlias = Any  # np.ndarray (memory maps too) or torch.Tensor
+from pymcip.ops.arrays import Array, device_of, matrix_pointer, to_fp32
 
 LANES = 16
 _CORE_COLUMNS = 4096  # kMostColumns of csrc/topk.hpp
@@ -55,7 +53,7 @@ def canonical_scores(queries: Array, bank: Array, ids: Array) -> Array:
             scores[rows, places] = np.where(wanted < 0, np.float32(-np.inf), block)
         return scores
 
-    device = queries.device if isinstance(queries, torch.Tensor) else torch.device("cpu")
+    device = device_of(queries)
     compute = _fp64_device(device)
     ids = ids if isinstance(ids, torch.Tensor) else torch.from_numpy(np.array(ids, dtype=np.int64))
     out = torch.empty(ids.shape, dtype=torch.float32, device=compute)
@@ -66,7 +64,7 @@ def canonical_scores(queries: Array, bank: Array, ids: Array) -> Array:
             found = _gather(bank, safe, compute)
         else:
             found = torch.zeros(*safe.shape, queries.shape[1], device=compute)
-        out[rows, places] = _sum_torch(_to_torch(queries[rows], compute)[:, None], found)
+        out[rows, places] = _sum_torch(to_fp32(queries[rows], compute)[:, None], found)
         out[rows, places].masked_fill_(wanted.to(compute) < 0, -torch.inf)
     return out.to(device) if isinstance(queries, torch.Tensor) else out.numpy()
 
@@ -122,11 +120,11 @@ def canonical_matrix(queries: Array, bank: Array) -> Array:
             scores[rows, columns] = _sum_numpy(queries[rows, None], bank[None, columns])
         return scores
 
-    device = queries.device if isinstance(queries, torch.Tensor) else torch.device("cpu")
+    device = device_of(queries)
     compute = _fp64_device(device)
     out = torch.empty(len(queries), len(bank), dtype=torch.float32, device=compute)
     for rows, columns in _blocks((len(queries), len(bank)), queries):
-        left, right = _to_torch(queries[rows], compute), _to_torch(bank[columns], compute)
+        left, right = to_fp32(queries[rows], compute), to_fp32(bank[columns], compute)
         out[rows, columns] = _sum_torch(left[:, None], right[None])
     return out.to(device) if isinstance(queries, torch.Tensor) else out.numpy()
 
@@ -222,13 +220,5 @@ def _core(queries: Array, bank: Array) -> Any:
 
 
 def _gather(bank: Array, ids: torch.Tensor, device: torch.device) -> torch.Tensor:
-    if isinstance(bank, torch.Tensor):
-        return bank[ids.to(bank.device)].to(device)
-    return _to_torch(bank[ids.cpu().numpy()], device)
-
-
-def _to_torch(block: Array, device: torch.device) -> torch.Tensor:
-    if isinstance(block, torch.Tensor):
-        return block.to(device)
-    # A copy: torch warns about read-only arrays, such as memory maps, that it would share.
-    return torch.from_numpy(np.array(block, dtype=np.float32, order="C")).to(device)
+    own = ids.to(bank.device) if isinstance(bank, torch.Tensor) else ids.cpu().numpy()
+    return to_fp32(bank[own], device)

@@ -28,6 +28,7 @@ class Backend:
     function: str  # or just "module", where a back end is several functions
     probe: str | None = None  # () -> None, or the reason why this back end can't run here
     limits: str | None = None  # (device, **facts) -> None, or why it can't take such a problem
+    note: str | None = None  # for `explain`: where it falls short of the op's contract
 
     def load(self) -> Any:
         """The function, or the module."""
@@ -101,8 +102,9 @@ BACKENDS: tuple[Backend, ...] = (
         devices=("cpu", "cuda"),
         dtypes=FLOATS,
         function="pymcip.ops.topk_faiss:topk_faiss",
-        probe="pymcip.ops.topk_faiss:probe_faiss",
+        probe="pymcip.ops.faiss_import:probe_faiss",
         limits="pymcip.ops.topk_faiss:limits_faiss",
+        note="faiss's own fp32 ranking, not certified",
     ),
     Backend(
         op="ranks",
@@ -224,6 +226,8 @@ def explain(
             chosen, verdict = row.name, "chosen"
         else:
             verdict = f"would work, but {chosen} is preferred"
+        if obstacle is None and row.note:
+            verdict += f" ({row.note})"
         verdicts.append((row.name, verdict))
     return Explanation(op, device, dtype, backend, chosen, tuple(verdicts))
 

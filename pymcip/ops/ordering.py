@@ -24,17 +24,15 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pymcip.errors import ConfigError, DataError
+from pymcip.ops.arrays import Array, Progress
 from pymcip.ops.margin_softmax import CELL_COLUMNS
-
-Array: TypeAlias = Any  # np.ndarray (memory maps too) or torch.Tensor
-Progress: TypeAlias = Callable[[int, int], object]
 
 _SAMPLE = 32  # rows of the sample for a centroid
 _CHUNK = 32_768  # rows at a time

@@ -9,18 +9,24 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 
 from pymcip.errors import BackendError, ConfigError, DataError, OutputExistsError
 from pymcip.files import atomic_path, read_json, write_json
-
-Array: TypeAlias = Any  # np.ndarray (memory maps too) or torch.Tensor
-Progress: TypeAlias = Callable[[int, int], object]
+from pymcip.ops.arrays import (
+    Array,
+    Progress,
+    check_count,
+    check_matrix,
+    device_of,
+    dtype_name,
+    matrix_pointer,
+    raise_unrankable,
+)
 
 FORMAT = 1  # of the saved folder and of the codes
 GROUP, STEP, FACTS = 32, 64, 4  # kGroup, kStep, kGroupFacts of csrc/topk_kernel.hpp
@@ -77,12 +83,11 @@ class PackedBank:
         """
         from pymcip import _core
         from pymcip.ops.dispatch import select
-        from pymcip.ops.topk import check_count, check_matrix
         from pymcip.ops.topk_cpu import KERNELS
         from pymcip.ops.topk_cpu import precision as own_precision
         from pymcip.ops.topk_cuda import pack_cuda
 
-        check_matrix("bank", rows)
+        check_matrix("PackedBank", "bank", rows)
         if threads is not None:
             threads = check_count("PackedBank", "threads", threads)
         if precision not in (None, *PRECISIONS):
@@ -127,7 +132,7 @@ class PackedBank:
         )
         del owner
         if unrankable is not None:
-            raise_unrankable("bank", unrankable[1], rows[unrankable[1] : unrankable[1] + 1])
+            raise_unrankable("PackedBank", "bank", unrankable[1], rows[unrankable[1]])
         return cls(rows, arrays, own)
 
     def to(self, device: str | torch.device, **options: Any) -> PackedBank:
@@ -261,40 +266,6 @@ class PackedBank:
         return f"PackedBank({len(self)} x {self.shape[1]}, {what})"
 
 
-def matrix_pointer(matrix: Array) -> tuple[tuple[int, str, int, int, int, int], Array]:
-    """What the extension takes for a matrix, and the array that must outlive the call.
-
-    Copied if strides or address are no multiples of an element's size.
-    """
-    rows, columns = matrix.shape
-    if isinstance(matrix, torch.Tensor):
-        address, strides = matrix.data_ptr(), matrix.stride()
-    else:
-        whole = all(stride % matrix.itemsize == 0 for stride in matrix.strides)
-        if not (whole and matrix.flags.aligned):
-            matrix = matrix.copy()
-        address = matrix.ctypes.data
-        strides = tuple(stride // matrix.itemsize for stride in matrix.strides)
-    return (address, dtype_name(matrix), rows, columns, strides[0], strides[1]), matrix
-
-
-def raise_unrankable(name: str, number: int, row: Array, op: str = "topk") -> NoReturn:
-    """`row`: [1, D], the row `number` of the argument called `name`, or all of the argument."""
-    values = row[0 if len(row) == 1 else number]
-    if isinstance(values, torch.Tensor):
-        values = values.float().cpu().numpy()
-    if np.isnan(values).any():
-        problem = "holds NaN"
-    elif np.isinf(values).any():
-        problem = "holds infinity"
-    else:
-        problem = "has a norm that overflows float32"
-    raise DataError(
-        f"{op}: row {number} of {name} {problem}; only finite rows can be ranked. Embed that item "
-        "again, or drop the row"
-    )
-
-
 def _shapes(
     shape: tuple[int, int], precision: str
 ) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
@@ -337,12 +308,3 @@ def _tensor(rows: Array) -> torch.Tensor:
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         tensor = torch.from_numpy(np.require(_bits(rows), requirements=("C", "A")))
     return tensor.view(torch.bfloat16) if dtype_name(rows) == "bfloat16" else tensor
-
-
-def device_of(matrix: Array | PackedBank) -> torch.device:
-    held = isinstance(matrix, (torch.Tensor, PackedBank))
-    return matrix.device if held else torch.device("cpu")
-
-
-def dtype_name(matrix: Array) -> str:
-    return str(matrix.dtype).removeprefix("torch.")

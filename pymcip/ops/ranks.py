@@ -19,10 +19,15 @@ import numpy as np
 import torch
 
 from pymcip.errors import ConfigError
-from pymcip.ops.canonical import Array
+from pymcip.ops.arrays import (
+    Array,
+    check_count,
+    check_finite,
+    check_matrix,
+    device_of,
+    dtype_name,
+)
 from pymcip.ops.dispatch import select
-from pymcip.ops.packed_bank import dtype_name
-from pymcip.ops.topk import check_count, check_finite, check_matrix
 
 
 def ranks(
@@ -51,8 +56,8 @@ def ranks(
         DataError: a row holds NaN or infinity, or its squared norm overflows float32.
         BackendError: the back end asked for can't take these inputs here.
     """
-    check_matrix("queries", queries, "ranks")
-    check_matrix("bank", bank, "ranks")
+    check_matrix("ranks", "queries", queries)
+    check_matrix("ranks", "bank", bank)
     if queries.shape[1] != bank.shape[1]:
         raise ConfigError(
             f"ranks: queries have {queries.shape[1]} columns and the bank has {bank.shape[1]}; "
@@ -60,8 +65,7 @@ def ranks(
         )
     if threads is not None:
         threads = check_count("ranks", "threads", threads)
-    device = queries.device if isinstance(queries, torch.Tensor) else torch.device("cpu")
-    place = bank.device if isinstance(bank, torch.Tensor) else torch.device("cpu")
+    device, place = device_of(queries), device_of(bank)
     if place not in (device, torch.device("cpu")):
         raise ConfigError(
             f"ranks: the bank is on {place} and the queries are on {device}; move the queries to "
@@ -85,8 +89,8 @@ def ranks(
         "ranks", backend, device=device.type, dtype=dtype_name(queries), dim=queries.shape[1]
     )
     with torch.no_grad():
-        check_finite("queries", queries, op="ranks")
-        longest = check_finite("bank", bank, op="ranks")
+        check_finite("ranks", "queries", queries)
+        longest = check_finite("ranks", "bank", bank)
         found = row.load()(
             queries,
             bank,

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pymcip.ops.canonical import Array
-from pymcip.ops.packed_bank import matrix_pointer
+from pymcip.ops.arrays import Array, matrix_pointer
 from pymcip.ops.ranks_torch import Asked, over_blocks
 
 

@@ -30,8 +30,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from pymcip.ops.canonical import Array, canonical_pairs, canonical_scores
-from pymcip.ops.topk_torch import fp32_products, product_error, row_lengths, to_fp32
+from pymcip.ops.arrays import Array, to_fp32
+from pymcip.ops.canonical import canonical_pairs, canonical_scores
+from pymcip.ops.topk_torch import fp32_products, product_error, row_lengths
 
 _QUERIES = 1024
 _ROWS = 4096

@@ -5,7 +5,8 @@ s >= threshold, ordered by score descending, then by j ascending; the first k of
 s(q, c) is the inner product of the rows as they are (fp16 and bf16 are widened, not rounded), added
 up in fp64 in an order that `pymcip.ops.canonical` defines, and rounded to fp32 once. It is the same
 to the bit on every back end and device, and with it the whole result: neither threads nor blocks
-change it. Unit rows make it the cosine.
+change it. Unit rows make it the cosine. (One back end, "faiss", is not held to this: it ranks by
+faiss's own fp32 sums, and `auto` prefers all others.)
 
 Matrices reach a back end as they came, with any strides and at any address. It reads them by their
 strides; where it needs dense or aligned rows, it looks, and copies (a block or a chunk at a time).
@@ -17,22 +18,26 @@ screen's own scores decide: a little faster, and nearly the same rows.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from pymcip.errors import ConfigError
+from pymcip.ops.arrays import (
+    Array,
+    MatrixParts,
+    Progress,
+    check_count,
+    check_finite,
+    check_matrix,
+    device_of,
+    dtype_name,
+)
 from pymcip.ops.dispatch import Backend, select
-from pymcip.ops.packed_bank import PackedBank, device_of, dtype_name, raise_unrankable
+from pymcip.ops.packed_bank import PackedBank
 from pymcip.ops.topk_cpu import KERNELS, probe
-
-Array: TypeAlias = Any  # np.ndarray (memory maps too) or torch.Tensor
-Progress: TypeAlias = Callable[[int, int], object]
-
-_CHECKED_ROWS = 16384  # at a time
 
 
 def topk(
@@ -66,11 +71,15 @@ def topk(
         DataError: a row holds NaN or infinity, or its squared norm overflows float32.
         BackendError: the back end asked for can't take these inputs here.
     """
-    parts = _parts(bank)
-    check_matrix("queries", queries)
+    parts: list[Any] = list(bank) if isinstance(bank, (list, tuple)) else [bank]
+    if not parts:
+        raise ConfigError(
+            "topk: the bank is an empty list; give at least one part, if without rows"
+        )
+    check_matrix("topk", "queries", queries)
     for part in parts:
         if not isinstance(part, PackedBank):
-            check_matrix("bank", part)
+            check_matrix("topk", "bank", part)
         if queries.shape[1] != part.shape[1]:
             raise ConfigError(
                 f"topk: queries have {queries.shape[1]} columns and the bank has {part.shape[1]}; "
@@ -123,25 +132,23 @@ def _over_parts(
     options: dict[str, Any],
 ) -> tuple[Array, Array]:
     """The answer of a back end that takes one array at a time."""
-    firsts = np.cumsum([0, *map(len, parts)]).tolist()
-    banks = [part.rows if isinstance(part, PackedBank) else part for part in parts]
-    checks_itself = row.name == "cuda"
+    whole = MatrixParts([part.rows if isinstance(part, PackedBank) else part for part in parts])
+    checks_itself = row.name == "cuda"  # and takes packed banks as well
+    banks = parts if checks_itself else whole.parts
     if not checks_itself or not len(queries):
-        check_finite("queries", queries, 0)
-        for bank, first in zip(banks, firsts, strict=False):
-            check_finite("bank", bank, first)
-    if checks_itself:
-        banks = list(parts)  # it takes packed ones as well
+        check_finite("topk", "queries", queries)
+        for bank, first in zip(whole.parts, whole.starts, strict=False):
+            check_finite("topk", "bank", bank, first)
     run = row.load()
-    told = options["progress"]
+    report = options["progress"]
     ids = scores = None
-    for bank, first in zip(banks, firsts, strict=False):
+    for bank, first in zip(banks, whole.starts, strict=False):
         own = dict(options)
         if checks_itself:
             own["first_row"] = first
-        if told is not None and len(banks) > 1:
-            before, whole = len(queries) * first, len(queries) * firsts[-1]
-            own["progress"] = lambda done, _, before=before, whole=whole: told(before + done, whole)
+        if report is not None and len(banks) > 1:
+            before, total = len(queries) * first, len(queries) * len(whole)
+            own["progress"] = lambda done, _, b=before, t=total: report(b + done, t)
         part_ids, part_scores = map(torch.as_tensor, run(queries, bank, k, threshold, **own))
         part_ids = torch.where(part_ids < 0, part_ids, part_ids + first)
         if ids is None or scores is None:
@@ -157,33 +164,6 @@ def _over_parts(
     return ids, scores
 
 
-# --------------------------------------------------------------------------------------------------
-# Validation
-
-
-def _parts(bank: Any) -> list[Any]:
-    if not isinstance(bank, (list, tuple)):
-        return [bank]
-    if not bank:
-        raise ConfigError(
-            "topk: the bank is an empty list; give at least one part, if without rows"
-        )
-    return list(bank)
-
-
-def check_count(op: str, name: str, value: Any) -> int:
-    """`value` as an int from 1 to 2^31 - 1."""
-    try:
-        count = operator.index(value)
-    except TypeError:
-        count = 0
-    if not 1 <= count < 1 << 31:
-        raise ConfigError(
-            f"{op}: {name}={value!r} is not allowed; allowed: an integer of at least 1 (below 2^31)"
-        )
-    return count
-
-
 def _floor(threshold: Any) -> float:
     if threshold is None:
         return -float("inf")
@@ -196,44 +176,3 @@ def _floor(threshold: Any) -> float:
             f"topk: threshold={threshold!r} is not allowed; allowed: a number or None"
         )
     return floor
-
-
-def check_matrix(name: str, matrix: Array, op: str = "topk") -> None:
-    allowed = "allowed: a 2-D NumPy array or torch tensor of float32, float16 or bfloat16"
-    if isinstance(matrix, torch.Tensor):
-        plain = matrix.layout == torch.strided and not matrix.is_meta
-    else:
-        plain = isinstance(matrix, np.ndarray) and matrix.dtype.isnative
-    if not plain:
-        what = matrix.dtype if isinstance(matrix, np.ndarray) else type(matrix).__name__
-        raise ConfigError(f"{op}: {name} is {what}; {allowed}, dense and in native byte order")
-    if matrix.ndim != 2 or matrix.shape[1] == 0:
-        raise ConfigError(f"{op}: {name} has shape {tuple(matrix.shape)}; {allowed}, D >= 1")
-    if dtype_name(matrix) not in ("float32", "float16", "bfloat16"):
-        raise ConfigError(
-            f"{op}: {name} holds {dtype_name(matrix)}; {allowed}. Convert with .astype('float32') "
-            "or .float()"
-        )
-
-
-def check_finite(name: str, matrix: Array, first: int = 0, op: str = "topk") -> float:
-    """The largest fp32 norm of a row, 0 of no rows; it is refused if it is not finite.
-
-    By Cauchy-Schwarz all scores are finite then. `first`: number of the first row.
-    """
-    largest = 0.0
-    for start in range(0, len(matrix), _CHECKED_ROWS):
-        block = matrix[start : start + _CHECKED_ROWS]
-        if isinstance(block, torch.Tensor):
-            norms = torch.linalg.vector_norm(block, dim=1, dtype=torch.float32)
-            top = float(norms.max())
-        else:
-            values = block.astype(np.float32, copy=False)
-            with np.errstate(over="ignore", invalid="ignore"):
-                norms = np.sqrt(np.einsum("ij,ij->i", values, values))
-            top = float(norms.max())
-        if not np.isfinite(top):
-            row = int(torch.as_tensor(norms).isfinite().logical_not().nonzero()[0])
-            raise_unrankable(name, first + start + row, block[row : row + 1], op)
-        largest = max(largest, top)
-    return largest

@@ -6,16 +6,14 @@ themselves, while they pack them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
-from pymcip.ops.packed_bank import PackedBank, matrix_pointer, raise_unrankable
-
-Array: TypeAlias = Any  # np.ndarray (memory maps too) or torch.Tensor
-Progress: TypeAlias = Callable[[int, int], object]
+from pymcip.ops.arrays import Array, Progress, matrix_pointer, raise_unrankable
+from pymcip.ops.packed_bank import PackedBank
 
 UNPACKED_PASS = 8192  # queries of a pass of other back ends, which pack nothing
 MOST_COLUMNS = 4096  # kMostColumns of csrc/topk.hpp
@@ -81,7 +79,7 @@ def topk_cpu(
     )
     if unrankable is not None:
         name, row = unrankable
-        raise_unrankable(name, row, queries if name == "queries" else _row(bank, row))
+        raise_unrankable("topk", name, row, queries[row] if name == "queries" else _row(bank, row))
     return ids, scores
 
 
@@ -89,7 +87,7 @@ def _row(bank: Sequence[Array | PackedBank], row: int) -> Array:
     for part in bank:
         if row < len(part):
             rows = part.rows if isinstance(part, PackedBank) else part
-            return rows[row : row + 1]
+            return rows[row]
         row -= len(part)
     raise AssertionError(row)
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import import_module
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 
 from pymcip.errors import ConfigError
+from pymcip.ops.arrays import Array, matrix_pointer, raise_unrankable
 from pymcip.ops.canonical import canonical_topk
-from pymcip.ops.packed_bank import PackedBank, matrix_pointer, raise_unrankable
-
-Array: TypeAlias = Any  # np.ndarray (memory maps too) or torch.Tensor
+from pymcip.ops.packed_bank import PackedBank
 
 SCREENS = {"int8": "int8", "bfloat16": "bf16"}  # of a packed bank's precision
 MOST_K = 2048
@@ -108,9 +107,9 @@ def topk_cuda(
             progress=progress,
         )
     if bad_query >= 0:
-        raise_unrankable("queries", bad_query, queries[bad_query : bad_query + 1])
+        raise_unrankable("topk", "queries", bad_query, queries[bad_query])
     if bad_row >= 0:
-        raise_unrankable("bank", first_row + bad_row, bank[bad_row : bad_row + 1])
+        raise_unrankable("topk", "bank", first_row + bad_row, bank[bad_row])
     return ids, scores
 
 
@@ -137,7 +136,7 @@ def pack_cuda(rows: torch.Tensor, precision: str) -> torch.Tensor:
             packed=packed.data_ptr(),
         )
     if bad_row >= 0:
-        raise_unrankable("bank", bad_row, rows[bad_row : bad_row + 1])
+        raise_unrankable("PackedBank", "bank", bad_row, rows[bad_row])
     return packed
 
 

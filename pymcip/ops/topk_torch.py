@@ -28,7 +28,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from pymcip.ops.canonical import Array, canonical_pairs
+from pymcip.ops.arrays import Array, Progress, device_of, to_fp32
+from pymcip.ops.canonical import canonical_pairs
 
 _QUERIES = 1024
 _ROWS = 4096
@@ -45,10 +46,10 @@ def topk_torch(
     *,
     exact: bool,
     threads: int,  # torch's own setting holds
-    progress: Any,
+    progress: Progress | None,
 ) -> tuple[Array, Array]:
     """See `pymcip.ops.topk`; exact=False ranks by the fp32 products as they come."""
-    device = queries.device if isinstance(queries, torch.Tensor) else torch.device("cpu")
+    device = device_of(queries)
     count, columns = queries.shape
     ids = torch.full((count, k), -1, dtype=torch.int64, device=device)
     scores = torch.full((count, k), -torch.inf, dtype=torch.float32, device=device)
@@ -165,13 +166,6 @@ def product_error(columns: int) -> float:
 
 def row_lengths(rows: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(rows, dim=1) + _UNDERFLOW
-
-
-def to_fp32(block: Array, device: torch.device) -> torch.Tensor:
-    if isinstance(block, torch.Tensor):
-        return block.to(device=device, dtype=torch.float32)
-    # A copy: torch warns about read-only arrays, such as memory maps, that it would share.
-    return torch.from_numpy(np.array(block, dtype=np.float32, order="C")).to(device)
 
 
 @contextlib.contextmanager

@@ -42,7 +42,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pymcip.ops.canonical import Array
+from pymcip.ops.arrays import Array, Progress, device_of
 
 _QUERIES = 16384  # at a time, at most
 _QUERY_BYTES = 1 << 28
@@ -70,10 +70,10 @@ def topk_triton(
     *,
     exact: bool,
     threads: int,  # unused
-    progress: Any,
+    progress: Progress | None,
 ) -> tuple[Array, Array]:
     """See `pymcip.ops.topk`; queries on a CUDA device, or anywhere for Triton's interpreter."""
-    device = queries.device if isinstance(queries, Tensor) else torch.device("cpu")
+    device = device_of(queries)
     ids = torch.full((len(queries), k), -1, dtype=torch.int64, device=device)
     scores = torch.full((len(queries), k), -torch.inf, dtype=torch.float32, device=device)
     columns = queries.shape[1]

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pymcip.config import SweepConfig, TrainConfig
+from pymcip.configs import SweepConfig, TrainConfig
 from pymcip.errors import ConfigError
 
 # A two-stage method goes on from the finished run of its first stage, which is a method too.

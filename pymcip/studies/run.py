@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pymcip.config import SweepConfig, TrainConfig, read_options
+from pymcip.configs import SweepConfig, TrainConfig, read_options
 from pymcip.demo.run import (
     SMOKE,
     Recipe,

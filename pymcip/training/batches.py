@@ -36,6 +36,8 @@ def random_state(seed: int) -> Iterator[None]:
 
 
 class Readable(Protocol):
+    """A set of images that are decoded one by one, such as `ImageData`."""
+
     def read(self, index: int) -> Image.Image: ...
 
 

@@ -49,17 +49,22 @@ def random_states() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "numpy": [
-            str(name),
-            torch.from_numpy(keys.astype(np.int64)),
-            int(position),
-            int(has_gauss),
+            str(name), torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss),
             float(cached),
         ],
         "python": [version, list(internal), gauss],
-    }
+    }  # fmt: skip
+
+
+def seed_random_states(seed: int) -> None:
+    """Seed every generator that a training step may draw from."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    random.seed(seed)
 
 
 def restore_random_states(states: dict[str, Any]) -> None:
+    """Put every generator back into the state that `random_states` recorded."""
     torch.set_rng_state(states["torch"])
     if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(states["cuda"])
@@ -116,3 +121,18 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             "pymcip version that wrote it, or train anew."
         )
     return state
+
+
+def load_weights(model: torch.nn.Module, state: dict[str, Any], path: Path, name: str) -> None:
+    """Put the weights of a checkpoint's `state` into the model called `name`.
+
+    Raises:
+        CheckpointError: `path`, which it was read from, holds another model's.
+    """
+    try:
+        model.load_state_dict(state["model"], strict=True)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{path} holds another model than {name!r}: {str(error)[:300]}\n"
+            "Resume with the model that the run was started with."
+        ) from error

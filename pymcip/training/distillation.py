@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,16 +24,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from pymcip.configs import TrainConfig
 from pymcip.data import ImageData
+from pymcip.embedding import EmbeddingCache, EmbeddingFolder
 from pymcip.errors import DataError
 from pymcip.model import ClipModel, evaluation_mode
+from pymcip.ops.arrays import MatrixParts
 from pymcip.training.mixtures import mixtures
-from pymcip.training.sampling import Indices, random_generator
+from pymcip.training.sampling import Indices, Stream, random_generator
 
-MAX_SCALE = 100.0
 GENERIC_RATE = 1 / 8  # generic images per training image, at least
-
-CAPTION_STREAM, MIXTURE_STREAM, GENERIC_STREAM = 7, 8, 9  # of `random_generator`
 
 Matrix = npt.NDArray[np.floating]
 
@@ -55,20 +55,16 @@ def caption_divergence(
     return (before.exp() * (before - now)).sum(dim=1)
 
 
-def logit_scale(clip: ClipModel) -> float:
-    """Return s = exp(logit_scale) of the model, at most 100."""
-    model = clip.model
-    return min(MAX_SCALE, math.exp(float(model.logit_scale.detach())))  # type: ignore[union-attr,operator,arg-type]
-
-
 def frozen_copy(clip: ClipModel) -> ClipModel:
     """Return the same model with a copy of its image tower that training will not change.
 
     The text side is shared; the copy is for images.
     """
-    model = copy.copy(clip.model)
-    visual = copy.deepcopy(clip.model.visual).eval().requires_grad_(False)  # type: ignore[union-attr,operator]
-    model._modules = {**clip.model._modules, "visual": visual}
+    whole = clip.model
+    shared: list[Any] = [part for name, part in whole.named_children() if name != "visual"]
+    shared += [*whole.parameters(recurse=False), *whole.buffers(recurse=False)]
+    model: Any = copy.deepcopy(whole, {id(part): part for part in shared})
+    model.visual.eval().requires_grad_(False)
     return dataclasses.replace(clip, model=model)
 
 
@@ -85,9 +81,8 @@ class CaptionSample:
     def __init__(
         self, parts: Sequence[Matrix], count: int, seed: int, left_out: Indices | None = None
     ) -> None:
-        self.parts, self.count, self.seed = list(parts), count, seed
-        self.ends = np.cumsum([len(part) for part in parts])
-        total = int(self.ends[-1])
+        self.captions, self.count, self.seed = MatrixParts(parts), count, seed
+        total = len(self.captions)
         self.rows: Indices | None = None
         if left_out is not None and len(left_out):
             self.rows = np.setdiff1d(np.arange(total, dtype=np.int64), left_out)
@@ -100,25 +95,18 @@ class CaptionSample:
 
     def drawn(self, epoch: int, step: int) -> Indices:
         """Return the rows of one step, ascending: a function of seed, epoch and step alone."""
-        generator = random_generator(self.seed, CAPTION_STREAM, epoch, step)
+        generator = random_generator(self.seed, Stream.DISTILLED_CAPTIONS, epoch, step)
         size = min(self.count, self.available)
         drawn = np.sort(generator.choice(self.available, size, replace=False, shuffle=False))
         return drawn if self.rows is None else self.rows[drawn]
 
     def vectors(self, epoch: int, step: int, device: torch.device) -> Tensor:
         """Return the embeddings of these rows, fp32 [M, D] on `device`."""
-        rows = self.drawn(epoch, step)
-        cuts = np.searchsorted(rows, self.ends)
-        first = np.concatenate([[0], cuts])
-        start = np.concatenate([[0], self.ends])
-        taken = [
-            part[rows[first[i] : first[i + 1]] - start[i]] for i, part in enumerate(self.parts)
-        ]
-        return torch.from_numpy(np.concatenate(taken)).to(device).float()
+        return torch.from_numpy(self.captions[self.drawn(epoch, step)]).to(device).float()
 
 
 class TwoSets:
-    """Images of one set and then of another, numbered through, for one loader."""
+    """The images of two sets, read as one: those of the second are numbered on from the first's."""
 
     def __init__(self, first: ImageData, second: ImageData) -> None:
         self.first, self.second = first, second
@@ -129,7 +117,10 @@ class TwoSets:
 
 
 class Distillation:
-    """What the image stage distils: on training images, and on mixtures or generic images.
+    """What the image stage keeps of the untrained model, on which images, and how strongly.
+
+    Its distributions over captions are kept on the training images and, at `rate`, on mixtures of
+    them or on generic images.
 
     Args:
         teacher: the untrained model; runs on mixtures only.
@@ -158,44 +149,84 @@ class Distillation:
     ) -> None:
         self.temperature = temperature
         self.teacher, self.captions = teacher, captions
-        self.known = [vectors] if generic_vectors is None else [vectors, generic_vectors]
+        self.num_images = len(vectors)
+        self.known = MatrixParts(
+            [vectors] if generic_vectors is None else [vectors, generic_vectors]
+        )
         self.weight, self.seed = weight, seed
         self.generic = generic
         self.rate = rate if generic is None else max(rate, GENERIC_RATE)
-        self.scale = logit_scale(teacher)
+        self.scale = teacher.logit_scale
+
+    @classmethod
+    def start(
+        cls,
+        config: TrainConfig,
+        cache: EmbeddingCache,
+        images: EmbeddingFolder,
+        captions: EmbeddingFolder,
+        *,
+        generic: ImageData | None = None,
+        left_out: Indices | None = None,
+    ) -> Distillation:
+        """Take from the untrained model, which `cache` embeds by, what is to be kept.
+
+        Args:
+            config: the options of the run.
+            cache: of the untrained model.
+            images: its embeddings of the training images.
+            captions: its embeddings of the corpus.
+            generic: images without labels, those that can't be decoded included.
+            left_out: captions that the probe keeps.
+        """
+        generic_vectors = None
+        if generic is not None:
+            embedded = cache.images(generic)
+            generic, generic_vectors = generic.select(embedded.rows("img")), embedded.vectors("img")
+        mixes = config.mixtures > 0 and generic is None
+        return cls(
+            frozen_copy(cache.clip) if mixes else cache.clip,
+            CaptionSample(captions.parts("text"), config.distill_captions, config.seed, left_out),
+            images.vectors("img"),
+            weight=config.distill,
+            rate=config.mixtures,
+            seed=config.seed,
+            generic=generic,
+            generic_vectors=generic_vectors,
+            temperature=config.distill_temperature,
+        )
 
     def extra(self, images: int) -> int:
         """Return how many mixtures or generic images go with a micro-batch of `images`."""
         return round(self.rate * images)
 
     def order_with_generic(self, order: Indices, batch_size: int, epoch: int) -> Indices:
-        """Put each batch's generic images behind it, numbered on from the N training images."""
+        """Add each batch's generic images to its end, numbered on from the N training images."""
         assert self.generic is not None
-        n, batches = len(self.known[0]), np.split(order, range(batch_size, len(order), batch_size))
+        batches = np.split(order, range(batch_size, len(order), batch_size))
         counts = [self.extra(len(batch)) for batch in batches]
-        generator = random_generator(self.seed, GENERIC_STREAM, epoch)
+        generator = random_generator(self.seed, Stream.GENERIC_IMAGES, epoch)
         rounds = -(-sum(counts) // len(self.generic))
         drawn = [generator.permutation(len(self.generic)) for _ in range(rounds)]
         parts = np.split(np.concatenate([*drawn, order[:0]]), np.cumsum(counts))
         return np.concatenate(
-            [x for pair in zip(batches, parts, strict=False) for x in (pair[0], n + pair[1])]
+            [
+                x
+                for pair in zip(batches, parts, strict=False)
+                for x in (pair[0], self.num_images + pair[1])
+            ]
         )
 
     def mixed(self, pixels: Tensor, epoch: int, step: int, micro_batch: int) -> Tensor:
         """Return the micro-batch's mixtures [n, 3, H, W] of its `pixels` [B, 3, H, W]."""
-        generator = random_generator(self.seed, MIXTURE_STREAM, epoch, step, micro_batch)
+        generator = random_generator(self.seed, Stream.DISTILLED_MIXTURES, epoch, step, micro_batch)
         described = self.teacher.preprocess_cfg
         count = self.extra(len(pixels))
         return mixtures(pixels, count, generator, described["mean"], described["std"])
 
     def cached(self, rows: npt.NDArray[np.int64], device: torch.device) -> Tensor:
         """Return the untrained model's unit embeddings of images, fp32 [B, D]."""
-        n = len(self.known[0])
-        inside = rows < n
-        parts = [np.asarray(self.known[0][rows[inside]])]
-        if not inside.all():  # generic images stand behind the training images
-            parts.append(np.asarray(self.known[1][rows[~inside] - n]))
-        vectors = torch.from_numpy(np.concatenate(parts)).to(device).float()
+        vectors = torch.from_numpy(self.known[rows]).to(device).float()
         return nn.functional.normalize(vectors, dim=1)
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Between the model before training and the model after it: WiSE-FT (arXiv 2109.01903, eq. 1).
+"""Weights between those before training and those after it: WiSE-FT (arXiv 2109.01903, eq. 1).
 
 The weights at coefficient c are (1 - c) * original + c * tuned, of every parameter and of every
 floating-point buffer (the statistics of batch norms). At 0 it is the original, at 1 the tuned one.
@@ -71,7 +71,7 @@ def largest_coefficient(
     Args:
         kept: measures the model at a coefficient in (0, 1].
         least: the bound, in the same unit.
-        evaluations: how often `kept` is called at most; 8 tell coefficients apart by 1/128.
+        evaluations: how often `kept` is called at most; 8 find the coefficient to 1/128.
     """
     tried: list[tuple[float, float]] = []
     low, low_kept, high = 0.0, 1.0, 1.0

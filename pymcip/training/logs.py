@@ -1,4 +1,4 @@
-"""What a run tells: out.log, metrics.jsonl, and the trackers that were asked for."""
+"""The logs of a run: out.log, metrics.jsonl, and trackers such as TensorBoard if asked for."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -56,6 +57,7 @@ class MetricsLog:
             tracker.close()
 
     def write(self, record: dict[str, Any]) -> None:
+        """Append a line; its `global_step` is the step that the trackers are given."""
         self.handle.write(json.dumps(record) + "\n")
         self.handle.flush()
         numbers = {
@@ -124,8 +126,6 @@ def _make_tracker(name: str, folder: Path, config: dict[str, Any]) -> Any:
     try:
         if name == "tensorboard":
             return _TensorBoard(folder, config)
-        from importlib import import_module
-
         return _Module(import_module(name), folder, config)
     except ImportError as error:
         raise MissingDependencyError(

@@ -12,14 +12,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pymcip.config import TrainConfig
+from pymcip.configs import TrainConfig
 from pymcip.errors import CheckpointError, TrainingDivergedError
 from pymcip.model import ClipModel
+from pymcip.model.towers import training_batch_norms
 from pymcip.progress import progress
 from pymcip.training.checkpoints import (
     Position,
@@ -30,16 +31,35 @@ from pymcip.training.checkpoints import (
 )
 from pymcip.training.logs import MetricsLog
 from pymcip.training.optim import cosine_with_warmup
-from pymcip.training.stages import Stage
-from pymcip.training.towers import training_batch_norms
 
 MAX_BAD_STEPS_IN_A_ROW = 10
 
 _log = logging.getLogger("pymcip.training")
 
 
+class Stage(Protocol):
+    """Something to train, as `fit` sees it. A step is one optimizer update."""
+
+    name: str
+    epochs: int
+    steps_per_epoch: int
+    samples_per_step: int
+    warmup: int
+    optimizer: torch.optim.Optimizer
+    heads: nn.ModuleDict  # trained beside the model, and saved with it
+
+    def train_mode(self) -> None:
+        """Put the model's parts into train or evaluation mode."""
+
+    def steps(self, epoch: int, first_step: int) -> Iterator[list[Any]]:
+        """The micro-batches of each remaining step of the epoch."""
+
+    def backward(self, micro_batches: list[Any]) -> dict[str, Tensor]:
+        """Add the step's gradients; return its detached scalars, "loss" among them."""
+
+
 class Interruption:
-    """Turns SIGINT and SIGTERM into a request that the loop honours after the current step.
+    """Turn SIGINT and SIGTERM into a request that the loop meets after the current step.
 
     Outside of the loop (while embedding or mining, where finished parts are on disk) the first
     signal ends the work at once, as the second one does everywhere.
@@ -58,6 +78,7 @@ class Interruption:
 
     @contextmanager
     def installed(self) -> Iterator[Interruption]:
+        """Handle the signals in the block, and put the handlers back that were there before."""
         if threading.current_thread() is not threading.main_thread():
             yield self  # only the main thread may set handlers
             return
@@ -72,6 +93,7 @@ class Interruption:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
+        """Let the block end itself after the first signal."""
         self.deferring = True
         try:
             yield
@@ -94,9 +116,11 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
+        """The folder of the run's checkpoints."""
         return self.out / "checkpoints"
 
     def save(self, stage: Stage | None) -> Path:
+        """Write a checkpoint at the run's position; None: between two stages."""
         state = {
             **asdict(self.position),
             "model": self.clip.model.state_dict(),
@@ -106,6 +130,11 @@ class Run:
         }
         self.checkpoint = save_checkpoint(self.checkpoints, state)
         return self.checkpoint
+
+    def log_epoch(self, stage: Stage, name: str, measured: dict[str, float]) -> None:
+        """Log what was measured, called `name`, at the end of an epoch of `stage`."""
+        place = {"epoch": self.position.epoch, "global_step": self.position.global_step}
+        self.log.write({name: measured, "stage": stage.name, **place})
 
 
 def restore(state: dict[str, Any], stage: Stage) -> None:
@@ -136,7 +165,7 @@ def fit(run: Run, stage: Stage) -> None:
     )  # fmt: skip
     while position.epoch < stage.epochs:
         with run.interruption.deferred():
-            _epoch(run, stage)
+            run_epoch(run, stage)
             run.save(stage)
         if run.interruption.requested:
             return
@@ -144,7 +173,8 @@ def fit(run: Run, stage: Stage) -> None:
         position.epoch, position.step = position.epoch + 1, 0
 
 
-def _epoch(run: Run, stage: Stage) -> None:
+def run_epoch(run: Run, stage: Stage) -> None:
+    """Run the steps of an epoch that `run.position` leaves; ends early if interrupted."""
     position, config = run.position, run.config
     total = stage.epochs * stage.steps_per_epoch
     stage.train_mode()
@@ -161,7 +191,7 @@ def _epoch(run: Run, stage: Stage) -> None:
             share = cosine_with_warmup(done, warmup=stage.warmup, total=total)
             for group in stage.optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * share
-            values = _step(run, stage, micro_batches)
+            values = optimizer_step(run, stage, micro_batches)
             position.step += 1
             position.global_step += 1
             for name, value in values.items():
@@ -183,9 +213,9 @@ def _epoch(run: Run, stage: Stage) -> None:
                 run.save(stage)
 
 
-def _step(run: Run, stage: Stage, micro_batches: list[Any]) -> dict[str, float]:
+def optimizer_step(run: Run, stage: Stage, micro_batches: list[Any]) -> dict[str, float]:
     """One optimizer step; {} if it was skipped because loss or gradient was not finite."""
-    statistics = _running_statistics(run.clip.model)
+    statistics = running_statistics(run.clip.model)
     stage.optimizer.zero_grad(set_to_none=True)
     values = stage.backward(micro_batches)
     parameters = [
@@ -194,7 +224,7 @@ def _step(run: Run, stage: Stage, micro_batches: list[Any]) -> dict[str, float]:
     heads = {id(p) for p in stage.heads.parameters()}
     tower = [p for p in parameters if id(p) not in heads]
     limit = run.config.grad_clip_norm or math.inf
-    values["grad_norm"] = torch.nn.utils.clip_grad_norm_(tower, limit, foreach=True)
+    values["grad_norm"] = nn.utils.clip_grad_norm_(tower, limit, foreach=True)
     for p in parameters:
         if id(p) in heads:
             values["loss"] = values["loss"] + 0 * p.grad.sum()  # not finite if the gradient is not
@@ -215,7 +245,7 @@ def _step(run: Run, stage: Stage, micro_batches: list[Any]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def _running_statistics(model: torch.nn.Module) -> list[tuple[Tensor, Tensor]]:
+def running_statistics(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """Buffers that a forward pass in train mode changes (batch norm), with copies of them."""
     return [
         (buffer, buffer.clone())

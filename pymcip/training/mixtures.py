@@ -1,7 +1,4 @@
-"""Strongly transformed mixtures of images, stand-ins for images of domains that are not at hand.
-
-And other views of an image, which leave what it shows as it is.
-"""
+"""Mixtures of images, which stand in for images of other domains, and other views of one image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pseudo-captions made wrong on purpose, to study how much of them has to be right."""
+"""Pseudo-captions replaced by random ones, to study how many of them have to be right."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from pymcip.errors import DataError
 from pymcip.mining import CaptionTable
-from pymcip.training.sampling import random_generator
+from pymcip.training.sampling import Stream, random_generator
 
 _log = logging.getLogger("pymcip.training")
 
@@ -36,7 +36,7 @@ def noisy_captions(table: CaptionTable, share: float, seed: int) -> CaptionTable
             f"but one has {largest} of the corpus' {table.num_captions}; give a larger corpus, a "
             "higher threshold, or a smaller k"
         )
-    generator = random_generator(seed, 4)
+    generator = random_generator(seed, Stream.CAPTION_NOISE)
     pairs = len(table.ids)
     replaced = generator.permutation(pairs)[: round(share * pairs)]
     drawn = np.empty_like(table.ids)

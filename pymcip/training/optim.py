@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from pymcip.config import TrainConfig
+from pymcip.configs import TrainConfig
 
 
 def parameter_groups(
@@ -30,7 +30,7 @@ def parameter_groups(
 
 
 def make_optimizer(groups: list[dict[str, object]], config: TrainConfig) -> torch.optim.AdamW:
-    """Fused AdamW; each group's rate is set before every step from its `peak_lr`."""
+    """Fused AdamW; each group's learning rate is set before every step from its `peak_lr`."""
     return torch.optim.AdamW(
         groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
     )

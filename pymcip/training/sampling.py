@@ -1,9 +1,12 @@
-"""Which images an epoch shows, in which order: a pure function of seed and epoch.
+"""What is drawn at random in a run: generators by purpose, and the order of an epoch's images.
 
-Nothing has to be remembered to resume in mid-epoch but the number of steps already taken.
+Everything drawn is a pure function of the seed, the purpose and the place in the run (epoch, step),
+so that a run resumed in mid-epoch needs to know nothing but the number of steps already taken.
 """
 
 from __future__ import annotations
+
+from enum import Enum
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,9 +14,30 @@ from numpy.typing import NDArray
 Indices = NDArray[np.int64]
 
 
-def random_generator(*key: int) -> np.random.Generator:
-    """An independent generator per key, e.g. (seed, stage, epoch)."""
-    return np.random.default_rng(np.random.SeedSequence(list(key)))
+class Stream(Enum):
+    """The purposes that random numbers are drawn for, each with generators of its own.
+
+    The values are part of what a seed means: another value changes every run's results.
+    """
+
+    IMAGE_ORDER = (1,)
+    TEXT_ORDER = (2,)
+    NEGATIVES = (3,)
+    CAPTION_NOISE = (4,)
+    PROBE_CAPTIONS = (5, 0)
+    PROBE_IMAGES = (5, 1)
+    PROBE_MIXTURES = (5, 2)
+    PROBE_TEXT_TASKS = (5, 3)
+    PROBE_IMAGE_TASKS = (5, 4)
+    PROBE_VIEWS = (5, 5)
+    DISTILLED_CAPTIONS = (7,)
+    DISTILLED_MIXTURES = (8,)
+    GENERIC_IMAGES = (9,)
+
+
+def random_generator(seed: int, stream: Stream, *place: int) -> np.random.Generator:
+    """A generator that depends on seed, purpose and place (such as epoch and step) alone."""
+    return np.random.default_rng(np.random.SeedSequence([seed, *stream.value, *place]))
 
 
 def epoch_order(

@@ -1,0 +1,247 @@
+"""ImageNet-1k (val and train), ImageNet-Sketch and ImageNet-A.
+
+Labels are ImageNet's: its 1,000 synset ids in sorted order (the order of open_clip's names, and of
+cls in CLIP_benchmark's shards), for -Sketch and -A too. Each data set is also read in
+CLIP_benchmark's layout (see `pymcip.benchmarks.webdataset`), with the same labels.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pymcip.benchmarks import webdataset
+from pymcip.benchmarks.contract import (
+    AbsentError,
+    DataSet,
+    Labelled,
+    SuiteOptions,
+    check_counts,
+)
+from pymcip.benchmarks.folders import count_labels, list_classes, list_entries
+from pymcip.benchmarks.imagenet_names import imagenet_names, imagenet_templates, synsets
+from pymcip.benchmarks.imagenet_val import TITLE, list_flat_val
+from pymcip.data import list_images
+
+VAL_COUNTS = {"images": 50_000, "classes": 1_000}
+TRAIN_COUNTS = {"images": 1_281_167, "classes": 1_000}
+SKETCH_COUNTS = {"images": 50_889, "classes": 1_000}
+A_COUNTS = {"images": 7_500, "classes": 200}
+VAL_PER_CLASS = 50
+_SYNSET = re.compile(r"n\d{8}")
+_FOLDERS = (
+    "imagenet1k",
+    "imagenet-1k",
+    "imagenet",
+    "ImageNet",
+    "ILSVRC2012",
+    "imagenet-object-localization-challenge",
+    "wds_imagenet1k",
+)
+
+
+def read_imagenet_val(folder: Path, options: SuiteOptions) -> Labelled:
+    """Read ImageNet-1k's 50,000 validation images, 50 of each of the 1,000 classes.
+
+    They lie in a folder per synset, or all in one folder; then their classes are taken from the
+    synsets in their names (Hugging Face), from LOC_val_solution.csv (Kaggle), or from the
+    development kit, whose ILSVRC2012_ID (1 to 1,000, not in the order of the synsets) meta.mat maps
+    to synsets.
+
+    Raises:
+        AbsentError: there are no validation images.
+        DataError: there are other images among them, or some are missing or without a class.
+        MissingDependencyError: the development kit is needed, and SciPy is missing.
+    """
+    found = _read(
+        IMAGENET_VAL,
+        VAL_COUNTS,
+        folder,
+        options,
+        ("val", "ILSVRC/Data/CLS-LOC/val", "Data/CLS-LOC/val", "ILSVRC2012_img_val", "."),
+        stem="ILSVRC2012_val_",
+    )
+    if not found.notes:  # complete, but images may lie in folders of other classes
+        even = int(np.sum(np.bincount(found.labels) == VAL_PER_CLASS))
+        what = f"classes of {VAL_PER_CLASS} images"
+        check_counts(IMAGENET_VAL.title, {what: even}, {what: 1_000}, options)
+    return found
+
+
+def read_imagenet_train(folder: Path, options: SuiteOptions) -> Labelled:
+    """Read ImageNet-1k's 1,281,167 training images from a folder per synset.
+
+    Raises:
+        AbsentError: there are no training images.
+        DataError: there are other images among them, or some are missing.
+    """
+    images = "Data/CLS-LOC/train"
+    places = ("train", f"ILSVRC/{images}", images, "ILSVRC2012_img_train", ".")
+    return _read(IMAGENET_TRAIN, TRAIN_COUNTS, folder, options, places, split="train", stem="{}_")
+
+
+def read_imagenet_sketch(folder: Path, options: SuiteOptions) -> Labelled:
+    """Read ImageNet-Sketch's 50,889 images of ImageNet's 1,000 classes.
+
+    Raises:
+        AbsentError: there are no images.
+        DataError: some are missing, or there are folders of other classes.
+    """
+    places = ("sketch", "ImageNet-Sketch", ".")
+    return _read(IMAGENET_SKETCH, SKETCH_COUNTS, folder, options, places)
+
+
+def read_imagenet_a(folder: Path, options: SuiteOptions) -> Labelled:
+    """Read ImageNet-A's 7,500 images of 200 of ImageNet's classes.
+
+    Labels are ImageNet's, 0 to 999, so that ImageNet's training images can vote for them; the
+    candidates of zero-shot are the 200, whichever of them have images.
+
+    Raises:
+        AbsentError: there are no images.
+        DataError: some are missing, or there are folders of other classes.
+    """
+    known = synsets("imagenet_a_synsets.txt")
+    return _read(IMAGENET_A, A_COUNTS, folder, options, ("imagenet-a", "."), known=known)
+
+
+def _read(
+    data: DataSet,
+    expected: Mapping[str, int],
+    folder: Path,
+    options: SuiteOptions,
+    places: Sequence[str],
+    *,
+    split: str = "test",
+    stem: str = "",
+    known: Sequence[str] | None = None,
+) -> Labelled:
+    """Read a data set of ImageNet's classes from shards, or from a folder per synset.
+
+    Args:
+        data: the data set.
+        expected: its public numbers of images and classes.
+        folder: where it lies.
+        options: of the suite.
+        places: folders below `folder` that may hold the images.
+        split: that of CLIP_benchmark's shards.
+        stem: what images' names begin with, `{}` for the synset.
+        known: synsets, if they are not ImageNet's 1,000; they are the candidates of zero-shot.
+    """
+    label_of = {synset: label for label, synset in enumerate(synsets())}
+    candidates = None if known is None else tuple(label_of[synset] for synset in known)
+    if webdataset.is_layout(folder):
+        return webdataset.read_labelled(
+            folder,
+            split,
+            data.title,
+            expected,
+            options,
+            class_ids=candidates,
+            names=imagenet_names(),
+            templates=imagenet_templates(),
+        )
+    place = _find_split(folder, places, data, stem.replace("{}_", "n"))
+    folders, files = list_entries(place)
+    if files and not folders and data is IMAGENET_VAL:
+        names, labels = list_flat_val(folder, place, files, options)
+    else:
+        names, labels = list_classes(place, data.title, known or synsets(), stem)
+    notes = check_counts(data.title, count_labels(labels), expected, options)
+    if candidates is not None:
+        labels = np.array(candidates, np.int64)[labels]
+    return Labelled(
+        list_images(place, names), labels, imagenet_names(), imagenet_templates(), candidates, notes
+    )
+
+
+def _find_split(folder: Path, places: Sequence[str], data: DataSet, stem: str) -> Path:
+    """Return the first of the places that holds images or folders.
+
+    The folder itself (".") may be the one of another split: the names of its images must begin with
+    `stem`.
+    """
+    for name in places:
+        place = folder / name
+        if not place.is_dir():
+            continue
+        folders, files = list_entries(place)
+        if name == ".":
+            classes = [each for each in folders if _SYNSET.fullmatch(each)]
+            samples = files[:1] + [
+                each for one in classes[:3] for each in list_entries(place / one)[1]
+            ]
+            if samples and samples[0].startswith(stem):
+                return place
+        elif folders or files:
+            return place
+    raise AbsentError(f"{data.title}: {folder} holds none of its images. {data.how_to_get()}")
+
+
+IMAGENET_VAL = DataSet(
+    name="imagenet1k-val",
+    title=TITLE,
+    folders=_FOLDERS,
+    source="https://image-net.org/download-images (ILSVRC 2012), "
+    "https://www.kaggle.com/c/imagenet-object-localization-challenge or "
+    "https://huggingface.co/datasets/clip-benchmark/wds_imagenet1k",
+    layout="""
+val/n01440764/ILSVRC2012_val_00000293.JPEG   1,000 folders named by synset ids, 50 images each
+or val/ILSVRC2012_val_00000001.JPEG          all 50,000 in it (or in ILSVRC/Data/CLS-LOC/val/), with
+   LOC_val_solution.csv                      Kaggle's, or
+   ILSVRC2012_devkit_t12/data/               meta.mat, ILSVRC2012_validation_ground_truth.txt
+or test/{nshards.txt,0.tar,…}                CLIP_benchmark's shards
+""",
+    read=read_imagenet_val,
+)
+
+
+IMAGENET_TRAIN = DataSet(
+    name="imagenet1k-train",
+    title="ImageNet-1k train",
+    folders=_FOLDERS,
+    source=IMAGENET_VAL.source,
+    layout="""
+train/n01440764/n01440764_10026.JPEG         1,000 folders named by synset ids, 1,281,167 images
+                                             (or in ILSVRC/Data/CLS-LOC/train/)
+or train/{nshards.txt,0.tar,…}               CLIP_benchmark's shards
+""",
+    read=read_imagenet_train,
+)
+
+
+IMAGENET_SKETCH = DataSet(
+    name="imagenet-sketch",
+    title="ImageNet-Sketch",
+    folders=(
+        "imagenet-sketch",
+        "imagenet_sketch",
+        "ImageNet-Sketch",
+        "sketch",
+        "wds_imagenet_sketch",
+    ),
+    source="https://github.com/HaohanWang/ImageNet-Sketch or "
+    "https://huggingface.co/datasets/clip-benchmark/wds_imagenet_sketch",
+    layout="""
+sketch/n01440764/sketch_0.JPEG               1,000 folders named by synset ids, 50,889 images
+or test/{nshards.txt,0.tar,…}                CLIP_benchmark's shards
+""",
+    read=read_imagenet_sketch,
+)
+
+
+IMAGENET_A = DataSet(
+    name="imagenet-a",
+    title="ImageNet-A",
+    folders=("imagenet-a", "imagenet_a", "ImageNet-A", "wds_imagenet-a"),
+    source="https://github.com/hendrycks/natural-adv-examples or "
+    "https://huggingface.co/datasets/clip-benchmark/wds_imagenet-a",
+    layout="""
+n01498041/*.jpg                              200 folders named by synset ids, 7,500 images
+or test/{nshards.txt,0.tar,…}                CLIP_benchmark's shards
+""",
+    read=read_imagenet_a,
+)

@@ -1,0 +1,155 @@
+"""ROxford5k and RParis6k, with the ground truth of revisitop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pymcip.benchmarks.contract import (
+    AbsentError,
+    DataSet,
+    Int64,
+    QuerySet,
+    SuiteOptions,
+)
+from pymcip.benchmarks.folders import first_file, first_folder, image_names
+from pymcip.benchmarks.query_sets import as_rows, as_texts, make_query_set
+from pymcip.benchmarks.unpickling import load_restricted
+from pymcip.data.sources import some
+from pymcip.errors import DataError
+
+ROXFORD_COUNTS = {"queries": 70, "database images": 4_993}
+RPARIS_COUNTS = {"queries": 70, "database images": 6_322}
+REVISITED_PARTS = ("easy", "hard", "junk")
+
+
+def read_roxford5k(folder: Path, options: SuiteOptions) -> QuerySet:
+    """Read ROxford5k: 70 queries, 4,993 images, and what is easy, hard and junk for each query.
+
+    `_read_revisited` says what is read, and what is refused.
+    """
+    return _read_revisited(ROXFORD5K, ROXFORD_COUNTS, folder, options)
+
+
+def read_rparis6k(folder: Path, options: SuiteOptions) -> QuerySet:
+    """Read RParis6k: 70 queries, 6,322 images, and what is easy, hard and junk for each query.
+
+    `_read_revisited` says what is read, and what is refused. The 20 pictures of Paris6k that were
+    damaged when it was published (they hold an HTML page) are in none of its lists.
+    """
+    return _read_revisited(RPARIS6K, RPARIS_COUNTS, folder, options)
+
+
+def _read_revisited(
+    data: DataSet, counts: Mapping[str, int], folder: Path, options: SuiteOptions
+) -> QuerySet:
+    """Read gnd_*.pkl (imlist, qimlist, gnd: bbx, easy, hard, junk; 0-based) and the images of jpg/.
+
+    Images may lie in jpg/ or below it, as the archives unpack, or in the folder itself. Queries are
+    cropped to bbx (x1, y1, x2, y2) if `options.revisited_crop`.
+
+    Raises:
+        AbsentError: neither the pickle nor an image is there.
+        DataError: one of them is missing, the pickle is of another form or holds more than data,
+            it is that of Oxford5k or Paris6k before the revision, or the counts are others.
+
+    Source: Radenović et al., Revisiting Oxford and Paris (CVPR 2018).
+    """
+    folder = first_folder(
+        folder, ("", f"data/test/{data.name}", f"datasets/{data.name}", data.name),
+        lambda path: (path / f"gnd_{data.name}.pkl").is_file() or (path / "jpg").is_dir(),
+    )  # fmt: skip
+    path = first_file((folder, folder.parent), f"gnd_{data.name}.pkl")
+    base = first_folder(folder, ("jpg", "images", ""))
+    places = {Path(name).stem: name for name in sorted(image_names(base, deep=True), reverse=True)}
+    if path is None:
+        if not places:
+            raise AbsentError(
+                f"{folder} has neither gnd_{data.name}.pkl nor images. {data.how_to_get()}"
+            )
+        others = some(sorted(each.name for each in folder.glob("gnd_*"))) or "none of that kind"
+        raise DataError(
+            f"{folder} has images, but no gnd_{data.name}.pkl ({others}); get it from "
+            f"https://cmp.felk.cvut.cz/revisitop/data/datasets/{data.name}/gnd_{data.name}.pkl"
+        )
+    database, queries, gnd = _unpack_revisited(path)
+    problems: list[str] = []
+    truth: list[dict[str, Int64]] = []
+    for number, each in enumerate(gnd):
+        rows = {
+            part: as_rows(each[part], len(database), 0, f"query {number}, {part}", problems)
+            for part in REVISITED_PARTS
+        }
+        together = np.concatenate(list(rows.values()))
+        if len(np.unique(together)) < len(together):
+            problems.append(f"query {number} has an image twice in easy, hard and junk")
+        truth.append(rows)
+    boxes = [each.get("bbx") for each in gnd] if options.revisited_crop else None
+    return make_query_set(
+        data, path, base, database, queries, truth, problems, boxes, counts, options, places
+    )
+
+
+def _unpack_revisited(path: Path) -> tuple[list[str], list[str], list[dict[str, Any]]]:
+    """Read imlist, qimlist and gnd, of the kinds that they must be."""
+    table = load_restricted(path)
+    wanted = ("imlist", "qimlist", "gnd")
+    if not isinstance(table, dict) or any(key not in table for key in wanted):
+        held = sorted(map(str, table)) if isinstance(table, dict) else type(table).__name__
+        raise DataError(f"{path} holds {held}; needed: a dict of {', '.join(wanted)}")
+    database = as_texts(path, "imlist", table["imlist"])
+    queries = as_texts(path, "qimlist", table["qimlist"])
+    gnd: list[Any] = list(table["gnd"]) if isinstance(table["gnd"], (list, tuple)) else [None]
+    for number, each in enumerate(gnd):
+        absent = [
+            part for part in REVISITED_PARTS if not isinstance(each, dict) or part not in each
+        ]
+        if absent:
+            held = sorted(map(str, each)) if isinstance(each, dict) else type(each).__name__
+            raise DataError(
+                f"{path}: gnd of query {number} has {held}; needed: bbx, easy, hard, junk. Files with "
+                "ok and junk are those of Oxford5k and Paris6k before the revision"
+            )
+    return database, queries, gnd
+
+
+ROXFORD5K = DataSet(
+    name="roxford5k",
+    title="ROxford5k",
+    folders=(
+        "roxford5k",
+        "ROxford5k",
+        "test/roxford5k",
+        "data/test/roxford5k",
+        "datasets/roxford5k",
+    ),
+    source=(
+        "https://cmp.felk.cvut.cz/revisitop/data/datasets/roxford5k/gnd_roxford5k.pkl and "
+        "https://www.robots.ox.ac.uk/~vgg/data/oxbuildings/ (oxbuild_images-v1.tgz)"
+    ),
+    layout="""
+gnd_roxford5k.pkl           imlist, qimlist, gnd
+jpg/all_souls_000000.jpg    5,063 images: 4,993 of imlist, 70 of qimlist
+""",
+    read=read_roxford5k,
+)
+
+
+RPARIS6K = DataSet(
+    name="rparis6k",
+    title="RParis6k",
+    folders=("rparis6k", "RParis6k", "test/rparis6k", "data/test/rparis6k", "datasets/rparis6k"),
+    source=(
+        "https://cmp.felk.cvut.cz/revisitop/data/datasets/rparis6k/gnd_rparis6k.pkl and "
+        "https://www.robots.ox.ac.uk/~vgg/data/parisbuildings/ (paris_1-v1.tgz, paris_2-v1.tgz)"
+    ),
+    layout="""
+gnd_rparis6k.pkl                    imlist, qimlist, gnd
+jpg/paris_defense_000000.jpg        6,412 images, also in folders as the archives have them: 6,322
+                                    of imlist, 70 of qimlist, 20 damaged ones that are in neither
+""",
+    read=read_rparis6k,
+)

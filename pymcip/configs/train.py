@@ -1,0 +1,309 @@
+"""Options of the stage that fine-tunes a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pymcip.configs.model import ModelOptions
+from pymcip.configs.options import (
+    Source,
+    Sources,
+    option,
+    required,
+    resume_problems,
+    template_problems,
+    threshold_problems,
+)
+
+Method = Literal["gpr", "2sft", "mcip", "mcip+rea", "rea", "mcip+"]
+Projector = Literal["keep", "lock", "discard"]
+Continuation = Literal["linear", "none", "easy"]
+BUDGET = 0.02  # alignment_budget of mcip+, where no other is given
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(ModelOptions):
+    """Options of `pymcip.train`."""
+
+    # What is read and written, and by which method
+    train_data: Sources = required("labelled image sources; each source's labels are its own")
+    out: Source = required("run folder to write")
+    method: Method = option("mcip", "gpr, 2sft, mcip, mcip+rea, rea or mcip+")
+    captions: Sources | None = option(None, "caption corpus to mine pseudo-captions from")
+    val_data: Sources | None = option(None, "labelled images, evaluated after every epoch")
+    val_class_names: Source | None = option(
+        None, "TSV label<TAB>name[<TAB>description] of val_data's classes, as for evaluate"
+    )
+    train_weights: tuple[float, ...] | None = option(
+        None, "one weight per source of train_data: expected share of its images per epoch"
+    )
+    class_balanced: bool = option(False, "draw classes uniformly instead of images")
+
+    # The image stage, and what both stages share
+    epochs: int = option(3, "passes over the training images (image stage)", at_least=1)
+    batch_size: int = option(64, "images per step and device", at_least=1)
+    lr: float = option(1e-5, "peak learning rate of the image tower", more_than=0)
+    wd: float = option(0.05, "weight decay (not on norms, biases and scalars)", at_least=0)
+    beta1: float = option(0.9, "AdamW beta1", at_least=0)
+    beta2: float = option(0.98, "AdamW beta2", at_least=0)
+    eps: float = option(1e-6, "AdamW epsilon", more_than=0)
+    warmup: int = option(100, "steps of linear warm-up; cosine decay to 0 follows", at_least=0)
+    grad_clip_norm: float | None = option(1.0, "clip the gradient's norm; None: don't", more_than=0)
+    accum_freq: int = option(1, "micro-batches per optimizer step", at_least=1)
+    grad_checkpointing: bool = option(False, "recompute activations to save memory")
+    workers: int = option(0, "decoding processes; 0 decodes in the main process", at_least=0)
+    seed: int = option(0, "seed of everything random", at_least=0)
+    aug_cfg: dict[str, Any] = option(
+        {},
+        "open_clip's augmentation (AugmentationCfg): scale=(0.5,1.0) use_timm=True color_jitter=0.2",
+    )
+
+    # What of the image tower is trained
+    projector: Projector = option(
+        "keep", "image projector: keep (train it), lock, or discard (gpr, 2sft: drop it)"
+    )
+    unlock_layers: int | None = option(
+        None, "train only the last n layer groups of the image tower; default: all", at_least=0
+    )
+    freeze_bn_stats: bool = option(False, "keep batch-norm statistics as they are")
+
+    # Losses of the image stage and their pseudo-captions
+    scale: float = option(30.0, "s of ArcMargin", more_than=0)
+    margin: float = option(0.3, "m of ArcMargin, radians", at_least=0)
+    caption_scale: float = option(30.0, "s of MCArcMargin", more_than=0)
+    caption_margin: float = option(0.0, "m of MCArcMargin, radians", at_least=0)
+    continuation: Continuation = option("linear", "what happens where theta + m > pi")
+    lambda_class: float = option(0.5, "weight of ArcMargin in mcip", at_least=0)
+    lambda_caption: float = option(0.5, "weight of MCArcMargin in mcip", at_least=0)
+    lr_classes: float | None = option(
+        None,
+        "learning rate of the class matrix; default: 10 x lr, too slow for a short run at a low lr: then "
+        "0.01 to 0.03",
+        at_least=0,
+    )
+    class_init: Literal["mean", "random"] = option(
+        "mean", "class rows start at the class's mean embedding, or at random"
+    )
+    threshold: float | Literal["auto"] = option(0.27, "lowest cosine of a pseudo-caption, or auto")
+    k: int = option(10, "pseudo-captions per image, at most", at_least=1)
+    caption_noise: float = option(
+        0.0,
+        "share of the pseudo-captions that random ones of the corpus replace (for studies)",
+        at_least=0,
+    )
+    negatives: Literal["mined", "bank"] | int = option(
+        "mined",
+        "caption rows beside an image's own: mined by any image, whole bank, or a sample",
+        at_least=1,
+    )
+    mine_model: str | None = option(
+        None, "model that mines the pseudo-captions; default: `model` before training"
+    )
+    mine_pretrained: str | None = option(None, "that model's pretrained tag or checkpoint")
+    cache: Source | None = option(
+        None, "folder for embeddings, shared between runs; default: embeddings/ in `out`"
+    )
+    loss_chunk: int = option(
+        8192, "columns of the class or caption matrix handled at a time (CPU)", at_least=1
+    )
+    loss_delta: float = option(
+        0.0,
+        "share of a row's caption softmax mass that its gradient may leave out; 0: none",
+        at_least=0,
+    )
+
+    # The alignment budget and its probe, and distillation
+    alignment_budget: float | None = option(
+        None,
+        "share of its alignment, measured on the probe, that the exported model may lose; "
+        f"default: no budget; of mcip+ {BUDGET}",
+        at_least=0,
+    )
+    probe_data: Sources | None = option(
+        None,
+        "images of the probe, not trained on, best with captions or labels: then right answers are "
+        "counted; default: made from training images",
+    )
+    probe_captions: Sources | None = option(
+        None,
+        "captions of the probe; default: the captions of `probe_data`, or a sample of `captions`, "
+        "which distillation leaves out",
+    )
+    probe_class_names: Source | None = option(
+        None, "TSV label<TAB>name: the probe asks for these names instead of captions"
+    )
+    distill: float = option(
+        0.0,
+        "weight of staying near the untrained model's distribution over captions; 0: none",
+        at_least=0,
+    )
+    distill_temperature: float = option(
+        3.0,
+        "temperature of these distributions; higher: captions far from the image count more",
+        more_than=0,
+    )
+    distill_captions: int = option(
+        8192, "captions drawn from the corpus per step for it", at_least=2
+    )
+    distill_data: Sources | None = option(
+        None, "generic images without labels to distill on too; default: none"
+    )
+    mixtures: float = option(
+        0.0, "mixtures of training images to distill on too, per training image", at_least=0
+    )
+
+    # Re-alignment, the text stage
+    rea_data: Sources | None = option(
+        None, "image-caption pairs for re-alignment; default: train_data with its pseudo-captions"
+    )
+    rea_k: int | None = option(
+        None,
+        "pseudo-captions per image that re-alignment shows, the nearest; default: all of them",
+        at_least=1,
+    )
+    rea_class_names: Source | None = option(
+        None,
+        "TSV label<TAB>name of train_data's classes: re-alignment shows an image with its class's name "
+        "every other time",
+    )
+    rea_templates: tuple[str, ...] = option(
+        ("a photo of a {}.", "{}"), "prompts for these names; {} stands for the name"
+    )
+    rea_epochs: int = option(2, "passes of the re-alignment (text) stage", at_least=1)
+    rea_batch_size: int = option(256, "pairs per step of re-alignment", at_least=2)
+    rea_lr: float = option(1e-5, "peak learning rate of the text tower", more_than=0)
+    rea_warmup: int = option(50, "warm-up steps of re-alignment", at_least=0)
+
+    # Checkpoints and logs
+    save_steps: int = option(
+        500, "steps between checkpoints (one is also written every epoch)", at_least=1
+    )
+    log_steps: int = option(20, "steps between lines of metrics.jsonl", at_least=1)
+    resume: Literal["latest"] | None = option(None, "go on with the run in `out`")
+    overwrite: bool = option(False, "replace what is in `out`")
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = option(
+        (), "also log to these (imported only then)"
+    )
+
+    @property
+    def budget(self) -> float | None:
+        """The share of its alignment that may be lost; None: any."""
+        of_method = BUDGET if self.method == "mcip+" else None
+        return of_method if self.alignment_budget is None else self.alignment_budget
+
+    @property
+    def trains_images(self) -> bool:
+        """Whether there is an image stage."""
+        return self.method != "rea"
+
+    @property
+    def uses_captions_for_images(self) -> bool:
+        """Whether the image stage has a loss on pseudo-captions."""
+        return self.method in ("mcip", "mcip+rea", "mcip+")
+
+    @property
+    def compares_with_captions(self) -> bool:
+        """Whether the image stage needs the captions embedded by the model that it trains."""
+        return self.uses_captions_for_images or (self.trains_images and self.distill > 0)
+
+    @property
+    def realigns(self) -> bool:
+        """Whether there is a text stage."""
+        return self.method in ("2sft", "mcip+rea", "rea", "mcip+")
+
+    @property
+    def needs_captions(self) -> bool:
+        """Whether pseudo-captions are mined."""
+        return self.uses_captions_for_images or (self.realigns and self.rea_data is None)
+
+    def problems(self) -> list[str]:
+        problems = []
+        if self.needs_captions and self.captions is None:
+            problems.append(
+                f"method={self.method!r} needs captions=: a text file, TSV, parquet or tar shards"
+                + (
+                    ""
+                    if self.uses_captions_for_images
+                    else "; or rea_data= with image-caption pairs"
+                )
+            )
+        if self.projector == "discard" and self.method not in ("gpr", "2sft"):
+            problems.append(
+                f"projector='discard' is not allowed with method={self.method!r}, whose captions "
+                "live in the joint space; allowed: keep, lock; or method gpr or 2sft"
+            )
+        problems += resume_problems(self.overwrite, self.resume)
+        if self.beta1 >= 1 or self.beta2 >= 1:
+            problems.append(f"beta1={self.beta1}, beta2={self.beta2}: each must be below 1")
+        problems += threshold_problems(self.threshold)
+        if self.caption_noise > 1:
+            problems.append(f"caption_noise={self.caption_noise}: a share, at most 1")
+        if self.loss_delta >= 1:
+            problems.append(f"loss_delta={self.loss_delta}: a share of a whole, below 1")
+        sources = self.train_data if isinstance(self.train_data, tuple) else (self.train_data,)
+        if not sources:
+            problems.append("train_data is empty; give at least one source")
+        if self.train_weights is not None:
+            if len(self.train_weights) != len(sources):
+                problems.append(
+                    f"train_weights has {len(self.train_weights)} values for {len(sources)} sources "
+                    "of train_data; give one per source"
+                )
+            if any(weight <= 0 for weight in self.train_weights):
+                problems.append(f"train_weights={self.train_weights}: each must be above 0")
+        problems += self._realignment_problems()
+        problems += self._budget_problems()
+        problems += self._distillation_problems()
+        if self.uses_captions_for_images and self.lambda_class + self.lambda_caption == 0:
+            problems.append("lambda_class and lambda_caption are both 0; nothing would be trained")
+        return problems
+
+    def _realignment_problems(self) -> list[str]:
+        problems = []
+        if self.rea_class_names is not None and self.rea_data is not None:
+            problems.append(
+                "rea_class_names are those of train_data, and rea_data takes its place; give one of them"
+            )
+        return problems + template_problems("rea_templates", self.rea_templates)
+
+    def _distillation_problems(self) -> list[str]:
+        problems = []
+        if self.distill > 0 and self.trains_images:
+            if self.captions is None and not self.needs_captions:
+                problems.append("distill needs captions=: distributions over them are what is kept")
+            if self.projector == "discard":
+                problems.append(
+                    "distill and projector='discard' exclude each other: without the projector there "
+                    "is no joint space to keep; allowed: keep, lock"
+                )
+        if self.distill == 0 and self.distill_data is not None:
+            problems.append("distill_data is for distillation; give distill too, such as 1")
+        if self.distill == 0 and self.mixtures > 0:
+            problems.append("mixtures are for distillation; give distill too, such as 1")
+        return problems
+
+    def _budget_problems(self) -> list[str]:
+        probe = ("probe_data", "probe_captions", "probe_class_names")
+        given = [name for name in probe if getattr(self, name) is not None]
+        problems = []
+        if "probe_captions" in given and "probe_class_names" in given:
+            problems.append("probe_captions and probe_class_names exclude each other; give one")
+        if self.budget is None:
+            problems += [f"{name} is for a budget; give alignment_budget too" for name in given]
+            return problems
+        if self.budget > 1:
+            problems.append(
+                f"alignment_budget={self.budget}: a share, 0 to 1 (0.02: lose 2 % at most; 1: no budget)"
+            )
+        if self.projector == "discard":
+            problems.append(
+                "alignment_budget is not allowed with projector='discard', which gives up the joint "
+                "space; allowed: keep, lock"
+            )
+        if self.captions is None and not self.needs_captions and not given:
+            problems.append(
+                f"alignment_budget={self.budget} is measured with texts; give captions=, probe_captions= "
+                "or probe_class_names=, or probe_data= with captions"
+            )
+        return problems

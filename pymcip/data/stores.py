@@ -1,0 +1,159 @@
+"""Where the images of one source lie: in files of their own, or inside tar shards.
+
+A store holds names, sizes and offsets in Arrow and NumPy arrays (tens of bytes per image), so it
+takes millions of images and can be sent to worker processes. Bytes are read one image at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pymcip.data.sources import some
+from pymcip.errors import DataError
+from pymcip.files import file_fingerprint
+from pymcip.progress import progress
+
+Int64: TypeAlias = npt.NDArray[np.int64]
+
+
+class Store(Protocol):
+    """Where the images of one source lie; rows are counted from 0."""
+
+    def key(self, row: int) -> str:
+        """Path of the image, or its shard's path and the member's name."""
+
+    def titles(self, row: int) -> tuple[str, ...]:
+        """Captions that come with the image; may be none."""
+
+    def read(self, row: int) -> bytes:
+        """The image file's bytes; raises DataError if it is gone or has shrunk."""
+
+    def fingerprint(self) -> list[Any]:
+        """Plain values that change whenever the images do."""
+
+
+class FileStore:
+    """Images as files below a folder."""
+
+    def __init__(self, kind: str, base: Path, names: list[str], titles: pa.Array | None) -> None:
+        self._kind = kind
+        self._base = base
+        self._names = pa.array(names, pa.large_string())
+        self._titles = titles
+        self._sizes = np.empty(len(names), np.int64)
+        self._times = np.empty(len(names), np.int64)
+        missing = []
+        for row, name in enumerate(
+            progress(names, description="checking image files", unit="file")
+        ):
+            try:
+                status = (base / name).stat()
+            except OSError:
+                missing.append(base / name)
+                continue
+            self._sizes[row], self._times[row] = status.st_size, status.st_mtime_ns
+        if missing:
+            raise DataError(
+                f"{len(missing)} of {len(names)} images of {base} are not there: {some(missing)}"
+                + (
+                    ". A table's filepath is relative to the table's folder, or absolute"
+                    if kind == "table"
+                    else ""
+                )
+            )
+
+    def key(self, row: int) -> str:
+        return str(self._base / self._names[row].as_py())
+
+    def titles(self, row: int) -> tuple[str, ...]:
+        return () if self._titles is None else tuple(self._titles[row].as_py())
+
+    def read(self, row: int) -> bytes:
+        try:
+            return Path(self.key(row)).read_bytes()
+        except OSError as error:
+            raise DataError(f"{self.key(row)} can't be read any more: {error}") from error
+
+    def fingerprint(self) -> list[Any]:
+        titles = None if self._titles is None else self._titles.to_pylist()
+        names = self._names.to_pylist()
+        return [self._kind, names, titles, self._sizes.tolist(), self._times.tolist()]
+
+
+class _Descriptor:
+    """A file open for reading until nothing refers to it: safe to drop while a thread reads."""
+
+    def __init__(self, path: Path) -> None:
+        self.number = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+class ShardIndex(NamedTuple):
+    """The images of one shard: their bytes' places int64 [n], member names, lists of titles."""
+
+    offsets: Int64
+    sizes: Int64
+    names: pa.Array
+    titles: pa.Array
+
+
+class ShardStore:
+    """Images inside tar shards, read by offset; the shards stay as they are."""
+
+    MOST_OPEN = 64
+
+    def __init__(self, paths: list[Path], indices: list[ShardIndex]) -> None:
+        counts = [len(index.offsets) for index in indices]
+        self._paths = paths
+        self._shard_ids = np.repeat(np.arange(len(paths), dtype=np.int32), counts)
+        self._offsets = np.concatenate([index.offsets for index in indices])
+        self._sizes = np.concatenate([index.sizes for index in indices])
+        self._names = pa.concat_arrays([index.names for index in indices])
+        self._titles = pa.concat_arrays([index.titles for index in indices])
+        self._open: dict[int, _Descriptor] = {}
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+    def _descriptor(self, shard: int) -> _Descriptor:
+        with self._lock:
+            descriptor = self._open.get(shard)
+            if descriptor is None:
+                if len(self._open) >= self.MOST_OPEN:
+                    self._open.pop(next(iter(self._open)))
+                descriptor = self._open[shard] = _Descriptor(self._paths[shard])
+            return descriptor
+
+    def key(self, row: int) -> str:
+        return f"{self._paths[self._shard_ids[row]]}/{self._names[row].as_py()}"
+
+    def titles(self, row: int) -> tuple[str, ...]:
+        return tuple(self._titles[row].as_py())
+
+    def read(self, row: int) -> bytes:
+        size, offset = int(self._sizes[row]), int(self._offsets[row])
+        try:
+            content = os.pread(self._descriptor(int(self._shard_ids[row])).number, size, offset)
+        except OSError as error:
+            raise DataError(f"{self.key(row)} can't be read any more: {error}") from error
+        if len(content) < size:
+            raise DataError(f"{self.key(row)}: the shard has been cut short since it was indexed")
+        return content
+
+    def fingerprint(self) -> list[Any]:
+        return ["shards", [file_fingerprint(path) for path in self._paths]]

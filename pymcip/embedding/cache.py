@@ -1,0 +1,65 @@
+"""A folder of embeddings that runs share: what is in it is not embedded again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pymcip.configs import Source
+from pymcip.data import Captions, ImageData
+from pymcip.embedding.folder import EmbeddingFolder
+from pymcip.embedding.write import CAPTIONS_PER_IMAGE, embed_captions, embed_images
+from pymcip.files import fingerprint
+from pymcip.model import ClipModel
+
+CACHE_PART_SIZE = 20_000  # what a kill while embedding can cost a run
+
+
+class EmbeddingCache:
+    """Embeddings of one model in a folder that runs share: what is in it is not embedded again.
+
+    Each set of images or captions has a subfolder, named by what it was made from. The model's
+    weights must not change while the cache is in use.
+    """
+
+    def __init__(
+        self, clip: ClipModel, folder: Source, *, batch_size: int = 64, workers: int = 0
+    ) -> None:
+        self.clip = clip
+        self.folder = Path(folder)
+        self.batch_size = batch_size
+        self.workers = workers
+        self._fingerprints: dict[str, str] = {}
+
+    def images(self, data: ImageData) -> EmbeddingFolder:
+        """Return the embeddings of `data`; raises what `embed_images` raises."""
+        return embed_images(
+            self.clip,
+            data,
+            self._folder("images", "image", data),
+            batch_size=self.batch_size,
+            part_size=CACHE_PART_SIZE,
+            workers=self.workers,
+            fingerprint_of_model=self._fingerprint("image"),
+        )
+
+    def captions(self, captions: Captions) -> EmbeddingFolder:
+        """Return the embeddings of `captions`; raises what `embed_captions` raises."""
+        return embed_captions(
+            self.clip,
+            captions,
+            self._folder("captions", "text", captions),
+            batch_size=CAPTIONS_PER_IMAGE * self.batch_size,
+            part_size=CACHE_PART_SIZE,
+            fingerprint_of_model=self._fingerprint("text"),
+        )
+
+    def _folder(self, name: str, part: str, data: ImageData | Captions) -> Path:
+        return (
+            self.folder
+            / f"{name}-{fingerprint([self._fingerprint(part), data.fingerprint()])[:16]}"
+        )
+
+    def _fingerprint(self, part: str) -> str:
+        if part not in self._fingerprints:
+            self._fingerprints[part] = self.clip.fingerprint(part)
+        return self._fingerprints[part]

@@ -1,0 +1,237 @@
+"""A user's own images, class names and captions as data sets that the benchmarks' protocols measure."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from pymcip.benchmarks import SuiteOptions, protocols
+from pymcip.benchmarks.contract import Captioned, Int64, Labelled
+from pymcip.benchmarks.embedder import CachedEmbedder
+from pymcip.data import ImageData
+from pymcip.data.class_names import ClassNames, ClassTexts, class_texts, rows_of_classes
+from pymcip.data.sources import some
+from pymcip.embedding import EmbeddingCache
+from pymcip.errors import DataError
+from pymcip.metrics import KNN_TEMPERATURE
+from pymcip.model import ClipModel
+
+TEMPLATES = ("a photo of a {}.", "{}")
+
+_log = logging.getLogger("pymcip.evaluation")
+
+
+@dataclass(frozen=True)
+class OwnData:
+    """A user's data, checked: the images, and what else there is to measure them by.
+
+    Attributes:
+        images: with labels, captions or both; -1 is the label of an image without one.
+        names: the candidates of zero-shot; None: no zero-shot.
+        descriptions: the queries of text-to-image mAP; None: there are none.
+        voters: images that vote in k-NN, and the label of each (int64), which for a class of
+            `images` is the same; None: the other images of `images` vote.
+    """
+
+    images: ImageData
+    names: ClassTexts | None = None
+    descriptions: ClassTexts | None = None
+    voters: tuple[ImageData, Int64] | None = None
+
+
+def evaluate_model(
+    clip: ClipModel,
+    data: ImageData,
+    *,
+    class_names: ClassNames | None = None,
+    templates: Sequence[str] = TEMPLATES,
+    knn_data: ImageData | None = None,
+    knn_k: int = 21,
+    knn_vote: Literal["weighted", "majority"] = "weighted",
+    knn_temperature: float = KNN_TEMPERATURE,
+    recall_at: Sequence[int] = (1, 5, 10),
+    batch_size: int = 64,
+    workers: int = 0,
+    counts: dict[str, int] | None = None,
+) -> dict[str, float]:
+    """Measure a model on what the data allow; `pymcip.metrics` defines each metric.
+
+    - `i2i_map`, `i2i_r1`, `knn` from labels of two or more classes; images without a label are
+      left out. k-NN takes the vote of `knn_data`, or of the other images of `data`.
+    - `zero_shot`, `zero_shot_top5` from labels and class names. All names of `class_names` are
+      candidates, also those without an image here; a name that several classes share is one
+      candidate. Without `class_names` the data's own class names serve, unless they are numbers.
+      Names go into the templates as they are: `-` and `_` too.
+    - `t2i_map` from the descriptions in `class_names`, each a query.
+    - `t2i_r1`, `i2t_r1`, ... from captions; all images are candidates, labelled or not.
+
+    Vectors go through float16, as in all embedding folders; they are kept for the time of the call,
+    in a temporary folder.
+
+    Args:
+        clip: the model.
+        data: images; those that can't be decoded are left out with a warning.
+        class_names: from `read_class_names`.
+        templates: zero-shot prompts.
+        knn_data: labelled images whose classes are joined to those of `data` by their names.
+        knn_k: neighbours that vote.
+        knn_vote: as in `pymcip.metrics.knn_classify`, with `knn_temperature`.
+        knn_temperature: of the weighted vote.
+        recall_at: the k of R@k.
+        batch_size: images per forward pass; captions go in batches four times as large.
+        workers: decoding processes.
+        counts: filled with the numbers of images, labelled, classes, captions and skipped.
+
+    Returns:
+        Percentages by name, only those that the data allow.
+
+    Raises:
+        DataError: no image can be decoded; class names or k-NN data don't go with the data.
+    """
+    own = check_own(data, knn_data, class_names)
+    options = SuiteOptions(knn_k=knn_k, knn_vote=knn_vote, knn_temperature=knn_temperature)
+    with tempfile.TemporaryDirectory(prefix="pymcip-") as folder:
+        cache = EmbeddingCache(clip, folder, batch_size=batch_size, workers=workers)
+        metrics, found = measure_own(own, cache, options, templates, recall_at)
+    if counts is not None:
+        counts.update(found)
+    return metrics
+
+
+def check_own(
+    data: ImageData, knn_data: ImageData | None, class_names: ClassNames | None
+) -> OwnData:
+    """Join the parts of a user's data before any model runs.
+
+    Raises:
+        DataError: they don't go together, or there is nothing to measure.
+    """
+    labelled = bool((data.labels >= 0).any())
+    if not labelled and not any(data.titles(i) for i in range(len(data))):
+        raise DataError(
+            "the images have neither labels nor captions, so there is nothing to measure; give them "
+            "labels (folders, a label column, cls) or captions (a title column, txt)"
+        )
+    if not labelled:
+        given = [
+            name
+            for name, value in (("class_names", class_names), ("knn_data", knn_data))
+            if value is not None
+        ]
+        if given:
+            raise DataError(f"{' and '.join(given)} need labelled images; data has no labels")
+        return OwnData(data)
+    own = OwnData(data)
+    if knn_data is not None:
+        voter_labels = np.append(_shared_labels(data, knn_data), -1)[knn_data.labels]
+        own = replace(own, voters=(knn_data, voter_labels))
+    if class_names is not None:
+        rows = rows_of_classes(data, class_names)
+        own = replace(
+            own, names=class_texts([class_names.names[row] for row in rows], class_names.names)
+        )
+        if class_names.descriptions is not None:
+            described = [class_names.descriptions[row] for row in rows]
+            own = replace(own, descriptions=class_texts(described, described))
+    elif all(name.lstrip("-").isdecimal() for name in data.class_names):
+        _log.info("no zero-shot: the class names are numbers; give class_names= to name them")
+    elif len(set(data.class_names)) > 1:
+        own = replace(own, names=class_texts(data.class_names, data.class_names))
+    return own
+
+
+def measure_own(
+    own: OwnData,
+    cache: EmbeddingCache,
+    options: SuiteOptions,
+    templates: Sequence[str],
+    recall_at: Sequence[int],
+) -> tuple[dict[str, float], dict[str, int]]:
+    """Measure one model by the protocols that the data allow.
+
+    Returns:
+        What `evaluate_model` returns, and the numbers with which it fills `counts`.
+
+    Raises:
+        DataError: no image can be decoded, or those that can leave nothing to measure.
+    """
+    embed = CachedEmbedder(cache)
+    images = own.images
+    decodable = embed.decodable(images)
+    classes = _labelled(images, images.labels, decodable)
+    several = len(np.unique(classes.labels)) > 1  # any order of one class alone is a perfect one
+    captions = [(text, row) for row, i in enumerate(decodable) for text in images.titles(int(i))]
+    found: dict[str, float] = {}
+    if several:
+        found["i2i_map"] = protocols.full_ranking(classes, embed, options)["map"]
+        found["i2i_r1"] = protocols.nearest_other(classes, embed, options)["r1"]
+    voters = None
+    if own.voters is not None:
+        voters = _labelled(*own.voters, embed.decodable(own.voters[0]))
+    if several or (voters and len(classes.labels)):
+        found["knn"] = protocols.knn(replace(classes, voters=voters), embed, options)["top1"]
+    if len(classes.labels) and own.names is not None:
+        named = replace(_by_texts(own.names, classes), templates=tuple(templates))
+        top = protocols.zero_shot(named, embed, options)
+        found["zero_shot"], found["zero_shot_top5"] = top["top1"], top["top5"]
+    if len(classes.labels) and own.descriptions is not None:
+        described = _by_texts(own.descriptions, classes)
+        found["t2i_map"] = protocols.descriptions(described, embed, options)["map"]
+    if captions:
+        owners = np.array([row for _, row in captions], np.int64)
+        texts = tuple(text for text, _ in captions)
+        found |= protocols.cross_modal(
+            Captioned(images, texts, owners, rows=decodable), embed, tuple(recall_at)
+        )
+    if not found:
+        raise DataError(
+            "there is nothing to measure: the images have no captions, and labels of one class "
+            f"only ({images.class_names[classes.labels[0]]!r}); give images of two classes or more"
+        )
+    return found, {
+        "images": len(decodable),
+        "labelled": len(classes.labels),
+        "classes": len(np.unique(classes.labels)),
+        "captions": len(captions),
+        "skipped": len(images) - len(decodable),
+    }
+
+
+def _labelled(images: ImageData, labels: Int64, decodable: Int64) -> Labelled:
+    """Make a data set of the decodable images that have a label."""
+    rows = decodable[labels[decodable] >= 0]
+    return Labelled(images, labels[rows], rows=rows)
+
+
+def _by_texts(texts: ClassTexts, classes: Labelled) -> Labelled:
+    """Make a data set whose labels are the texts of the classes."""
+    return replace(classes, labels=texts.of_class[classes.labels], names=tuple(texts.texts))
+
+
+def _shared_labels(data: ImageData, other: ImageData) -> Int64:
+    """Find the label in `data` of each class of `other` (int64 [C of other]); new ones for its own classes.
+
+    Classes are the same if their names are, and, where `data` has several sources, if their
+    sources have the same position too.
+    """
+
+    def keys(images: ImageData) -> list[tuple[int, str]]:
+        sources = images.class_sources if several else np.zeros(images.num_classes, dtype=np.int64)
+        return list(zip(map(int, sources), images.class_names, strict=True))
+
+    several = len(set(data.class_names)) < data.num_classes
+    label_of = {key: label for label, key in enumerate(keys(data))}
+    if not any(key in label_of for key in keys(other)):
+        raise DataError(
+            "knn_data and data have no class in common, such as "
+            f"{some(map(repr, other.class_names[:3]))} and "
+            f"{some(map(repr, data.class_names[:3]))}; label both alike"
+        )
+    for key in keys(other):
+        label_of.setdefault(key, len(label_of))
+    return np.array([label_of[key] for key in keys(other)], dtype=np.int64)

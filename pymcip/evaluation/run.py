@@ -1,0 +1,260 @@
+"""`pymcip.evaluate`: models side by side on the user's own data, or on public benchmarks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pymcip.benchmarks import (
+    BENCHMARKS,
+    DATA_SETS,
+    SUITES,
+    SuiteOptions,
+    find_suite,
+    measure_suite,
+)
+from pymcip.configs import EvaluateConfig
+from pymcip.data import load_images
+from pymcip.data.class_names import read_class_names
+from pymcip.embedding import EmbeddingCache
+from pymcip.errors import ConfigError, DataError
+from pymcip.evaluation.own_data import check_own, measure_own
+from pymcip.evaluation.tables import (
+    comparison_table,
+    model_headings,
+    reported_columns,
+    suite_table,
+)
+from pymcip.files import prepare_output, write_json, write_text
+from pymcip.model import load
+
+Measured = TypeVar("Measured")
+
+_log = logging.getLogger("pymcip.evaluation")
+
+
+@dataclass(frozen=True)
+class EvaluateResult:
+    """What `evaluate` measured, in percent.
+
+    On the user's data: keys as in `evaluate_model`; `counts` says on how much: images, labelled,
+    classes, captions, skipped (images that could not be decoded). Of a suite: `metrics` and
+    `baseline` hold each benchmark's figure by its name, `details` all figures of each for the model,
+    `counts` the images of each, `missing` why the others were not measured.
+
+    `table` is markdown: a row per metric or benchmark, columns for the baseline, the model and the
+    difference (only the model without a baseline). `out` holds metrics.json and table.md, or is None.
+    """
+
+    metrics: dict[str, float]
+    baseline: dict[str, float] | None
+    table: str
+    counts: dict[str, int]
+    out: Path | None
+    details: dict[str, dict[str, float]] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+def evaluate(
+    config: EvaluateConfig | str | os.PathLike[str] | None = None, /, **options: Any
+) -> EvaluateResult:
+    """Measure a model, and a baseline beside it, on the user's images or on public benchmarks.
+
+    Takes the fields of `EvaluateConfig` as keywords, or a ready config, or the model's name first:
+    `evaluate("ViT-L-14-336", pretrained="openai", suite="paper", data_root="/data")`.
+
+    With `data`, `evaluate_model` says what is measured from which data; every image is embedded once
+    per model. With `suite`, the public benchmarks of the paper's Table 1 (arXiv 2409.01936) that
+    lie below `data_root` are read from their original layouts, all of them are checked before anything
+    is embedded, and each image is embedded once per model, whichever benchmarks use it.
+    `pymcip.benchmarks.listing` says what each needs and where to get it.
+
+    `image_size`, `device` and `precision` hold for both models. With `out`, the folder gets
+    metrics.json and table.md.
+
+    Raises:
+        ConfigError: the options are wrong.
+        DataError: the data can't be read, or hold nothing to measure; the class names don't cover
+            the data's labels; a benchmark's data are not complete.
+        MissingDependencyError: a benchmark's files need a package that is not installed.
+        CheckpointError: weights can't be loaded.
+        OutputExistsError: `out` is not empty, and `overwrite` was not given.
+    """
+    if config is not None and not isinstance(config, EvaluateConfig):
+        options = {"model": os.fspath(config), **options}
+        config = None
+    chosen = EvaluateConfig.make(config, options)
+    return _evaluate_own(chosen) if chosen.suite is None else _evaluate_suite(chosen)
+
+
+def _evaluate_own(config: EvaluateConfig) -> EvaluateResult:
+    assert config.data is not None
+    data = load_images(config.data, labelled=False)
+    knn_data = None if config.knn_data is None else load_images(config.knn_data)
+    names = None if config.class_names is None else read_class_names(config.class_names)
+    own = check_own(data, knn_data, names)
+    options = protocol_options(config)
+    out = _prepare(config, [config.data, config.knn_data, config.class_names])
+    measured = _each_model(
+        config,
+        config.cache,
+        lambda cache: measure_own(own, cache, options, config.templates, config.recall_at),
+    )
+    results = [metrics for metrics, _ in measured]
+    counts = measured[-1][1]
+    result = EvaluateResult(
+        metrics=results[-1],
+        baseline=results[0] if config.baseline is not None else None,
+        table=comparison_table(model_headings(_models(config)), results, _notes(counts, config)),
+        counts=counts,
+        out=out,
+    )
+    _write(result, config)
+    return result
+
+
+def _evaluate_suite(config: EvaluateConfig) -> EvaluateResult:
+    assert config.suite is not None
+    unknown = [name for name in config.benchmarks if name not in BENCHMARKS]
+    if unknown:
+        raise ConfigError(f"benchmarks={unknown} are not known; allowed: {', '.join(BENCHMARKS)}")
+    unknown = sorted(config.data_paths.keys() - DATA_SETS.keys())
+    if unknown:
+        raise ConfigError(f"data_paths has {unknown}; allowed: {', '.join(sorted(DATA_SETS))}")
+    options = protocol_options(config)
+    wanted = [BENCHMARKS[name] for name in BENCHMARKS if name in (config.benchmarks or BENCHMARKS)]
+    root = None if config.data_root is None else Path(config.data_root).expanduser()
+    if root is not None and not root.is_dir():
+        raise DataError(
+            f"data_root={str(root)!r} is no folder; give the one that holds the data sets"
+        )
+    found, missing = find_suite(wanted, root, config.data_paths, options)
+    if not found:
+        reasons = "\n".join(f"- {name}: {reason}" for name, reason in missing.items())
+        raise DataError(f"none of the benchmarks' data are there:\n{reasons}")
+    out = _prepare(config, [config.data_root, config.cache, *map(str, config.data_paths.values())])
+    results = _each_model(
+        config,
+        config.cache or (None if out is None else out / "embeddings"),
+        lambda cache: measure_suite(found, cache, options),
+    )
+    for scores in results:
+        missing |= scores.failed
+    if not any(scores.scores for scores in results):
+        raise DataError(
+            "not one benchmark could be measured:\n"
+            + "\n".join(f"- {name}: {reason}" for name, reason in missing.items())
+        )
+    models = _models(config)
+    result = EvaluateResult(
+        metrics=results[-1].figures,
+        baseline=results[0].figures if config.baseline is not None else None,
+        table=suite_table(
+            model_headings(models),
+            [each.figures for each in results],
+            found,
+            missing,
+            reported_columns(models),
+        ),
+        counts={item.benchmark.name: item.images for item in found},
+        out=out,
+        details=results[-1].scores,
+        missing=missing,
+    )
+    _write(result, config, {"protocol": asdict(options), "baseline_details": results[0].scores})
+    return result
+
+
+def protocol_options(config: EvaluateConfig) -> SuiteOptions:
+    """Combine the suite's settings (without a suite: the defaults) with those that were given."""
+    names = {item.name for item in fields(SuiteOptions)} & {item.name for item in fields(config)}
+    given = {name: getattr(config, name) for name in names}
+    return SuiteOptions(
+        **{
+            **SUITES[config.suite or "paper"],
+            **{name: value for name, value in given.items() if value is not None},
+        }
+    )
+
+
+def _models(config: EvaluateConfig) -> list[tuple[str, str | None]]:
+    """List names and weights of the models to measure: the baseline, if there is one, first."""
+    models: list[tuple[str, str | None]] = [(config.model, config.pretrained)]
+    if config.baseline is not None:
+        models.insert(0, (config.baseline, config.baseline_pretrained))
+    return models
+
+
+def _each_model(
+    config: EvaluateConfig,
+    folder: str | os.PathLike[str] | None,
+    measure: Callable[[EmbeddingCache], Measured],
+) -> list[Measured]:
+    """Measure the baseline, if there is one, then the model: one is in memory at a time.
+
+    Embeddings go into `folder`, or into a temporary one.
+    """
+    with ExitStack() as stack:
+        if folder is None:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="pymcip-"))
+        results = []
+        for name, pretrained in _models(config):
+            clip = load(
+                name,
+                pretrained,
+                image_size=config.image_size,
+                device=config.device,
+                precision=config.precision,
+            )
+            _log.info("evaluating %s", name)
+            cache = EmbeddingCache(
+                clip, folder, batch_size=config.batch_size, workers=config.workers
+            )
+            results.append(measure(cache))
+            del clip, cache
+    return results
+
+
+def _prepare(config: EvaluateConfig, inputs: list[Any]) -> Path | None:
+    """Make the output folder, if one is asked for; it must hold none of the inputs."""
+    if config.out is None:
+        return None
+    return prepare_output(
+        config.out,
+        overwrite=config.overwrite,
+        resume=config.resume is not None,
+        inputs=[*_models(config), *inputs],
+    )
+
+
+def _write(
+    result: EvaluateResult, config: EvaluateConfig, more: dict[str, Any] | None = None
+) -> None:
+    if result.out is None:
+        return
+    document = {
+        name: value for name, value in asdict(result).items() if name not in ("table", "out")
+    }
+    write_json(
+        result.out / "metrics.json", {**document, **(more or {}), "config": config.to_dict()}
+    )
+    write_text(result.out / "table.md", result.table)
+
+
+def _notes(counts: dict[str, int], config: EvaluateConfig) -> str:
+    parts = [f"{counts['images']:,} images"]
+    if counts["labelled"]:
+        parts.append(f"{counts['labelled']:,} labelled in {counts['classes']:,} classes")
+        voters = "the other images" if config.knn_data is None else "knn_data"
+        parts.append(f"k-NN: k = {config.knn_k}, {config.knn_vote} vote of {voters}")
+    if counts["captions"]:
+        parts.append(f"{counts['captions']:,} captions")
+    if counts["skipped"]:
+        parts.append(f"{counts['skipped']:,} undecodable images left out")
+    return "; ".join(parts) + "."

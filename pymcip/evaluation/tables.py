@@ -1,0 +1,130 @@
+"""Results as markdown tables: models side by side, on the user's data or on benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from pymcip.benchmarks import paper
+from pymcip.benchmarks.suite import Found
+
+BENCHMARKS_OF_THE_MEAN = len(paper.BENCHMARKS)
+_RULES = {"l": "---|", "r": "---:|", "c": ":---:|"}
+_TITLES = {
+    "i2i_map": "image-to-image mAP",
+    "i2i_r1": "image-to-image R@1",
+    "knn": "k-NN",
+    "zero_shot": "zero-shot top-1",
+    "zero_shot_top5": "zero-shot top-5",
+    "t2i_map": "text-to-image mAP (class descriptions)",
+}
+
+
+def markdown_table(heads: Sequence[str], align: str, rows: Iterable[Sequence[str]]) -> str:
+    """Format a table; a `|` in a cell is escaped.
+
+    Args:
+        heads: of the columns.
+        align: a letter per column: "l" left, "r" right, "c" centred.
+        rows: each with a cell per column.
+
+    Returns:
+        The lines, the last one with a newline at its end.
+    """
+    lines = [list(heads), *map(list, rows)]
+    text = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+    text.insert(1, "|" + "".join(_RULES[letter] for letter in align))
+    return "\n".join(text) + "\n"
+
+
+def comparison_table(
+    headings: Sequence[str], results: Sequence[Mapping[str, float]], notes: str = ""
+) -> str:
+    """Format results as a markdown table, one column each; of two also the difference."""
+    heads = ["metric (%)", *headings] + (["difference"] if len(results) == 2 else [])
+    rows = [[_title(key), *_cells([result[key] for result in results])] for key in results[-1]]
+    table = markdown_table(heads, "l" + "r" * (len(heads) - 1), rows)
+    return table + (f"\n{notes}\n" if notes else "")
+
+
+def suite_table(
+    headings: Sequence[str],
+    results: Sequence[Mapping[str, float]],
+    found: Sequence[Found],
+    missing: Mapping[str, str],
+    reported: Mapping[str, Mapping[str, float]] | None = None,
+) -> str:
+    """Format the figures of one or two models as markdown: a row per benchmark, then the means.
+
+    Means are over the benchmarks of the paper's table that every model has; a mean over fewer than
+    the fourteen says so, and is not to be compared with the paper's. `reported` has columns of the
+    paper's own figures, by their headings.
+    """
+    columns = [*results, *(reported or {}).values()]
+    heads = ["benchmark", "", *headings]
+    heads += ["difference"] if len(results) == 2 else []
+    heads += list(reported or {})
+    rows: list[list[str]] = []
+
+    def add(name: str, metric: str, values: Sequence[float | None]) -> None:
+        own, theirs = values[: len(results)], values[len(results) :]
+        rows.append([name, metric, *_cells(own), *(_number(value, ".1f") for value in theirs)])
+
+    remarks = []
+    complete = []
+    for item in found:
+        benchmark = item.benchmark
+        values = [column.get(benchmark.name) for column in columns]
+        if all(value is None for value in values[: len(results)]):
+            continue
+        mark = ""
+        if item.notes:
+            remarks.append(f"\\* {benchmark.name}: {'; '.join(item.notes)}\n")
+            mark = " \\*"
+        if benchmark.name in paper.BENCHMARKS and None not in values:
+            complete.append(benchmark.name)
+        add(benchmark.name + mark, f"{benchmark.group} {benchmark.metric}", values)
+    if complete:
+        means = [float(np.mean([column[name] for name in complete])) for column in columns]
+        whole = len(complete) == BENCHMARKS_OF_THE_MEAN
+        title = "mean" if whole else f"mean of these {len(complete)} of {BENCHMARKS_OF_THE_MEAN}"
+        add(title, "", means)
+    text = markdown_table(heads, "ll" + "r" * (len(heads) - 2), rows)
+    text += "".join(["\n", *remarks]) if remarks else ""
+    return text + (f"\nNot measured: {', '.join(missing)}.\n" if missing else "")
+
+
+def model_headings(models: Sequence[tuple[str, str | None]]) -> list[str]:
+    """Name models, each given as (name, pretrained tag), as the tables' columns do."""
+    return [name if tag is None else f"{name} ({tag})" for name, tag in models]
+
+
+def reported_columns(models: Sequence[tuple[str, str | None]]) -> dict[str, dict[str, float]]:
+    """Find the paper's own figures of these models, under headings for `suite_table`."""
+    found = {
+        f"paper: {heading}": paper.reported(*model)
+        for heading, model in zip(model_headings(models), models, strict=True)
+    }
+    return {heading: figures for heading, figures in found.items() if figures}
+
+
+def _cells(values: Sequence[float | None]) -> list[str]:
+    """Format the values of the models; of two also their difference."""
+    cells = [_number(value, ".2f") for value in values]
+    if len(values) == 2:
+        before, after = values
+        change = None if before is None or after is None else after - before
+        cells.append(_number(change, "+.2f"))
+    return cells
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else f"{value:{form}}"
+
+
+def _title(key: str) -> str:
+    if key in _TITLES:
+        return _TITLES[key]
+    way, rank = key.split("_r")
+    return f"{'text-to-image' if way == 't2i' else 'image-to-text'} R@{rank}"

@@ -1,0 +1,92 @@
+"""Mining images block by block: each finished block is a file, so that a run can be continued."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from pathlib import Path
+
+import numpy as np
+
+from pymcip.errors import DataError
+from pymcip.files import atomic_path
+from pymcip.mining.search import Search
+from pymcip.mining.table import CaptionTable, Float32, Int64, bounds_of
+from pymcip.ops.arrays import MatrixParts
+from pymcip.progress import progress
+
+_log = logging.getLogger("pymcip.mining")
+
+
+def mine_blocks(
+    images: MatrixParts, captions: int, search: Search, k: int, folder: Path | None, rows: int
+) -> CaptionTable:
+    """Search the captions of all images, and keep each finished block in a file.
+
+    Blocks are of one size, to a row. A file is named after the rows of its block.
+
+    Args:
+        images: unit rows [N, D].
+        captions: how many captions there are.
+        search: finds the captions of a block.
+        k: captions per image, at most.
+        folder: of the blocks' files; blocks found there are read. None keeps nothing.
+        rows: images per block, at most.
+
+    Raises:
+        DataError: the file of a block is damaged.
+    """
+    count = -(-len(images) // rows)
+    bounds = [len(images) * number // count for number in range(count + 1)]
+    places = list(itertools.pairwise(bounds))
+    files = [None if folder is None else folder / f"images_{a}_{b}.npz" for a, b in places]
+    finished = [file is not None and file.is_file() for file in files]
+    ready = sum(b - a for (a, b), done in zip(places, finished, strict=True) if done)
+    if ready:
+        _log.info("%d of %d images were mined before; mining the others", ready, len(images))
+    found = []
+    with progress(
+        total=len(images) * captions,
+        initial=ready * captions,
+        description="mining",
+        unit="cosine",
+        unit_scale=True,
+    ) as bar:
+        for (first, last), file, done in zip(places, files, finished, strict=True):
+            if file is not None and done:
+                found.append(_present(*_read_block(file, last - first, k)))
+                continue
+            work, counted = (last - first) * captions, 0
+
+            def report(done: int, total: int) -> None:
+                nonlocal counted
+                now = work * done // max(1, total)  # noqa: B023
+                bar.update(now - counted)
+                counted = now
+
+            ids, cosines = search(images[first:last], report)
+            report(1, 1)
+            if file is not None:
+                with atomic_path(file) as temporary, temporary.open("wb") as handle:
+                    np.savez(handle, ids=ids, cosines=cosines)
+            found.append(_present(ids, cosines))
+    counts, all_ids, all_cosines = (np.concatenate(column) for column in zip(*found, strict=True))
+    return CaptionTable(bounds_of(counts), all_ids, all_cosines, captions)
+
+
+def _present(ids: Int64, cosines: Float32) -> tuple[Int64, Int64, Float32]:
+    """How many captions each image of a block has, and their ids and cosines in one row."""
+    there = ids >= 0
+    return there.sum(axis=1), ids[there], cosines[there]
+
+
+def _read_block(file: Path, rows: int, k: int) -> tuple[Int64, Float32]:
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            ids, cosines = stored["ids"], stored["cosines"]
+        if ids.shape == cosines.shape == (rows, k):
+            return ids, cosines
+        problem = f"it holds {ids.shape}, not {(rows, k)}"
+    except (OSError, KeyError, ValueError, EOFError) as error:
+        problem = str(error)
+    raise DataError(f"{file} is damaged: {problem}. Remove it and mine again")

@@ -1,0 +1,196 @@
+"""Searching the captions of a block of images: exactly, or with an approximate index."""
+
+from __future__ import annotations
+
+import logging
+import math
+import mmap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from pymcip.embedding import Matrix
+from pymcip.files import read_json, write_json
+from pymcip.mining.table import Float32, Int64
+from pymcip.ops import ApproximateIndex, topk
+from pymcip.ops.arrays import MatrixParts, Progress, dtype_name
+from pymcip.ops.dispatch import backends
+from pymcip.ops.topk_cpu import pass_queries
+from pymcip.progress import progress
+
+GPU_BLOCK_ROWS = 1 << 17
+RECALL_ROWS = 256  # images whose exact captions an approximate search is compared with
+
+_log = logging.getLogger("pymcip.mining")
+# Of a block of images [rows, D]: ids and cosines [rows, k], -1 and -inf where there are fewer. The
+# callback is called with the work done and the work to do.
+Search: TypeAlias = Callable[[Matrix, Progress], tuple[Int64, Float32]]
+
+
+def search_device(backend: str, dtype: str) -> torch.device:
+    """The device that searches: the GPU, if there is one and the back end takes `dtype` there."""
+    if torch.cuda.is_available():
+        rows = [row for row in backends("topk") if backend in ("auto", row.name)]
+        if any(row.obstacle("cuda", dtype) is None for row in rows):
+            return torch.device("cuda")
+    return torch.device("cpu")
+
+
+def images_per_block(k: int, columns: int, device: torch.device) -> int:
+    """Images per block: what a kill loses, and what all captions are read and rounded for once.
+
+    On a CPU as many as one pass over the captions serves: 14,848 of 512 columns with k = 10, which
+    take two cores with AMX three quarters of a minute with 12 million captions. A GPU takes seconds
+    for far more.
+    """
+    return pass_queries(columns, k) if device.type == "cpu" else GPU_BLOCK_ROWS
+
+
+def exact_search(
+    captions: MatrixParts,
+    k: int,
+    threshold: float | None,
+    *,
+    backend: str = "auto",
+    threads: int | None = None,
+) -> Search:
+    """A search that finds every one of the k nearest captions; see `pymcip.ops.topk`."""
+    device = search_device(backend, dtype_name(captions.parts[0]))
+    for part in captions.parts:
+        if isinstance(part, np.memmap) and hasattr(mmap, "MADV_SEQUENTIAL"):
+            # Reads ahead: a part that is not in memory takes half the time.
+            part._mmap.madvise(mmap.MADV_SEQUENTIAL)  # type: ignore[attr-defined]
+
+    def search(images: Matrix, report: Progress) -> tuple[Int64, Float32]:
+        queries: Any = images
+        if device.type != "cpu":
+            queries = torch.from_numpy(np.array(images)).to(device)
+        ids, cosines = topk(
+            queries, captions.parts, k, threshold,
+            backend=backend, threads=threads, progress=report,
+        )  # fmt: skip
+        return np.asarray(_on_host(ids)), np.asarray(_on_host(cosines))
+
+    return search
+
+
+def approximate_search(
+    captions: MatrixParts,
+    k: int,
+    threshold: float,
+    *,
+    recall: float,
+    sampled: Matrix,
+    population: int,
+    folder: Path | None,
+    measured_file: Path | None,
+    backend: str = "auto",
+    threads: int | None = None,
+    seed: int = 0,
+) -> tuple[Search, dict[str, Any]]:
+    """A search that finds about `recall` of the pairs, and the recall measured on a sample.
+
+    An interrupted run that is started again finds index and measurement in their files, and so
+    searches with the same settings.
+
+    Args:
+        captions: unit rows [M, D].
+        k: captions per image, at most.
+        threshold: lowest cosine, inclusive.
+        recall: share of the pairs to find, below 1.
+        sampled: images [n, D] that recall is measured on.
+        population: how many images there are in all.
+        folder: of the index, which is built there if there is none; None keeps nothing.
+        measured_file: JSON file of what was measured; None keeps nothing.
+        backend, threads: of the exact search that recall is compared with.
+        seed: of the index and of the sample.
+
+    Returns:
+        The search; and `asked`, `recall`, `recall_error`, `recall_interval`, `recall_images`,
+        `nprobe`, `lists`, `candidates`, as `mine_table` reports them.
+    """
+    index = _open_index(folder, captions, seed, threads)
+    if measured_file is not None and measured_file.is_file():
+        measured = read_json(measured_file)
+    else:
+        found = _with_bar(
+            "measuring recall",
+            lambda report: index.search(
+                sampled, captions.parts, k, threshold,
+                recall=recall, sample=RECALL_ROWS, population=population,
+                backend=backend, seed=seed, threads=threads, progress=report,
+            ),
+        )  # fmt: skip
+        known = math.isfinite(found.recall)
+        measured = {
+            "asked": recall,
+            "recall": found.recall if known else None,
+            "recall_error": found.recall_error if known else None,
+            "recall_interval": list(found.recall_interval),
+            "recall_images": found.recall_queries,
+            "nprobe": found.nprobe,
+            "lists": index.lists,
+            "candidates": found.candidates,
+        }
+        if measured_file is not None:
+            write_json(measured_file, measured)
+    if measured["recall"] is None:
+        _log.warning(
+            "recall can't be measured: none of %d images sampled has a caption over the threshold",
+            len(sampled),
+        )
+    else:
+        _log.info(
+            "approximate search: recall %.3f (95 %% interval %.3f to %.3f, measured on %d images; "
+            "%.3f was asked for), %d of %d lists",
+            measured["recall"],
+            *measured["recall_interval"],
+            measured["recall_images"],
+            recall,
+            measured["nprobe"],
+            measured["lists"],
+        )
+
+    def search(images: Matrix, report: Progress) -> tuple[Int64, Float32]:
+        found = index.search(
+            images, captions.parts, k, threshold,
+            nprobe=measured["nprobe"], sample=0,
+            backend=backend, threads=threads, progress=report,
+        )  # fmt: skip
+        return found.ids, found.scores
+
+    return search, measured
+
+
+def _open_index(
+    folder: Path | None, captions: MatrixParts, seed: int, threads: int | None
+) -> ApproximateIndex:
+    if folder is not None and (folder / "index.json").is_file():
+        return ApproximateIndex.load(folder, memory_map=True)
+    index: ApproximateIndex = _with_bar(
+        "building the index",
+        lambda report: ApproximateIndex.build(
+            captions.parts, seed=seed, threads=threads, progress=report
+        ),
+    )
+    if folder is not None:
+        index.save(folder)
+    return index
+
+
+def _with_bar(description: str, work: Callable[[Progress], Any]) -> Any:
+    """What `work` returns; its argument moves a progress bar."""
+    with progress(total=0, description=description, unit="row", unit_scale=True) as bar:
+
+        def report(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return work(report)
+
+
+def _on_host(values: Any) -> Any:
+    return values.cpu() if isinstance(values, torch.Tensor) else values

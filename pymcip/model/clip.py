@@ -1,0 +1,155 @@
+"""An open_clip model with what belongs to it: transforms, tokenizer, config and fingerprint."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pymcip.files import fingerprint
+
+MAX_LOGIT_SCALE = 100.0
+
+
+@dataclass
+class ClipModel:
+    """An open_clip model and everything needed to run, fingerprint and export it.
+
+    `model` is open_clip's own module (fp32 weights); `model_cfg` and `preprocess_cfg` are what its
+    hub-style `open_clip_config.json` would hold, `quick_gelu` and a forced image size included.
+    """
+
+    name: str
+    model: nn.Module
+    preprocess_train: Callable[[Any], Tensor]
+    preprocess_val: Callable[[Any], Tensor]
+    tokenizer: Callable[[list[str]], Tensor]
+    model_cfg: dict[str, Any]
+    preprocess_cfg: dict[str, Any]
+    device: torch.device
+    precision: str
+
+    @property
+    def embed_dim(self) -> int:
+        """Width D of the joint embedding space."""
+        return int(self.model_cfg["embed_dim"])
+
+    @property
+    def transform(self) -> str:
+        """The evaluation transform in words, the same in every process (no memory addresses)."""
+        return re.sub(r" at 0x[0-9a-f]+", "", repr(self.preprocess_val))
+
+    @property
+    def logit_scale(self) -> float:
+        """CLIP's scale s = exp(logit_scale) of cosines, the inverse temperature, at most 100.
+
+        CLIP (arXiv 2103.00020, section 2.5) and open_clip clip it in training; every loss and
+        measurement of pymcip's training takes it from here. The weights are exported as stored.
+        """
+        stored = float(self.model.logit_scale.detach())  # type: ignore[union-attr,operator,arg-type]
+        return min(MAX_LOGIT_SCALE, math.exp(stored))
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Context of a forward pass: bf16 autocast if the precision is "amp_bf16"."""
+        if self.precision == "amp_bf16":
+            return torch.autocast(device_type=self.device.type, dtype=torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Unit fp32 embeddings [B, D] of preprocessed images [B, 3, H, W]; keeps the graph."""
+        with self.autocast():
+            features = self.model.encode_image(images)  # type: ignore[operator]
+        return nn.functional.normalize(features.float(), dim=-1)
+
+    def text_features(self, tokens: Tensor) -> Tensor:
+        """Unit fp32 embeddings [B, D] of token ids [B, L]; keeps the graph."""
+        with self.autocast():
+            features = self.model.encode_text(tokens)  # type: ignore[operator]
+        return nn.functional.normalize(features.float(), dim=-1)
+
+    @torch.inference_mode()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Unit fp32 embeddings [B, D] on the CPU of preprocessed images [B, 3, H, W]."""
+        with evaluation_mode(self.model):
+            images = images.to(self.device, non_blocking=True)
+            if is_convolutional(self.model):
+                images = images.contiguous(memory_format=torch.channels_last)
+            return self.image_features(images).cpu()
+
+    @torch.inference_mode()
+    def encode_texts(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
+        """Unit fp32 embeddings [len(texts), D] on the CPU."""
+        with evaluation_mode(self.model):
+            parts = [
+                self.text_features(self.tokenizer(list(texts[i : i + batch_size])).to(self.device))
+                for i in range(0, len(texts), batch_size)
+            ]
+        return torch.cat(parts).cpu() if parts else torch.empty(0, self.embed_dim)
+
+    def fingerprint(self, part: str = "model") -> str:
+        """SHA-256 of weights and of what decides an embedding beside them.
+
+        `part`: "image" (image tower + transform), "text" (text tower + tokenizer) or "model".
+        """
+        state = self.model.state_dict()
+        if part == "image":
+            state = {name: value for name, value in state.items() if name.startswith("visual.")}
+        elif part == "text":
+            state = {name: value for name, value in state.items() if not name.startswith("visual.")}
+        described: dict[str, Any] = {
+            "weights": weights_fingerprint(state),
+            "precision": self.precision,
+        }
+        if part != "text":
+            described["vision"] = self.model_cfg["vision_cfg"]
+            described["transform"] = self.transform
+        if part != "image":
+            described["text"] = self.model_cfg["text_cfg"]
+        described["quick_gelu"] = bool(self.model_cfg.get("quick_gelu", False))
+        return fingerprint(json.loads(json.dumps(described, default=str)))
+
+
+@contextlib.contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Put the module into eval mode and give every submodule its own mode back afterwards."""
+    modes = [(child, child.training) for child in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, mode in modes:
+            child.training = mode
+
+
+def weights_fingerprint(state: dict[str, Tensor]) -> str:
+    """SHA-256 (hex) of a state dict's names, dtypes, shapes and values."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        value = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def is_convolutional(model: nn.Module) -> bool:
+    """Whether the image tower is convolutional, and so faster with channels-last memory."""
+    visual = model.visual
+    return sum(isinstance(layer, nn.Conv2d) for layer in visual.modules()) > 4  # type: ignore[union-attr]
+
+
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """Copy a module's state: contiguous CPU tensors, floating-point ones in fp32, none shared."""
+    state = {}
+    for name, value in model.state_dict().items():
+        dtype = torch.float32 if value.is_floating_point() else value.dtype
+        plain = torch.empty(value.shape, dtype=dtype)
+        state[name] = plain.copy_(value.detach())
+    return state

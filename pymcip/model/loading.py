@@ -1,0 +1,230 @@
+"""Load any model that open_clip knows, and refuse what open_clip would let pass in silence."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import logging
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+
+from pymcip.configs import ModelOptions
+from pymcip.errors import CheckpointError, ConfigError
+from pymcip.model.clip import ClipModel, is_convolutional
+
+HUB_FOLDER = Path("exported") / "hub"  # inside a run folder
+
+# open_clip reports through the root logger what pymcip's own messages already say.
+_log = logging.getLogger("pymcip.model")
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies in bf16, or oneDNN's emulation by AVX-512 is of use.
+
+    A CPU without either takes many times longer in bf16 than in fp32.
+    """
+    return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _device(device: str | None) -> torch.device:
+    """The named device; without a name a GPU, if torch sees one."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"device={device!r} can't be used here ({str(error).splitlines()[0]}); "
+            "allowed: cpu, or cuda[:n] where torch sees a GPU"
+        ) from error
+    return chosen
+
+
+def _resolve_name(model: str) -> str:
+    """The name open_clip knows: a run folder or a hub-style folder becomes `local-dir:…`."""
+    if ":" not in model and Path(model).is_dir():
+        for folder in (Path(model) / HUB_FOLDER, Path(model) / "hub", Path(model)):
+            if (folder / "open_clip_config.json").is_file():
+                return f"local-dir:{folder}"
+        raise ConfigError(
+            f"model={model!r} is a folder without {HUB_FOLDER}/open_clip_config.json; give a "
+            "finished pymcip run, a hub-style folder, or a name that open_clip knows"
+        )
+    plain = model.replace("/", "-")  # ViT-B/32, as open_clip takes it too
+    return plain if plain in open_clip.list_models() else model
+
+
+def _check_source(name: str, pretrained: str | None) -> bool:
+    """Refuse what can't be loaded, before anything is; returns whether QuickGELU must be forced."""
+    if name in ("local-dir:", "hf-hub:"):
+        raise ConfigError(f"model={name!r} names nothing after the colon; give a folder or a repo")
+    schema, identifier = open_clip.factory.parse_model_name(name)
+    if schema == "local-dir" and not (Path(identifier) / "open_clip_config.json").is_file():
+        raise ConfigError(
+            f"model={name!r}: there is no open_clip_config.json in {identifier}; a hub-style "
+            "folder holds that file and open_clip_model.safetensors"
+        )
+    if schema is not None:
+        if pretrained:
+            raise ConfigError(
+                f"pretrained={pretrained!r} does not go with model={name!r}, which names its own "
+                "weights; leave pretrained out"
+            )
+        return False
+    if open_clip.get_model_config(name) is None:
+        close = difflib.get_close_matches(name, open_clip.list_models(), n=6, cutoff=0.5)
+        raise ConfigError(
+            f"model={name!r} is not known to open_clip {open_clip.__version__}; allowed: "
+            f"hf-hub:…, local-dir:…, a run folder, or a name such as {', '.join(close or ['ViT-B-32'])}"
+        )
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained is None:
+        raise ConfigError(
+            f"model={name!r} without pretrained= would start from random weights; give a tag "
+            f"({', '.join(tags) or 'there is none for this model'}), a checkpoint's path, or "
+            "pretrained='random' if that is meant"
+        )
+    if pretrained != "random" and Path(pretrained).is_file():
+        quick = f"{name}-quickgelu"
+        if quick in open_clip.list_models():
+            _log.warning(
+                "%s is loaded into %s, which has GELU; weights that descend from OpenAI's need "
+                "QuickGELU, which can't be seen in a file: model=%r",
+                pretrained,
+                name,
+                quick,
+            )
+        return False
+    if pretrained == "random":
+        return False
+    tag = open_clip.get_pretrained_cfg(name, pretrained)
+    if not tag:
+        raise ConfigError(
+            f"pretrained={pretrained!r} is neither a file nor a tag of {name}; allowed: "
+            f"{', '.join(tags) or 'a checkpoint path'}"
+        )
+    return bool(tag.get("quick_gelu", False))
+
+
+def load(
+    model: str,
+    pretrained: str | None = None,
+    *,
+    image_size: int | None = None,
+    device: str | None = None,
+    precision: str = "amp_bf16",
+    aug_cfg: dict[str, Any] | None = None,
+) -> ClipModel:
+    """Load a model the way open_clip does, and refuse what open_clip would let pass in silence.
+
+    Args:
+        model: an open_clip name, `hf-hub:…`, `local-dir:…`, or the folder of a pymcip run.
+        pretrained: open_clip's tag or a checkpoint's path (read with `weights_only=True`);
+            `"random"` for random weights.
+        image_size: input size in pixels, if not the model's own.
+        device: torch's name of a device; default: a GPU if there is one.
+        precision: `"amp_bf16"` (bf16 autocast; fp32 on a CPU that would emulate bf16, see
+            `has_bf16`) or `"fp32"`. Weights are fp32 in both.
+        aug_cfg: open_clip's `AugmentationCfg` as a dict, for `preprocess_train`.
+
+    Returns:
+        A `ClipModel`, in evaluation mode.
+
+    Raises:
+        ConfigError: unknown model, tag or augmentation; no weights named.
+        CheckpointError: the checkpoint is damaged or of another model.
+    """
+    name = _resolve_name(model)
+    _check_augmentation(aug_cfg)
+    chosen = _device(device)
+    try:
+        quick_gelu = _check_source(name, pretrained)
+        config = open_clip.get_model_config(name)
+        module, preprocess_train, preprocess_val = open_clip.create_model_and_transforms(
+            name,
+            pretrained=None if pretrained == "random" else pretrained,
+            precision="fp32",
+            device=chosen,
+            force_quick_gelu=quick_gelu,
+            force_image_size=image_size,
+            aug_cfg=aug_cfg or None,
+            pretrained_text=False,
+            require_pretrained=pretrained != "random",
+            weights_only=True,
+        )
+        tokenizer = open_clip.get_tokenizer(name)
+    except ConfigError:
+        raise
+    except Exception as error:  # open_clip, torch, pickle, safetensors, the hub: no common base
+        raise CheckpointError(
+            f"open_clip can't load model={model!r}, pretrained={pretrained!r}: "
+            f"{type(error).__name__}: {_short(error)}\nWeights must be an undamaged plain state "
+            "dict of just this architecture; check that the name and the file belong together."
+        ) from error
+    module.eval()
+    if precision == "amp_bf16" and not has_bf16(chosen):
+        _log.info("this CPU has no bf16 instructions and would emulate them: fp32, not amp_bf16")
+        precision = "fp32"
+    vision = dict(config["vision_cfg"])
+    if image_size is not None:
+        vision["image_size"] = image_size
+    if "timm_model_name" in vision:
+        vision["timm_model_pretrained"] = False
+    config = {**config, "vision_cfg": vision, "text_cfg": dict(config["text_cfg"])}
+    if quick_gelu:
+        config["quick_gelu"] = True
+    if is_convolutional(module):
+        module.visual.to(memory_format=torch.channels_last)
+    return ClipModel(
+        name=name,
+        model=module,
+        preprocess_train=preprocess_train,
+        preprocess_val=preprocess_val,
+        tokenizer=tokenizer,
+        model_cfg=config,
+        preprocess_cfg=dict(module.visual.preprocess_cfg),
+        device=chosen,
+        precision=precision,
+    )
+
+
+def load_configured(config: ModelOptions, aug_cfg: dict[str, Any] | None = None) -> ClipModel:
+    """Load the model that a stage's config names; raises what `load` raises."""
+    return load(
+        config.model,
+        config.pretrained,
+        image_size=config.image_size,
+        device=config.device,
+        precision=config.precision,
+        aug_cfg=aug_cfg,
+    )
+
+
+def _short(error: BaseException, limit: int = 600) -> str:
+    text = str(error)
+    return text if len(text) <= limit else text[:limit] + " […]"
+
+
+def _check_augmentation(aug_cfg: dict[str, Any] | None) -> None:
+    allowed = {item.name for item in dataclasses.fields(open_clip.AugmentationCfg)}
+    unknown = sorted(set(aug_cfg or {}) - allowed)
+    if unknown:
+        raise ConfigError(
+            f"aug_cfg has unknown keys {unknown}; allowed (open_clip's AugmentationCfg): "
+            f"{', '.join(sorted(allowed))}"
+        )
+    # without timm, open_clip takes these in with no more than a warning and does not apply them
+    ignored: list[str] = [
+        name for name in ("ratio", "re_prob", "re_count") if name in (aug_cfg or {})
+    ]
+    if aug_cfg and "color_jitter" in aug_cfg and not aug_cfg.get("color_jitter_prob"):
+        ignored.append("color_jitter")
+    if aug_cfg and ignored and not aug_cfg.get("use_timm"):
+        raise ConfigError(
+            f"aug_cfg: open_clip applies {', '.join(ignored)} only with use_timm=True; add it"
+            + (", or color_jitter_prob" if "color_jitter" in ignored else "")
+        )

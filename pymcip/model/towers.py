@@ -1,0 +1,174 @@
+"""Which parameters of an open_clip model belong to what, and how they are locked or dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pymcip.errors import ConfigError
+from pymcip.model.clip import ClipModel
+
+LOGIT_PARAMETERS = ("logit_scale", "logit_bias")
+
+
+def image_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Names and parameters of the image tower and its projector."""
+    return ((name, p) for name, p in model.named_parameters() if name.startswith("visual."))
+
+
+def text_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Names and parameters of the text tower and its projector, without temperature and bias."""
+    return (
+        (name, p)
+        for name, p in model.named_parameters()
+        if not name.startswith("visual.") and name not in LOGIT_PARAMETERS
+    )
+
+
+def image_projector(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters of the map from the image tower's width to the joint space; may be empty."""
+    visual = model.visual
+    if isinstance(getattr(visual, "proj", None), nn.Parameter):  # ViT
+        return [visual.proj]  # type: ignore[union-attr,list-item]
+    if hasattr(visual, "trunk"):  # timm: `head` holds the projection alone
+        return list(visual.head.parameters())  # type: ignore[union-attr]
+    if hasattr(visual, "attnpool"):  # ResNet: the output map of the attention pooling
+        return list(visual.attnpool.c_proj.parameters())  # type: ignore[union-attr]
+    return []
+
+
+def unlock_image_tower(clip: ClipModel, *, projector: str, unlock_layers: int | None) -> None:
+    """Let gradients into the image tower only, or into its last groups (open_clip's `lock`).
+
+    Args:
+        clip: the model, changed in place.
+        projector: "keep" trains the projector too; "lock" and "discard" leave it as it is.
+        unlock_layers: number of the last groups to train; None: all.
+
+    Raises:
+        ConfigError: this image tower does not allow it, or nothing would be trained.
+    """
+    model = clip.model
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for _, parameter in image_parameters(model):
+        parameter.requires_grad_(True)
+    if unlock_layers is not None:
+        try:
+            model.visual.lock(unlocked_groups=unlock_layers)  # type: ignore[union-attr,operator]
+        except (AssertionError, TypeError, RuntimeError) as error:
+            raise ConfigError(
+                f"unlock_layers={unlock_layers} can't be done with the image tower of {clip.name} "
+                f"({error}); allowed for it: None (train all of it)"
+            ) from error
+    if projector in ("lock", "discard"):
+        parameters = image_projector(model)
+        if not parameters:
+            raise ConfigError(
+                f"projector={projector!r}: the image tower of {clip.name} has no projector of its "
+                "own; allowed for it: keep"
+            )
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+    if not any(p.requires_grad for _, p in image_parameters(model)):
+        raise ConfigError(
+            f"unlock_layers={unlock_layers} with projector={projector!r} leaves nothing to train"
+        )
+
+
+def image_tower_to_train_mode(model: nn.Module, freeze_bn_stats: bool) -> None:
+    """Train mode for the image tower; batch norms that are locked keep their statistics."""
+    model.eval()
+    visual = model.visual
+    visual.train()  # type: ignore[union-attr,operator]
+    for layer in visual.modules():  # type: ignore[union-attr,operator]
+        if isinstance(layer, _BatchNorm):
+            locked = layer.weight is not None and not layer.weight.requires_grad
+            if freeze_bn_stats or locked:
+                layer.eval()
+
+
+def training_batch_norms(model: nn.Module) -> list[nn.Module]:
+    """The batch norms that take statistics of the batch, and change their running ones by them."""
+    return [layer for layer in model.modules() if isinstance(layer, _BatchNorm) and layer.training]
+
+
+@contextmanager
+def fixed_statistics(layers: list[nn.Module]) -> Iterator[None]:
+    """Let these batch norms use their running statistics inside the block, unchanged."""
+    for layer in layers:
+        layer.eval()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.train()
+
+
+def unlock_text_tower(clip: ClipModel) -> None:
+    """Let gradients into the text tower and its projector only."""
+    for parameter in clip.model.parameters():
+        parameter.requires_grad_(False)
+    for _, parameter in text_parameters(clip.model):
+        parameter.requires_grad_(True)
+
+
+def discard_projector(clip: ClipModel, seed: int) -> None:
+    """Make the image tower's own features the embedding (the older image-only GPR-FT).
+
+    The projector becomes a locked identity, so the model stays one that open_clip can load: its
+    `embed_dim` is the image tower's width. The text side gets a new random projection to that width
+    and is meaningless until re-alignment has trained it.
+
+    Args:
+        clip: the model, changed in place; `model_cfg` gets the new `embed_dim`.
+        seed: of the random projection.
+
+    Raises:
+        ConfigError: a tower does not end in a linear projection.
+    """
+    model, visual = clip.model, clip.model.visual
+    proj = getattr(visual, "proj", None)
+    head = getattr(getattr(visual, "head", None), "proj", None)
+    if isinstance(proj, nn.Parameter):
+        width = proj.shape[0]
+        visual.proj = nn.Parameter(torch.eye(width, device=proj.device))  # type: ignore[union-attr]
+        visual.output_dim = width  # type: ignore[union-attr,assignment]
+    elif isinstance(head, nn.Linear):
+        width = head.in_features
+        identity = nn.Linear(width, width, bias=head.bias is not None, device=head.weight.device)
+        with torch.no_grad():
+            identity.weight.copy_(torch.eye(width))
+            if identity.bias is not None:
+                identity.bias.zero_()
+        visual.head.proj = identity  # type: ignore[union-attr,assignment]
+    else:
+        raise ConfigError(
+            f"projector='discard' needs an image tower that ends in a linear projection; that of "
+            f"{clip.name} does not. Allowed for it: keep, lock"
+        )
+    text = model.text if hasattr(model, "text") else model
+    projection = getattr(text, "text_projection", None)
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(projection, nn.Parameter):
+        rows = projection.shape[0]
+        fresh = torch.randn(rows, width, generator=generator) * rows**-0.5
+        text.text_projection = nn.Parameter(fresh.to(projection.device))  # type: ignore[union-attr]
+    elif isinstance(projection, nn.Linear):
+        rows = projection.in_features
+        layer = nn.Linear(rows, width, bias=projection.bias is not None)
+        with torch.no_grad():
+            layer.weight.copy_(torch.randn(width, rows, generator=generator) * rows**-0.5)
+            if layer.bias is not None:
+                layer.bias.zero_()
+        text.text_projection = layer.to(projection.weight.device)  # type: ignore[union-attr]
+    else:
+        raise ConfigError(
+            f"projector='discard' needs a text tower that ends in a linear projection; that of "
+            f"{clip.name} does not. Allowed for it: keep, lock"
+        )
+    clip.model_cfg = {**clip.model_cfg, "embed_dim": width}

@@ -1,0 +1,278 @@
+"""The image stage: trains the image tower (gpr, mcip), and stays near the untrained model.
+
+A stage says what its batches are and how a step's gradients come about; `loop.fit` does the rest.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pymcip.configs import TrainConfig
+from pymcip.data import ImageData
+from pymcip.losses import ArcMargin, MCArcMargin
+from pymcip.mining import CaptionLists, CaptionTable
+from pymcip.model import ClipModel, is_convolutional
+from pymcip.model.depthwise import speed_up_depthwise
+from pymcip.model.towers import (
+    fixed_statistics,
+    image_parameters,
+    image_tower_to_train_mode,
+    training_batch_norms,
+    unlock_image_tower,
+)
+from pymcip.ops import order_bank
+from pymcip.ops.arrays import MatrixParts
+from pymcip.training.batches import AugmentedImages, image_batches
+from pymcip.training.distillation import Distillation, TwoSets
+from pymcip.training.optim import make_optimizer, parameter_groups
+from pymcip.training.sampling import Stream, epoch_order, random_generator
+
+_log = logging.getLogger("pymcip.training")
+
+
+def caption_bank(
+    table: CaptionTable, vectors: np.ndarray | MatrixParts, negatives: str | int, seed: int
+) -> tuple[np.ndarray, CaptionLists]:
+    """The caption rows that MCArcMargin runs over, and every image's positives among them.
+
+    `negatives`: "mined" (rows that are a pseudo-caption of some image), "bank" (all of `vectors`), or
+    n: the mined rows and a sample of the others, n rows in all (or more, if more are mined).
+    """
+    if negatives == "bank":
+        return vectors[:], CaptionLists(table.indptr, table.ids)
+    rows = np.unique(table.ids)
+    if isinstance(negatives, int) and negatives > len(rows):
+        others = np.setdiff1d(np.arange(len(vectors)), rows, assume_unique=True)
+        extra = min(negatives - len(rows), len(others))
+        drawn = random_generator(seed, Stream.NEGATIVES).choice(others, extra, replace=False)
+        rows = np.sort(np.concatenate([rows, drawn]))
+    return vectors[rows], CaptionLists(table.indptr, np.searchsorted(rows, table.ids))
+
+
+def order_caption_bank(
+    bank: np.ndarray, positives: CaptionLists, seed: int, device: torch.device
+) -> tuple[np.ndarray, CaptionLists]:
+    """Order a bank by its clusters, so that whole cells of it can be left out of a step.
+
+    `loss_delta` bounds what is left out (`pymcip.ops.margin_softmax`).
+    """
+    order = order_bank(bank, seed=seed, device=device)
+    return bank[order], CaptionLists(positives.indptr, order.argsort()[positives.ids])
+
+
+def class_means(labels: np.ndarray, num_classes: int, vectors: np.ndarray) -> Tensor:
+    """[C, D]: normalised mean of the unit embeddings [N, D] of each class's images."""
+    rows = torch.from_numpy(np.asarray(vectors, dtype=np.float32))
+    sums = torch.zeros(num_classes, rows.shape[1])
+    return nn.functional.normalize(sums.index_add_(0, torch.from_numpy(labels), rows), dim=1)
+
+
+class ImageStage:
+    """gpr: ArcMargin on class labels. mcip: ArcMargin and MCArcMargin on pseudo-captions.
+
+    Args:
+        clip: the model; its image tower is unlocked as `config` says.
+        data: the N training images.
+        config: the options of the run.
+        class_rows: [C, D], the class matrix at the start; None: random rows.
+        bank: [M, D], the caption rows of MCArcMargin; None: no such loss.
+        positives: the images' pseudo-captions among them.
+        distillation: what is kept of the untrained model; None: nothing.
+    """
+
+    name = "image"
+
+    def __init__(
+        self,
+        clip: ClipModel,
+        data: ImageData,
+        config: TrainConfig,
+        *,
+        class_rows: Tensor | None,
+        bank: np.ndarray | None = None,
+        positives: CaptionLists | None = None,
+        distillation: Distillation | None = None,
+    ) -> None:
+        self.clip, self.data, self.config, self.positives = clip, data, config, positives
+        self.distillation = distillation
+        self._distill = distillation.weight if distillation is not None else 0.0
+        self.place = (0, 0)  # epoch and step of the micro-batches given out last
+        self.epochs, self.warmup = config.epochs, config.warmup
+        self.samples_per_step = config.batch_size * config.accum_freq
+        self.steps_per_epoch = max(1, len(data) // self.samples_per_step)
+        unlock_image_tower(clip, projector=config.projector, unlock_layers=config.unlock_layers)
+        # The margin losses multiply in what the model runs in; the class rows stay fp32.
+        compute = "auto" if clip.precision == "amp_bf16" else "float32"
+        if compute == "auto" and clip.device.type == "cpu":
+            compute = "bfloat16"
+        classes = ArcMargin(
+            data.num_classes,
+            clip.embed_dim,
+            scale=config.scale,
+            margin=config.margin,
+            continuation=config.continuation,
+            chunk=config.loss_chunk,
+            compute=compute,
+        )
+        start = class_rows
+        if start is None:
+            generator = torch.Generator().manual_seed(config.seed)
+            start = torch.randn(classes.weight.shape, generator=generator)
+        with torch.no_grad():
+            classes.weight.copy_(nn.functional.normalize(start, dim=1))
+        self.classes = classes.to(clip.device)
+        self.heads = nn.ModuleDict({"classes": self.classes})
+        self.captions: MCArcMargin | None = None
+        if bank is not None:
+            self.captions = MCArcMargin(
+                torch.from_numpy(np.array(bank)).to(clip.device),
+                scale=config.caption_scale,
+                margin=config.caption_margin,
+                continuation=config.continuation,
+                chunk=config.loss_chunk,
+                compute=compute,
+                delta=config.loss_delta,
+            )
+        tower = parameter_groups(image_parameters(clip.model), lr=config.lr, wd=config.wd)
+        lr_classes = 10 * config.lr if config.lr_classes is None else config.lr_classes
+        matrix = {"params": [self.classes.weight], "weight_decay": 0.0, "peak_lr": lr_classes}
+        self.optimizer: torch.optim.Optimizer = make_optimizer([*tower, matrix], config)
+        self.convolutional = is_convolutional(clip.model)
+        if clip.device.type == "cpu" and clip.precision == "amp_bf16":
+            speed_up_depthwise(clip.model)
+        generic = distillation.generic if distillation is not None else None
+        if (
+            distillation is not None
+            and distillation.rate > 0
+            and not distillation.extra(config.batch_size)
+        ):
+            _log.warning(
+                "%g mixtures or generic images per training image, times batch_size=%d, rounds to none; "
+                "raise mixtures or batch_size to have any",
+                distillation.rate, config.batch_size,
+            )  # fmt: skip
+        source = data if generic is None else TwoSets(data, generic)
+        self.images = AugmentedImages(source, clip.preprocess_train, config.seed)
+
+    def train_mode(self) -> None:
+        """Put the image tower into train mode, the rest of the model into evaluation mode."""
+        image_tower_to_train_mode(self.clip.model, self.config.freeze_bn_stats)
+
+    def steps(self, epoch: int, first_step: int) -> Iterator[list[Any]]:
+        """Yield each remaining step's micro-batches: pixels [B, 3, H, W] and rows int64 [B]."""
+        config, accumulate = self.config, self.config.accum_freq
+        order = epoch_order(
+            self.data.labels,
+            self.data.source_ids,
+            generator=random_generator(config.seed, Stream.IMAGE_ORDER, epoch),
+            class_balanced=config.class_balanced,
+            source_weights=config.train_weights,
+        )
+        batch_size = config.batch_size
+        if self.distillation is not None and self.distillation.generic is not None:
+            shown = order[: self.steps_per_epoch * accumulate * batch_size]
+            order = self.distillation.order_with_generic(shown, batch_size, epoch)
+            batch_size += self.distillation.extra(batch_size)
+        batches = image_batches(
+            self.images,
+            order,
+            epoch=epoch,
+            batch_size=batch_size,
+            first_batch=first_step * accumulate,
+            num_batches=self.steps_per_epoch * accumulate,
+            workers=config.workers,
+            pin_memory=self.clip.device.type == "cuda",
+        )
+        step, number = [], first_step
+        for batch in batches:
+            step.append(batch)
+            if len(step) == accumulate:
+                self.place = (epoch, number)
+                yield step
+                step, number = [], number + 1
+        if step:  # fewer images than one step takes: a single short step
+            self.place = (epoch, number)
+            yield step
+
+    def _features(self, pixels: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor]:
+        """Features of images and of their mixtures: in one pass, if they don't change each other's.
+
+        Where batch norms take statistics of the batch, mixtures stay out of them.
+        """
+        if not len(mixed):
+            return self.clip.image_features(pixels), mixed
+        visual: nn.Module = self.clip.model.visual  # type: ignore[assignment]
+        if norms := training_batch_norms(visual):
+            features = self.clip.image_features(pixels)
+            with fixed_statistics(norms):
+                return features, self.clip.image_features(mixed)
+        features = self.clip.image_features(torch.cat([pixels, mixed]))
+        return features[: len(pixels)], features[len(pixels) :]
+
+    def backward(self, micro_batches: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        """Mean losses over the whole step, whichever way it is cut into micro-batches.
+
+        ArcMargin is averaged over all images, MCArcMargin over those that have pseudo-captions, the
+        terms of distillation each over its own images. Rows beyond `data` are generic images.
+        """
+        device, distillation = self.clip.device, self.distillation
+        all_rows = [rows.numpy() for _, rows in micro_batches]
+        trained = [rows[rows < len(self.data)] for rows in all_rows]
+        images_in_step = sum(map(len, trained))
+        captioned = 0
+        if self.positives is not None:
+            captioned = max(1, sum(int((self.positives.counts(r) > 0).sum()) for r in trained))
+        extra_in_step = 0
+        if distillation is not None:
+            extra_in_step = max(1, sum(distillation.extra(len(rows)) for rows in trained))
+            drawn = distillation.captions.vectors(*self.place, device)
+        totals: dict[str, Tensor] = {}
+        for number, (pixels, _) in enumerate(micro_batches):
+            rows, own = all_rows[number], trained[number]
+            pixels = pixels.to(device, non_blocking=True)
+            mixed = pixels[:0]
+            if distillation is not None and distillation.generic is None:
+                mixed = distillation.mixed(pixels, *self.place, number)
+            if self.convolutional:
+                pixels, mixed = (
+                    images.contiguous(memory_format=torch.channels_last)
+                    for images in (pixels, mixed)
+                )
+            all_features, mixed_features = self._features(pixels, mixed)
+            features = all_features[: len(own)]
+            labels = torch.from_numpy(self.data.labels[own]).to(device)
+            parts = {"arc_margin": self.classes(features, labels).sum() / images_in_step}
+            weights = {"arc_margin": 1.0}
+            if self.captions is not None and self.positives is not None:
+                lists = self.positives.take(own)
+                indptr = torch.from_numpy(lists.indptr).to(device)
+                indices = torch.from_numpy(lists.ids).to(device)
+                parts["caption_margin"] = self.captions(features, indptr, indices).sum() / captioned
+                weights["arc_margin"] = self.config.lambda_class
+                weights["caption_margin"] = self.config.lambda_caption
+            if distillation is not None:
+                known = distillation.cached(rows, device)
+                total = distillation.sum(features, known[: len(own)], drawn)
+                parts["distill"] = total / images_in_step
+                if len(mixed):
+                    taught = distillation.taught(mixed)
+                    total = distillation.sum(mixed_features, taught, drawn)
+                    parts["distill_mixtures"] = total / extra_in_step
+                elif len(rows) > len(own):
+                    generic = all_features[len(own) : len(rows)]
+                    total = distillation.sum(generic, known[len(own) :], drawn)
+                    parts["distill_data"] = total / extra_in_step
+            loss = sum(
+                (weights.get(name, self._distill) * part for name, part in parts.items()),
+                torch.zeros((), device=device),
+            )
+            loss.backward()  # type: ignore[no-untyped-call]
+            for name, value in {"loss": loss, **parts}.items():
+                totals[name] = totals.get(name, 0) + value.detach()
+        return totals

@@ -1,0 +1,104 @@
+"""What `pymcip.train` returns, and reading it back when a finished run is resumed."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from pymcip.configs import TrainConfig
+from pymcip.errors import ConfigError
+from pymcip.files import TEMPORARY_SUFFIX, read_json, write_json
+
+# Options that may differ when a run is resumed: they don't change what is computed.
+RESUMABLE = (
+    "out", "resume", "overwrite", "workers", "save_steps", "log_steps", "report_to", "cache",
+    "device",
+)  # fmt: skip
+PATHS = ("out", "checkpoint", "best_checkpoint", "state_dict", "hub")  # of a result; below `out`
+RESULT = "result.json"
+
+_log = logging.getLogger("pymcip.training")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What `train` returns, and writes as `result.json`.
+
+    `metrics`: last evaluation on `val_data` in percent, of the exported model if there is one;
+    `before`: the same before training (both {} without `val_data`). `interrupted`: "SIGINT" or
+    "SIGTERM" if the run stopped early with a checkpoint, else None; `hub` and `state_dict` are None
+    then. `best_checkpoint`: of the epoch with the best metrics on `val_data`.
+
+    `alignment`, of a run with `alignment_budget` (None without, or if interrupted; also written as
+    `alignment.json`):
+
+    - `budget`; `respected`: whether there is a model that keeps it. If not, nothing is exported:
+      `hub` and `state_dict` are None, and `checkpoint` holds the tuned model.
+    - `coefficient`: how far the exported model is on the line from the original weights (0) to the
+      tuned ones (1).
+    - `kept`: what it keeps of the original's alignment, the smaller of `image_to_text` and
+      `text_to_image` (all None if nothing is exported): 0 to 1, or more where the probe's right
+      answers are known and it gives more of them. `standard_error`: of `kept`, for other images (or
+      texts) like the probe's: a small probe can't resolve a small loss. `kept_tuned`: of the tuned model,
+      `kept_by_epoch`: while it was trained.
+    - `probe`: how many `images` and `captions` were asked for, and their `source`.
+    - `tried`: [coefficient, kept] in the order of the search; `seconds`: spent on all probing.
+    """
+
+    out: Path
+    method: str
+    metrics: dict[str, float]
+    before: dict[str, float]
+    checkpoint: Path
+    best_checkpoint: Path | None
+    state_dict: Path | None
+    hub: Path | None
+    steps: int
+    skipped_steps: int
+    seconds: float
+    interrupted: str | None
+    alignment: dict[str, Any] | None = None
+
+    def write(self) -> None:
+        """Write `result.json`, with paths relative to the run folder, so that it can be moved."""
+        plain = {
+            name: str(value.relative_to(self.out)) if isinstance(value, Path) else value
+            for name, value in asdict(self).items()
+        }
+        write_json(self.out / RESULT, plain)
+
+
+def finished_result(config: TrainConfig) -> TrainResult | None:
+    """The result of the run in `config.out`, or None if something of it is left to do.
+
+    Raises:
+        ConfigError: the folder holds something else, or a run with other options.
+    """
+    out = Path(config.out)
+    if not (out / "config.json").is_file():
+        if out.is_dir() and not all(p.name.endswith(TEMPORARY_SUFFIX) for p in out.iterdir()):
+            raise ConfigError(
+                f"resume='latest': {out} holds files but no config.json, so it is no pymcip run; "
+                "give the folder of a run, or one that is new or empty"
+            )
+        return None
+    younger = {item.name: item.default for item in fields(config)}  # than the run: not in its file
+    before, now = {**younger, **read_json(out / "config.json")}, config.to_dict()
+    changed = [
+        f"{name}: was {before.get(name)!r}, now {now[name]!r}"
+        for name in now
+        if name not in RESUMABLE and before.get(name) != now[name]
+    ]
+    if changed:
+        raise ConfigError(
+            f"resume='latest': the run in {out} was started with other options: {'; '.join(changed)}. "
+            "Give the same ones, or another folder"
+        )
+    if not (out / RESULT).is_file():
+        return None
+    _log.info("the run in %s is finished; nothing to resume", out)
+    values: dict[str, Any] = read_json(out / RESULT)
+    values |= {name: out / values[name] for name in PATHS if values[name] is not None}
+    return TrainResult(**values)

@@ -1,0 +1,175 @@
+"""The text stage: re-aligns the text tower (rea) with an image tower that stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pymcip.configs import TrainConfig
+from pymcip.data import Captions, ImageData
+from pymcip.data.class_names import ClassTexts
+from pymcip.embedding import EmbeddingFolder
+from pymcip.errors import DataError
+from pymcip.losses import info_nce
+from pymcip.metrics import expand_prompts
+from pymcip.mining import CaptionLists, CaptionTable, bounds_of
+from pymcip.model import ClipModel
+from pymcip.model.towers import text_parameters, unlock_text_tower
+from pymcip.training.optim import make_optimizer, parameter_groups
+from pymcip.training.sampling import Stream, random_generator
+
+NAME_SHARE = 0.5  # of the texts of re-alignment, where classes have names
+
+
+@dataclass
+class Pairs:
+    """Image-caption pairs for re-alignment: per image the texts that it may be shown with.
+
+    Attributes:
+        vectors: float [N, D], unit embeddings of the images by the locked image tower.
+        captions: of the N images, as numbers in `texts`.
+        texts: captions and prompts, each once.
+        names: int64 [N, T], the numbers in `texts` of each image's class name in T prompts.
+    """
+
+    vectors: Tensor
+    captions: CaptionLists
+    texts: list[str]
+    names: np.ndarray | None = None
+
+
+def image_text_pairs(
+    config: TrainConfig,
+    data: ImageData,
+    embedded: EmbeddingFolder,
+    *,
+    captions: Captions | None = None,
+    table: CaptionTable | None = None,
+    class_texts: ClassTexts | None = None,
+) -> Pairs:
+    """Pair every embedded image with its texts.
+
+    Args:
+        config: options `rea_k` and `rea_templates`.
+        data: the images; their own captions (titles) are used.
+        embedded: their embeddings by the image tower as it is now.
+        captions: the corpus, for `table`.
+        table: pseudo-captions of the images, whose rows are those of `data`.
+        class_texts: names of the classes of `data`.
+
+    Raises:
+        DataError: no image has a text.
+    """
+    rows = embedded.rows("img")
+    number: dict[str, int] = {}  # of each text, in order
+    ids: list[int] = []
+    counts = []
+    for row in rows.tolist():
+        own = list(data.titles(row))
+        if table is not None and captions is not None:
+            own += [captions[int(i)] for i in table[row][0][: config.rea_k]]
+        own = list(dict.fromkeys(own))
+        counts.append(len(own))
+        ids += [number.setdefault(text, len(number)) for text in own]
+    names = None
+    if class_texts is not None:
+        prompts = expand_prompts(class_texts.texts, config.rea_templates)
+        of_name = np.array([number.setdefault(prompt, len(number)) for prompt in prompts])
+        of_name = of_name.reshape(-1, len(config.rea_templates))
+        names = of_name[class_texts.of_class[data.labels[rows]]]
+    if not ids and names is None:
+        raise DataError("re-alignment found no image with a caption; lower threshold")
+    return Pairs(
+        vectors=torch.from_numpy(np.array(embedded.vectors("img"))),
+        captions=CaptionLists(bounds_of(counts), np.array(ids, dtype=np.int64)),
+        texts=list(number),
+        names=names,
+    )
+
+
+class TextStage:
+    """rea: InfoNCE between locked, cached image embeddings and the text tower.
+
+    Every epoch shows each image once, with one of its captions drawn at random; where classes have
+    names, with a prompt of its class's name instead half of the time (always, if it has no caption).
+    """
+
+    name = "text"
+
+    def __init__(self, clip: ClipModel, pairs: Pairs, config: TrainConfig) -> None:
+        self.clip, self.config, self.pairs = clip, config, pairs
+        self.epochs, self.warmup = config.rea_epochs, config.rea_warmup
+        self.samples_per_step = config.rea_batch_size * config.accum_freq
+        self.rows = np.flatnonzero((pairs.captions.counts() > 0) | (pairs.names is not None))
+        self.steps_per_epoch = max(1, len(self.rows) // self.samples_per_step)
+        unlock_text_tower(clip)
+        groups = parameter_groups(text_parameters(clip.model), lr=config.rea_lr, wd=config.wd)
+        self.optimizer: torch.optim.Optimizer = make_optimizer(groups, config)
+        self.heads = nn.ModuleDict()
+        self.scale = clip.logit_scale
+
+    def train_mode(self) -> None:
+        """Put all but the image tower into train mode."""
+        self.clip.model.train()
+        self.clip.model.visual.eval()  # type: ignore[union-attr,operator]
+
+    def steps(self, epoch: int, first_step: int) -> Iterator[list[Any]]:
+        """Yield each remaining step's micro-batches: numbers of images and of texts, int64 [B]."""
+        generator = random_generator(self.config.seed, Stream.TEXT_ORDER, epoch)
+        rows = generator.permutation(self.rows)
+        captions = self._choose_texts(rows, generator)
+        size, step_size = self.config.rea_batch_size, self.samples_per_step
+        for step in range(first_step, self.steps_per_epoch):
+            begin, end = step * step_size, min((step + 1) * step_size, len(rows))
+            yield [
+                (rows[i : min(i + size, end)], captions[i : min(i + size, end)])
+                for i in range(begin, end, size)
+            ]
+
+    def _choose_texts(self, rows: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """Choose at random the numbers of the texts that these images are shown with."""
+        pairs = self.pairs
+        starts, counts = pairs.captions.indptr[rows], pairs.captions.counts(rows)
+        places = starts + (generator.random(len(rows)) * counts).astype(np.int64)
+        if pairs.names is None:
+            return pairs.captions.ids[places]
+        prompts = generator.integers(0, pairs.names.shape[1], len(rows))
+        drawn = pairs.names[rows, prompts]
+        captioned = (counts > 0) & (generator.random(len(rows)) >= NAME_SHARE)
+        drawn[captioned] = pairs.captions.ids[places[captioned]]
+        return drawn
+
+    def _features(self, captions: np.ndarray) -> Tensor:
+        tokens = self.clip.tokenizer([self.pairs.texts[i] for i in captions])
+        return self.clip.text_features(tokens.to(self.clip.device))
+
+    def backward(self, micro_batches: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Tensor]:
+        """The loss of the whole step: with several micro-batches all of it acts as negatives.
+
+        Text features are first computed without a graph; each micro-batch is then run again with the
+        gradient that the loss of the whole step has at its features (open_clip's accumulation).
+        """
+        device = self.clip.device
+        rows = np.concatenate([rows for rows, _ in micro_batches])
+        captions = np.concatenate([captions for _, captions in micro_batches])
+        images = self.pairs.vectors[torch.from_numpy(rows)].to(device, torch.float32)
+        ids = torch.from_numpy(rows).to(device), torch.from_numpy(captions).to(device)
+        if len(micro_batches) == 1:
+            loss = info_nce(images, self._features(captions), self.scale, *ids)
+            loss.backward()  # type: ignore[no-untyped-call]
+            return {"loss": loss.detach()}
+        with torch.no_grad():
+            features = torch.cat([self._features(part) for _, part in micro_batches])
+        features.requires_grad_()
+        loss = info_nce(images, features, self.scale, *ids)
+        (slope,) = torch.autograd.grad(loss, features)
+        start = 0
+        for _, part in micro_batches:
+            (self._features(part) * slope[start : start + len(part)]).sum().backward()  # type: ignore[no-untyped-call]
+            start += len(part)
+        return {"loss": loss.detach()}

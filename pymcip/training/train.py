@@ -1,0 +1,278 @@
+"""`pymcip.train`: the methods of MCIP (arXiv 2409.01936), and `mcip+`, on one training loop.
+
+| method     | trains                                | loss                             |
+|------------|---------------------------------------|----------------------------------|
+| `gpr`      | image tower                           | ArcMargin on class labels        |
+| `mcip`     | image tower                           | + MCArcMargin on pseudo-captions |
+| `rea`      | text tower, on cached image embeddings| InfoNCE, both directions         |
+| `2sft`     | `gpr`, then `rea`                     |                                  |
+| `mcip+rea` | `mcip`, then `rea`                    |                                  |
+| `mcip+`    | the same, within `alignment_budget`   |                                  |
+
+With `distill`, every stage on images also stays near the untrained model's distribution over captions.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pymcip.configs import TrainConfig
+from pymcip.data import ImageData
+from pymcip.embedding import EmbeddingCache, EmbeddingFolder
+from pymcip.errors import DataError
+from pymcip.exporting import write_export
+from pymcip.files import prepare_output, write_json
+from pymcip.mining import CaptionTable, mine_captions
+from pymcip.model import ClipModel, load, load_configured
+from pymcip.model.towers import discard_projector
+from pymcip.ops.arrays import MatrixParts
+from pymcip.training.budget import AlignmentBudget
+from pymcip.training.checkpoints import (
+    Position,
+    checkpoint_files,
+    load_checkpoint,
+    load_weights,
+    position_of,
+    remove_leftovers,
+    seed_random_states,
+)
+from pymcip.training.distillation import Distillation
+from pymcip.training.image_stage import ImageStage, caption_bank, class_means, order_caption_bank
+from pymcip.training.inputs import Inputs, open_inputs
+from pymcip.training.logs import MetricsLog, forget_after, log_file
+from pymcip.training.loop import Interruption, Run, Stage, fit, restore
+from pymcip.training.noise import noisy_captions
+from pymcip.training.result import TrainResult, finished_result
+from pymcip.training.text_stage import TextStage, image_text_pairs
+from pymcip.training.validation import Validation
+
+_log = logging.getLogger("pymcip.training")
+
+
+def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
+    """Fine-tune an open_clip model for image search; `pymcip.TrainConfig` lists the options.
+
+    Writes a run folder: `config.json`, `out.log`, `metrics.jsonl`, `embeddings/` and `mined/` (the
+    pseudo-captions), `checkpoints/`, `exported/` (plain open_clip weights), `result.json`;
+    with a budget `alignment.json`.
+
+    With `alignment_budget` the tuned weights are drawn back towards the original ones as far as the
+    budget asks for (`TrainResult.alignment`); if nothing keeps it, nothing is exported.
+
+    With `resume="latest"` a run that was killed continues from its last checkpoint, on the CPU to the
+    same bits as if it had not been.
+
+    Raises:
+        ConfigError, DataError: something is wrong with options or data; nothing was written.
+        OutputExistsError: `out` holds something.
+        StaleEmbeddingsError: the embeddings in `out` or `cache` are of other data or another model.
+        CheckpointError: a checkpoint is damaged or of another run or model.
+        TrainingDivergedError: ten steps in a row without a finite loss.
+    """
+    config = TrainConfig.make(config, options)
+    inputs = open_inputs(config)
+    clip = load_configured(config, config.aug_cfg)
+    if config.resume:
+        finished = finished_result(config)
+        if finished is not None:
+            return finished
+    out = prepare_output(
+        config.out,
+        overwrite=config.overwrite,
+        resume=config.resume is not None,
+        inputs=(
+            (config.model, config.pretrained, config.mine_model, config.mine_pretrained),
+            *(config.train_data, config.captions, config.rea_data, config.cache),
+            *(config.val_data, config.val_class_names),
+            *(config.probe_data, config.probe_captions, config.probe_class_names),
+            (config.distill_data, config.rea_class_names),
+        ),
+    )
+    write_json(out / "config.json", config.to_dict())
+    (out / "checkpoints").mkdir(exist_ok=True)
+    remove_leftovers(out / "checkpoints")
+    with Interruption().installed() as interruption, log_file(out / "out.log"):
+        return _run(config, out, clip, inputs, interruption)
+
+
+def _run(
+    config: TrainConfig, out: Path, clip: ClipModel, inputs: Inputs, interruption: Interruption
+) -> TrainResult:
+    """Embed, mine, run the stages in order, keep the budget, export."""
+    started = time.perf_counter()
+    cache = _cache(config, out, clip)
+    data, embedded, table = _embed_and_mine(config, out, cache, inputs)
+    if config.projector == "discard":
+        discard_projector(clip, config.seed)
+        cache = _cache(config, out, clip)
+
+    # `clip` is the untrained model up to here: take from it what training will need of it.
+    captions = class_rows = distillation = budget = None
+    if config.compares_with_captions:
+        assert inputs.captions is not None  # `TrainConfig.problems` sees to it
+        captions = cache.captions(inputs.captions)
+    if config.trains_images and (config.distill > 0 or config.class_init == "mean"):
+        if config.mine_model is not None or config.projector == "discard":
+            embedded = cache.images(data)
+        if config.class_init == "mean":
+            class_rows = class_means(data.labels, data.num_classes, embedded.vectors("img"))
+        if config.distill > 0:
+            assert captions is not None
+            distillation = Distillation.start(
+                config, cache, embedded, captions,
+                generic=inputs.generic,
+                left_out=inputs.probe.held_back(config.seed) if inputs.probe is not None else None,
+            )  # fmt: skip
+    if inputs.probe is not None:
+        budget = AlignmentBudget.start(config, inputs.probe, clip, data, captions)
+
+    # Where a killed run stopped, or the start.
+    if config.grad_checkpointing:
+        clip.model.set_grad_checkpointing(True)  # type: ignore[operator]
+    files = checkpoint_files(out / "checkpoints")
+    state = load_checkpoint(files[-1]) if config.resume and files else None
+    if state is None:
+        position = Position()
+        seed_random_states(config.seed)
+    else:
+        position = position_of(state)
+        load_weights(clip.model, state, files[-1], config.model)
+        _log.info("resuming from %s", files[-1])
+    metrics = forget_after(out / "metrics.jsonl", position)
+    validation = None
+    if inputs.validation is not None:
+        validation = Validation(
+            clip, inputs.validation, inputs.validation_names,
+            workers=config.workers, metrics=metrics,
+        )  # fmt: skip
+
+    def image_stage() -> Stage:
+        bank = positives = None
+        if config.uses_captions_for_images:
+            assert table is not None
+            assert captions is not None
+            vectors = MatrixParts(captions.parts("text"))
+            bank, positives = caption_bank(table, vectors, config.negatives, config.seed)
+            if config.loss_delta > 0:
+                bank, positives = order_caption_bank(bank, positives, config.seed, clip.device)
+        return ImageStage(
+            clip, data, config, class_rows=class_rows, bank=bank, positives=positives,
+            distillation=distillation,
+        )  # fmt: skip
+
+    def text_stage() -> Stage:
+        tuned = _cache(config, out, clip)  # embeds by the image tower as it is now
+        if inputs.pairs is not None:
+            pairs = image_text_pairs(config, inputs.pairs, tuned.images(inputs.pairs))
+        else:
+            pairs = image_text_pairs(
+                config, data, tuned.images(data),
+                captions=inputs.captions, table=table, class_texts=inputs.class_texts,
+            )  # fmt: skip
+        return TextStage(clip, pairs, config)
+
+    def end_of_epoch(run: Run, stage: Stage) -> None:
+        for part in (validation, budget):
+            if part is not None:
+                part.after_epoch(run, stage)
+
+    stages: list[Callable[[], Stage]] = []
+    if config.trains_images:
+        stages.append(image_stage)
+    if config.realigns:
+        stages.append(text_stage)
+    with MetricsLog(out, config.report_to, config.to_dict()) as log:
+        run = Run(
+            clip, config, out, log, interruption, position, end_of_epoch,
+            checkpoint=files[-1] if state is not None else None,
+        )  # fmt: skip
+        if validation is not None:
+            validation.start(run)
+        while position.stage < len(stages) and not interruption.requested:
+            stage = stages[position.stage]()
+            if state is not None:
+                restore(state, stage)
+                state = None
+            fit(run, stage)
+            if not interruption.requested:
+                position.stage, position.epoch, position.step = position.stage + 1, 0, 0
+                run.save(None)
+
+    assert run.checkpoint is not None
+    exported = alignment = None
+    if not interruption.requested:
+        if budget is not None:
+            alignment = budget.keep(run)
+            if validation is not None and 0 < alignment["coefficient"] < 1:
+                validation.update()
+        if alignment is None or alignment["respected"]:
+            exported = write_export(clip, out / "exported")
+    best = out / "checkpoints" / "best.pt"
+    result = TrainResult(
+        out=out,
+        method=config.method,
+        metrics=validation.metrics if validation is not None else {},
+        before=validation.before if validation is not None else {},
+        checkpoint=run.checkpoint,
+        best_checkpoint=best if best.is_file() else None,
+        state_dict=exported.state_dict if exported else None,
+        hub=exported.hub if exported else None,
+        steps=position.global_step,
+        skipped_steps=position.skipped_steps,
+        seconds=time.perf_counter() - started,
+        interrupted=interruption.requested,
+        alignment=alignment,
+    )
+    if not interruption.requested:
+        result.write()
+    return result
+
+
+def _cache(config: TrainConfig, out: Path, clip: ClipModel) -> EmbeddingCache:
+    """The run's embeddings by a model whose weights stay as they are while the cache is in use."""
+    folder = config.cache if config.cache is not None else out / "embeddings"
+    return EmbeddingCache(clip, folder, workers=config.workers)
+
+
+def _embed_and_mine(
+    config: TrainConfig, out: Path, cache: EmbeddingCache, inputs: Inputs
+) -> tuple[ImageData, EmbeddingFolder, CaptionTable | None]:
+    """The images that can be decoded, their embeddings by the model that mines, what it mined."""
+    if config.mine_model is not None:
+        miner = load(
+            config.mine_model,
+            config.mine_pretrained,
+            image_size=config.image_size,
+            device=config.device,
+            precision=config.precision,
+        )
+        cache = _cache(config, out, miner)
+    embedded = cache.images(inputs.images)
+    data = inputs.images.select(embedded.rows("img"))
+    empty = np.setdiff1d(np.arange(data.num_classes), data.labels)
+    if len(empty):
+        names = [data.class_names[i] for i in empty[:5]]
+        raise DataError(
+            f"{len(empty)} classes have no image that can be decoded (first: {names}); see "
+            f"{embedded.path / 'skipped.tsv'}, and repair or remove them"
+        )
+    if not config.needs_captions:
+        return data, embedded, None
+    assert inputs.captions is not None  # `TrainConfig.problems` sees to it
+    table = mine_captions(
+        images=embedded.path,
+        captions=cache.captions(inputs.captions).path,
+        out=out / "mined",
+        k=config.k,
+        threshold=config.threshold,
+        seed=config.seed,
+    ).table
+    if config.caption_noise > 0:  # mined/ keeps what was mined
+        table = noisy_captions(table, config.caption_noise, config.seed)
+    return data, embedded, table
