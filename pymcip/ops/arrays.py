@@ -37,14 +37,14 @@ class MatrixParts:
 
     def __init__(self, parts: Array | Sequence[Array]) -> None:
         self.parts: list[Array] = list(parts) if isinstance(parts, (list, tuple)) else [parts]
-        widths = {int(part.shape[1]) for part in self.parts}
+        widths = list(dict.fromkeys(int(part.shape[1]) for part in self.parts))
         if len(widths) != 1:
             raise ConfigError(
-                f"a matrix is given as {len(self.parts)} parts that are {sorted(widths)} columns "
+                f"a matrix is given as {len(self.parts)} parts that are {widths} columns "
                 "wide; allowed: at least one part, all of one width"
             )
         self.starts: list[int] = np.cumsum([0, *map(len, self.parts)]).tolist()
-        self._columns = widths.pop()
+        self._columns = widths[0]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -93,10 +93,7 @@ class MatrixParts:
         owners = np.searchsorted(self.starts, rows, side="right") - 1
         for owner in np.unique(owners):
             places = np.flatnonzero(owners == owner)
-            part, wanted = self.parts[owner], rows[places] - self.starts[owner]
-            if isinstance(part, torch.Tensor):
-                wanted = torch.from_numpy(wanted).to(part.device)
-            taken[places] = as_numpy(part[wanted])
+            taken[places] = as_numpy(self.parts[owner][rows[places] - self.starts[owner]])
         return taken
 
     def blocks(self, rows: int) -> Iterator[tuple[int, np.ndarray]]:

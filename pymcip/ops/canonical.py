@@ -135,13 +135,33 @@ def canonical_topk(
     """What `topk` has to return, literally: the oracle that back ends are compared with."""
     matrix = canonical_matrix(queries, bank)
     matrix = matrix.cpu().numpy() if isinstance(matrix, torch.Tensor) else matrix
-    ids = np.full((len(matrix), k), -1, dtype=np.int64)
-    scores = np.full((len(matrix), k), -np.inf, dtype=np.float32)
-    for row, line in enumerate(matrix):
-        order = np.argsort(-line, kind="stable")[:k]
-        order = order[line[order] >= np.float32(threshold)]
-        ids[row, : len(order)], scores[row, : len(order)] = order, line[order]
-    return ids, scores
+    ids = np.broadcast_to(np.arange(matrix.shape[1]), matrix.shape)
+    return first_k(ids, matrix, k, float(np.float32(threshold)))
+
+
+def first_k(
+    ids: np.ndarray, scores: np.ndarray, k: int, threshold: float = -np.inf
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rank what was found for each query: by score descending, then by id ascending.
+
+    Args:
+        ids: int64 [N, K], each at most once for a query; -1 where there is none.
+        scores: float32 [N, K].
+        k: places per query.
+        threshold: lowest score admitted.
+
+    Returns:
+        The first k ids and scores [N, k]; -1 and -inf in places that stay empty.
+    """
+    reached = (ids >= 0) & (scores >= threshold)
+    ids = np.where(reached, ids, -1)
+    scores = np.where(reached, scores, np.float32(-np.inf))
+    order = np.lexsort((ids, -scores), axis=-1)[:, :k]
+    missing = ((0, 0), (0, k - order.shape[1]))
+    return (
+        np.pad(np.take_along_axis(ids, order, axis=1), missing, constant_values=-1),
+        np.pad(np.take_along_axis(scores, order, axis=1), missing, constant_values=-np.inf),
+    )
 
 
 def _blocks(shape: Any, queries: Array) -> list[tuple[slice, slice]]:
