@@ -14,7 +14,8 @@ from torch.nn.functional import normalize
 import pymcip.ops
 from pymcip.errors import ConfigError, DataError
 from pymcip.ops import margin_softmax, order_bank, ordering
-from pymcip.ops.margin_softmax import CELL_COLUMNS, CELL_ROWS, Skipped, margin_softmax_filtered
+from pymcip.ops.margin_contract import CELL_COLUMNS, CELL_ROWS
+from pymcip.ops.margin_softmax import Skipped, margin_softmax_filtered
 
 ROWS, CLUSTERS, DIM, NEAR, SCALE = CELL_ROWS, 32, 128, 4, 64.0
 

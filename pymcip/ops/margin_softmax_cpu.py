@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pymcip.ops.margin_softmax import (
+from pymcip.ops.margin_contract import (
     CELL_COLUMNS,
     CELL_ROWS,
     HIGHEST_EXPONENT,
@@ -23,9 +23,10 @@ from pymcip.ops.margin_softmax import (
     Coefficients,
     Problem,
     Sums,
+    add_positives,
     finite,
+    positive_cosines,
 )
-from pymcip.ops.margin_softmax_torch import add_positives, positive_cosines
 
 
 def _way(problem: Problem, need_x: bool, need_w: bool, need_shares: bool) -> str:

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from pymcip.errors import ConfigError, DataError
 from pymcip.ops.arrays import Array, Progress
-from pymcip.ops.margin_softmax import CELL_COLUMNS
+from pymcip.ops.margin_contract import CELL_COLUMNS
 
 _SAMPLE = 32  # rows of the sample for a centroid
 _CHUNK = 32_768  # rows at a time
