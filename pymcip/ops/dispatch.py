@@ -28,11 +28,16 @@ class Backend:
     function: str  # or just "module", where a back end is several functions
     probe: str | None = None  # () -> None, or the reason why this back end can't run here
     limits: str | None = None  # (device, **facts) -> None, or why it can't take such a problem
+    pack: str | None = None  # (rows, precision, **options) -> arrays, precision: of a `PackedBank`
     note: str | None = None  # for `explain`: where it falls short of the op's contract
 
     def load(self) -> Any:
         """The function, or the module."""
         return _resolve(self.function)
+
+    def load_pack(self) -> Any:
+        """The function that packs a bank for this back end; None if it searches none."""
+        return None if self.pack is None else _resolve(self.pack)
 
     def unavailable(self) -> str | None:
         """Why this back end can't run on this machine; None if it can."""
@@ -68,6 +73,7 @@ BACKENDS: tuple[Backend, ...] = (
         function="pymcip.ops.topk_cuda:topk_cuda",
         probe="pymcip.ops.topk_cuda:probe_cuda",
         limits="pymcip.ops.topk_cuda:limits_cuda",
+        pack="pymcip.ops.topk_cuda:pack_cuda",
     ),
     *(
         Backend(
@@ -78,6 +84,7 @@ BACKENDS: tuple[Backend, ...] = (
             function=f"pymcip.ops.topk_cpu:topk_{kernel}",
             probe=f"pymcip.ops.topk_cpu:probe_{kernel}",
             limits="pymcip.ops.topk_cpu:limits",
+            pack="pymcip.ops.topk_cpu:pack_cpu",
         )
         for kernel in ("amx", "avx512_vnni", "avx2", "portable", "amx_bf16")
     ),

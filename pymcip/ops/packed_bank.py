@@ -24,14 +24,12 @@ from pymcip.ops.arrays import (
     check_matrix,
     device_of,
     dtype_name,
-    matrix_pointer,
-    raise_unrankable,
 )
+from pymcip.ops.dispatch import backends, select
 
 FORMAT = 1  # of the saved folder and of the codes
 GROUP, STEP, FACTS = 32, 64, 4  # kGroup, kStep, kGroupFacts of csrc/topk_kernel.hpp
 PRECISIONS = {"int8": 1, "bfloat16": 2}  # bytes of a code
-_ALIGNMENT = 64
 _SAVE_ROWS = 1 << 16
 
 
@@ -81,12 +79,6 @@ class PackedBank:
             DataError: a row holds NaN or infinity, or its squared norm overflows float32.
             BackendError: the back end can't run here, or doesn't take packed banks.
         """
-        from pymcip import _core
-        from pymcip.ops.dispatch import select
-        from pymcip.ops.topk_cpu import KERNELS
-        from pymcip.ops.topk_cpu import precision as own_precision
-        from pymcip.ops.topk_cuda import pack_cuda
-
         check_matrix("PackedBank", "bank", rows)
         if threads is not None:
             threads = check_count("PackedBank", "threads", threads)
@@ -101,39 +93,21 @@ class PackedBank:
         elif backend == "auto" and precision == "bfloat16":
             backend = "amx_bf16"
         row = select("topk", backend, device=device, dtype=dtype_name(rows), dim=rows.shape[1])
-        if row.name == "cuda":
-            precision = precision or "int8"
-            return cls(rows, {"packed": pack_cuda(rows, precision)}, precision)
-        if row.name not in KERNELS:
+        pack = row.load_pack()
+        if pack is None:
+            able = [row.name for row in backends("topk") if row.pack and row.unavailable() is None]
             raise BackendError(
                 f"PackedBank: backend={row.name!r} does not search packed banks, or does not take "
-                f"D={rows.shape[1]}; allowed: auto, {', '.join(_core.topk_kernels())}, and cuda on "
-                "a GPU, for D <= 4096"
+                f"D={rows.shape[1]}; allowed: {', '.join(['auto', *able])}, for D <= 4096"
             )
-        own = own_precision(row.name)
-        if precision not in (None, own):
-            raise ConfigError(
-                f"PackedBank: backend={row.name!r} packs in {own}, not in {precision}; allowed: "
-                f"precision={own!r} or None, or another back end"
-            )
-        arrays = {
-            name: _aligned(shape, dtype)
-            for name, (shape, dtype) in _shapes(rows.shape, own).items()
-        }
-        pointer, owner = matrix_pointer(rows)
-        unrankable = _core.topk_pack(
-            pointer,
-            arrays["codes"].ctypes.data,
-            arrays["groups"].ctypes.data,
-            arrays["sums"].ctypes.data,
-            threads or torch.get_num_threads(),
-            row.name,
-            progress,
+        arrays, precision = pack(
+            rows,
+            precision,
+            backend=row.name,
+            threads=threads or torch.get_num_threads(),
+            progress=progress,
         )
-        del owner
-        if unrankable is not None:
-            raise_unrankable("PackedBank", "bank", unrankable[1], rows[unrankable[1]])
-        return cls(rows, arrays, own)
+        return cls(rows, arrays, precision)
 
     def to(self, device: str | torch.device, **options: Any) -> PackedBank:
         """The bank on the CPU or on a CUDA device: its rows are copied there and packed anew.
@@ -217,7 +191,7 @@ class PackedBank:
             raise DataError(
                 f"{folder} holds no complete packed bank ({error}); write one with PackedBank.save"
             ) from error
-        for name, (shape, stored) in _shapes(rows.shape, precision).items():
+        for name, (shape, stored) in code_shapes(rows.shape, precision).items():
             array = arrays[name]
             if array.shape != shape or array.dtype != stored or not array.flags.c_contiguous:
                 raise DataError(
@@ -266,9 +240,15 @@ class PackedBank:
         return f"PackedBank({len(self)} x {self.shape[1]}, {what})"
 
 
-def _shapes(
+def code_shapes(
     shape: tuple[int, int], precision: str
 ) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+    """Shapes and dtypes of the arrays that the CPU's back ends pack a bank of this shape into.
+
+    codes: int8 [groups of 32 rows, halves of a group, steps of 64 bytes, rows of a half, bytes].
+    groups: float32 [groups, 4], bounds for all rows of a group. sums: int32 [groups, 32], of a row's
+    codes. See csrc/topk_kernel.hpp.
+    """
     rows, columns = shape
     groups, steps = -(-rows // GROUP), -(-columns // STEP) * PRECISIONS[precision]
     return {
@@ -276,14 +256,6 @@ def _shapes(
         "groups": ((groups, FACTS), np.dtype(np.float32)),
         "sums": ((groups, GROUP), np.dtype(np.int32)),
     }
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-    """An array whose tiles don't straddle cache lines."""
-    size = int(np.prod(shape)) * dtype.itemsize
-    space = np.empty(size + _ALIGNMENT, dtype=np.uint8)
-    start = -space.ctypes.data % _ALIGNMENT
-    return space[start : start + size].view(dtype).reshape(shape)
 
 
 def _stored(dtype: str) -> np.dtype[Any]:

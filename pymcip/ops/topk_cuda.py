@@ -113,14 +113,19 @@ def topk_cuda(
     return ids, scores
 
 
-def pack_cuda(rows: torch.Tensor, precision: str) -> torch.Tensor:
-    """The packed form of rows on a GPU, uint8, for `topk_cuda`; its work is done.
+def pack_cuda(
+    rows: torch.Tensor, precision: str | None, **options: Any
+) -> tuple[dict[str, torch.Tensor], str]:
+    """The packed form of rows on a GPU, uint8, and its precision (int8 by default).
+
+    For `PackedBank.pack`. Its work is done when it returns; threads and progress don't matter.
 
     Raises:
         DataError: a row can't be ranked.
     """
     core = _core()
     pointer, _ = matrix_pointer(rows)
+    precision = precision or "int8"
     screen = SCREENS[precision]
     with torch.cuda.device(rows.device):
         packed = torch.empty(
@@ -137,7 +142,7 @@ def pack_cuda(rows: torch.Tensor, precision: str) -> torch.Tensor:
         )
     if bad_row >= 0:
         raise_unrankable("PackedBank", "bank", bad_row, rows[bad_row])
-    return packed
+    return {"packed": packed}, precision
 
 
 def _memory(
