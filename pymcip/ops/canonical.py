@@ -21,7 +21,7 @@ from pymcip.ops.arrays import Array, device_of, matrix_pointer, to_fp32
 
 LANES = 16
 _CORE_COLUMNS = 4096  # kMostColumns of csrc/topk.hpp
-_BYTES = 1 << 24  # of the rows gathered and of what is computed from them, at a time
+BLOCK_BYTES = 1 << 24  # of the rows gathered and of what is computed from them, at a time
 
 
 def canonical_scores(queries: Array, bank: Array, ids: Array) -> Array:
@@ -33,7 +33,7 @@ def canonical_scores(queries: Array, bank: Array, ids: Array) -> Array:
     The scores are of the kind of `queries` and on its device; a device without fp64 has the CPU
     compute them. Extra memory: about 16 MiB.
     """
-    core = _core(queries, bank)
+    core = extension(queries, bank)
     if core is not None:
         ids = ids.cpu().numpy() if isinstance(ids, torch.Tensor) else ids
         ids = np.ascontiguousarray(ids, dtype=np.int64)
@@ -77,7 +77,7 @@ def canonical_pairs(
     rows and ids are on the queries' device; the bank is there, too, or on the CPU.
     """
     compute = _fp64_device(queries.device)
-    core = _core(queries, bank) is not None
+    core = extension(queries, bank) is not None
     out = torch.empty(len(rows), dtype=torch.float32, device=compute)
     step = _pairs(2 * queries.shape[1])
     for first in range(0, len(rows), step):
@@ -165,7 +165,7 @@ def first_k(
 
 
 def _blocks(shape: Any, queries: Array) -> list[tuple[slice, slice]]:
-    """Blocks of a matrix of pairs whose rows and lanes fit _BYTES."""
+    """Blocks of a matrix of pairs whose rows and lanes fit BLOCK_BYTES."""
     pairs = _pairs(queries.shape[1])
     width = max(1, min(shape[1], pairs))
     height = max(1, pairs // width)
@@ -177,9 +177,9 @@ def _blocks(shape: Any, queries: Array) -> list[tuple[slice, slice]]:
 
 
 def _pairs(columns: int) -> int:
-    """How many pairs fit _BYTES, if for each of them so many elements are gathered."""
+    """How many pairs fit BLOCK_BYTES, if for each of them so many elements are gathered."""
     # A row as it is and widened to fp32; its lanes, their addends and the halves in fp64.
-    return max(1, _BYTES // (8 * columns + 4 * 8 * LANES))
+    return max(1, BLOCK_BYTES // (8 * columns + 4 * 8 * LANES))
 
 
 def _fp64_device(device: torch.device) -> torch.device:
@@ -225,7 +225,7 @@ def _halved(lanes: torch.Tensor) -> torch.Tensor:
     return lanes[..., 0]
 
 
-def _core(queries: Array, bank: Array) -> Any:
+def extension(queries: Array, bank: Array) -> Any:
     """The extension, if it is there and takes these; its scores have the same bits."""
     for matrix in (queries, bank):
         if isinstance(matrix, torch.Tensor) and matrix.device.type != "cpu":

@@ -44,13 +44,14 @@ class PackedBank:
     Attributes:
         rows: as given.
         precision: "int8" or "bfloat16".
+        arrays: the rounded form; on the CPU see `code_shapes`, on a GPU one tensor of bytes.
     """
 
     def __init__(self, rows: Array, arrays: dict[str, Any], precision: str) -> None:
         """Use `PackedBank.pack` or `PackedBank.load`."""
         self.rows = rows
         self.precision = precision
-        self._arrays = arrays
+        self.arrays = arrays
 
     @classmethod
     def pack(
@@ -147,7 +148,7 @@ class PackedBank:
         dtype = dtype_name(self.rows)
         with atomic_path(folder) as temporary:
             temporary.mkdir()
-            for name, array in self._arrays.items():
+            for name, array in self.arrays.items():
                 np.save(temporary / f"{name}.npy", array)
             rows = np.lib.format.open_memmap(
                 temporary / "rows.npy", mode="w+", dtype=_stored(dtype), shape=self.shape
@@ -210,7 +211,7 @@ class PackedBank:
         """
         return tuple(
             array.data_ptr() if isinstance(array, torch.Tensor) else array.ctypes.data
-            for array in self._arrays.values()
+            for array in self.arrays.values()
         )
 
     @property
@@ -230,7 +231,7 @@ class PackedBank:
     @property
     def nbytes(self) -> int:
         """Bytes of the packed form, without the rows."""
-        return sum(array.nbytes for array in self._arrays.values())
+        return sum(array.nbytes for array in self.arrays.values())
 
     def __len__(self) -> int:
         return self.shape[0]

@@ -34,13 +34,13 @@ from pymcip.ops.arrays import Array, to_fp32
 from pymcip.ops.canonical import canonical_pairs, canonical_scores
 from pymcip.ops.topk_torch import fp32_products, product_error, row_lengths
 
-_QUERIES = 1024
-_ROWS = 4096
-_SIDE = 2048  # of both, where the bank is the queries
+QUERIES = 1024
+ROWS = 4096
+SIDE = 2048  # of both, where the bank is the queries
 _ELEMENTS = 1 << 23  # of a block of bank rows, and of one of queries
 _MOST_LENGTH = 2.0**126
 _SAMPLE = (32, 256)  # queries and bank rows
-_WIDE = 0.08  # share of rows to be scored from which on fp64 products are cheaper
+WIDE = 0.08  # share of rows to be scored from which on fp64 products are cheaper
 _PADDED = 1 << 20
 
 
@@ -85,8 +85,8 @@ def over_blocks(
         return torch.zeros_like(ids)
     mirrored = _same(queries, bank)
     columns = queries.shape[1]
-    rows_step = max(1, min(_SIDE if mirrored else _ROWS, _ELEMENTS // columns))
-    step = max(1, min(_SIDE if mirrored else _QUERIES, _ELEMENTS // max(columns, widest)))
+    rows_step = max(1, min(SIDE if mirrored else ROWS, _ELEMENTS // columns))
+    step = max(1, min(SIDE if mirrored else QUERIES, _ELEMENTS // max(columns, widest)))
     if mirrored:
         step = rows_step = min(step, rows_step)
     bounds = starts.tolist()
@@ -140,7 +140,7 @@ def _ordered(
     lengths = torch.empty(len(queries), dtype=torch.float32, device=device)
     sizes = starts.diff()
     bounds = starts.tolist()
-    step = max(1, min(_QUERIES, _PADDED // int(sizes.max())))
+    step = max(1, min(QUERIES, _PADDED // int(sizes.max())))
     for first in range(0, len(queries), step):
         block = to_fp32(queries[first : first + step], device)
         last = first + len(block)
@@ -167,7 +167,7 @@ def _ordered(
         return Asked(starts, ids, scores, scores + own, scores - own, counts)
 
     asked = limited(product_error(queries.shape[1]))
-    wide = device.type in ("cpu", "cuda") and _unclear(queries, bank, asked) > _WIDE
+    wide = device.type in ("cpu", "cuda") and _unclear(queries, bank, asked) > WIDE
     return limited(_wide_error(queries.shape[1])) if wide else asked, order, wide
 
 
