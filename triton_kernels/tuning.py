@@ -107,7 +107,7 @@ def launch(
 
 
 def time_config(run: Callable[[Config], None], config: Config) -> float:
-    """Median milliseconds; infinite if the GPU has not the resources."""
+    """Median milliseconds; infinite if the GPU lacks the resources."""
     try:
         run(config)
     except OutOfResources:
@@ -145,7 +145,7 @@ def _stored(file: Path) -> dict[str, Config]:
 
 
 def _save(file: Path, key: str, config: Config) -> None:
-    """Best effort: a cache that can't be written costs the next process the timing, no more."""
+    """Store a choice; where the file can't be written, the next process times the kernel again."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         stored = {**_stored(file), key: config}

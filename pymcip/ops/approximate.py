@@ -82,7 +82,7 @@ class ApproximateIndex:
     """
 
     def __init__(self, index: Any, about: dict[str, Any]) -> None:
-        """For `build` and `load`."""
+        """Use `ApproximateIndex.build` or `ApproximateIndex.load`."""
         self._index, self._about = index, about
         self.rows, self.columns = int(about["rows"]), int(about["columns"])
         self.lists, self.code_bytes = int(about["lists"]), int(about["code_bytes"])
@@ -362,7 +362,7 @@ def _parts(bank: Bank) -> MatrixParts:
 
 
 def _fingerprint(parts: MatrixParts) -> str:
-    """SHA-256 of some rows: another bank has another one."""
+    """SHA-256 of some rows, by which a bank is recognised."""
     ids = np.linspace(0, len(parts) - 1, min(len(parts), 64)).astype(np.int64)
     return hashlib.sha256(_fp32(parts[ids]).tobytes()).hexdigest()
 

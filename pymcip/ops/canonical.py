@@ -1,4 +1,4 @@
-"""The canonical score of a pair of rows: the same bits on every back end, device and block size.
+"""The canonical score of two rows: their inner product, with the same bits on every device.
 
     products q[d] c[d] of the inputs widened to fp32, in fp64: exact (24 + 24 bits), FMA or not
     16 lanes: lane l adds up, in order of d, the products with d % 16 == l, starting from +0
@@ -113,7 +113,7 @@ def canonical_unit(rows: torch.Tensor) -> torch.Tensor:
 
 
 def canonical_matrix(queries: Array, bank: Array) -> Array:
-    """All scores fp32 [N, M], for few queries or a block of the bank; otherwise as above."""
+    """All scores fp32 [N, M], for few queries or a block of the bank; see `canonical_scores`."""
     if isinstance(queries, np.ndarray) and isinstance(bank, np.ndarray):
         scores = np.empty((len(queries), len(bank)), dtype=np.float32)
         for rows, columns in _blocks(scores.shape, queries):
@@ -208,7 +208,7 @@ def _sum_numpy(queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def _sum_torch(queries: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """The same in torch."""
+    """Scores fp32 [n, k] of tensors, as `_sum_numpy` computes them."""
     columns = queries.shape[-1]
     lanes = torch.zeros(len(queries), rows.shape[1], LANES, dtype=torch.float64, device=rows.device)
     for start in range(0, columns, LANES):
@@ -226,7 +226,10 @@ def _halved(lanes: torch.Tensor) -> torch.Tensor:
 
 
 def extension(queries: Array, bank: Array) -> Any:
-    """The extension, if it is there and takes these; its scores have the same bits."""
+    """The compiled extension, if it is there and takes these matrices; None otherwise.
+
+    Its scores have the same bits.
+    """
     for matrix in (queries, bank):
         if isinstance(matrix, torch.Tensor) and matrix.device.type != "cpu":
             return None

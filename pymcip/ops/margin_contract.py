@@ -105,7 +105,7 @@ def margin_logit(cosine: Tensor, margin: float, continuation: str) -> tuple[Tens
 
 
 def row_sums(values: Tensor, indptr: Tensor) -> Tensor:
-    """[B], sums of the rows' values [nnz], in a fixed order: on a GPU index_add has none."""
+    """Add up the values [nnz] of each row: [B], in a fixed order (index_add on a GPU has none)."""
     return torch.segment_reduce(values, "sum", offsets=indptr, initial=0, unsafe=True)
 
 
@@ -115,12 +115,15 @@ def through_norm(grad: Tensor, unit: Tensor, norms: Tensor) -> Tensor:
 
 
 def finite(log_z: Tensor) -> Tensor:
-    """A row whose columns are all positives has log Z = -inf, and no negatives."""
+    """Replace log Z = -inf by the lowest finite number.
+
+    It is -inf for a row whose columns are all positives, which has no negatives.
+    """
     return log_z.clamp_min(torch.finfo(log_z.dtype).min)
 
 
 def positive_cosines(problem: Problem) -> Tensor:
-    """cos_ip [nnz], in the rows' dtype."""
+    """The cosines cos_ip [nnz] of the positives, in the rows' dtype."""
     cosine = torch.empty(problem.indices.shape, dtype=problem.x.dtype, device=problem.x.device)
     for block, bank_rows in _positive_blocks(problem):
         cosine[block] = (problem.x[problem.rows[block]] * bank_rows).sum(1)
@@ -166,7 +169,7 @@ def over_shards(
 
 
 def choose_cells(shares: Tensor, delta: float) -> tuple[Tensor, Tensor]:
-    """Which cells to keep, bool [row blocks, cells], and the mass [B] that goes with the others.
+    """Choose the cells to keep, bool [row blocks, cells], and the mass [B] that goes with the others.
 
     A cell weighs what the row that needs it most has there, so the sum of the weights of the cells
     left out bounds what any row of the block loses.
@@ -183,5 +186,6 @@ def choose_cells(shares: Tensor, delta: float) -> tuple[Tensor, Tensor]:
 
 
 def mass_outside(shares: Tensor, active: Tensor) -> Tensor:
+    """The share of each row's softmax mass [B] that lies in cells that are not kept."""
     dropped = (~active).repeat_interleave(CELL_ROWS, dim=0)[: shares.shape[0]]
     return (shares * dropped).sum(1)

@@ -38,7 +38,7 @@ def _load(backend: str) -> Any:
 
 @contextmanager
 def _alone_on(device: torch.device) -> Iterator[None]:
-    """Without autocast, and with launches going to the tensors' GPU."""
+    """Switch autocast off, and make the tensors' GPU the current one."""
     with torch.autocast(device.type, enabled=False), ExitStack() as stack:
         if device.type == "cuda":
             stack.enter_context(torch.cuda.device(device))

@@ -51,7 +51,7 @@ LEAST_SCRATCH, MOST_SCRATCH = 1 << 28, 1 << 31  # bytes, by default
 
 @dataclass(frozen=True)
 class MarginOptions:
-    """What all back ends share.
+    """Options of the loss, the same for all back ends.
 
     Attributes:
         scale: s > 0.

@@ -256,7 +256,7 @@ class _Work:
         return result
 
     def rounded(self, values: Tensor) -> Tensor:
-        """The same in the products' dtype."""
+        """The values in the products' dtype."""
         if values.dtype == self.problem.dtype:
             return values
         shape = values.shape[0], values.shape[1]

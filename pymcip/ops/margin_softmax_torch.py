@@ -1,4 +1,4 @@
-"""The oracle of `margin_softmax`: plain torch, one chunk of columns at a time, on any device."""
+"""The reference implementation of `margin_softmax`: plain torch, one chunk of columns at a time, on any device."""
 
 from __future__ import annotations
 

@@ -302,7 +302,7 @@ def _k_means(
             wide = spread.argsort(stable=True, descending=True)[:moved]
             useful = spread[wide] > 2 * needed[idle]
             idle, wide = idle[useful], wide[useful]
-            # To a row of the wide cluster, drawn by lot.
+            # They move to a random row of the wide cluster.
             shuffled = torch.randperm(count, generator=generator).to(device)
             rank[shuffled] = torch.arange(count, device=device)
             first = torch.full_like(needed, count).scatter_reduce_(0, ids, rank, "amin")

@@ -1,4 +1,4 @@
-"""A bank of rows, rounded to 8 bits (or to bfloat16) once, to be searched many times.
+"""`PackedBank`: a bank of rows, rounded to 8 bits (or to bfloat16) once and searched many times.
 
 The form is that of csrc/topk.hpp, or on a GPU of csrc/topk_cuda_kernels.cuh: rows rotated (so that no
 column stands out) and rounded, with bounds of what the rounding took away. A search screens it and
@@ -205,7 +205,7 @@ class PackedBank:
 
     @property
     def addresses(self) -> tuple[int, ...]:
-        """Of codes, groups and sums, or on a GPU of what csrc/topk_cuda.cu packs; for the extension.
+        """Addresses of the packed arrays, for the extension: codes, groups and sums, or a GPU's one.
 
         They are valid while this object lives.
         """
@@ -216,16 +216,18 @@ class PackedBank:
 
     @property
     def device(self) -> torch.device:
+        """The device that the rows are on."""
         return device_of(self.rows)
 
     @property
     def shape(self) -> tuple[int, int]:
+        """M and D."""
         rows, columns = self.rows.shape
         return rows, columns
 
     @property
     def dtype(self) -> Any:
-        """Of the rows."""
+        """The dtype of the rows."""
         return self.rows.dtype
 
     @property
@@ -260,7 +262,7 @@ def code_shapes(
 
 
 def _stored(dtype: str) -> np.dtype[Any]:
-    """What rows are in a file."""
+    """The dtype in which rows of `dtype` are stored in a file."""
     return np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
 
 
@@ -273,7 +275,7 @@ def _bits(rows: Array) -> np.ndarray:
 
 
 def _tensor(rows: Array) -> torch.Tensor:
-    """The same memory, unless torch can't take it."""
+    """The rows as a tensor, sharing their memory unless torch can't take it."""
     if isinstance(rows, torch.Tensor):
         return rows
     with warnings.catch_warnings():

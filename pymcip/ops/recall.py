@@ -69,6 +69,7 @@ def split_sample(count: int, sample: int, tuning: bool, seed: int) -> tuple[np.n
     """
     order = np.random.default_rng(seed).permutation(count)
     measured, tuned = order[:sample], order[sample : 2 * sample] if tuning else order[:0]
+    # The recall of queries that the effort was chosen by would be flattered by chance.
     if tuning and len(tuned) < min(sample, 32):
         tuned, measured = order[::2], order[1::2] if count > 1 else order
     return np.sort(measured), np.sort(tuned)

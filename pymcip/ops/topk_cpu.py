@@ -1,4 +1,4 @@
-"""top-k's back ends in C++: one per instruction set, all with the same results to the bit.
+"""Exact top-k on the CPU: back ends in C++, one per instruction set, with the same results to the bit.
 
 The contract is in csrc/topk.hpp. They take banks in parts, packed or not, and check the rows
 themselves, while they pack them.
@@ -31,7 +31,7 @@ KERNELS = {
 
 
 def own_precision(kernel: str) -> str:
-    """Of the codes that a kernel screens."""
+    """The precision of the codes that a kernel screens: "int8" or "bfloat16"."""
     return "bfloat16" if kernel == "amx_bf16" else "int8"
 
 
@@ -46,7 +46,7 @@ def topk_cpu(
     progress: Progress | None,
     kernel: str,
 ) -> tuple[Array, Array]:
-    """Ids and scores [N, k], NumPy.
+    """Search all parts of a bank: ids int64 and scores float32 [N, k], NumPy.
 
     Beside a packed bank it takes at most 64 MiB: 40 MiB of codes and candidates of queries, 16 MiB
     of codes of rows that are not packed, and small buffers per thread.
@@ -138,7 +138,7 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
 
 
 def pass_queries(columns: int, k: int) -> int:
-    """How many queries at least one pass over the bank serves, which packs what is not packed."""
+    """How many queries, at least, are served by one pass over a bank, which packs its rows anew."""
     if probe("portable") is not None:
         return UNPACKED_PASS
     from pymcip import _core
@@ -147,6 +147,7 @@ def pass_queries(columns: int, k: int) -> int:
 
 
 def probe(kernel: str) -> str | None:
+    """Why this kernel can't run on this machine; None if it can."""
     try:
         from pymcip import _core
     except ImportError as error:

@@ -1,8 +1,8 @@
-"""topk by faiss, to compare with: faiss's own fp32 ranking, not certified (`backend="faiss"`).
+"""Top-k by faiss, to compare with: faiss's own fp32 ranking, not certified (`backend="faiss"`).
 
 Blocks of the bank are searched by `faiss.knn`, or `faiss.knn_gpu` where the queries are on a GPU. A
 score is faiss's sum of products in fp32, off by at most D 2^-24 |q| |c| from the inner product. Of
-rows that these sums don't tell apart, faiss chooses which to list; the listed ones are ordered by
+rows with equal sums, faiss chooses which to list; the listed ones are ordered by
 score, then id. Needs the extra `[faiss]`, or `[faiss-gpu]`.
 """
 

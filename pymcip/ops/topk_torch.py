@@ -165,6 +165,7 @@ def product_error(columns: int) -> float:
 
 
 def row_lengths(rows: torch.Tensor) -> torch.Tensor:
+    """Norms [n] of fp32 rows [n, D], and a little more, which accounts for underflow."""
     return torch.linalg.vector_norm(rows, dim=1) + _UNDERFLOW
 
 

@@ -1,4 +1,4 @@
-"""Exact top-k on a GPU where no CUDA compiler was present at build time (contract: `pymcip.ops.topk`).
+"""Exact top-k on a GPU in Triton, for builds without a CUDA compiler (contract: `pymcip.ops.topk`).
 
 The bank is taken in chunks. Of each, a product in 16 bits on the tensor cores screens all pairs in
 registers; a pair is admitted if its certified upper bound reaches the cut of its query, the higher
@@ -105,7 +105,7 @@ def topk_triton(
 
 
 def list_length(k: int) -> int:
-    """Pairs that a query's list holds, in whole programs of refine_kernel."""
+    """How many pairs a query's list holds: whole programs of refine_kernel."""
     return -(-(2 * k + 192) // 64) * 64
 
 
@@ -133,6 +133,7 @@ class Search:
             yield len(chunk)
 
     def result(self) -> tuple[Tensor, Tensor]:
+        """Ids and scores [n, k] of the best so far."""
         ids, scores = self.kernels.decode(self.state.keys[:, : self.state.k])
         return ids, scores
 
@@ -228,7 +229,7 @@ def _staged(
 
 
 def _as_tensor(block: Array) -> Tensor:
-    """Shared memory for a tensor; a copy of a NumPy block, in fp32 if torch lacks its dtype."""
+    """The block as a tensor: itself, or a copy of a NumPy block, in fp32 if torch lacks its dtype."""
     if isinstance(block, Tensor):
         return block
     dtype = block.dtype if block.dtype in (np.float16, np.float32) else np.float32
