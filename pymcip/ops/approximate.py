@@ -25,7 +25,15 @@ import torch
 
 from pymcip.errors import ConfigError, DataError, OutputExistsError
 from pymcip.files import atomic_path, read_json, write_json
-from pymcip.ops.arrays import Array, MatrixParts, Progress, as_numpy, check_finite, check_matrix
+from pymcip.ops.arrays import (
+    Array,
+    MatrixParts,
+    Progress,
+    as_numpy,
+    check_finite,
+    check_matrix,
+    dense_fp32,
+)
 from pymcip.ops.canonical import canonical_scores, first_k
 from pymcip.ops.faiss_import import faiss_threads, import_faiss
 from pymcip.ops.packed_bank import PackedBank
@@ -147,14 +155,14 @@ class ApproximateIndex:
         means.min_points_per_centroid = 1  # fewer than 39 are the caller's choice: no warning
         means.max_points_per_centroid = -(-train_rows // lists)
         size = min(count, max(train_rows, _CODED_ROWS))
-        sample = _fp32(parts[np.sort(np.random.default_rng(seed).choice(count, size, False))])
+        sample = dense_fp32(parts[np.sort(np.random.default_rng(seed).choice(count, size, False))])
         with faiss_threads(threads or torch.get_num_threads()):
             with np.errstate(over="ignore", invalid="ignore"):  # others are refused below
                 index.train(sample[np.isfinite(np.einsum("ij,ij->i", sample, sample))])
             del sample
             for first, block in parts.blocks(max(1, _BYTES // (4 * columns))):
                 check_finite("ApproximateIndex", "the bank", block, first)
-                index.add(_fp32(block))
+                index.add(dense_fp32(block))
                 report(first + len(block), count)
         about = {"version": _VERSION, "rows": count, "columns": columns, "lists": lists}
         return cls(index, {**about, "code_bytes": code_bytes, "bank": _fingerprint(parts)})
@@ -287,7 +295,7 @@ class ApproximateIndex:
 
         def found(asked: Array, nprobe: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
             for first in range(0, len(asked), _QUERIES):
-                rows = _fp32(asked[first : first + _QUERIES])
+                rows = dense_fp32(asked[first : first + _QUERIES])
                 with faiss_threads(threads):  # not while the caller has control
                     answer = self._best(rows, parts, k, floor, nprobe, candidates)
                 yield answer
@@ -346,7 +354,7 @@ class ApproximateIndex:
         for first in range(0, len(rows), step):
             ids = listed[first : first + step]
             wanted, places = np.unique(ids, return_inverse=True)  # ascending: for memory maps
-            taken = _fp32(parts[np.maximum(wanted, 0)])
+            taken = dense_fp32(parts[np.maximum(wanted, 0)])
             scores = canonical_scores(rows[first : first + step], taken, places.reshape(ids.shape))
             found.append(first_k(ids, scores, k, threshold))
         ids, scores = (np.concatenate(column) for column in zip(*found, strict=True))
@@ -364,11 +372,7 @@ def _parts(bank: Bank) -> MatrixParts:
 def _fingerprint(parts: MatrixParts) -> str:
     """SHA-256 of some rows, by which a bank is recognised."""
     ids = np.linspace(0, len(parts) - 1, min(len(parts), 64)).astype(np.int64)
-    return hashlib.sha256(_fp32(parts[ids]).tobytes()).hexdigest()
-
-
-def _fp32(rows: Array) -> np.ndarray:
-    return np.require(as_numpy(rows), np.float32, ["C", "A"])
+    return hashlib.sha256(dense_fp32(parts[ids]).tobytes()).hexdigest()
 
 
 def _refuse(**given: tuple[bool, Any, str]) -> None:

@@ -138,6 +138,11 @@ def to_fp32(rows: Array, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(np.array(rows, dtype=np.float32, order="C")).to(device)
 
 
+def dense_fp32(rows: Array) -> np.ndarray:
+    """The rows in main memory as float32, row-major; a copy only where they are not so already."""
+    return np.require(as_numpy(rows), np.float32, ["C", "A"])
+
+
 def matrix_pointer(matrix: Array) -> tuple[tuple[int, str, int, int, int, int], Array]:
     """What the compiled extension takes for a matrix, and the array that must outlive the call.
 
