@@ -1,8 +1,8 @@
-"""topk by faiss, to compare with: faiss's own fp32 ranking, not certified (`backend="faiss"`).
+"""Top-k by faiss, to compare with: faiss's own fp32 ranking, not certified (`backend="faiss"`).
 
 Blocks of the bank are searched by `faiss.knn`, or `faiss.knn_gpu` where the queries are on a GPU. A
 score is faiss's sum of products in fp32, off by at most D 2^-24 |q| |c| from the inner product. Of
-rows that these sums don't tell apart, faiss chooses which to list; the listed ones are ordered by
+rows with equal sums, faiss chooses which to list; the listed ones are ordered by
 score, then id. Needs the extra `[faiss]`, or `[faiss-gpu]`.
 """
 
@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from pymcip.ops.arrays import Array, Progress, as_numpy, device_of, to_fp32
+from pymcip.ops.arrays import Array, Progress, as_numpy, dense_fp32, device_of, to_fp32
+from pymcip.ops.canonical import first_k
 from pymcip.ops.faiss_import import faiss_threads, import_faiss
 
 _BLOCK_BYTES = 16 << 20  # of bank rows in fp32
@@ -49,36 +50,29 @@ def topk_faiss(
     count, device = len(queries), device_of(queries)
     ids = np.full((count, k), -1, dtype=np.int64)
     scores = np.full((count, k), -np.inf, dtype=np.float32)
-    search = _gpu_search(device) if device.type == "cuda" else import_faiss().knn
+    search: Any = import_faiss().knn
+    dense: Any = dense_fp32
+    if device.type == "cuda":
+        search, dense = _gpu_search(device), lambda rows: to_fp32(rows, device).contiguous()
     nearest = partial(search, metric=import_faiss().METRIC_INNER_PRODUCT)
     height, step = max(1, min(4096, (1 << 19) // k)), max(1, _BLOCK_BYTES // (4 * bank.shape[1]))
     done = 0
     with faiss_threads(threads):
         for first in range(0, count, height):
             part = slice(first, first + height)
-            rows = _fp32(queries[part], device)
+            rows = dense(queries[part])
             for start in range(0, len(bank), step):
-                block = _fp32(bank[start : start + step], device)
+                block = dense(bank[start : start + step])
                 found = nearest(rows, block, min(k, len(block)))
                 values, places = (as_numpy(x) for x in found)
-                kept = values >= threshold
-                values = np.where(kept, values + np.float32(0), np.float32(-np.inf))
-                values = np.concatenate([scores[part], values], axis=1)
-                places = np.concatenate([ids[part], np.where(kept, places + start, -1)], axis=1)
-                order = np.lexsort((places, -values), axis=-1)[:, :k]
-                ids[part] = np.take_along_axis(places, order, axis=1)
-                scores[part] = np.take_along_axis(values, order, axis=1)
+                values = np.concatenate([scores[part], values + np.float32(0)], axis=1)
+                places = np.where(places < 0, -1, places + start)  # -1: it found no more
+                places = np.concatenate([ids[part], places], axis=1)
+                ids[part], scores[part] = first_k(places, values, k, threshold)
                 done += len(rows) * len(block)
                 if progress is not None:
                     progress(done, count * len(bank))
     return ids, scores
-
-
-def _fp32(rows: Array, device: torch.device) -> Array:
-    """A tensor on a GPU, an array in main memory; both dense."""
-    if device.type == "cuda":
-        return to_fp32(rows, device).contiguous()
-    return np.require(as_numpy(rows), np.float32, ["C", "A"])
 
 
 def _gpu_search(device: torch.device) -> Any:
