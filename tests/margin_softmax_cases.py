@@ -8,7 +8,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from pymcip.ops.margin_softmax import CELL_COLUMNS, CELL_ROWS, margin_softmax
+from pymcip.ops import margin_softmax
+from pymcip.ops.margin_contract import CELL_COLUMNS, CELL_ROWS
 
 KEEP, ANEW = 1 << 30, 1  # scratch: all of E, or one cell at a time
 

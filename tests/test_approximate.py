@@ -25,6 +25,7 @@ from pymcip.errors import (
 from pymcip.ops import PackedBank, approximate
 from pymcip.ops.approximate import ApproximateIndex, ApproximateResult
 from pymcip.ops.faiss_import import import_faiss, probe_faiss
+from pymcip.ops.recall import estimate_recall, least_reaching, split_sample
 
 pytestmark = pytest.mark.skipif(probe_faiss() is not None, reason="faiss is not installed")
 
@@ -134,6 +135,17 @@ def test_nprobe_is_chosen_for_a_recall(world: World) -> None:
     assert recall_of(results[1], world.exact) > 0.9
     default = world.index.search(world.queries, world.bank, K, threads=1)
     assert results[0].nprobe < default.nprobe <= results[1].nprobe
+
+
+def test_many_lists_are_found_by_a_graph(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(approximate, "GRAPH_LISTS", 64)
+    ApproximateIndex.build(world.bank, lists=64, threads=1).save(tmp_path / "index")
+    index = ApproximateIndex.load(tmp_path / "index", memory_map=True)
+    result = index.search(world.queries, world.bank, K, nprobe=16, threads=1)
+    assert result.recall == pytest.approx(recall_of(result, world.exact), abs=1e-12)
+    assert result.recall > 0.9
 
 
 def test_a_recall_out_of_reach_is_told(world: World, caplog: pytest.LogCaptureFixture) -> None:
@@ -365,11 +377,28 @@ def test_estimate_covers_the_truth() -> None:
     inside = 0
     for _ in range(400):
         chosen = generator.choice(4000, 100, replace=False)
-        share, error, (low, high) = approximate._estimate(hits[chosen], due[chosen], 4000)
+        share, error, (low, high) = estimate_recall(hits[chosen], due[chosen], 4000)
         inside += low <= truth <= high
         assert low <= share <= high
         assert 0 < error < 0.1
     assert 370 <= inside <= 395  # 380 expected, 4.4 its deviation
-    share, error, (low, high) = approximate._estimate(np.full(50, 3), np.full(50, 3), 4000)
+    share, error, (low, high) = estimate_recall(np.full(50, 3), np.full(50, 3), 4000)
     assert (share, error, high) == (1, 0, 1)
     assert 0.9 < low < 0.95  # all found of 50 queries: Wilson's interval of 50 trials
+
+
+@pytest.mark.parametrize("needed", [1, 2, 3, 17, 64, 99, 100])
+def test_the_least_effort_that_reaches_a_recall(needed: int) -> None:
+    found, share = least_reaching(lambda effort: effort / 100, 100, needed / 100)
+    assert needed <= found <= needed + max(1, needed // 8)
+    assert share == found / 100
+    assert least_reaching(lambda effort: 0.5, needed, 0.6) == (needed, 0.5)
+
+
+def test_samples_are_apart() -> None:
+    measured, tuned = split_sample(100, 30, True, 0)
+    assert (len(measured), len(tuned)) == (30, 30)
+    assert not set(measured) & set(tuned)
+    assert [len(part) for part in split_sample(100, 30, False, 0)] == [30, 0]
+    assert [len(part) for part in split_sample(41, 40, True, 0)] == [20, 21]
+    assert [part.tolist() for part in split_sample(1, 40, True, 0)] == [[0], [0]]

@@ -21,20 +21,17 @@ BROKEN = Backend(
     devices=("cpu",),
     dtypes=("float32",),
     function="pymcip.ops.topk_torch:topk_torch",
-    probe="a library:that is missing",
+    probe="tests.test_dispatch:probe_broken",
 )
+
+
+def probe_broken() -> str:
+    return "its library is missing"
 
 
 @pytest.fixture
 def broken_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "BACKENDS", (BROKEN, *BACKENDS))
-    monkeypatch.setattr(
-        dispatch,
-        "_resolve",
-        lambda where, resolve=dispatch._resolve: (
-            (lambda: "its library is missing") if where == BROKEN.probe else resolve(where)
-        ),
-    )
 
 
 @pytest.mark.parametrize("row", BACKENDS, ids=lambda row: f"{row.op}-{row.name}")

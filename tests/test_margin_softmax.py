@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from pymcip.losses import ArcMargin, MCArcMargin, info_nce
 from pymcip.ops import margin_softmax
-from pymcip.ops.margin_softmax import MarginOptions, margin_logit, margin_softmax_filtered
+from pymcip.ops.margin_contract import margin_logit
+from pymcip.ops.margin_softmax import MarginOptions, margin_softmax_filtered
 
 EXACT = ("torch", "cpu")  # those that take fp32 operands
 

@@ -15,11 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pymcip.ops import explain, margin_softmax
-from pymcip.ops.margin_softmax import (
-    margin_logit,
-    margin_softmax_filtered,
-    probe_triton,
-)
+from pymcip.ops.margin_contract import margin_logit
+from pymcip.ops.margin_softmax import margin_softmax_filtered, probe_triton
 from tests.margin_softmax_cases import ANEW, KEEP, ON_GPU, Case, Way
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -14,7 +14,8 @@ from torch.nn.functional import normalize
 import pymcip.ops
 from pymcip.errors import ConfigError, DataError
 from pymcip.ops import margin_softmax, order_bank, ordering
-from pymcip.ops.margin_softmax import CELL_COLUMNS, CELL_ROWS, Skipped, margin_softmax_filtered
+from pymcip.ops.margin_contract import CELL_COLUMNS, CELL_ROWS
+from pymcip.ops.margin_softmax import Skipped, margin_softmax_filtered
 
 ROWS, CLUSTERS, DIM, NEAR, SCALE = CELL_ROWS, 32, 128, 4, 64.0
 
@@ -77,8 +78,8 @@ def test_it_is_a_permutation_and_the_same_again(
     count: int, cluster_size: int, iterations: int, flat: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(ordering._FLAT, "cpu", flat)
-    monkeypatch.setattr(ordering, "_CHUNK", 100)
-    monkeypatch.setattr(ordering, "_SCORES", 1000)
+    monkeypatch.setattr(ordering, "CHUNK_ROWS", 100)
+    monkeypatch.setattr(ordering, "SCORES", 1000)
     bank = torch.randn(count, 5, generator=torch.Generator().manual_seed(0))
     order = order_bank(bank, cluster_size=cluster_size, iterations=iterations)
     assert order.dtype == torch.int64

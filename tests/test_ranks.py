@@ -22,7 +22,7 @@ few_settings = settings(max_examples=40, deadline=None)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each of them, with products in fp32 and in fp64."""
     name, wide = request.param
-    monkeypatch.setattr(ranks_torch, "_WIDE", -1.0 if wide else 2.0)
+    monkeypatch.setattr(ranks_torch, "WIDE", -1.0 if wide else 2.0)
     return str(name)
 
 
@@ -92,7 +92,7 @@ def test_near_ties_in_blocks(
     backend: str, sides: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Products in fp32 can't tell such rows apart; the bank as queries, itself and a copy."""
-    for name, side in zip(("_QUERIES", "_ROWS", "_SIDE"), sides, strict=True):
+    for name, side in zip(("QUERIES", "ROWS", "SIDE"), sides, strict=True):
         monkeypatch.setattr(ranks_torch, name, side)
     generator = np.random.default_rng(sides[0])
     bank = near_ties(generator, 60, 24)
@@ -193,7 +193,7 @@ def test_products_within_the_bound_decide_nothing_else(
     bank = np.vstack([near_ties(generator, 100, 48), generator.standard_normal((400, 48))])
     bank = (bank / np.linalg.norm(bank, axis=1, keepdims=True)).astype(np.float32)
     indptr, indices = asked(generator, 60, 500, 20)
-    wide = ranks_torch._WIDE < 0
+    wide = ranks_torch.WIDE < 0
     plain = torch.mm
     # Some of the bound is for roundings: of both limits and, in fp64, of scores and products.
     off = share * (2.0**-24 * 0.5 if wide else product_error(48) * 0.6)
@@ -273,8 +273,8 @@ def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_nobody_asks_for_is_not_computed(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ranks_torch, "_QUERIES", 2)
-    monkeypatch.setattr(ranks_torch, "_SIDE", 2)
+    monkeypatch.setattr(ranks_torch, "QUERIES", 2)
+    monkeypatch.setattr(ranks_torch, "SIDE", 2)
     plain, shapes = torch.mm, []
     monkeypatch.setattr(
         torch, "mm", lambda *pair, out: (shapes.append(tuple(out.shape)), plain(*pair, out=out))

@@ -691,11 +691,11 @@ class Codes(NamedTuple):
 
 def codes_of(rows: np.ndarray, backend: str = FASTEST) -> Codes:
     bank = PackedBank.pack(rows, backend=backend)
-    groups, steps = bank._arrays["codes"].shape[0], bank._arrays["codes"].shape[2]
-    codes = bank._arrays["codes"].transpose(0, 1, 3, 2, 4).reshape(groups * 32, steps * 64)
-    np.testing.assert_array_equal(codes.sum(1), bank._arrays["sums"].ravel())
+    groups, steps = bank.arrays["codes"].shape[0], bank.arrays["codes"].shape[2]
+    codes = bank.arrays["codes"].transpose(0, 1, 3, 2, 4).reshape(groups * 32, steps * 64)
+    np.testing.assert_array_equal(codes.sum(1), bank.arrays["sums"].ravel())
     assert not codes[len(rows) :].any()
-    facts = bank._arrays["groups"].astype(np.float64).repeat(32, axis=0)[: len(rows)]
+    facts = bank.arrays["groups"].astype(np.float64).repeat(32, axis=0)[: len(rows)]
     codes = codes[: len(rows)].astype(np.int64)
     scale, inverse, reach, doubt = facts.T
     np.testing.assert_allclose(scale * inverse, 1, rtol=2**-22)
@@ -790,8 +790,8 @@ def test_kernels_round_to_the_same_codes(columns: int) -> None:
         rows = rows.astype(np.float32)
         banks = [PackedBank.pack(rows, backend=kernel, threads=1) for kernel in INT8]
         for bank in banks[1:]:
-            for name, array in bank._arrays.items():
-                np.testing.assert_array_equal(array.view("u1"), banks[0]._arrays[name].view("u1"))
+            for name, array in bank.arrays.items():
+                np.testing.assert_array_equal(array.view("u1"), banks[0].arrays[name].view("u1"))
 
 
 @pytest.mark.parametrize("columns", [30, 512])
@@ -842,9 +842,9 @@ def test_a_packed_bank_gives_the_same_answers(
     packed.save(tmp_path / "bank")
     loaded = PackedBank.load(tmp_path / "bank")
     assert loaded.precision == packed.precision
-    for name, array in loaded._arrays.items():
+    for name, array in loaded.arrays.items():
         assert isinstance(array, np.memmap)
-        np.testing.assert_array_equal(array, packed._arrays[name])
+        np.testing.assert_array_equal(array, packed.arrays[name])
     wanted = ranking(rows[:40], bank, 12)
     for backend in ("auto", *BACKENDS):
         for one in (packed, loaded):

@@ -34,11 +34,11 @@ def same_bits(found: Any, wanted: np.ndarray) -> bool:
 def test_scores_have_the_bits_of_the_definition(
     columns: int, dtype: Any, block: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(canonical, "_BYTES", block)
+    monkeypatch.setattr(canonical, "BLOCK_BYTES", block)
     if compiled:
-        assert canonical._core(np.ones((1, columns)), torch.ones(1, columns)) is _core
+        assert canonical.extension(np.ones((1, columns)), torch.ones(1, columns)) is _core
     else:
-        monkeypatch.setattr(canonical, "_core", lambda *_: None)
+        monkeypatch.setattr(canonical, "extension", lambda *_: None)
     generator = np.random.default_rng(columns)
     queries = generator.standard_normal((5, columns)).astype(dtype)
     bank = generator.standard_normal((9, columns)).astype(dtype)
@@ -67,7 +67,7 @@ def test_scores_have_the_bits_of_the_definition(
 
 def test_more_columns_than_the_extension_takes() -> None:
     queries = np.random.default_rng(0).standard_normal((2, 4097)).astype(np.float32)
-    assert canonical._core(queries, queries) is None
+    assert canonical.extension(queries, queries) is None
     scores = canonical.canonical_scores(queries, queries, np.array([[1], [0]]))
     assert same_bits(scores, np.array([[defined(*queries)]] * 2))
 
@@ -88,7 +88,7 @@ def test_unit_rows_are_divided_by_norms_in_the_order_of_the_score(
         if number != 2:
             wanted[number] = (wide[number] / np.sqrt(lanes[0])).astype(np.float32)
     for block in (1 << 24, 1000):
-        monkeypatch.setattr(canonical, "_BYTES", block)
+        monkeypatch.setattr(canonical, "BLOCK_BYTES", block)
         assert same_bits(canonical.canonical_unit(torch.from_numpy(rows)), wanted)
 
 

@@ -38,9 +38,9 @@ def gaussian(seed: int, *shape: int) -> np.ndarray:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_QUERIES", 7)
-    monkeypatch.setattr(module, "_ROWS", 50)
-    monkeypatch.setattr(module, "_MERGED", 100)
+    monkeypatch.setattr(module, "QUERIES", 7)
+    monkeypatch.setattr(module, "ROWS", 50)
+    monkeypatch.setattr(module, "MERGED", 100)
 
 
 @given(
@@ -60,9 +60,9 @@ def test_small_problems(
     queries = generator.integers(-levels, levels + 1, (rows, columns)).astype(np.float32) / 7
     bank = generator.integers(-levels, levels + 1, (bank_rows, columns)).astype(np.float32) / 3
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_QUERIES", 7)
-        patch.setattr(module, "_ROWS", 50)
-        patch.setattr(module, "_MERGED", 100)
+        patch.setattr(module, "QUERIES", 7)
+        patch.setattr(module, "ROWS", 50)
+        patch.setattr(module, "MERGED", 100)
         check(queries, bank, k, threshold)
 
 

@@ -54,16 +54,16 @@ def gaussian(seed: int, *shape: int) -> np.ndarray:
 @pytest.fixture
 def again(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Lists of 24 pairs, that overflow; how many rows were screened again, part by part."""
-    monkeypatch.setattr(module, "_capacity", lambda k: 24)
+    monkeypatch.setattr(module, "list_length", lambda k: 24)
     parts: list[int] = []
-    take = module._Search._take
+    take = module.Search.take
 
     def counting(self: Any, rows: Any, first: int, last: int, offset: int, active: Any) -> None:
         if (first, last) != (0, len(rows.raw)):
             parts.append(last - first)
         take(self, rows, first, last, offset, active)
 
-    monkeypatch.setattr(module._Search, "_take", counting)
+    monkeypatch.setattr(module.Search, "take", counting)
     return parts
 
 
@@ -175,15 +175,15 @@ def test_rows_that_stay_where_they_are(dtype: torch.dtype) -> None:
 
 def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     queries, bank = gaussian(27, 10, 9), np.round(gaussian(28, 400, 9))
-    monkeypatch.setattr(module, "_QUERIES", 4)
-    monkeypatch.setattr(module, "_CHUNK", 130)
+    monkeypatch.setattr(module, "QUERIES", 4)
+    monkeypatch.setattr(module, "CHUNK", 130)
     calls: list[tuple[int, int]] = []
     ids, _ = search(queries, bank, 7, progress=lambda *call: calls.append(call))
     wanted = canonical_topk(queries, bank, 7)[0]
     np.testing.assert_array_equal(ids, wanted)
     assert calls[-1] == (4000, 4000)
     assert [done for done, _ in calls] == sorted({done for done, _ in calls})
-    monkeypatch.setattr(module, "_SEGMENT", 150)  # as a bank of more than 2^31 rows is searched
+    monkeypatch.setattr(module, "SEGMENT", 150)  # as a bank of more than 2^31 rows is searched
     check(queries, bank, 7)
     check(queries, bank, 7, 5.0)
 

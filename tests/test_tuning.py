@@ -38,9 +38,9 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """As if nothing were interpreted; gives the file of choices."""
     file = tmp_path / "tuning" / "gpu.json"
     monkeypatch.setattr(tuning, "INTERPRETED", False)
-    monkeypatch.setattr(tuning, "_file", lambda: file)
-    monkeypatch.setattr(tuning, "_chosen", {})
-    monkeypatch.setattr(tuning, "_read", set())
+    monkeypatch.setattr(tuning, "choices_file", lambda: file)
+    monkeypatch.setattr(tuning, "chosen", {})
+    monkeypatch.setattr(tuning, "read_files", set())
     monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: False)
     monkeypatch.delenv("PYMCIP_TUNE", raising=False)
     return file
@@ -58,7 +58,7 @@ def times(monkeypatch: pytest.MonkeyPatch) -> dict[Config, float]:
             return float("inf")
         return milliseconds[config]
 
-    monkeypatch.setattr(tuning, "_time", timed)
+    monkeypatch.setattr(tuning, "time_config", timed)
     return milliseconds
 
 
@@ -81,8 +81,8 @@ def test_the_fastest_is_remembered(compiled: Path, monkeypatch: pytest.MonkeyPat
     gpu = Gpu(*SIZES)
     launch("kernel", [1], SIZES, gpu.run)
     assert gpu.launched == [*SIZES, MIDDLE]
-    monkeypatch.setattr(tuning, "_chosen", {})  # as in a new process
-    monkeypatch.setattr(tuning, "_read", set())
+    monkeypatch.setattr(tuning, "chosen", {})  # as in a new process
+    monkeypatch.setattr(tuning, "read_files", set())
     again = Gpu(*SIZES)
     launch("kernel", [1], SIZES, again.run)
     assert again.launched == [MIDDLE]

@@ -49,7 +49,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pymcip.ops.margin_softmax import (
+from pymcip.ops.margin_contract import (
     CELL_COLUMNS,
     CELL_ROWS,
     HIGHEST_EXPONENT,

@@ -62,8 +62,8 @@ def tiles(tensor: torch.Tensor, block: list[int], tma: bool) -> torch.Tensor | T
     return TensorDescriptor.from_tensor(tensor, block) if tma else tensor
 
 
-_chosen: dict[str, Config] = {}
-_read: set[Path] = set()
+chosen: dict[str, Config] = {}
+read_files: set[Path] = set()
 
 
 def launch(
@@ -81,18 +81,18 @@ def launch(
     """
     if INTERPRETED:
         return run(candidates[0])
-    file = _file()
+    file = choices_file()
     _load(file)
     key = f"{file.stem}: {kernel} " + " ".join(map(str, shape_class))
-    best = _chosen.get(key)
+    best = chosen.get(key)
     if best not in candidates:
         best = None
     untimed = os.environ.get("PYMCIP_TUNE") == "0" or torch.cuda.is_current_stream_capturing()
     if best is None and timed and not untimed and len(candidates) > 1:
-        timings = {config: _time(run, config) for config in candidates}
+        timings = {config: time_config(run, config) for config in candidates}
         best = min(timings, key=timings.__getitem__)
         if timings[best] < float("inf"):
-            _chosen[key] = best
+            chosen[key] = best
             _save(file, key, best)
     lacking: OutOfResources | None = None
     for config in candidates if best is None else (best, *candidates):
@@ -106,8 +106,8 @@ def launch(
     )
 
 
-def _time(run: Callable[[Config], None], config: Config) -> float:
-    """Median milliseconds; infinite if the GPU has not the resources."""
+def time_config(run: Callable[[Config], None], config: Config) -> float:
+    """Median milliseconds; infinite if the GPU lacks the resources."""
     try:
         run(config)
     except OutOfResources:
@@ -123,17 +123,17 @@ def _time(run: Callable[[Config], None], config: Config) -> float:
     return median(milliseconds)
 
 
-def _file() -> Path:
+def choices_file() -> Path:
     folder = Path(os.environ.get("PYMCIP_CACHE") or Path.home() / ".cache" / "pymcip") / "tuning"
     device = torch.cuda.get_device_name().replace(" ", "-").replace("/", "-")
     return folder / f"{device}-triton{triton.__version__}-v{VERSION}.json"
 
 
 def _load(file: Path) -> None:
-    if file in _read:
+    if file in read_files:
         return
-    _read.add(file)
-    _chosen.update(_stored(file))
+    read_files.add(file)
+    chosen.update(_stored(file))
 
 
 def _stored(file: Path) -> dict[str, Config]:
@@ -145,7 +145,7 @@ def _stored(file: Path) -> dict[str, Config]:
 
 
 def _save(file: Path, key: str, config: Config) -> None:
-    """Best effort: a cache that can't be written costs the next process the timing, no more."""
+    """Store a choice; where the file can't be written, the next process times the kernel again."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         stored = {**_stored(file), key: config}

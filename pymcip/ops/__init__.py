@@ -1,4 +1,8 @@
-"""Ops with several back ends: contracts in each op's module, back ends in `dispatch`."""
+"""The compute kernels that the rest is built on: exact top-k, ranks and margin losses.
+
+Each op is one public function whose module states its contract; its back ends (C++, CUDA, Triton,
+torch) are listed in `pymcip.ops.dispatch`.
+"""
 
 from pymcip.ops.approximate import ApproximateIndex, ApproximateResult
 from pymcip.ops.dispatch import backends, explain

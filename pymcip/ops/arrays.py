@@ -37,14 +37,14 @@ class MatrixParts:
 
     def __init__(self, parts: Array | Sequence[Array]) -> None:
         self.parts: list[Array] = list(parts) if isinstance(parts, (list, tuple)) else [parts]
-        widths = {int(part.shape[1]) for part in self.parts}
+        widths = list(dict.fromkeys(int(part.shape[1]) for part in self.parts))
         if len(widths) != 1:
             raise ConfigError(
-                f"a matrix is given as {len(self.parts)} parts that are {sorted(widths)} columns "
+                f"a matrix is given as {len(self.parts)} parts that are {widths} columns "
                 "wide; allowed: at least one part, all of one width"
             )
         self.starts: list[int] = np.cumsum([0, *map(len, self.parts)]).tolist()
-        self._columns = widths.pop()
+        self._columns = widths[0]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -93,10 +93,7 @@ class MatrixParts:
         owners = np.searchsorted(self.starts, rows, side="right") - 1
         for owner in np.unique(owners):
             places = np.flatnonzero(owners == owner)
-            part, wanted = self.parts[owner], rows[places] - self.starts[owner]
-            if isinstance(part, torch.Tensor):
-                wanted = torch.from_numpy(wanted).to(part.device)
-            taken[places] = as_numpy(part[wanted])
+            taken[places] = as_numpy(self.parts[owner][rows[places] - self.starts[owner]])
         return taken
 
     def blocks(self, rows: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -113,7 +110,7 @@ class MatrixParts:
 
 
 def dtype_name(matrix: Array) -> str:
-    """The name of its dtype, as NumPy and torch both have it: "float32"."""
+    """The name of a matrix's dtype, the same for NumPy and torch, such as "float32"."""
     return str(matrix.dtype).removeprefix("torch.")
 
 
@@ -142,9 +139,9 @@ def to_fp32(rows: Array, device: torch.device) -> torch.Tensor:
 
 
 def matrix_pointer(matrix: Array) -> tuple[tuple[int, str, int, int, int, int], Array]:
-    """What the extension takes for a matrix, and the array that must outlive the call.
+    """What the compiled extension takes for a matrix, and the array that must outlive the call.
 
-    Copied if strides or address are no multiples of an element's size.
+    The matrix is copied if strides or address are no multiples of an element's size.
     """
     rows, columns = matrix.shape
     if isinstance(matrix, torch.Tensor):
@@ -162,7 +159,7 @@ def matrix_pointer(matrix: Array) -> tuple[tuple[int, str, int, int, int, int], 
 
 
 def check_count(op: str, name: str, value: Any) -> int:
-    """`value` as an int from 1 to 2^31 - 1.
+    """Return `value` as an int from 1 to 2^31 - 1.
 
     Raises:
         ConfigError: it is no such integer.
@@ -202,7 +199,7 @@ def check_matrix(op: str, name: str, matrix: Array) -> None:
 
 
 def check_finite(op: str, name: str, matrix: Array, first: int = 0) -> float:
-    """The largest fp32 norm of a row, 0 of no rows.
+    """Return the largest fp32 norm of a row, 0 if there are none.
 
     By Cauchy-Schwarz all inner products of such rows are finite. `first`: number of the first row
     in messages.

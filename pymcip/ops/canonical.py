@@ -1,4 +1,4 @@
-"""The canonical score of a pair of rows: the same bits on every back end, device and block size.
+"""The canonical score of two rows: their inner product, with the same bits on every device.
 
     products q[d] c[d] of the inputs widened to fp32, in fp64: exact (24 + 24 bits), FMA or not
     16 lanes: lane l adds up, in order of d, the products with d % 16 == l, starting from +0
@@ -21,7 +21,7 @@ from pymcip.ops.arrays import Array, device_of, matrix_pointer, to_fp32
 
 LANES = 16
 _CORE_COLUMNS = 4096  # kMostColumns of csrc/topk.hpp
-_BYTES = 1 << 24  # of the rows gathered and of what is computed from them, at a time
+BLOCK_BYTES = 1 << 24  # of the rows gathered and of what is computed from them, at a time
 
 
 def canonical_scores(queries: Array, bank: Array, ids: Array) -> Array:
@@ -33,7 +33,7 @@ def canonical_scores(queries: Array, bank: Array, ids: Array) -> Array:
     The scores are of the kind of `queries` and on its device; a device without fp64 has the CPU
     compute them. Extra memory: about 16 MiB.
     """
-    core = _core(queries, bank)
+    core = extension(queries, bank)
     if core is not None:
         ids = ids.cpu().numpy() if isinstance(ids, torch.Tensor) else ids
         ids = np.ascontiguousarray(ids, dtype=np.int64)
@@ -77,7 +77,7 @@ def canonical_pairs(
     rows and ids are on the queries' device; the bank is there, too, or on the CPU.
     """
     compute = _fp64_device(queries.device)
-    core = _core(queries, bank) is not None
+    core = extension(queries, bank) is not None
     out = torch.empty(len(rows), dtype=torch.float32, device=compute)
     step = _pairs(2 * queries.shape[1])
     for first in range(0, len(rows), step):
@@ -113,7 +113,7 @@ def canonical_unit(rows: torch.Tensor) -> torch.Tensor:
 
 
 def canonical_matrix(queries: Array, bank: Array) -> Array:
-    """All scores fp32 [N, M], for few queries or a block of the bank; otherwise as above."""
+    """All scores fp32 [N, M], for few queries or a block of the bank; see `canonical_scores`."""
     if isinstance(queries, np.ndarray) and isinstance(bank, np.ndarray):
         scores = np.empty((len(queries), len(bank)), dtype=np.float32)
         for rows, columns in _blocks(scores.shape, queries):
@@ -135,17 +135,37 @@ def canonical_topk(
     """What `topk` has to return, literally: the oracle that back ends are compared with."""
     matrix = canonical_matrix(queries, bank)
     matrix = matrix.cpu().numpy() if isinstance(matrix, torch.Tensor) else matrix
-    ids = np.full((len(matrix), k), -1, dtype=np.int64)
-    scores = np.full((len(matrix), k), -np.inf, dtype=np.float32)
-    for row, line in enumerate(matrix):
-        order = np.argsort(-line, kind="stable")[:k]
-        order = order[line[order] >= np.float32(threshold)]
-        ids[row, : len(order)], scores[row, : len(order)] = order, line[order]
-    return ids, scores
+    ids = np.broadcast_to(np.arange(matrix.shape[1]), matrix.shape)
+    return first_k(ids, matrix, k, float(np.float32(threshold)))
+
+
+def first_k(
+    ids: np.ndarray, scores: np.ndarray, k: int, threshold: float = -np.inf
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rank what was found for each query: by score descending, then by id ascending.
+
+    Args:
+        ids: int64 [N, K], each at most once for a query; -1 where there is none.
+        scores: float32 [N, K].
+        k: places per query.
+        threshold: lowest score admitted.
+
+    Returns:
+        The first k ids and scores [N, k]; -1 and -inf in places that stay empty.
+    """
+    reached = (ids >= 0) & (scores >= threshold)
+    ids = np.where(reached, ids, -1)
+    scores = np.where(reached, scores, np.float32(-np.inf))
+    order = np.lexsort((ids, -scores), axis=-1)[:, :k]
+    missing = ((0, 0), (0, k - order.shape[1]))
+    return (
+        np.pad(np.take_along_axis(ids, order, axis=1), missing, constant_values=-1),
+        np.pad(np.take_along_axis(scores, order, axis=1), missing, constant_values=-np.inf),
+    )
 
 
 def _blocks(shape: Any, queries: Array) -> list[tuple[slice, slice]]:
-    """Blocks of a matrix of pairs whose rows and lanes fit _BYTES."""
+    """Blocks of a matrix of pairs whose rows and lanes fit BLOCK_BYTES."""
     pairs = _pairs(queries.shape[1])
     width = max(1, min(shape[1], pairs))
     height = max(1, pairs // width)
@@ -157,9 +177,9 @@ def _blocks(shape: Any, queries: Array) -> list[tuple[slice, slice]]:
 
 
 def _pairs(columns: int) -> int:
-    """How many pairs fit _BYTES, if for each of them so many elements are gathered."""
+    """How many pairs fit BLOCK_BYTES, if for each of them so many elements are gathered."""
     # A row as it is and widened to fp32; its lanes, their addends and the halves in fp64.
-    return max(1, _BYTES // (8 * columns + 4 * 8 * LANES))
+    return max(1, BLOCK_BYTES // (8 * columns + 4 * 8 * LANES))
 
 
 def _fp64_device(device: torch.device) -> torch.device:
@@ -188,7 +208,7 @@ def _sum_numpy(queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def _sum_torch(queries: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """The same in torch."""
+    """Scores fp32 [n, k] of tensors, as `_sum_numpy` computes them."""
     columns = queries.shape[-1]
     lanes = torch.zeros(len(queries), rows.shape[1], LANES, dtype=torch.float64, device=rows.device)
     for start in range(0, columns, LANES):
@@ -205,8 +225,11 @@ def _halved(lanes: torch.Tensor) -> torch.Tensor:
     return lanes[..., 0]
 
 
-def _core(queries: Array, bank: Array) -> Any:
-    """The extension, if it is there and takes these; its scores have the same bits."""
+def extension(queries: Array, bank: Array) -> Any:
+    """The compiled extension, if it is there and takes these matrices; None otherwise.
+
+    Its scores have the same bits.
+    """
     for matrix in (queries, bank):
         if isinstance(matrix, torch.Tensor) and matrix.device.type != "cpu":
             return None

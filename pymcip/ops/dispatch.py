@@ -1,8 +1,8 @@
-"""The one table of back ends, and how one is chosen.
+"""Which implementation of an op runs: the table of all back ends, and how one is chosen.
 
 A public op validates its inputs, asks `select` for a back end and calls it. `auto` takes the first
-row of the table that fits the device and the dtype and whose probe finds nothing amiss. A back end
-asked for by name is used or refused, never replaced. `explain` tells what `auto` would take here
+row of the table that fits the device and the dtype and whose probe finds no obstacle. A back end
+asked for by name is used or refused, never replaced. `explain` says what `auto` would take here
 and why the other rows lost.
 """
 
@@ -28,11 +28,16 @@ class Backend:
     function: str  # or just "module", where a back end is several functions
     probe: str | None = None  # () -> None, or the reason why this back end can't run here
     limits: str | None = None  # (device, **facts) -> None, or why it can't take such a problem
+    pack: str | None = None  # (rows, precision, **options) -> arrays, precision: of a `PackedBank`
     note: str | None = None  # for `explain`: where it falls short of the op's contract
 
     def load(self) -> Any:
         """The function, or the module."""
         return _resolve(self.function)
+
+    def load_pack(self) -> Any:
+        """The function that packs a bank for this back end; None if it searches none."""
+        return None if self.pack is None else _resolve(self.pack)
 
     def unavailable(self) -> str | None:
         """Why this back end can't run on this machine; None if it can."""
@@ -44,7 +49,7 @@ class Backend:
     def obstacle(self, device: str, dtype: str, **facts: Any) -> str | None:
         """Why this back end can't take these inputs here; None if it can.
 
-        `facts`: what else the op tells of a problem, such as its width, for `limits`.
+        `facts`: further facts about the problem, such as its width, for `limits`.
         """
         if self.devices != ANY_DEVICE and device not in self.devices:
             return f"runs on {' or '.join(self.devices)}, not on {device}"
@@ -68,6 +73,7 @@ BACKENDS: tuple[Backend, ...] = (
         function="pymcip.ops.topk_cuda:topk_cuda",
         probe="pymcip.ops.topk_cuda:probe_cuda",
         limits="pymcip.ops.topk_cuda:limits_cuda",
+        pack="pymcip.ops.topk_cuda:pack_cuda",
     ),
     *(
         Backend(
@@ -78,6 +84,7 @@ BACKENDS: tuple[Backend, ...] = (
             function=f"pymcip.ops.topk_cpu:topk_{kernel}",
             probe=f"pymcip.ops.topk_cpu:probe_{kernel}",
             limits="pymcip.ops.topk_cpu:limits",
+            pack="pymcip.ops.topk_cpu:pack_cpu",
         )
         for kernel in ("amx", "avx512_vnni", "avx2", "portable", "amx_bf16")
     ),
@@ -166,12 +173,16 @@ class Explanation:
 
 
 def ops() -> tuple[str, ...]:
-    """Names of the ops that have back ends."""
+    """Return the names of the ops that have back ends."""
     return tuple(dict.fromkeys(row.op for row in BACKENDS))
 
 
 def backends(op: str) -> tuple[Backend, ...]:
-    """Back ends of one op, in order of preference."""
+    """Return the back ends of one op, in order of preference.
+
+    Raises:
+        ConfigError: there is no such op.
+    """
     rows = tuple(row for row in BACKENDS if row.op == op)
     if not rows:
         raise ConfigError(f"op={op!r} is not known; allowed: {', '.join(ops())}")
@@ -181,7 +192,19 @@ def backends(op: str) -> tuple[Backend, ...]:
 def select(
     op: str, backend: str = "auto", *, device: str = "cpu", dtype: str, **facts: Any
 ) -> Backend:
-    """The back end to run; `BackendError` if the one asked for can't, or if none can."""
+    """Choose the back end to run.
+
+    Args:
+        op: name of the op.
+        backend: "auto", or the name of a back end, which is then used or refused.
+        device: where the inputs are, a torch device or its name.
+        dtype: of the inputs, a torch dtype or its name.
+        facts: see `Backend.obstacle`.
+
+    Raises:
+        BackendError: the back end asked for can't run here, or none can.
+        ConfigError: there is no such op or back end.
+    """
     device, dtype = _device_kind(device), _dtype_name(dtype)
     rows = _candidates(op, backend)
     obstacles = []
@@ -207,7 +230,7 @@ def select(
 def explain(
     op: str, device: str = "cpu", dtype: str = "float32", backend: str = "auto", **facts: Any
 ) -> Explanation:
-    """Which back end `select` takes for these inputs, and why the others lost.
+    """Say which back end `select` takes for these inputs, and why the others lost.
 
     `facts`: what the op's back ends may ask beside device and dtype; margin_softmax: dim=D (its
     dtype is that of the products, see `MarginOptions.compute`).

@@ -1,4 +1,4 @@
-"""faiss, an optional package: the one place that imports it, and how many threads it uses."""
+"""Import of faiss, an optional package, and the number of threads it uses."""
 
 from __future__ import annotations
 

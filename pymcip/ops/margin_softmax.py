@@ -15,22 +15,6 @@ Where t + m > pi, cos(t + m) would rise again; `continuation` says what stands t
 "linear": cos t - m sin m; "none": cos(t + m) all the same; "easy": margin only where cos t > 0.
 The gradient is the exact one, psi'(cos t) = cos m + cos t sin m / sin t, with sin^2 t >= 1e-6.
 
-What a back end does. Everything that is O(B + nnz) is done here, once for all back ends. The loss
-needs two things of size B x C from them, both without a B x C matrix:
-
-    sums       log Z_i [B] over the negatives, and cos_ip [nnz] of the positives
-    gradients  from n_i (B numbers) and q_ip (nnz numbers) with
-                   dL/dcos_ij = n_i exp(s cos_ij - log Z_i)  for negatives,   q_ip  for positives:
-               the gradients with respect to the unit rows x_i and to W_j
-
-They are two opaque operators of torch (`pymcip::margin_softmax_sums`, `…_gradients`), so that
-torch.compile keeps them whole.
-
-Memory layout. Inputs may have any strides. The two operators, and nobody else, make every tensor
-dense and row-major before a back end sees it, by a copy where it isn't; so a transposed or sliced W
-costs a copy in each pass. A back end may rely on dense rows, but not on the address: where it needs
-rows at multiples of 16 bytes, it looks, and copies.
-
 The certified filter. The softmax mass of row i in a cell of 256 columns is its share of Z_i. With
 `delta` > 0, every block of 128 rows leaves out of its gradients the lightest cells, as long as no
 row loses more than `delta` of its mass: |error of dL_i/dx_i| <= s * delta * sum_p a_ip for unit
@@ -40,28 +24,34 @@ x_i. Losses stay exact, and so do the positives' own terms.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pymcip.ops.dispatch import backends, select
+from pymcip.ops.dispatch import select
+from pymcip.ops.margin_contract import (
+    CELL_COLUMNS,
+    CELL_ROWS,
+    MIN_NORM,
+    choose_cells,
+    margin_logit,
+    mass_outside,
+    over_shards,
+    row_sums,
+    through_norm,
+)
+from pymcip.ops.margin_operators import GRADIENTS, SUMS
 
-MIN_SIN_SQUARED = 1e-6
-MIN_NORM = 1e-12
 CONTINUATIONS = ("linear", "none", "easy")
 COMPUTE = ("auto", "float64", "float32", "bfloat16", "float16")
-CELL_ROWS, CELL_COLUMNS = 128, 256  # the filter's granularity
 LEAST_SCRATCH, MOST_SCRATCH = 1 << 28, 1 << 31  # bytes, by default
-HIGHEST_EXPONENT = 88.0  # exp(88) is finite in fp32 and bfloat16
 
 
 @dataclass(frozen=True)
 class MarginOptions:
-    """What all back ends share.
+    """Options of the loss, the same for all back ends.
 
     Attributes:
         scale: s > 0.
@@ -149,57 +139,6 @@ class Skipped(NamedTuple):
     mass: Tensor  # [B] fp32, the share of each row's softmax mass that was dropped
     cells: Tensor  # int64 scalar, cells (128 rows x 256 columns) dropped by this process
     of: int  # cells in all
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What a back end is given: unit rows, and the positives within the columns it holds.
-
-    All tensors are dense and row-major, at any address; so are a `Coefficients`'.
-    x: [B, D] unit rows, fp32 or fp64. w: [C, D] any norm, with `w_norms` [C] if they are known.
-    rows, indices: int64 [nnz], the positives, ordered by row; indptr: int64 [B + 1].
-    """
-
-    x: Tensor
-    w: Tensor
-    w_norms: Tensor | None
-    indptr: Tensor
-    indices: Tensor
-    rows: Tensor
-    scale: float
-    dtype: torch.dtype  # of the products' operands
-    chunk: int
-    scratch: int
-
-    @property
-    def cells(self) -> int:
-        return -(-self.w.shape[0] // CELL_COLUMNS)
-
-
-@dataclass(frozen=True)
-class Coefficients:
-    """dL/dcos_ij = negative_i exp(s cos_ij - log_z_i) of negatives, `positive` [nnz] of positives.
-
-    `active`: bool [row blocks, cells], the cells that the filter keeps; None keeps all.
-    """
-
-    log_z: Tensor
-    negative: Tensor
-    positive: Tensor
-    active: Tensor | None
-
-
-class Sums(NamedTuple):
-    """What `sums` returns; tensors that were not asked for or not kept are empty.
-
-    log_z: [B]. cosine: [nnz]. shares: [B, cells], each cell's share of Z, in [0, 1].
-    kept: what the back end hands to its own `gradients`.
-    """
-
-    log_z: Tensor
-    cosine: Tensor
-    shares: Tensor
-    kept: list[Tensor]
 
 
 def margin_softmax(
@@ -315,23 +254,7 @@ def _check(
         )
 
 
-def margin_logit(cosine: Tensor, margin: float, continuation: str) -> tuple[Tensor, Tensor]:
-    """psi(cos t) = cos(t + m) and its derivative with respect to cos t, elementwise."""
-    sin_squared = 1 - cosine * cosine
-    sine = sin_squared.clamp_min(0).sqrt()
-    value = cosine * math.cos(margin) - sine * math.sin(margin)
-    clamped = sin_squared.clamp_min(MIN_SIN_SQUARED).sqrt()
-    slope = math.cos(margin) + cosine * math.sin(margin) / clamped
-    if continuation == "none":
-        return value, slope
-    if continuation == "linear":  # t + m <= pi
-        inside, other = cosine >= -math.cos(margin), cosine - margin * math.sin(margin)
-    else:
-        inside, other = cosine > 0, cosine
-    return torch.where(inside, value, other), torch.where(inside, slope, torch.ones_like(slope))
-
-
-# --- the part that all back ends share -------------------------------------------------------
+# --- loss and gradients from what a back end gives -----------------------------------------------
 
 
 def _margin_softmax(
@@ -395,27 +318,25 @@ class _MarginSoftmax(torch.autograd.Function):
             options.step, options.scratch_bytes(x.device), backend,
         )  # fmt: skip
         filters = options.delta > 0 and (need_x or need_w)
-        log_z, found, shares, kept = torch.ops.pymcip.margin_softmax_sums(
-            *problem, need_x, need_w, filters
-        )
+        log_z, found, shares, kept = SUMS(*problem, need_x, need_w, filters)
         cosine = found
         processes = 1
         if shard is not None:
             local_log_z = log_z
-            log_z, cosine, processes = _over_shards(log_z, found, own, shard.group)
+            log_z, cosine, processes = over_shards(log_z, found, own, shard.group)
             if filters:
                 shares = shares * (local_log_z - log_z).exp().nan_to_num(0.0)[:, None]
         value, slope = margin_logit(cosine, options.margin, options.continuation)
         gap = log_z[rows] - options.scale * value
         softplus = torch.logaddexp(gap, torch.zeros_like(gap))
-        loss = _row_sums(weights * softplus, indptr)
+        loss = row_sums(weights * softplus, indptr)
         pull = weights * torch.sigmoid(gap)
         if filters:
             shares = shares * (indptr.diff() > 0)[:, None]
-            active, mass = _choose_cells(shares, options.delta / processes)
+            active, mass = choose_cells(shares, options.delta / processes)
             if need_w:  # dW takes the positives' terms from their cells
                 active[local_rows // CELL_ROWS, local // CELL_COLUMNS] = True
-                mass = _mass_outside(shares, active)
+                mass = mass_outside(shares, active)
             skipped = active.numel() - active.sum()
         else:
             active = None
@@ -439,9 +360,9 @@ class _MarginSoftmax(torch.autograd.Function):
         need_x, need_w = ctx.needs_input_grad[:2]
         unit = _unit(x, norms)
         pull = pull * grad_outputs[0].to(pull.dtype)[rows]
-        negative = options.scale * _row_sums(pull, indptr)
+        negative = options.scale * row_sums(pull, indptr)
         positive = -options.scale * slope * pull
-        grad_unit, grad_w = torch.ops.pymcip.margin_softmax_gradients(
+        grad_unit, grad_w = GRADIENTS(
             unit, w, w_norms, local_ptr, local, local_rows, options.scale, ctx.dtype,
             options.step, options.scratch_bytes(x.device), ctx.backend, log_z, negative,
             positive if own is None else positive[own], active, kept, need_x, need_w,
@@ -454,63 +375,8 @@ class _MarginSoftmax(torch.autograd.Function):
         return grad_x, grad_w if need_w else None, *[None] * 10
 
 
-def _row_sums(values: Tensor, indptr: Tensor) -> Tensor:
-    """[B], sums of the rows' values [nnz], in a fixed order: on a GPU index_add has none."""
-    return torch.segment_reduce(values, "sum", offsets=indptr, initial=0, unsafe=True)
-
-
 def _unit(x: Tensor, norms: Tensor) -> Tensor:
     return x.to(norms.dtype) / norms[:, None]
-
-
-def through_norm(grad: Tensor, unit: Tensor, norms: Tensor) -> Tensor:
-    """Gradient with respect to v of a function of v/|v|: project out v's direction, divide by |v|."""
-    return (grad - (grad * unit).sum(1, keepdim=True) * unit) / norms
-
-
-def finite(log_z: Tensor) -> Tensor:
-    """A row whose columns are all positives has log Z = -inf, and no negatives."""
-    return log_z.clamp_min(torch.finfo(log_z.dtype).min)
-
-
-def _over_shards(
-    log_z: Tensor, found: Tensor, own: Tensor | None, group: Any
-) -> tuple[Tensor, Tensor, int]:
-    """log Z over all shards, the cosines of all positives, and how many processes there are."""
-    from torch import distributed
-
-    assert own is not None
-    highest = log_z.clone()
-    distributed.all_reduce(highest, distributed.ReduceOp.MAX, group=group)
-    highest = finite(highest)
-    total = (log_z - highest).exp()
-    distributed.all_reduce(total, group=group)
-    cosine = torch.zeros(own.shape, dtype=found.dtype, device=found.device)
-    cosine[own] = found
-    distributed.all_reduce(cosine, group=group)
-    return total.log() + highest, cosine, distributed.get_world_size(group)
-
-
-def _choose_cells(shares: Tensor, delta: float) -> tuple[Tensor, Tensor]:
-    """Which cells to keep, bool [row blocks, cells], and the mass [B] that goes with the others.
-
-    A cell weighs what the row that needs it most has there, so the sum of the weights of the cells
-    left out bounds what any row of the block loses.
-    """
-    count, cells = shares.shape
-    blocks = -(-count // CELL_ROWS)
-    padded = torch.nn.functional.pad(shares, (0, 0, 0, blocks * CELL_ROWS - count))
-    weight = padded.view(blocks, CELL_ROWS, cells).amax(1)
-    ordered, order = weight.sort(dim=1, stable=True)
-    # cumsum's own rounding: at most (cells) u of the sum
-    fits = ordered.cumsum(1) * (1 + cells * 2.0**-24) <= delta
-    active = torch.zeros_like(fits).scatter_(1, order, ~fits)
-    return active, _mass_outside(shares, active)
-
-
-def _mass_outside(shares: Tensor, active: Tensor) -> Tensor:
-    dropped = (~active).repeat_interleave(CELL_ROWS, dim=0)[: shares.shape[0]]
-    return (shares * dropped).sum(1)
 
 
 def probe_triton() -> str | None:
@@ -520,86 +386,3 @@ def probe_triton() -> str | None:
     except ImportError as error:
         return f"Triton is missing or too old ({error}); pip install 'triton>=3.4'"
     return probe()
-
-
-# --- the two operators ------------------------------------------------------------------------
-
-_PROBLEM = (
-    "Tensor x, Tensor w, Tensor? w_norms, Tensor indptr, Tensor indices, Tensor rows, "
-    "float scale, ScalarType dtype, int chunk, int scratch"
-)
-_FIELDS = 10  # the arguments above are Problem's fields, in order
-
-
-def _dense(value: Any) -> Any:
-    """A tensor that is dense and row-major, with the strides that go with it; else as it is."""
-    if not isinstance(value, Tensor):
-        return value
-    # The view: `contiguous` leaves the stride of a dimension of length 1 as it was.
-    return value.contiguous().view(-1).view(value.shape)
-
-
-def _load(backend: str) -> Any:
-    (row,) = (row for row in backends("margin_softmax") if row.name == backend)
-    return row.load()
-
-
-@contextmanager
-def _alone_on(device: torch.device) -> Iterator[None]:
-    """Without autocast, and with launches going to the tensors' GPU."""
-    with torch.autocast(device.type, enabled=False), ExitStack() as stack:
-        if device.type == "cuda":
-            stack.enter_context(torch.cuda.device(device))
-        yield
-
-
-@torch.library.custom_op(
-    "pymcip::margin_softmax_sums",
-    mutates_args=(),
-    schema=f"({_PROBLEM}, str backend, bool need_x, bool need_w, bool need_shares)"
-    " -> (Tensor, Tensor, Tensor, Tensor[])",
-)
-def _sums(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    problem = Problem(*map(_dense, arguments[:_FIELDS]))
-    backend, *needs = arguments[_FIELDS:]
-    with _alone_on(problem.x.device):
-        result = _load(backend).sums(problem, *needs)
-    return result.log_z, result.cosine, result.shares, result.kept
-
-
-@_sums.register_fake
-def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    problem, (backend, *needs) = Problem(*arguments[:_FIELDS]), arguments[_FIELDS:]
-    x, (count, _) = problem.x, problem.x.shape
-    kept = _load(backend).kept(problem, *needs)
-    return (
-        x.new_empty(count),
-        x.new_empty(problem.indices.shape),
-        x.new_empty(count, problem.cells if needs[-1] else 0),
-        [x.new_empty(shape, dtype=dtype) for shape, dtype in kept],
-    )
-
-
-@torch.library.custom_op(
-    "pymcip::margin_softmax_gradients",
-    mutates_args=(),
-    schema=f"({_PROBLEM}, str backend, Tensor log_z, Tensor negative, Tensor positive,"
-    " Tensor? active, Tensor[] kept, bool need_x, bool need_w) -> (Tensor, Tensor)",
-)
-def _gradients(*arguments: Any) -> tuple[Tensor, Tensor]:
-    problem = Problem(*map(_dense, arguments[:_FIELDS]))
-    backend, *coefficients, kept, need_x, need_w = arguments[_FIELDS:]
-    with _alone_on(problem.x.device):
-        grad_x, grad_w = _load(backend).gradients(
-            problem, Coefficients(*map(_dense, coefficients)), kept, need_x, need_w
-        )
-    return grad_x, grad_w
-
-
-@_gradients.register_fake
-def _(*arguments: Any) -> tuple[Tensor, Tensor]:
-    x, w, (need_x, need_w) = *arguments[:2], arguments[-2:]
-    return (
-        x.new_empty(x.shape if need_x else 0),
-        w.new_empty(w.shape if need_w else 0),
-    )

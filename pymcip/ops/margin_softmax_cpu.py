@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pymcip.ops.margin_softmax import (
+from pymcip.ops.margin_contract import (
     CELL_COLUMNS,
     CELL_ROWS,
     HIGHEST_EXPONENT,
@@ -23,9 +23,10 @@ from pymcip.ops.margin_softmax import (
     Coefficients,
     Problem,
     Sums,
+    add_positives,
     finite,
+    positive_cosines,
 )
-from pymcip.ops.margin_softmax_torch import add_positives, positive_cosines
 
 
 def _way(problem: Problem, need_x: bool, need_w: bool, need_shares: bool) -> str:
@@ -255,7 +256,7 @@ class _Work:
         return result
 
     def rounded(self, values: Tensor) -> Tensor:
-        """The same in the products' dtype."""
+        """The values in the products' dtype."""
         if values.dtype == self.problem.dtype:
             return values
         shape = values.shape[0], values.shape[1]

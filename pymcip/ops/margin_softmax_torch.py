@@ -1,4 +1,4 @@
-"""The oracle of `margin_softmax`: plain torch, one chunk of columns at a time, on any device."""
+"""The reference implementation of `margin_softmax`: plain torch, one chunk of columns at a time, on any device."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pymcip.ops.margin_softmax import (
+from pymcip.ops.margin_contract import (
     CELL_COLUMNS,
     CELL_ROWS,
     MIN_NORM,
     Coefficients,
     Problem,
     Sums,
+    add_positives,
     finite,
+    positive_cosines,
     through_norm,
 )
-
-# Positives are gathered in blocks of this many: [block, D] is the largest copy of bank rows.
-POSITIVE_BLOCK = 65_536
 
 
 def kept(
@@ -90,24 +89,6 @@ def unit_chunks(problem: Problem) -> Iterator[tuple[int, Tensor]]:
         yield start, part / lengths.to(part.dtype).clamp_min(MIN_NORM)[:, None]
 
 
-def positive_cosines(problem: Problem) -> Tensor:
-    """cos_ip [nnz], in the rows' dtype."""
-    cosine = torch.empty(problem.indices.shape, dtype=problem.x.dtype, device=problem.x.device)
-    for block, bank_rows in _positive_blocks(problem):
-        cosine[block] = (problem.x[problem.rows[block]] * bank_rows).sum(1)
-    return cosine
-
-
-def add_positives(problem: Problem, positive: Tensor, grad_x: Tensor, grad_w: Tensor) -> None:
-    """Add the positives' terms to both gradients, those that are not empty."""
-    for block, bank_rows in _positive_blocks(problem):
-        rows, pull = problem.rows[block], positive[block, None]
-        if grad_x.numel():
-            grad_x.index_add_(0, rows, pull * bank_rows)
-        if grad_w.numel():
-            grad_w.index_add_(0, problem.indices[block], pull * problem.x[rows])
-
-
 def mask_positives(logits: Tensor, start: int, problem: Problem, value: float) -> None:
     """Write `value` where a column is a positive of the row; `start` is the first column's index."""
     rows, indices = problem.rows, problem.indices
@@ -121,10 +102,3 @@ def _logits(problem: Problem, start: int, columns: Tensor) -> Tensor:
     logits = product.to(x.dtype).mul_(problem.scale)
     mask_positives(logits, start, problem, -math.inf)
     return logits
-
-
-def _positive_blocks(problem: Problem) -> Iterator[tuple[slice, Tensor]]:
-    for start in range(0, problem.indices.numel(), POSITIVE_BLOCK):
-        block = slice(start, start + POSITIVE_BLOCK)
-        part = problem.w[problem.indices[block]].to(problem.x.dtype)
-        yield block, part / part.norm(dim=1, keepdim=True).clamp_min(MIN_NORM)

@@ -32,11 +32,11 @@ from torch import Tensor
 
 from pymcip.errors import ConfigError, DataError
 from pymcip.ops.arrays import Array, Progress
-from pymcip.ops.margin_softmax import CELL_COLUMNS
+from pymcip.ops.margin_contract import CELL_COLUMNS
 
 _SAMPLE = 32  # rows of the sample for a centroid
-_CHUNK = 32_768  # rows at a time
-_SCORES = 1 << 26  # cosines at a time
+CHUNK_ROWS = 32_768  # rows at a time
+SCORES = 1 << 26  # cosines at a time
 _FLAT = {"cpu": 8192, "cuda": 65_536}  # centroids that every row is compared with
 _PROBES = 16  # groups of centroids that a row tries where there are more
 _GROUP_ITERATIONS = 4
@@ -150,9 +150,9 @@ def _order(
         places = places.to(device)
     del sample
     keys = torch.empty(count, dtype=torch.int64, device=device)
-    for start in range(0, count, _CHUNK):
-        rows = _unit_rows(bank, slice(start, start + _CHUNK), device)
-        part = keys[start : start + _CHUNK]
+    for start in range(0, count, CHUNK_ROWS):
+        rows = _unit_rows(bank, slice(start, start + CHUNK_ROWS), device)
+        part = keys[start : start + CHUNK_ROWS]
         part[:] = 0 if search is None else places[_nearest(rows, search).ids]
         part[(rows == 0).all(1)] = count
         advance(rows.shape[0])
@@ -190,7 +190,7 @@ def _sample(bank: Array, size: int, generator: torch.Generator, device: torch.de
     chosen = torch.randperm(bank.shape[0], generator=generator)[:size].sort().values
     sample = torch.empty(len(chosen), bank.shape[1], dtype=torch.float16, device=device)
     filled = 0
-    for ids in chosen.split(_CHUNK):
+    for ids in chosen.split(CHUNK_ROWS):
         rows = _unit_rows(bank, ids, device)
         rows = rows[(rows != 0).any(1)]
         sample[filled : filled + len(rows)] = rows
@@ -226,7 +226,7 @@ def _search(centroids: Tensor, generator: torch.Generator) -> _Search:
         centroids, math.isqrt(count - 1) + 1, _GROUP_ITERATIONS, generator, lambda rows: None
     )
     grouped = _Search(groups.to(operands.dtype))
-    ids = torch.cat([_nearest(part, grouped).ids for part in centroids.split(_CHUNK)])
+    ids = torch.cat([_nearest(part, grouped).ids for part in centroids.split(CHUNK_ROWS)])
     sizes = torch.bincount(ids, minlength=groups.shape[0]).tolist()
     filled = [group for group, size in enumerate(sizes) if size]
     members = ids.argsort(stable=True).split([sizes[group] for group in filled])
@@ -237,7 +237,7 @@ def _nearest(rows: Tensor, search: _Search) -> _Nearest:
     rows = rows.to(search.centroids.dtype)
     if search.groups is None:
         width = search.centroids.shape[0]
-        found = [_two_best(part @ search.centroids.T) for part in rows.split(-(-_SCORES // width))]
+        found = [_two_best(part @ search.centroids.T) for part in rows.split(-(-SCORES // width))]
         values, ids = (torch.cat(parts) for parts in zip(*found, strict=True))
     else:
         count, probes = rows.shape[0], min(_PROBES, search.groups.shape[0])
@@ -284,10 +284,10 @@ def _k_means(
         ids = torch.empty(count, dtype=torch.int64, device=device)
         sums = torch.zeros(clusters, dim, dtype=torch.int64, device=device)
         spread, needed = (torch.zeros_like(sums[:, 0]) for _ in range(2))
-        for start in range(0, count, _CHUNK):
-            rows = sample[start : start + _CHUNK].float()
+        for start in range(0, count, CHUNK_ROWS):
+            rows = sample[start : start + CHUNK_ROWS].float()
             found = _nearest(rows, search)
-            ids[start : start + _CHUNK] = found.ids
+            ids[start : start + CHUNK_ROWS] = found.ids
             sums.index_add_(0, found.ids, _fixed(rows))
             spread.index_add_(0, found.ids, _fixed(1 - found.best))
             needed.index_add_(0, found.ids, _fixed(found.best - found.second))
@@ -302,7 +302,7 @@ def _k_means(
             wide = spread.argsort(stable=True, descending=True)[:moved]
             useful = spread[wide] > 2 * needed[idle]
             idle, wide = idle[useful], wide[useful]
-            # To a row of the wide cluster, drawn by lot.
+            # They move to a random row of the wide cluster.
             shuffled = torch.randperm(count, generator=generator).to(device)
             rank[shuffled] = torch.arange(count, device=device)
             first = torch.full_like(needed, count).scatter_reduce_(0, ids, rank, "amin")

@@ -1,4 +1,4 @@
-"""A bank of rows, rounded to 8 bits (or to bfloat16) once, to be searched many times.
+"""`PackedBank`: a bank of rows, rounded to 8 bits (or to bfloat16) once and searched many times.
 
 The form is that of csrc/topk.hpp, or on a GPU of csrc/topk_cuda_kernels.cuh: rows rotated (so that no
 column stands out) and rounded, with bounds of what the rounding took away. A search screens it and
@@ -24,14 +24,12 @@ from pymcip.ops.arrays import (
     check_matrix,
     device_of,
     dtype_name,
-    matrix_pointer,
-    raise_unrankable,
 )
+from pymcip.ops.dispatch import backends, select
 
 FORMAT = 1  # of the saved folder and of the codes
 GROUP, STEP, FACTS = 32, 64, 4  # kGroup, kStep, kGroupFacts of csrc/topk_kernel.hpp
 PRECISIONS = {"int8": 1, "bfloat16": 2}  # bytes of a code
-_ALIGNMENT = 64
 _SAVE_ROWS = 1 << 16
 
 
@@ -46,13 +44,14 @@ class PackedBank:
     Attributes:
         rows: as given.
         precision: "int8" or "bfloat16".
+        arrays: the rounded form; on the CPU see `code_shapes`, on a GPU one tensor of bytes.
     """
 
     def __init__(self, rows: Array, arrays: dict[str, Any], precision: str) -> None:
         """Use `PackedBank.pack` or `PackedBank.load`."""
         self.rows = rows
         self.precision = precision
-        self._arrays = arrays
+        self.arrays = arrays
 
     @classmethod
     def pack(
@@ -81,12 +80,6 @@ class PackedBank:
             DataError: a row holds NaN or infinity, or its squared norm overflows float32.
             BackendError: the back end can't run here, or doesn't take packed banks.
         """
-        from pymcip import _core
-        from pymcip.ops.dispatch import select
-        from pymcip.ops.topk_cpu import KERNELS
-        from pymcip.ops.topk_cpu import precision as own_precision
-        from pymcip.ops.topk_cuda import pack_cuda
-
         check_matrix("PackedBank", "bank", rows)
         if threads is not None:
             threads = check_count("PackedBank", "threads", threads)
@@ -101,39 +94,21 @@ class PackedBank:
         elif backend == "auto" and precision == "bfloat16":
             backend = "amx_bf16"
         row = select("topk", backend, device=device, dtype=dtype_name(rows), dim=rows.shape[1])
-        if row.name == "cuda":
-            precision = precision or "int8"
-            return cls(rows, {"packed": pack_cuda(rows, precision)}, precision)
-        if row.name not in KERNELS:
+        pack = row.load_pack()
+        if pack is None:
+            able = [row.name for row in backends("topk") if row.pack and row.unavailable() is None]
             raise BackendError(
                 f"PackedBank: backend={row.name!r} does not search packed banks, or does not take "
-                f"D={rows.shape[1]}; allowed: auto, {', '.join(_core.topk_kernels())}, and cuda on "
-                "a GPU, for D <= 4096"
+                f"D={rows.shape[1]}; allowed: {', '.join(['auto', *able])}, for D <= 4096"
             )
-        own = own_precision(row.name)
-        if precision not in (None, own):
-            raise ConfigError(
-                f"PackedBank: backend={row.name!r} packs in {own}, not in {precision}; allowed: "
-                f"precision={own!r} or None, or another back end"
-            )
-        arrays = {
-            name: _aligned(shape, dtype)
-            for name, (shape, dtype) in _shapes(rows.shape, own).items()
-        }
-        pointer, owner = matrix_pointer(rows)
-        unrankable = _core.topk_pack(
-            pointer,
-            arrays["codes"].ctypes.data,
-            arrays["groups"].ctypes.data,
-            arrays["sums"].ctypes.data,
-            threads or torch.get_num_threads(),
-            row.name,
-            progress,
+        arrays, precision = pack(
+            rows,
+            precision,
+            backend=row.name,
+            threads=threads or torch.get_num_threads(),
+            progress=progress,
         )
-        del owner
-        if unrankable is not None:
-            raise_unrankable("PackedBank", "bank", unrankable[1], rows[unrankable[1]])
-        return cls(rows, arrays, own)
+        return cls(rows, arrays, precision)
 
     def to(self, device: str | torch.device, **options: Any) -> PackedBank:
         """The bank on the CPU or on a CUDA device: its rows are copied there and packed anew.
@@ -173,7 +148,7 @@ class PackedBank:
         dtype = dtype_name(self.rows)
         with atomic_path(folder) as temporary:
             temporary.mkdir()
-            for name, array in self._arrays.items():
+            for name, array in self.arrays.items():
                 np.save(temporary / f"{name}.npy", array)
             rows = np.lib.format.open_memmap(
                 temporary / "rows.npy", mode="w+", dtype=_stored(dtype), shape=self.shape
@@ -217,7 +192,7 @@ class PackedBank:
             raise DataError(
                 f"{folder} holds no complete packed bank ({error}); write one with PackedBank.save"
             ) from error
-        for name, (shape, stored) in _shapes(rows.shape, precision).items():
+        for name, (shape, stored) in code_shapes(rows.shape, precision).items():
             array = arrays[name]
             if array.shape != shape or array.dtype != stored or not array.flags.c_contiguous:
                 raise DataError(
@@ -230,33 +205,35 @@ class PackedBank:
 
     @property
     def addresses(self) -> tuple[int, ...]:
-        """Of codes, groups and sums, or on a GPU of what csrc/topk_cuda.cu packs; for the extension.
+        """Addresses of the packed arrays, for the extension: codes, groups and sums, or a GPU's one.
 
         They are valid while this object lives.
         """
         return tuple(
             array.data_ptr() if isinstance(array, torch.Tensor) else array.ctypes.data
-            for array in self._arrays.values()
+            for array in self.arrays.values()
         )
 
     @property
     def device(self) -> torch.device:
+        """The device that the rows are on."""
         return device_of(self.rows)
 
     @property
     def shape(self) -> tuple[int, int]:
+        """M and D."""
         rows, columns = self.rows.shape
         return rows, columns
 
     @property
     def dtype(self) -> Any:
-        """Of the rows."""
+        """The dtype of the rows."""
         return self.rows.dtype
 
     @property
     def nbytes(self) -> int:
         """Bytes of the packed form, without the rows."""
-        return sum(array.nbytes for array in self._arrays.values())
+        return sum(array.nbytes for array in self.arrays.values())
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -266,9 +243,15 @@ class PackedBank:
         return f"PackedBank({len(self)} x {self.shape[1]}, {what})"
 
 
-def _shapes(
+def code_shapes(
     shape: tuple[int, int], precision: str
 ) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+    """Shapes and dtypes of the arrays that the CPU's back ends pack a bank of this shape into.
+
+    codes: int8 [groups of 32 rows, halves of a group, steps of 64 bytes, rows of a half, bytes].
+    groups: float32 [groups, 4], bounds for all rows of a group. sums: int32 [groups, 32], of a row's
+    codes. See csrc/topk_kernel.hpp.
+    """
     rows, columns = shape
     groups, steps = -(-rows // GROUP), -(-columns // STEP) * PRECISIONS[precision]
     return {
@@ -278,16 +261,8 @@ def _shapes(
     }
 
 
-def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-    """An array whose tiles don't straddle cache lines."""
-    size = int(np.prod(shape)) * dtype.itemsize
-    space = np.empty(size + _ALIGNMENT, dtype=np.uint8)
-    start = -space.ctypes.data % _ALIGNMENT
-    return space[start : start + size].view(dtype).reshape(shape)
-
-
 def _stored(dtype: str) -> np.dtype[Any]:
-    """What rows are in a file."""
+    """The dtype in which rows of `dtype` are stored in a file."""
     return np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
 
 
@@ -300,7 +275,7 @@ def _bits(rows: Array) -> np.ndarray:
 
 
 def _tensor(rows: Array) -> torch.Tensor:
-    """The same memory, unless torch can't take it."""
+    """The rows as a tensor, sharing their memory unless torch can't take it."""
     if isinstance(rows, torch.Tensor):
         return rows
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Ranks of given bank rows in the full ranking of a bank, which is not ranked for it.
+"""Ranks that given bank rows have in the ranking of a whole bank, found without ranking the bank.
 
 For each row q of `queries` [N, D] all M rows c_j of `bank` are ordered by (s(q, c_j) descending, j
 ascending), s being the score of `pymcip.ops.topk`: the inner product in fp64 in a fixed order,
@@ -103,7 +103,7 @@ def ranks(
 
 
 def _integers(name: str, values: Any) -> torch.Tensor:
-    """int64 [n], on whatever device they are."""
+    """The values as int64 [n], on the device they are on."""
     if not isinstance(values, torch.Tensor):
         array = np.asarray(values)
         if array.size == 0:

@@ -12,7 +12,7 @@ from pymcip.ops.ranks_torch import Asked, over_blocks
 def ranks_cpu(
     queries: Array, bank: Array, starts: Tensor, ids: Tensor, longest: float, *, threads: int
 ) -> Tensor:
-    """See `pymcip.ops.ranks_torch`. For as long as it runs torch has so many threads, too."""
+    """Ranks int64 [P], as `ranks_torch` gives them; while it runs, torch uses `threads`, too."""
     from pymcip import _core
 
     def count(

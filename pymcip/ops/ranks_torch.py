@@ -2,7 +2,7 @@
 
 The rows asked for are scored and put into the ranking's order, for each query. Of every other row it
 remains to find between which two of these it stands; the rank of the p-th is the number of rows that
-stand before it. Blocks of fp32 matrix products tell, where they are certain.
+stand before it. Blocks of fp32 matrix products decide, where they are certain.
 
 The certificate. By the bound that `pymcip.ops.topk_torch` derives, with u = 2^-24 and L the longest
 row of the bank, a product s'_j and the score s_j differ by less than
@@ -12,7 +12,7 @@ s_j > s_p, and s'_j < fl(s_p - eps) implies s_j < s_p. Between them row j is sco
 decided by the lower number.
 
 Where many rows are asked for, or alike, this leaves too many rows to be scored one by one. A sample
-tells; products are in fp64 then and rounded to fp32. Such a product and the score are roundings of
+shows it; products are in fp64 then and rounded to fp32. Such a product and the score are roundings of
 sums that differ by less than D 2^-52 |q| L: with the rounding of the limits
 eps = 1.01 (4 + D 2^-27) u / (1 - 3 (D + 16) u) |q| L. Where |q| L > 2^126, products might overflow on their way, and all rows
 are scored.
@@ -34,13 +34,13 @@ from pymcip.ops.arrays import Array, to_fp32
 from pymcip.ops.canonical import canonical_pairs, canonical_scores
 from pymcip.ops.topk_torch import fp32_products, product_error, row_lengths
 
-_QUERIES = 1024
-_ROWS = 4096
-_SIDE = 2048  # of both, where the bank is the queries
+QUERIES = 1024
+ROWS = 4096
+SIDE = 2048  # of both, where the bank is the queries
 _ELEMENTS = 1 << 23  # of a block of bank rows, and of one of queries
 _MOST_LENGTH = 2.0**126
 _SAMPLE = (32, 256)  # queries and bank rows
-_WIDE = 0.08  # share of rows to be scored from which on fp64 products are cheaper
+WIDE = 0.08  # share of rows to be scored from which on fp64 products are cheaper
 _PADDED = 1 << 20
 
 
@@ -70,7 +70,14 @@ def ranks_torch(
     *,
     threads: int,  # torch's own setting holds
 ) -> Tensor:
-    """int64 [P], on the queries' device; `longest` is the largest norm of a bank row."""
+    """Ranks int64 [P], on the queries' device.
+
+    Args:
+        queries, bank: [N, D] and [M, D], checked.
+        starts, ids: int64 [N + 1] and [P], the rows asked for, on the queries' device.
+        longest: the largest norm of a bank row.
+        threads: unused.
+    """
     return over_blocks(queries, bank, starts, ids, longest, _count)
 
 
@@ -85,8 +92,8 @@ def over_blocks(
         return torch.zeros_like(ids)
     mirrored = _same(queries, bank)
     columns = queries.shape[1]
-    rows_step = max(1, min(_SIDE if mirrored else _ROWS, _ELEMENTS // columns))
-    step = max(1, min(_SIDE if mirrored else _QUERIES, _ELEMENTS // max(columns, widest)))
+    rows_step = max(1, min(SIDE if mirrored else ROWS, _ELEMENTS // columns))
+    step = max(1, min(SIDE if mirrored else QUERIES, _ELEMENTS // max(columns, widest)))
     if mirrored:
         step = rows_step = min(step, rows_step)
     bounds = starts.tolist()
@@ -140,7 +147,7 @@ def _ordered(
     lengths = torch.empty(len(queries), dtype=torch.float32, device=device)
     sizes = starts.diff()
     bounds = starts.tolist()
-    step = max(1, min(_QUERIES, _PADDED // int(sizes.max())))
+    step = max(1, min(QUERIES, _PADDED // int(sizes.max())))
     for first in range(0, len(queries), step):
         block = to_fp32(queries[first : first + step], device)
         last = first + len(block)
@@ -167,17 +174,17 @@ def _ordered(
         return Asked(starts, ids, scores, scores + own, scores - own, counts)
 
     asked = limited(product_error(queries.shape[1]))
-    wide = device.type in ("cpu", "cuda") and _unclear(queries, bank, asked) > _WIDE
+    wide = device.type in ("cpu", "cuda") and _unclear(queries, bank, asked) > WIDE
     return limited(_wide_error(queries.shape[1])) if wide else asked, order, wide
 
 
 def _wide_error(columns: int) -> float:
-    """The same as product_error of fp64 products, rounded to fp32."""
+    """The bound that `product_error` gives, for fp64 products that are rounded to fp32."""
     return 1.01 * (4 + columns * 2.0**-27) * 2.0**-24 / (1 - 3 * (columns + 16) * 2.0**-24)
 
 
 def _scores(queries: Tensor, bank: Array, sizes: Tensor, ids: Tensor) -> Tensor:
-    """Exact, [P]; `sizes` [n] of them are of each query [n, D]."""
+    """The exact scores fp32 [P] of rows `ids`, of which `sizes[n]` belong to query n."""
     widest = int(sizes.max())
     if len(queries) * widest <= 2 * len(ids):  # filled up: no query is gathered for each row
         taken = torch.arange(widest, device=ids.device) < sizes[:, None]

@@ -51,7 +51,7 @@ def topk(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[Array, Array]:
-    """Ids (int64) and scores (float32), both [N, k], of the k best bank rows for each query.
+    """Find the k best bank rows for each query: ids (int64) and scores (float32), both [N, k].
 
     queries, bank: NumPy arrays, memory maps or torch tensors, float32, float16 or bfloat16, with
         finite values, any strides and possibly no rows. The results are of the kind of `queries`

@@ -1,4 +1,4 @@
-"""top-k's back ends in C++: one per instruction set, all with the same results to the bit.
+"""Exact top-k on the CPU: back ends in C++, one per instruction set, with the same results to the bit.
 
 The contract is in csrc/topk.hpp. They take banks in parts, packed or not, and check the rows
 themselves, while they pack them.
@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from pymcip.errors import ConfigError
 from pymcip.ops.arrays import Array, Progress, matrix_pointer, raise_unrankable
-from pymcip.ops.packed_bank import PackedBank
+from pymcip.ops.packed_bank import PackedBank, code_shapes
 
 UNPACKED_PASS = 8192  # queries of a pass of other back ends, which pack nothing
 MOST_COLUMNS = 4096  # kMostColumns of csrc/topk.hpp
+_ALIGNMENT = 64
 # What each needs. All screen in 8 bits but amx_bf16: bfloat16 takes it twice the time, and bounds six
 # times tighter save it scores where many rows of a bank are nearly alike.
 KERNELS = {
@@ -28,8 +30,8 @@ KERNELS = {
 }
 
 
-def precision(kernel: str) -> str:
-    """Of the codes that a kernel screens."""
+def own_precision(kernel: str) -> str:
+    """The precision of the codes that a kernel screens: "int8" or "bfloat16"."""
     return "bfloat16" if kernel == "amx_bf16" else "int8"
 
 
@@ -44,7 +46,7 @@ def topk_cpu(
     progress: Progress | None,
     kernel: str,
 ) -> tuple[Array, Array]:
-    """Ids and scores [N, k], NumPy.
+    """Search all parts of a bank: ids int64 and scores float32 [N, k], NumPy.
 
     Beside a packed bank it takes at most 64 MiB: 40 MiB of codes and candidates of queries, 16 MiB
     of codes of rows that are not packed, and small buffers per thread.
@@ -57,7 +59,7 @@ def topk_cpu(
         rows, packed = part, None
         if isinstance(part, PackedBank):
             rows = part.rows
-            packed = part.addresses if part.precision == precision(kernel) else None
+            packed = part.addresses if part.precision == own_precision(kernel) else None
         pointer, owner = matrix_pointer(rows)
         held.append(owner)
         parts.append((pointer, packed))
@@ -92,8 +94,51 @@ def _row(bank: Sequence[Array | PackedBank], row: int) -> Array:
     raise AssertionError(row)
 
 
+def pack_cpu(
+    rows: Array,
+    precision: str | None,
+    *,
+    threads: int,
+    progress: Progress | None,
+    backend: str,
+) -> tuple[dict[str, np.ndarray], str]:
+    """The codes of rows, and the precision they are in; for `PackedBank.pack`.
+
+    Raises:
+        ConfigError: the back end packs in another precision.
+        DataError: a row can't be ranked.
+    """
+    from pymcip import _core
+
+    own = own_precision(backend)
+    if precision not in (None, own):
+        raise ConfigError(
+            f"PackedBank: backend={backend!r} packs in {own}, not in {precision}; allowed: "
+            f"precision={own!r} or None, or another back end"
+        )
+    arrays = {
+        name: _aligned(shape, dtype)
+        for name, (shape, dtype) in code_shapes(rows.shape, own).items()
+    }
+    pointer, owner = matrix_pointer(rows)
+    codes, groups, sums = (array.ctypes.data for array in arrays.values())
+    unrankable = _core.topk_pack(pointer, codes, groups, sums, threads, backend, progress)
+    del owner  # what the pointer points into
+    if unrankable is not None:
+        raise_unrankable("PackedBank", "bank", unrankable[1], rows[unrankable[1]])
+    return arrays, own
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """An array whose tiles don't straddle cache lines."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    space = np.empty(size + _ALIGNMENT, dtype=np.uint8)
+    start = -space.ctypes.data % _ALIGNMENT
+    return space[start : start + size].view(dtype).reshape(shape)
+
+
 def pass_queries(columns: int, k: int) -> int:
-    """How many queries at least one pass over the bank serves, which packs what is not packed."""
+    """How many queries, at least, are served by one pass over a bank, which packs its rows anew."""
     if probe("portable") is not None:
         return UNPACKED_PASS
     from pymcip import _core
@@ -102,6 +147,7 @@ def pass_queries(columns: int, k: int) -> int:
 
 
 def probe(kernel: str) -> str | None:
+    """Why this kernel can't run on this machine; None if it can."""
     try:
         from pymcip import _core
     except ImportError as error:

@@ -113,14 +113,19 @@ def topk_cuda(
     return ids, scores
 
 
-def pack_cuda(rows: torch.Tensor, precision: str) -> torch.Tensor:
-    """The packed form of rows on a GPU, uint8, for `topk_cuda`; its work is done.
+def pack_cuda(
+    rows: torch.Tensor, precision: str | None, **options: Any
+) -> tuple[dict[str, torch.Tensor], str]:
+    """The packed form of rows on a GPU, uint8, and its precision (int8 by default).
+
+    For `PackedBank.pack`. Its work is done when it returns; threads and progress don't matter.
 
     Raises:
         DataError: a row can't be ranked.
     """
     core = _core()
     pointer, _ = matrix_pointer(rows)
+    precision = precision or "int8"
     screen = SCREENS[precision]
     with torch.cuda.device(rows.device):
         packed = torch.empty(
@@ -137,7 +142,7 @@ def pack_cuda(rows: torch.Tensor, precision: str) -> torch.Tensor:
         )
     if bad_row >= 0:
         raise_unrankable("PackedBank", "bank", bad_row, rows[bad_row])
-    return packed
+    return {"packed": packed}, precision
 
 
 def _memory(
@@ -159,14 +164,14 @@ def _memory(
 
 
 def limits_cuda(device: str, *, k: int = 1, dim: int = 1, **facts: Any) -> str | None:
-    """Why it can't take such a problem, or None."""
+    """Why the back end can't take such a problem; None if it can."""
     if k > MOST_K or dim > MOST_D:
         return f"takes k <= {MOST_K} and D <= {MOST_D}, not k={k} and D={dim}"
     return None
 
 
 def probe_cuda() -> str | None:
-    """Why the back end can't run on torch's current device, or None.
+    """Why the back end can't run on torch's current device; None if it can.
 
     Once per process and device it ranks a small problem with each screen and compares.
     """
@@ -194,7 +199,10 @@ def _device_problem(device: int) -> str | None:
 
 
 def _self_check(device: torch.device) -> str | None:
-    """Ragged in every dimension, several chunks and tiles, one query with many near rows."""
+    """Rank a small problem with each screen; say what is wrong, or None.
+
+    It is ragged in every dimension, of several chunks and tiles, and has a query with many near rows.
+    """
     generator = torch.Generator().manual_seed(20)
     queries = torch.randn(140, 200, generator=generator).to(device)
     bank = torch.randn(2900, 200, generator=generator).to(device)

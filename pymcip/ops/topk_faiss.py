@@ -1,8 +1,8 @@
-"""topk by faiss, to compare with: faiss's own fp32 ranking, not certified (`backend="faiss"`).
+"""Top-k by faiss, to compare with: faiss's own fp32 ranking, not certified (`backend="faiss"`).
 
 Blocks of the bank are searched by `faiss.knn`, or `faiss.knn_gpu` where the queries are on a GPU. A
 score is faiss's sum of products in fp32, off by at most D 2^-24 |q| |c| from the inner product. Of
-rows that these sums don't tell apart, faiss chooses which to list; the listed ones are ordered by
+rows with equal sums, faiss chooses which to list; the listed ones are ordered by
 score, then id. Needs the extra `[faiss]`, or `[faiss-gpu]`.
 """
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from pymcip.ops.arrays import Array, Progress, as_numpy, device_of, to_fp32
+from pymcip.ops.canonical import first_k
 from pymcip.ops.faiss_import import faiss_threads, import_faiss
 
 _BLOCK_BYTES = 16 << 20  # of bank rows in fp32
@@ -61,13 +62,9 @@ def topk_faiss(
                 block = _fp32(bank[start : start + step], device)
                 found = nearest(rows, block, min(k, len(block)))
                 values, places = (as_numpy(x) for x in found)
-                kept = values >= threshold
-                values = np.where(kept, values + np.float32(0), np.float32(-np.inf))
-                values = np.concatenate([scores[part], values], axis=1)
-                places = np.concatenate([ids[part], np.where(kept, places + start, -1)], axis=1)
-                order = np.lexsort((places, -values), axis=-1)[:, :k]
-                ids[part] = np.take_along_axis(places, order, axis=1)
-                scores[part] = np.take_along_axis(values, order, axis=1)
+                values = np.concatenate([scores[part], values + np.float32(0)], axis=1)
+                places = np.concatenate([ids[part], places + start], axis=1)
+                ids[part], scores[part] = first_k(places, values, k, threshold)
                 done += len(rows) * len(block)
                 if progress is not None:
                     progress(done, count * len(bank))

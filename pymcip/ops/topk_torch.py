@@ -31,10 +31,10 @@ import torch
 from pymcip.ops.arrays import Array, Progress, device_of, to_fp32
 from pymcip.ops.canonical import canonical_pairs
 
-_QUERIES = 1024
-_ROWS = 4096
+QUERIES = 1024
+ROWS = 4096
 _ELEMENTS = 1 << 22  # of a block of bank rows, and twice those of a block of queries
-_MERGED = 1 << 17  # places and candidates merged at once
+MERGED = 1 << 17  # places and candidates merged at once
 _UNDERFLOW = 2.0**-50
 
 
@@ -53,8 +53,8 @@ def topk_torch(
     count, columns = queries.shape
     ids = torch.full((count, k), -1, dtype=torch.int64, device=device)
     scores = torch.full((count, k), -torch.inf, dtype=torch.float32, device=device)
-    step = max(1, min(_QUERIES, _ELEMENTS // (2 * columns), _MERGED // k))
-    rows_step = max(1, min(_ROWS, _ELEMENTS // columns))
+    step = max(1, min(QUERIES, _ELEMENTS // (2 * columns), MERGED // k))
+    rows_step = max(1, min(ROWS, _ELEMENTS // columns))
     share = product_error(columns) if exact else 0.0
     done, total = 0, count * len(bank)
     with fp32_products(device):
@@ -118,7 +118,7 @@ def _merge_block(
         before = int(ends[first - 1]) if first else 0
         if ends[-1] == before:
             return
-        last = max(first + 1, int(np.searchsorted(ends, before + _MERGED, side="right")))
+        last = max(first + 1, int(np.searchsorted(ends, before + MERGED, side="right")))
         part = slice(first, last)
         query, place = wanted[part].nonzero(as_tuple=True)
         if exact:
@@ -165,6 +165,7 @@ def product_error(columns: int) -> float:
 
 
 def row_lengths(rows: torch.Tensor) -> torch.Tensor:
+    """Norms [n] of fp32 rows [n, D], and a little more, which accounts for underflow."""
     return torch.linalg.vector_norm(rows, dim=1) + _UNDERFLOW
 
 

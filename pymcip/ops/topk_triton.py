@@ -1,4 +1,4 @@
-"""Exact top-k on a GPU where no CUDA compiler was present at build time (contract: `pymcip.ops.topk`).
+"""Exact top-k on a GPU in Triton, for builds without a CUDA compiler (contract: `pymcip.ops.topk`).
 
 The bank is taken in chunks. Of each, a product in 16 bits on the tensor cores screens all pairs in
 registers; a pair is admitted if its certified upper bound reaches the cut of its query, the higher
@@ -44,13 +44,13 @@ from torch import Tensor
 
 from pymcip.ops.arrays import Array, Progress, device_of
 
-_QUERIES = 16384  # at a time, at most
+QUERIES = 16384  # at a time, at most
 _QUERY_BYTES = 1 << 28
-_CHUNK = 1 << 20  # rows of the bank at a time, at most
+CHUNK = 1 << 20  # rows of the bank at a time, at most
 _CHUNK_BYTES = 1 << 28  # of them in 16 bits
 _STAGED_BYTES = 1 << 26  # of a chunk that comes from main memory
 _PARTS = 8
-_SEGMENT = 1 << 31  # rows whose ids fit into a key, with room to spare
+SEGMENT = 1 << 31  # rows whose ids fit into a key, with room to spare
 
 
 def probe_triton_topk() -> str | None:
@@ -78,17 +78,17 @@ def topk_triton(
     scores = torch.full((len(queries), k), -torch.inf, dtype=torch.float32, device=device)
     columns = queries.shape[1]
     # A row in 16 bits, a list, its keys and the best, twice that and their places while they are sorted.
-    per_query = 2 * columns + 4 * _capacity(k) + 40 * (k + _capacity(k))
-    step = max(1, min(_QUERIES, _QUERY_BYTES // per_query))
+    per_query = 2 * columns + 4 * list_length(k) + 40 * (k + list_length(k))
+    step = max(1, min(QUERIES, _QUERY_BYTES // per_query))
     done, total = 0, len(queries) * len(bank)
     with ExitStack() as stack:
         if device.type == "cuda":
             stack.enter_context(torch.cuda.device(device))
         for first in range(0, len(queries) if len(bank) else 0, step):
             block = _as_tensor(queries[first : first + step]).to(device)
-            for start in range(0, len(bank), _SEGMENT):
-                segment = bank[start : start + _SEGMENT]
-                search = _Search(block, segment, k, threshold, exact)
+            for start in range(0, len(bank), SEGMENT):
+                segment = bank[start : start + SEGMENT]
+                search = Search(block, segment, k, threshold, exact)
                 for rows in search.run():
                     done += len(block) * rows
                     if progress is not None:
@@ -104,12 +104,12 @@ def topk_triton(
     return (ids, scores) if isinstance(queries, Tensor) else (ids.numpy(), scores.numpy())
 
 
-def _capacity(k: int) -> int:
-    """Pairs that a query's list holds, in whole programs of refine_kernel."""
+def list_length(k: int) -> int:
+    """How many pairs a query's list holds: whole programs of refine_kernel."""
     return -(-(2 * k + 192) // 64) * 64
 
 
-class _Search:
+class Search:
     """A block of queries against a bank whose ids fit into keys."""
 
     def __init__(self, queries: Tensor, bank: Array, k: int, threshold: float, exact: bool) -> None:
@@ -122,17 +122,18 @@ class _Search:
         self.dtype = torch.float16 if names == {"float16"} else torch.bfloat16
         self.slack = 4 * (columns + 16) * 2.0**-24
         self.queries = self._prepare(queries, 0.0)
-        self.state = kernels.new_state(count, k, threshold, _capacity(k), self.device)
+        self.state = kernels.new_state(count, k, threshold, list_length(k), self.device)
 
     def run(self) -> Iterator[int]:
         """Work through the bank; yields how many more of its rows are done."""
         everyone = torch.ones(len(self.state.counts), dtype=torch.bool, device=self.device)
         for first, chunk in _chunks(self.bank, self._schedule(), self.device):
             # Not kept in a variable, for then there would be two of them at the next chunk.
-            self._take(self._prepare(chunk, self.slack), 0, len(chunk), first, everyone)
+            self.take(self._prepare(chunk, self.slack), 0, len(chunk), first, everyone)
             yield len(chunk)
 
     def result(self) -> tuple[Tensor, Tensor]:
+        """Ids and scores [n, k] of the best so far."""
         ids, scores = self.kernels.decode(self.state.keys[:, : self.state.k])
         return ids, scores
 
@@ -141,7 +142,7 @@ class _Search:
         count, columns = self.bank.shape
         k, capacity = self.state.k, self.state.lists.shape[1]
         on_host = isinstance(self.bank, np.ndarray) or self.bank.device != self.device
-        most = min(_CHUNK, _CHUNK_BYTES // (2 * columns))
+        most = min(CHUNK, _CHUNK_BYTES // (2 * columns))
         if on_host:
             most = min(most, _STAGED_BYTES // (columns * self.bank.dtype.itemsize))
         schedule, first = [], 0
@@ -158,7 +159,7 @@ class _Search:
             raw = raw.to(self.dtype)
         return self.kernels.prepare(raw, self.dtype, slack)
 
-    def _take(self, rows: Any, first: int, last: int, offset: int, active: Tensor) -> None:
+    def take(self, rows: Any, first: int, last: int, offset: int, active: Tensor) -> None:
         """Merge rows first … last of a chunk, which starts at id `offset`, for active queries."""
         self.kernels.screen(self.queries, rows, first, last, self.state, active)
         self.kernels.refine(self.queries.raw, rows.raw, offset, self.state)
@@ -170,7 +171,7 @@ class _Search:
             return
         step = max(capacity, -(-(last - first) // _PARTS))
         for start in range(first, last, step):
-            self._take(rows, start, min(start + step, last), offset, overflowed)
+            self.take(rows, start, min(start + step, last), offset, overflowed)
 
 
 def _chunks(
@@ -228,7 +229,7 @@ def _staged(
 
 
 def _as_tensor(block: Array) -> Tensor:
-    """Shared memory for a tensor; a copy of a NumPy block, in fp32 if torch lacks its dtype."""
+    """The block as a tensor: itself, or a copy of a NumPy block, in fp32 if torch lacks its dtype."""
     if isinstance(block, Tensor):
         return block
     dtype = block.dtype if block.dtype in (np.float16, np.float32) else np.float32
