@@ -1,4 +1,4 @@
-"""Embeddings that resemble a model's, for the bench of mining, as `pymcip embed` leaves them."""
+"""The embedding folder that the bench of mining works on: drawn rows that resemble a model's."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ row's index in the `ImageData` or `Captions` it was made from: undecodable image
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -22,10 +23,10 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from pymcip.configs import Source
+from pymcip.data.loading import Skipped
 from pymcip.data.sources import natural
-from pymcip.embedding.skipped import read_skipped
 from pymcip.errors import DataError
-from pymcip.files import file_fingerprint, read_json
+from pymcip.files import file_fingerprint, read_json, write_text
 
 Kind: TypeAlias = Literal["img", "text"]
 Matrix: TypeAlias = npt.NDArray[Any]
@@ -159,10 +160,7 @@ class EmbeddingFolder:
     @property
     def skipped(self) -> list[dict[str, Any]]:
         """Images that could not be decoded: index (in the data), key, reason."""
-        return [
-            {"index": item.index, "key": item.key, "reason": item.reason}
-            for item in read_skipped(self.path)
-        ]
+        return [asdict(item) for item in read_skipped(self.path)]
 
 
 def _open_part(path: Path) -> Matrix:
@@ -176,3 +174,26 @@ def _open_part(path: Path) -> Matrix:
         )
     opened: Matrix = part
     return opened
+
+
+def read_skipped(folder: Path) -> list[Skipped]:
+    """What skipped.tsv lists: images of all parts that could not be decoded, by index."""
+    path = folder / "skipped.tsv"
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()[1:]
+    cells = (line.split("\t") for line in lines)
+    return [Skipped(int(index), key, reason) for index, key, reason in cells]
+
+
+def replace_skipped(folder: Path, first: int, last: int, skipped: list[Skipped]) -> None:
+    """Replace skipped.tsv's lines of images `first` to `last`; without any there is no file."""
+    before = read_skipped(folder)
+    others = [item for item in before if not first <= item.index <= last]
+    if not skipped and len(others) == len(before):
+        return
+    lines = ["index\tkey\treason\n"]
+    for item in sorted([*others, *skipped], key=lambda item: item.index):
+        cells = (" ".join(text.split()) for text in (item.key, item.reason))
+        lines.append("\t".join([str(item.index), *cells]) + "\n")
+    write_text(folder / "skipped.tsv", "".join(lines))

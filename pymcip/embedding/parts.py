@@ -18,8 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from pymcip.data.loading import Skipped
-from pymcip.embedding.folder import METADATA, WHAT, EmbeddingFolder, Kind, Matrix
-from pymcip.embedding.skipped import replace_skipped
+from pymcip.embedding.folder import METADATA, WHAT, EmbeddingFolder, Kind, Matrix, replace_skipped
 from pymcip.errors import StaleEmbeddingsError
 from pymcip.files import atomic_path, read_json, write_json
 from pymcip.progress import progress

@@ -65,14 +65,15 @@ class ClipModel:
 
     def image_features(self, images: Tensor) -> Tensor:
         """Unit fp32 embeddings [B, D] of preprocessed images [B, 3, H, W]; keeps the graph."""
-        with self.autocast():
-            features = self.model.encode_image(images)  # type: ignore[operator]
-        return nn.functional.normalize(features.float(), dim=-1)
+        return self._unit(self.model.encode_image, images)
 
     def text_features(self, tokens: Tensor) -> Tensor:
         """Unit fp32 embeddings [B, D] of token ids [B, L]; keeps the graph."""
+        return self._unit(self.model.encode_text, tokens)
+
+    def _unit(self, encode: Any, batch: Tensor) -> Tensor:
         with self.autocast():
-            features = self.model.encode_text(tokens)  # type: ignore[operator]
+            features = encode(batch)
         return nn.functional.normalize(features.float(), dim=-1)
 
     @torch.inference_mode()
