@@ -20,11 +20,12 @@ def bench() -> Iterator[Any]:
         yield module
 
 
-def test_data_are_as_described(bench: Any) -> None:
-    spectrum = bench.Spectrum(512, 100)
+def test_data_are_as_described() -> None:
+    with bench_module("mining_data") as data:
+        spectrum, same = data.Spectrum(512, 100), data.Spectrum(512, 100)
     images, captions = spectrum.rows("img", 0, 500), spectrum.rows("text", 0, 20_000)
     assert images.dtype == captions.dtype == np.float16
-    again = bench.Spectrum(512, 100).rows("text", 0, 20_000)
+    again = same.rows("text", 0, 20_000)
     assert np.array_equal(captions, again)
     assert not np.array_equal(captions[:500], spectrum.rows("text", 1, 500))
     norms = np.linalg.norm(captions.astype(np.float32), axis=1)

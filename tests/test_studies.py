@@ -19,8 +19,8 @@ from PIL import Image
 import pymcip
 from pymcip.cli import COMMANDS, build_parser, main, make_config
 from pymcip.config import SweepConfig, TrainConfig
-from pymcip.demo.run import SMOKE, prepare_world
-from pymcip.demo.world import WorldConfig
+from pymcip.demo.recipe import SMOKE, second_stage
+from pymcip.demo.world import WorldConfig, prepare_world
 from pymcip.errors import (
     ConfigError,
     DataError,
@@ -29,7 +29,7 @@ from pymcip.errors import (
     PymcipError,
 )
 from pymcip.studies import pareto_front, run, sweep
-from pymcip.studies.points import first_stage, label, make_point, second_stage, study_points
+from pymcip.studies.points import label, make_point, study_points
 from pymcip.training import train
 
 BASE = TrainConfig(
@@ -103,12 +103,12 @@ def test_the_weights_of_the_losses_sum_to_one() -> None:
 def test_two_stages_share_the_first_one() -> None:
     point = make_point(BASE, {"method": "mcip+rea", "threshold": 0.2})
     assert point.run == "mcip+rea_threshold=0.2"
-    first = first_stage(BASE, point)
+    first = point.first
     assert first is not None
     assert first.run == "mcip_threshold=0.2"
-    assert first_stage(BASE, first) is None
+    assert first.first is None
     two = make_point(BASE, {"method": "2sft", "threshold": 0.2})
-    gpr = first_stage(BASE, two)
+    gpr = two.first
     assert gpr is not None
     assert gpr.run == "gpr", "class labels know of no threshold"
     discard = dataclasses.replace(two.config, projector="discard", pretrained="p")
@@ -468,9 +468,9 @@ def test_matplotlib_is_asked_for_before_any_work(
 def test_a_world_is_composed_once(tmp_path: Path) -> None:
     config = dataclasses.replace(SMOKE.world, captions=40, seed=1)
     world = prepare_world(config, tmp_path)
-    times = [path.stat().st_mtime_ns for path in world.train]
+    times = [path.stat().st_mtime_ns for path in world.shards("train")]
     assert prepare_world(config, tmp_path) == world
-    assert [path.stat().st_mtime_ns for path in world.train] == times
+    assert [path.stat().st_mtime_ns for path in world.shards("train")] == times
     other: WorldConfig = dataclasses.replace(config, seed=2)
     before = world.captions.read_text()
     assert prepare_world(other, tmp_path).captions.read_text() != before

@@ -1,6 +1,6 @@
-"""Train and evaluate one method on real photographs (groceries), and see what it forgets (clothing).
+"""Train one method on real photographs (groceries), and measure what it forgets (clothing).
 
-    python bench/bench_photographs.py --method mcip --data ../shared --out runs/photographs --store
+    python bench/studies/photographs.py --method mcip --data ../shared --out runs/photographs --store
 
 `--data` is a folder with `grocery/grocery-{train,test}-*.tar`, `grocery/classes.tsv`,
 `clothing/*.tar`, `clothing/classes.tsv` and `captions/*.txt.gz` under `data/`, and the base model
@@ -20,19 +20,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from generic_images import write_generic_images
-from harness import Report, training_dtype
 
 import pymcip
 from pymcip.exporting import plain_state, write_export
 from pymcip.training.checkpoints import checkpoint_files, load_checkpoint
 from pymcip.training.interpolation import interpolated
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the harness is in bench/
+from harness import Report, training_dtype
+
+from studies.generic_images import write_generic_images
 
 SCHEDULE: dict[str, Any] = {
     "image_size": 160,
