@@ -3,8 +3,8 @@
 `pymcip mine` runs in a process of its own, with a limit on its memory, two threads of it by default
 and a terminal, so that the bar is drawn. Once some blocks of images are finished it gets SIGKILL in
 the middle of the next one and is started again. The embeddings resemble a model's
-(`mining_data.py`) and lie on the disk as `pymcip embed` leaves them: fp16, in parts. Recall is the share of the pairs
-in an fp64 ranking of some images that were found.
+(`mining_data.py`) and lie on the disk as `pymcip embed` leaves them: fp16, in parts. Recall is the
+share of the pairs in an fp64 ranking of some images that were found.
 
 The rivals answer a part of the same problem, all in one run; their seconds for the whole of it are
 computed from that, and marked so.

@@ -10,9 +10,9 @@ variants but those with a budget of their own are measured by the probe without 
 `probe` compares what the probe says a run has lost with what it has lost on data that neither of
 them has seen: zero-shot accuracy on `--data` (by default the test scenes of each run's own world),
 relative to the untrained model's. Every run is measured at each of `--coefficients` between the
-untrained and the tuned weights. The probe is the default one, of mixtures; in the demo's worlds also
-the one of scenes with class names that are in neither training nor test ("named"). The last line of
-stdout is JSON.
+untrained and the tuned weights. The probe is the default one, of mixtures; in the demo's worlds
+also the one of scenes with class names that are in neither training nor test ("named"). The last
+line of stdout is JSON.
 """
 
 from __future__ import annotations
@@ -231,8 +231,9 @@ def tuned_state(folder: Path) -> dict[str, torch.Tensor]:
     alignment = read_json(folder / "result.json")["alignment"]
     if alignment is not None and alignment["coefficient"] != 1:
         raise DataError(
-            f"{folder} has no checkpoints, and its export was drawn back to {alignment['coefficient']} of "
-            "the way to the tuned weights; give runs that keep their checkpoints, or were not drawn back"
+            f"{folder} has no checkpoints, and its export was drawn back to "
+            f"{alignment['coefficient']} of the way to the tuned weights; give runs that keep their "
+            "checkpoints, or were not drawn back"
         )
     return plain_state(pymcip.load(str(folder)).model)
 

@@ -3,9 +3,9 @@
     apt-get install tuxpaint-stamps-default      # photographs of animals, plants, tools, vehicles, …
 
 Tux Paint's stamps are photographs of single things, cut out, each with a line that says what it is.
-Nine in twenty of them are the probe's: images with captions, which nothing is trained on. The others
-and Twemoji are to distil on, without their names. All stand on plain backgrounds of random colours.
-Food and clothes are left out, as the photographs of `photographs.py` show them, and so are
+Nine in twenty of them are the probe's: images with captions, which nothing is trained on. The
+others and Twemoji are to distil on, without their names. All stand on plain backgrounds of random
+colours. Food and clothes are left out, as the photographs of `photographs.py` show them, and so are
 people, drawings, signs and symbols. Pictures of Twemoji: see `CREDIT` of `pymcip.demo.sprites`.
 """
 

@@ -5,15 +5,15 @@
 `--data` is a folder with `grocery/grocery-{train,test}-*.tar`, `grocery/classes.tsv`,
 `clothing/*.tar`, `clothing/classes.tsv` and `captions/*.txt.gz` under `data/`, and the base model
 under `models/lite0`. `base` evaluates the untrained model. The base, the seed and the schedule (3
-epochs, 160 px, lr 3e-4) are the same for every method. `2sft` and `mcip+rea` re-align the text tower of
-the runs `gpr` and `mcip` in `--out` (trained first if they are not there): what `pymcip.train` does for
-these methods in one go; `mcip+` re-aligns with the products' names too. Training is at 160 px,
-evaluation at 224 px. With `--coefficients` the tuned weights are measured at these places on the line
-from the base (0) to them (1), whatever budget the run was held to. With `--generic`, a folder of stamps
-(see `generic_images.py`), training also distils on generic images, by the options `GENERIC`, and the
-probe are others of them with their captions. Clothing is measured with the test split alone, so that
-nothing is chosen by it. `--cost N` instead times the image stage of mcip+ against that of mcip, N
-interleaved epochs of each. The last line of stdout is JSON.
+epochs, 160 px, lr 3e-4) are the same for every method. `2sft` and `mcip+rea` re-align the text
+tower of the runs `gpr` and `mcip` in `--out` (trained first if they are not there): what
+`pymcip.train` does for these methods in one go; `mcip+` re-aligns with the products' names too.
+Training is at 160 px, evaluation at 224 px. With `--coefficients` the tuned weights are measured at
+these places on the line from the base (0) to them (1), whatever budget the run was held to. With
+`--generic`, a folder of stamps (see `generic_images.py`), training also distils on generic images,
+by the options `GENERIC`, and the probe are others of them with their captions. Clothing is measured
+with the test split alone, so that nothing is chosen by it. `--cost N` instead times the image stage
+of mcip+ against that of mcip, N interleaved epochs of each. The last line of stdout is JSON.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 A small CLIP in open_clip's own architecture (a ModifiedResNet and a text transformer) learns from
 scenes that are drawn on the fly, of all emoji, each with a caption at the level of meaning
-(`pymcip.demo.captions`). Its scenes come from a seed of their own; it never sees a scene of the demo's
-training or test split. The result is a hub-style folder, which open_clip loads as
+(`pymcip.demo.captions`). Its scenes come from a seed of their own; it never sees a scene of the
+demo's training or test split. The result is a hub-style folder, which open_clip loads as
 `local-dir:FOLDER`, and `pretrain.json` with settings and metrics.
 
 Beside open_clip's contrastive loss, a linear layer that is thrown away names the main emoji

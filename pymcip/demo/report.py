@@ -32,10 +32,15 @@ def in_words(row: dict[str, float]) -> str:
     return ", ".join(f"{METRICS[name]} {value:.1f}" for name, value in row.items())
 
 
-def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A markdown table: the first column to the left, the others, of numbers, to the right."""
-    head, *body = (f"| {' | '.join(cells)} |\n" for cells in (heads, *rows))
-    return f"{head}|---|{'---:|' * (len(heads) - 1)}\n{''.join(body)}"
+def markdown_table(heads: Sequence[str], align: str, rows: Iterable[Sequence[str]]) -> str:
+    """Format a table in markdown; a `|` in a cell is escaped.
+
+    `align` has a letter per column: "l" left, "r" right, "c" centred.
+    """
+    rule = "|".join({"l": "---", "r": "---:", "c": ":---:"}[letter] for letter in align)
+    lines = [[cell.replace("|", "\\|") for cell in cells] for cells in (heads, *rows)]
+    head, *body = (f"| {' | '.join(cells)} |\n" for cells in lines)
+    return f"{head}|{rule}|\n{''.join(body)}"
 
 
 def mean_table(tables: Sequence[Table]) -> Table:
@@ -84,6 +89,7 @@ def format_table(table: Table) -> str:
 
     return markdown_table(
         ["model", *METRICS.values()],
+        "l" + "r" * len(METRICS),
         [
             [f"{PAPER_NAMES[method]} (`{method}`)", *(cell(method, metric) for metric in row)]
             for method, row in table.items()

@@ -150,8 +150,7 @@ def sweep_markdown(
         if row["settings"].get("threshold") == "auto" and "threshold" in row:
             name += f" ({row['threshold']:.3f})"
         if "error" in row:
-            reason = row["error"].replace("|", "\\|")
-            reason = reason if len(reason) <= 120 else reason[:119] + "…"
+            reason = row["error"] if len(row["error"]) <= 120 else row["error"][:119] + "…"
             lines.append([name, f"failed: {reason}", *[""] * (len(heads) - 2)])
             continue
         for quality in qualities.titles:
@@ -184,4 +183,5 @@ def sweep_markdown(
             "in percent. "
         )
     notes += "Front: no other row is better in one quality and as good in the other.\n"
-    return f"{markdown_table(heads, lines)}\n{notes}"
+    align = "l" + "r" * (len(heads) - 2) + "c"
+    return f"{markdown_table(heads, align, lines)}\n{notes}"
