@@ -10,7 +10,7 @@ import json
 import logging
 import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +77,8 @@ def sweep(config: SweepConfig | None = None, /, **options: Any) -> SweepResult:
     started = time.perf_counter()
     study = _study(config)
     points = study_points(config, study.base, study.changes)
-    common: dict[str, Any] = {
-        "train": study.base.to_dict(),
-        "evaluations": study.evaluations,
-        "changes": study.changes,
-    }
+    common = {**vars(study), "train": study.base.to_dict()}
+    del common["base"]
     if config.train is None:
         common["train"]["model"] = "the demo's"  # wherever it is installed
     settings = json.loads(json.dumps(common, default=str))
@@ -131,6 +128,7 @@ class _Study:
     base: TrainConfig
     evaluations: dict[str, dict[str, Any]]  # options of evaluate, by what they measure
     changes: Changes  # by method: options in place of the base's
+    world: dict[str, Any]  # sizes of the demo's worlds
 
 
 def _study(config: SweepConfig, out: Path | None = None, seed: int = 0) -> _Study:
@@ -143,7 +141,8 @@ def _study(config: SweepConfig, out: Path | None = None, seed: int = 0) -> _Stud
             folder = out / f"seed{seed}"
             world = prepare_world(replace(recipe.world, seed=seed), folder / "world")
             own = {"seed": seed, "cache": folder / "embeddings"}
-        return _Study(recipe.config(world, **own), {"data": world.testing}, recipe.changes(world))
+        base, sizes = recipe.config(world, **own), {**asdict(recipe.world), "seed": None}
+        return _Study(base, {"data": world.testing}, recipe.changes(world), sizes)
     options = read_options(Path(config.train), "train:")
     sources = {"data": (options.pop("val_data", None), options.pop("val_class_names", None))}
     if config.data is not None:
@@ -168,7 +167,7 @@ def _study(config: SweepConfig, out: Path | None = None, seed: int = 0) -> _Stud
         kind: {"data": tuple(data) if isinstance(data, list) else data, "class_names": names}
         for kind, (data, names) in sources.items()
     }
-    return _Study(base, {kind: {**own, **common} for kind, own in evaluations.items()}, {})
+    return _Study(base, {kind: {**own, **common} for kind, own in evaluations.items()}, {}, {})
 
 
 def _prepare(config: SweepConfig, study: _Study, settings: dict[str, Any]) -> Path:
