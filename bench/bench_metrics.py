@@ -3,12 +3,12 @@
 The cases have the sizes of GPR1200 (12,000 images of 1,200 classes, all against all), INSTRE (1,250
 queries, 27,293 images) and ROxford (70 queries, 4,993 images; easy, hard and junk rows). The rows
 resemble embeddings: classes around centres of their own and a common mean, noise with a decaying
-spectrum. The straightforward rivals multiply in fp32, argsort whole rankings (stable, so that ties go
-to the lower row) and add up each query's hits in a loop of Python. "points off" is the largest
+spectrum. The straightforward rivals multiply in fp32, argsort whole rankings (stable, so that ties
+go to the lower row) and add up each query's hits in a loop of Python. "points off" is the largest
 difference from the same in fp64, in points of a percentage. One of them leaves open how ties fall.
 
-The goal, set for GPR1200, is a fifth of the time of the quicker rival that decides ties, and at most
-500 MB beside the embeddings.
+The goal, set for GPR1200, is a fifth of the time of the quicker rival that decides ties, and at
+most 500 MB beside the embeddings.
 """
 
 from __future__ import annotations

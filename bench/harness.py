@@ -14,6 +14,7 @@ import gc
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -29,7 +30,10 @@ import torch
 from pymcip.environment import environment_report
 from pymcip.model import has_bf16
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+# An absolute path, or one that starts in the home folder or above the current one.
+PATH = re.compile(r"""(?<![^\s=:,'"(\[])(?:~|\.\.)?/(?!/)[^\s,'")\]]+""")
 
 Accuracy = float | Mapping[str, float] | None
 
@@ -283,8 +287,8 @@ class Report:
             self.record(row)
 
     def record(self, figures: Mapping[str, Any]) -> None:
-        """Add a row: these figures with device, versions, commit and command."""
-        row = {**self._common, **figures}
+        """Add a row: these figures with device, versions, commit and command; see `neutral`."""
+        row = neutral({**self._common, **figures})
         self.rows.append(row)
         if self._file is not None:
             self._file.parent.mkdir(parents=True, exist_ok=True)
@@ -316,6 +320,25 @@ class Report:
         print(json.dumps({**head, "rows": brief}))
 
 
+def neutral(value: Any) -> Any:
+    """A JSON value without paths of this machine, so that it can be stored.
+
+    In every text, paths in the repository become relative to its root, others their last part.
+    """
+    if isinstance(value, Mapping):
+        return {name: neutral(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [neutral(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return neutral(os.fspath(value))
+    return PATH.sub(_neutral_path, value) if isinstance(value, str) else value
+
+
+def _neutral_path(found: re.Match[str]) -> str:
+    path = Path(found[0]).expanduser().resolve()
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
+
+
 def _figures(accuracy: Accuracy, name: str) -> dict[str, float | None]:
     if accuracy is None:
         return {}
@@ -343,7 +366,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The checked-out commit, marked if the tree differs from it; outside a repository PYMCIP_COMMIT."""
+    """PYMCIP_COMMIT, or else the commit that is checked out, marked if the tree differs."""
     if given := os.environ.get("PYMCIP_COMMIT"):
         return given
     try:

@@ -79,8 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status.
 
     0: done; 2: an error that pymcip raises on purpose; 1: one of the system (a full disk); both are
-    told in one message on stderr, or with `--debug` or PYMCIP_DEBUG=1 as a traceback. 130 or 143:
-    interrupted by SIGINT or SIGTERM. What a stage prints on stdout ends with one line of JSON.
+    reported in one message on stderr, or with `--debug` or PYMCIP_DEBUG=1 as a traceback. 130 or
+    143: interrupted by SIGINT or SIGTERM. What a stage prints on stdout ends with one line of JSON.
     """
     options = vars(build_parser().parse_args(arguments))
     command = options.pop("command")
@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"pymcip {command}: {error}", file=sys.stderr)
         return ERROR_STATUS
-    except BrokenPipeError:  # `pymcip env | head`; nobody reads on, so say nothing
+    except BrokenPipeError:  # `pymcip env | head` has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:  # a full disk, a folder that may not be written

@@ -17,9 +17,14 @@ from PIL import Image
 from safetensors import safe_open
 
 from pymcip.cli import summary
-from pymcip.configs import DemoConfig
+from pymcip.configs import DemoConfig, TrainConfig
 from pymcip.data import load_captions, load_images
-from pymcip.demo import pretrain, run, run_demo, world
+from pymcip.demo import DemoResult, run, run_demo, world
+from pymcip.demo.captions import describe_all
+from pymcip.demo.recipe import BASE_FOLDER
+from pymcip.demo.report import METHODS, METRICS, Table, check_pattern, format_table, mean_table
+from pymcip.demo.scenes import COLOURS, Scenes, SceneStyle, compose, render
+from pymcip.demo.sprites import load_sprites, split_indices, split_of
 from pymcip.errors import ConfigError, OutputExistsError
 from pymcip.training import TrainResult
 
@@ -34,7 +39,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> world.World:
 
 
 def test_names_are_distinct_and_pictures_too() -> None:
-    sprites = world.load_sprites()
+    sprites = load_sprites()
     assert len(sprites) > 3800
     assert len({one.name for one in sprites.emoji}) == len(sprites)
     assert sprites.large.shape == (len(sprites), 4, 48, 48)
@@ -44,7 +49,7 @@ def test_names_are_distinct_and_pictures_too() -> None:
 
 
 def test_names_on_three_levels() -> None:
-    known = {one.name: one for one in world.load_sprites().emoji}
+    known = {one.name: one for one in load_sprites().emoji}
     hand = known["waving hand with dark skin"]
     assert (hand.concept, hand.noun) == ("waving hand", "hand")
     assert known["flag of japan"].noun == "flag"
@@ -53,26 +58,26 @@ def test_names_on_three_levels() -> None:
 
 
 def test_the_splits_share_no_thing_and_do_not_move() -> None:
-    emoji = world.load_sprites().emoji
-    train = world.split_indices(emoji, "train")
-    test = world.split_indices(emoji, "test")
+    emoji = load_sprites().emoji
+    train = split_indices(emoji, "train")
+    test = split_indices(emoji, "test")
     assert not {emoji[i].concept for i in train} & {emoji[i].concept for i in test}
     assert len(set(train) | set(test)) == len(train) + len(test)
     assert len(train) > 2500
     assert len(test) > 300
     assert emoji[test[0]].name == "man white hair with medium skin"
-    few = world.split_indices(emoji, "test", 1)
+    few = split_indices(emoji, "test", 1)
     assert len({emoji[i].concept for i in few}) == len(few)
     with pytest.raises(ConfigError, match="'train' or 'test'"):
-        world.split_indices(emoji, "val")
+        split_indices(emoji, "val")
 
 
 def test_scenes_are_a_function_of_the_seed() -> None:
     def draw(seed: int) -> tuple[np.ndarray, list[str]]:
-        emoji = world.load_sprites().emoji
+        emoji = load_sprites().emoji
         generator = np.random.default_rng(seed)
-        scenes = world.compose(generator, np.arange(40), np.arange(100))
-        return world.render(scenes, seed), world.describe_all(scenes, seed, emoji)
+        scenes = compose(generator, np.arange(40), np.arange(100))
+        return render(scenes, seed), describe_all(scenes, seed, emoji)
 
     images, captions = draw(3)
     again, same = draw(3)
@@ -87,35 +92,35 @@ def test_scenes_are_a_function_of_the_seed() -> None:
 
 def test_the_batch_does_not_change_a_scene() -> None:
     generator = np.random.default_rng(0)
-    scenes = world.compose(generator, np.arange(20), np.arange(100), world.SceneStyle(noise=0.0))
-    whole = world.render(scenes, 0).astype(np.int64)
-    parts = world.render(scenes, 0, batch=7).astype(np.int64)
+    scenes = compose(generator, np.arange(20), np.arange(100), SceneStyle(noise=0.0))
+    whole = render(scenes, 0).astype(np.int64)
+    parts = render(scenes, 0, batch=7).astype(np.int64)
     assert np.abs(whole - parts).max() <= 1
 
 
 def test_a_caption_tells_what_is_in_the_scene() -> None:
-    emoji = world.load_sprites().emoji
-    scenes = world.compose(np.random.default_rng(0), np.arange(300), np.arange(300))
-    for row, caption in enumerate(world.describe_all(scenes, 0, emoji)):
+    emoji = load_sprites().emoji
+    scenes = compose(np.random.default_rng(0), np.arange(300), np.arange(300))
+    for row, caption in enumerate(describe_all(scenes, 0, emoji)):
         one = emoji[scenes.main[row]]
         assert one.noun in caption or one.concept in caption
         if " background" in caption:
-            assert list(world.COLOURS)[scenes.colour[row]] in caption
+            assert list(COLOURS)[scenes.colour[row]] in caption
 
 
 def test_a_written_world_is_read_back(written: world.World) -> None:
-    emoji = world.load_sprites().emoji
-    train = load_images(tuple(str(path) for path in written.train))
-    test = load_images(tuple(str(path) for path in written.test))
-    assert len(written.train) == 3
+    emoji = load_sprites().emoji
+    train = load_images(tuple(str(path) for path in written.shards("train")))
+    test = load_images(tuple(str(path) for path in written.shards("test")))
+    assert len(written.shards("train")) == 3
     assert (len(train), len(test)) == (18, 20)
     assert test.read(0).size == (64, 64)
     assert all(len(test.titles(i)) == 1 for i in range(len(test)))
     assert not any(train.titles(i) for i in range(len(train)))
     names = dict(
-        line.split("\t") for line in written.test_names.read_text(encoding="utf-8").splitlines()
+        line.split("\t") for line in written.names("test").read_text(encoding="utf-8").splitlines()
     )
-    expected = [emoji[i].name for i in world.split_indices(emoji, "test", SMALL.tones)[:5]]
+    expected = [emoji[i].name for i in split_indices(emoji, "test", SMALL.tones)[:5]]
     assert [names[str(label)] for label in range(5)] == expected
     captions = load_captions(str(written.captions))
     assert 30 <= len(captions) <= 50
@@ -126,20 +131,20 @@ def test_a_written_world_is_the_same_to_the_byte(written: world.World, tmp_path:
     again = world.write_world(SMALL, tmp_path)
     for before, after in zip(
         (
-            *written.train,
-            *written.test,
-            *written.probe,
+            *written.shards("train"),
+            *written.shards("test"),
+            *written.shards("probe"),
             written.captions,
-            written.test_names,
-            written.probe_names,
+            written.names("test"),
+            written.names("probe"),
         ),
         (
-            *again.train,
-            *again.test,
-            *again.probe,
+            *again.shards("train"),
+            *again.shards("test"),
+            *again.shards("probe"),
             again.captions,
-            again.test_names,
-            again.probe_names,
+            again.names("test"),
+            again.names("probe"),
         ),
         strict=True,
     ):
@@ -149,7 +154,7 @@ def test_a_written_world_is_the_same_to_the_byte(written: world.World, tmp_path:
 def test_the_probe_changes_no_other_file(written: world.World) -> None:
     """What is in the scenes of `SMALL`, as before there was a probe: stored results are of such worlds."""
     digest = hashlib.sha256(written.captions.read_bytes())
-    for path in (*written.train, *written.test):
+    for path in (*written.shards("train"), *written.shards("test")):
         with tarfile.open(path) as tar:
             for member in tar:
                 if not member.name.endswith(".png"):  # whose bytes depend on the library
@@ -160,11 +165,11 @@ def test_the_probe_changes_no_other_file(written: world.World) -> None:
 
 @pytest.mark.parametrize("config", [SMALL, world.WorldConfig()])
 def test_things_of_the_probe_are_neither_trained_on_nor_tested(config: world.WorldConfig) -> None:
-    emoji = world.load_sprites().emoji
+    emoji = load_sprites().emoji
     classes = world.probe_classes(config)
     assert len(classes) == {SMALL: 2}.get(config, 33)
-    assert {world.split_of(emoji[i]) for i in classes} == {"test"}
-    tested = world.split_indices(emoji, "test", config.tones)[: config.test_classes]
+    assert {split_of(emoji[i]) for i in classes} == {"test"}
+    tested = split_indices(emoji, "test", config.tones)[: config.test_classes]
     assert not {emoji[i].concept for i in classes} & {emoji[i].concept for i in tested}
 
 
@@ -172,7 +177,7 @@ def test_scenes_of_the_probe(written: world.World, monkeypatch: pytest.MonkeyPat
     drawn = []
     inner = world.compose
 
-    def watched(*arguments: Any) -> world.Scenes:
+    def watched(*arguments: Any) -> Scenes:
         drawn.append(inner(*arguments))
         return drawn[-1]
 
@@ -181,7 +186,7 @@ def test_scenes_of_the_probe(written: world.World, monkeypatch: pytest.MonkeyPat
     folder.mkdir()
     again = world.write_probe(SMALL, folder)
     assert again == world.probe_paths(SMALL, folder)
-    for before, after in zip(written.probe, again, strict=True):
+    for before, after in zip(written.shards("probe"), again, strict=True):
         assert after.read_bytes() == before.read_bytes()
     shown = set(drawn[0].main) | set(drawn[0].other[drawn[0].other >= 0])
     assert shown <= set(world.probe_classes(SMALL))
@@ -192,20 +197,26 @@ def test_scenes_of_the_probe(written: world.World, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("missing", ["shard", "names"])
 def test_a_world_without_a_probe_gets_one(missing: str, tmp_path: Path) -> None:
-    before = run.prepare_world(SMALL, tmp_path)
-    path = {"shard": before.probe[0], "names": before.probe_names}[missing]
+    before = world.prepare_world(SMALL, tmp_path)
+    path = {"shard": before.shards("probe")[0], "names": before.names("probe")}[missing]
     content = path.read_bytes()
-    times = [one.stat().st_mtime_ns for one in (*before.train, *before.test, before.captions)]
+    times = [
+        one.stat().st_mtime_ns
+        for one in (*before.shards("train"), *before.shards("test"), before.captions)
+    ]
     path.unlink()
-    after = run.prepare_world(SMALL, tmp_path)
+    after = world.prepare_world(SMALL, tmp_path)
     assert after == before
     assert path.read_bytes() == content
-    assert times == [one.stat().st_mtime_ns for one in (*after.train, *after.test, after.captions)]
+    assert times == [
+        one.stat().st_mtime_ns
+        for one in (*after.shards("train"), *after.shards("test"), after.captions)
+    ]
 
 
 def test_a_test_of_all_emoji_leaves_none_for_the_probe(tmp_path: Path) -> None:
-    emoji = world.load_sprites().emoji
-    every = len(world.split_indices(emoji, "test", SMALL.tones))
+    emoji = load_sprites().emoji
+    every = len(split_indices(emoji, "test", SMALL.tones))
     config = dataclasses.replace(SMALL, test_classes=every)
     assert world.write_probe(config, tmp_path) == world.probe_paths(config, tmp_path) == ()
     assert not list(tmp_path.iterdir())
@@ -219,32 +230,32 @@ def test_more_classes_than_there_are(tmp_path: Path) -> None:
 
 
 def test_no_training_scene_shows_a_test_emoji(written: world.World) -> None:
-    emoji = world.load_sprites().emoji
-    train = world.split_indices(emoji, "train", SMALL.tones)
-    scenes = world.compose(np.random.default_rng(0), train[:50], train)
+    emoji = load_sprites().emoji
+    train = split_indices(emoji, "train", SMALL.tones)
+    scenes = compose(np.random.default_rng(0), train[:50], train)
     shown = set(scenes.main) | set(scenes.other[scenes.other >= 0])
-    assert {world.split_of(emoji[i]) for i in shown} == {"train"}
+    assert {split_of(emoji[i]) for i in shown} == {"train"}
 
 
 def test_the_base_model_loads_strictly_and_is_small() -> None:
-    weights = world.BASE_FOLDER / "open_clip_model.safetensors"
+    weights = BASE_FOLDER / "open_clip_model.safetensors"
     assert weights.stat().st_size <= 12_000_000
-    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{world.BASE_FOLDER}")
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{BASE_FOLDER}")
     with safe_open(weights, "pt") as stored:
         assert set(stored.keys()) == set(model.state_dict())
         for name, tensor in model.state_dict().items():
             assert torch.equal(stored.get_tensor(name).to(tensor.dtype), tensor), name
     assert transform(Image.new("RGB", (64, 64))).shape == (3, 64, 64)
-    record = json.loads((world.BASE_FOLDER / "pretrain.json").read_text(encoding="utf-8"))
-    assert record["command"] == "python -m pymcip.demo.pretrain"
+    record = json.loads((BASE_FOLDER / "pretrain.json").read_text(encoding="utf-8"))
+    assert record["command"] == "python bench/studies/pretrain_demo.py"
     assert record["metrics"]["t2i_r5"] > 0
 
 
 def test_a_tiny_run_from_end_to_end(tmp_path: Path) -> None:
     out = tmp_path / "demo"
     result = run_demo(out=out, smoke=True)
-    assert list(result.table) == list(run.METHODS)
-    assert all(list(row) == list(run.METRICS) for row in result.table.values())
+    assert list(result.table) == list(METHODS)
+    assert all(list(row) == list(METRICS) for row in result.table.values())
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     assert report["table"] == result.table
     assert report["seeds"] == result.seeds == [0]
@@ -264,9 +275,9 @@ def test_a_tiny_run_from_end_to_end(tmp_path: Path) -> None:
 def test_a_run_that_keeps_nothing_leaves_the_base(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def train(**options: Any) -> TrainResult:
-        result = run_train(**options)
-        return result if options["method"] != "mcip+" else dataclasses.replace(result, hub=None)
+    def train(config: TrainConfig) -> TrainResult:
+        result = run_train(config)
+        return result if config.method != "mcip+" else dataclasses.replace(result, hub=None)
 
     run_train = run.train
     monkeypatch.setattr(run, "train", train)
@@ -275,7 +286,7 @@ def test_a_run_that_keeps_nothing_leaves_the_base(
 
 
 def test_the_mean_of_seeds_and_the_pattern() -> None:
-    def table(shift: float) -> run.Table:
+    def table(shift: float) -> Table:
         rows = {
             "base": (20.0, 10.0, 30.0, 40.0),
             "gpr": (30.0, 20.0, 20.0, 30.0),
@@ -285,15 +296,15 @@ def test_the_mean_of_seeds_and_the_pattern() -> None:
             "mcip+": (29.5, 19.0, 30.0, 40.0),
         }
         return {
-            method: {name: value + shift for name, value in zip(run.METRICS, row, strict=True)}
+            method: {name: value + shift for name, value in zip(METRICS, row, strict=True)}
             for method, row in rows.items()
         }
 
-    mean = run.mean_table([table(0.0), table(2.0)])
+    mean = mean_table([table(0.0), table(2.0)])
     assert mean == table(1.0)
-    assert all(run.check_pattern(mean).values())
+    assert all(check_pattern(mean).values())
     mean["mcip"]["t2i_r5"] -= 0.1
-    assert [name for name, holds in run.check_pattern(mean).items() if not holds] == [
+    assert [name for name, holds in check_pattern(mean).items() if not holds] == [
         "mcip: T2I R@5 at most 0.5 points under the base"
     ]
     mean["mcip"]["t2i_r5"] += 0.1
@@ -303,25 +314,15 @@ def test_the_mean_of_seeds_and_the_pattern() -> None:
         "zero_shot": "mcip+: zero-shot not under the base",
     }.items():
         changed = {**mean, "mcip+": {**mean["mcip+"], metric: mean["mcip+"][metric] - 0.01}}
-        assert [name for name, holds in run.check_pattern(changed).items() if not holds] == [text]
-    assert "30.0 (-10.0)" not in run.format_table(mean)
-    assert "31.0 (-10.0)" in run.format_table(mean)
-
-
-def test_words_are_tokenized_as_open_clip_does() -> None:
-    texts = world.corpus(0, 300, world.load_sprites().emoji)
-    texts += [one.name for one in world.load_sprites().emoji[::10]]
-    tokenizer = open_clip.SimpleTokenizer(context_length=28)
-    assert torch.equal(pretrain.Words(28)(texts), tokenizer(texts))
-    used = pretrain.known_tokens()
-    unknown = ~used[pretrain.Words(77)(texts)]
-    assert not unknown.any()
+        assert [name for name, holds in check_pattern(changed).items() if not holds] == [text]
+    assert "30.0 (-10.0)" not in format_table(mean)
+    assert "31.0 (-10.0)" in format_table(mean)
 
 
 def test_the_last_line_is_the_table_as_json(tmp_path: Path) -> None:
     """What the command line prints of a demo: the table for people, then one line of JSON."""
     row = {"i2i_map": 1.0, "knn": 2.0, "zero_shot": 3.0, "t2i_r5": 4.0}
-    result = run.DemoResult(tmp_path, [0], {"base": row}, 5.0, {"holds": True}, "| a table |\n")
+    result = DemoResult(tmp_path, [0], {"base": row}, 5.0, {"holds": True}, "| a table |\n")
     found = summary(result)
     assert found["table"] == {"base": row}
     assert found["seeds"] == [0]

@@ -1,39 +1,43 @@
-"""Train and evaluate one method on real photographs (groceries), and see what it forgets (clothing).
+"""Train one method on real photographs (groceries), and measure what it forgets (clothing).
 
-    python bench/bench_photographs.py --method mcip --data ../shared --out runs/photographs --store
+    python bench/studies/photographs.py --method mcip --data ../shared --out runs/photographs --store
 
 `--data` is a folder with `grocery/grocery-{train,test}-*.tar`, `grocery/classes.tsv`,
 `clothing/*.tar`, `clothing/classes.tsv` and `captions/*.txt.gz` under `data/`, and the base model
 under `models/lite0`. `base` evaluates the untrained model. The base, the seed and the schedule (3
-epochs, 160 px, lr 3e-4) are the same for every method. `2sft` and `mcip+rea` re-align the text tower of
-the runs `gpr` and `mcip` in `--out` (trained first if they are not there): what `pymcip.train` does for
-these methods in one go; `mcip+` re-aligns with the products' names too. Training is at 160 px,
-evaluation at 224 px. With `--coefficients` the tuned weights are measured at these places on the line
-from the base (0) to them (1), whatever budget the run was held to. With `--generic`, a folder of stamps
-(see `generic_images.py`), training also distils on generic images, by the options `GENERIC`, and the
-probe are others of them with their captions. Clothing is measured with the test split alone, so that
-nothing is chosen by it. `--cost N` instead times the image stage of mcip+ against that of mcip, N
-interleaved epochs of each. The last line of stdout is JSON.
+epochs, 160 px, lr 3e-4) are the same for every method. `2sft` and `mcip+rea` re-align the text
+tower of the runs `gpr` and `mcip` in `--out` (trained first if they are not there): what
+`pymcip.train` does for these methods in one go; `mcip+` re-aligns with the products' names too.
+Training is at 160 px, evaluation at 224 px. With `--coefficients` the tuned weights are measured at
+these places on the line from the base (0) to them (1), whatever budget the run was held to. With
+`--generic`, a folder of stamps (see `generic_images.py`), training also distils on generic images,
+by the options `GENERIC`, and the probe are others of them with their captions. Clothing is measured
+with the test split alone, so that nothing is chosen by it. `--cost N` instead times the image stage
+of mcip+ against that of mcip, N interleaved epochs of each. The last line of stdout is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from generic_images import write_generic_images
-from harness import Report, training_dtype
 
 import pymcip
 from pymcip.exporting import write_export
 from pymcip.model import plain_state
 from pymcip.training.checkpoints import checkpoint_files, load_checkpoint
 from pymcip.training.interpolation import interpolated
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the harness is in bench/
+from harness import Report, training_dtype
+
+from studies.generic_images import write_generic_images
 
 SCHEDULE: dict[str, Any] = {
     "image_size": 160,

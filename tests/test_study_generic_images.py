@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from pymcip.data import load_images
-from pymcip.demo import world
+from pymcip.demo.sprites import load_sprites
 from pymcip.errors import DataError
 from tests.conftest import bench_module
 
@@ -48,13 +48,13 @@ def stamps(tmp_path: Path) -> Path:
 
 @pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated")
 def test_parts_are_whole_and_disjoint(stamps: Path, tmp_path: Path) -> None:
-    with bench_module("generic_images") as bench:
+    with bench_module("studies.generic_images") as bench:
         images, table = bench.write_generic_images(tmp_path / "out", stamps)
         stamp = table.stat().st_mtime_ns
         assert bench.write_generic_images(tmp_path / "out", stamps) == (images, table)
         views, probe_views = bench.VIEWS, bench.PROBE_VIEWS
     assert table.stat().st_mtime_ns == stamp  # a finished folder is used as it is
-    concepts = {one.code: one.concept for one in world.load_sprites().emoji}
+    concepts = {one.code: one.concept for one in load_sprites().emoji}
     emoji = {path.stem for path in (images / "emoji").glob("*.jpg")}
     assert len(emoji) == 1891
     assert all(code in concepts for code in emoji)
@@ -73,7 +73,7 @@ def test_parts_are_whole_and_disjoint(stamps: Path, tmp_path: Path) -> None:
 
 def test_a_folder_without_stamps_is_refused(tmp_path: Path) -> None:
     with (
-        bench_module("generic_images") as bench,
+        bench_module("studies.generic_images") as bench,
         pytest.raises(DataError, match="tuxpaint-stamps-default"),
     ):
         bench.write_generic_images(tmp_path / "out", tmp_path)

@@ -1,7 +1,7 @@
-"""What keeps alignment: each means beside plain mcip, and how well the probe foretells the loss.
+"""What keeps alignment: each means against plain mcip, and how well the probe predicts the loss.
 
-    python bench/bench_alignment.py ablation --seeds 3 --out runs/alignment --store
-    python bench/bench_alignment.py probe --runs runs/alignment/seed*/runs/* --store
+    python bench/studies/alignment.py ablation --seeds 3 --out runs/alignment --store
+    python bench/studies/alignment.py probe --runs runs/alignment/seed*/runs/* --store
 
 `ablation` trains every variant on the demo's worlds with the demo's recipe and the same epochs, and
 gives its gains over the untrained model on the test scenes, whose emoji training never sees. All
@@ -10,9 +10,9 @@ variants but those with a budget of their own are measured by the probe without 
 `probe` compares what the probe says a run has lost with what it has lost on data that neither of
 them has seen: zero-shot accuracy on `--data` (by default the test scenes of each run's own world),
 relative to the untrained model's. Every run is measured at each of `--coefficients` between the
-untrained and the tuned weights. The probe is the default one, of mixtures; in the demo's worlds also
-the one of scenes with class names that are in neither training nor test ("named"). The last line of
-stdout is JSON.
+untrained and the tuned weights. The probe is the default one, of mixtures; in the demo's worlds
+also the one of scenes with class names that are in neither training nor test ("named"). The last
+line of stdout is JSON.
 """
 
 from __future__ import annotations
@@ -20,25 +20,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from harness import Report, training_dtype
 
 import pymcip
 from pymcip.configs import TrainConfig
 from pymcip.data import ImageData, load_captions, load_images
-from pymcip.demo.run import (
-    Recipe,
-    evaluation_options,
-    prepare_world,
-    probe_options,
-    train_source,
-)
-from pymcip.demo.world import BASE_FOLDER, World
+from pymcip.demo.recipe import BASE, Recipe
+from pymcip.demo.world import World, prepare_world
 from pymcip.errors import DataError
 from pymcip.evaluation import evaluate_model, read_class_names
 from pymcip.files import read_json
@@ -47,6 +41,9 @@ from pymcip.training.checkpoints import checkpoint_files, load_checkpoint
 from pymcip.training.interpolation import interpolated
 from pymcip.training.probe import AlignmentProbe
 from pymcip.training.probe_sources import load_probe_sources, probe_pixels, probe_rows
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the harness is in bench/
+from harness import Report, training_dtype
 
 UNBOUND = {"alignment_budget": 0.999}  # measured, and not held to anything
 PLUS: dict[str, Any] = {"method": "mcip+", **Recipe().rea, **Recipe().plus}
@@ -97,10 +94,8 @@ def run_ablation(report: Report, arguments: argparse.Namespace) -> dict[str, Any
     """Train every variant in every world; a row per variant."""
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
     worlds = {seed: _world(arguments.out / f"seed{seed}", seed) for seed in seeds}
-    base = f"local-dir:{BASE_FOLDER}"
     before = {
-        seed: pymcip.evaluate(model=base, **evaluation_options(world)).metrics
-        for seed, world in worlds.items()
+        seed: pymcip.evaluate(model=BASE, **world.testing).metrics for seed, world in worlds.items()
     }
     summary = {}
     for name in arguments.variants:
@@ -133,11 +128,10 @@ def _world(folder: Path, seed: int) -> World:
 def _variant(name: str, folder: Path, seed: int, world: World) -> dict[str, float]:
     options = {"method": "mcip", **Recipe().train, **VARIANTS[name]}
     if options["method"] == "mcip+":
-        options["rea_class_names"] = str(world.train_names)
+        options["rea_class_names"] = str(world.names("train"))
     result = pymcip.train(
-        model=f"local-dir:{BASE_FOLDER}",
-        train_data=train_source(world),
-        captions=str(world.captions),
+        model=BASE,
+        **world.training,
         cache=folder / "embeddings",
         out=folder / "runs" / re.sub(r"[^a-z0-9+]+", "-", name.lower()),
         seed=seed,
@@ -146,7 +140,7 @@ def _variant(name: str, folder: Path, seed: int, world: World) -> dict[str, floa
         **options,
     )
     assert result.alignment is not None
-    metrics = pymcip.evaluate(model=str(result.out), **evaluation_options(world)).metrics
+    metrics = pymcip.evaluate(model=str(result.out), **world.testing).metrics
     return {
         **metrics,
         "kept": result.alignment["kept"],
@@ -191,9 +185,9 @@ def _points(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]
     evaluation = config.to_dict() | {"image_size": arguments.image_size or config.image_size}
     unseen = load_configured(TrainConfig.make(None, evaluation))
     if arguments.data is None:
-        world = folder.parent.parent / "world"
+        world = World(folder.parent.parent / "world")
         named = _named_probe(clip, config, training, world)
-        data, names = str(world / "test-*.tar"), world / "test_names.tsv"
+        data, names = world.testing["data"], world.names("test")
     else:
         data, names = arguments.data, arguments.class_names
     tested = load_images(data, labelled=False)
@@ -205,7 +199,7 @@ def _points(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]
         )["zero_shot"]
 
     before = zero_shot()
-    tuned = _tuned_state(folder)
+    tuned = tuned_state(folder)
     found = []
     for coefficient in arguments.coefficients:
         state = interpolated(original, tuned, coefficient)
@@ -225,24 +219,25 @@ def _points(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]
     return found
 
 
-def _tuned_state(folder: Path) -> dict[str, torch.Tensor]:
+def tuned_state(folder: Path) -> dict[str, torch.Tensor]:
     """The weights that a run was tuned to: a finished point of a sweep has but what it exported."""
     if files := checkpoint_files(folder / "checkpoints"):
         return load_checkpoint(files[-1])["model"]  # type: ignore[no-any-return]
     alignment = read_json(folder / "result.json")["alignment"]
     if alignment is not None and alignment["coefficient"] != 1:
         raise DataError(
-            f"{folder} has no checkpoints, and its export was drawn back to {alignment['coefficient']} of "
-            "the way to the tuned weights; give runs that keep their checkpoints, or were not drawn back"
+            f"{folder} has no checkpoints, and its export was drawn back to "
+            f"{alignment['coefficient']} of the way to the tuned weights; give runs that keep their "
+            "checkpoints, or were not drawn back"
         )
     return plain_state(pymcip.load(str(folder)).model)
 
 
 def _named_probe(
-    clip: ClipModel, config: TrainConfig, training: ImageData, world: Path
+    clip: ClipModel, config: TrainConfig, training: ImageData, world: World
 ) -> AlignmentProbe:
     """The probe of a world's own scenes, with the untrained model's answers."""
-    options = {**config.to_dict(), "alignment_budget": 0.02, **probe_options(world)}
+    options = {**config.to_dict(), "alignment_budget": 0.02, **world.probing}
     sources = load_probe_sources(TrainConfig.make(None, options), None)
     assert sources is not None
     pixels, rows = probe_pixels(

@@ -21,7 +21,7 @@ def test_cost_takes_turns_and_compares_medians(
     own = {**run_options, "captions": str(captions_file())}
     own = {name: value for name, value in own.items() if name not in ("out", *common)}
     rivals = {"mcip": own, "mcip+": {**own, "distill": 0.5, "mixtures": 0.5}}
-    with bench_module("bench_photographs") as bench:
+    with bench_module("studies.photographs") as bench:
         train, calls = bench.pymcip.train, []
 
         def called(**options: Any) -> Any:

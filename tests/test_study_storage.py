@@ -6,6 +6,7 @@ import gc
 import json
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,16 @@ needs_faiss = pytest.mark.skipif(probe_faiss() is not None, reason="needs faiss"
 
 @pytest.fixture(scope="module")
 def bench() -> Iterator[Any]:
-    with bench_module("bench_storage") as module:
+    with bench_module("studies.storage") as module:
         gc.freeze()  # the harness collects garbage for each rival; torch has much to look through
         yield module
         gc.unfreeze()
+
+
+@pytest.fixture(scope="module")
+def search() -> Iterator[Any]:
+    with bench_module("studies.storage_search") as module:
+        yield module
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -45,7 +52,8 @@ def test_clusters(bench: Any) -> None:
 
 
 def test_vectors_are_as_described(bench: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(bench, "BLOCK", 1500)
+    with bench_module("studies.storage_space") as module:
+        monkeypatch.setattr(module, "BLOCK", 1500)
     labels = bench.cluster_labels(4000, 0)
     space, other = bench.Space(512, labels, 0), bench.Space(512, labels, 1)
     images = bench.generate(space, tmp_path / "one.npy", 1)
@@ -83,12 +91,12 @@ def test_vectors_are_as_described(bench: Any, tmp_path: Path, monkeypatch: Any) 
     assert reached[count - 2] < 0.9 <= reached[count - 1]
 
 
-def test_fusion_by_hand(bench: Any) -> None:
+def test_fusion_by_hand(search: Any) -> None:
     first = np.array([[7, 3, 5], [1, 2, -1]])
     second = np.array([[5, 9, 7], [-1, -1, -1]])
     # 7: 1/61 + 1/63, 5: 1/63 + 1/61, 3 and 9: 1/62. Ties go to the lower id.
-    assert bench.fuse(first, second, 3).tolist() == [[5, 7, 3], [1, 2, -1]]
-    assert bench.fuse(first, second, 5).tolist() == [[5, 7, 3, 9, -1], [1, 2, -1, -1, -1]]
+    assert search.fuse(first, second, 3).tolist() == [[5, 7, 3], [1, 2, -1]]
+    assert search.fuse(first, second, 5).tolist() == [[5, 7, 3, 9, -1], [1, 2, -1, -1, -1]]
 
 
 def test_recall_by_hand(bench: Any) -> None:
@@ -171,25 +179,25 @@ def test_plot_without_matplotlib(bench: Any, tmp_path: Path, monkeypatch: Any) -
 
 
 @needs_faiss
-def test_both_at_once_answers_the_same(bench: Any) -> None:
+def test_both_at_once_answers_the_same(search: Any) -> None:
     faiss = pytest.importorskip("faiss")
     generator = np.random.default_rng(0)
-    asked, search = {}, {}
-    for space, query in bench.SEARCHES:
+    asked, searches = {}, {}
+    for space, query in search.SEARCHES:
         index = faiss.IndexFlatIP(16)
         index.add(generator.standard_normal((300, 16), np.float32))
-        search[space, query] = bench.KINDS["flat"].search(index, None)
+        searches[space, query] = search.KINDS["flat"].search(index, None)
         queries = generator.standard_normal((5, 16), np.float32)
-        asked[space, query] = bench.Asked(queries, search[space, query](queries, 4))
-    with bench.ThreadPoolExecutor(1) as pool:
-        flat = search["joint", "combined"]
-        two, one, other, at_once = bench.systems("combined", search, asked, pool, flat)
-        assert (other.name, other.queries) == (bench.TEXTS, one.queries)
+        asked[space, query] = search.Asked(queries, searches[space, query](queries, 4))
+    with ThreadPoolExecutor(1) as pool:
+        flat = searches["joint", "combined"]
+        two, one, other, at_once = search.systems("combined", searches, asked, pool, flat)
+        assert (other.name, other.queries) == (search.TEXTS, one.queries)
         assert np.array_equal(two.answer(*two.queries, 4), two.wanted)
         assert np.array_equal(at_once.answer(*at_once.queries, 4), two.wanted)
     assert np.array_equal(one.answer(*one.queries, 4), asked["joint", "combined"].wanted)
-    turned = bench.systems("image", search, asked)
-    assert [own.name for own in turned] == [bench.TWO, bench.ONE]
+    turned = search.systems("image", searches, asked)
+    assert [own.name for own in turned] == [search.TWO, search.ONE]
     assert turned[0].queries[0] is asked["image", "image"].queries
     assert turned[1].queries[0] is asked["joint", "image"].queries
     run = turned[0].rival(4, 2, 1.0).run  # two queries a turn, and then from the start again
