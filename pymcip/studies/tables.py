@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from pymcip.configs import SweepConfig
 from pymcip.demo.report import METRICS
-from pymcip.evaluation import markdown_table
 from pymcip.errors import DataError
+from pymcip.evaluation import markdown_table
 from pymcip.studies.points import Point, label
 
 TEXT_METRICS = ("t2i_r5", "zero_shot")  # what alignment is the mean of, by default
