@@ -77,7 +77,7 @@ def test_it_is_public() -> None:
 def test_it_is_a_permutation_and_the_same_again(
     count: int, cluster_size: int, iterations: int, flat: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(ordering._FLAT, "cpu", flat)
+    monkeypatch.setitem(ordering.FLAT, "cpu", flat)
     monkeypatch.setattr(ordering, "CHUNK_ROWS", 100)
     monkeypatch.setattr(ordering, "SCORES", 1000)
     bank = torch.randn(count, 5, generator=torch.Generator().manual_seed(0))
@@ -103,7 +103,7 @@ def test_the_filter_leaves_out_what_is_far(
     none can go at 1e-3. Ordered, 256 consecutive rows lie in at most 2 cells, so 4 clusters keep
     at most 8 of 32.
     """
-    monkeypatch.setitem(ordering._FLAT, "cpu", flat)
+    monkeypatch.setitem(ordering.FLAT, "cpu", flat)
     bank, x = clustered(seed)
     indptr, indices = positives(x, bank)
     _, _, shuffled = gradient(x, bank, indptr, indices, 1e-3)

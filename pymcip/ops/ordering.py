@@ -37,7 +37,7 @@ from pymcip.ops.margin_contract import CELL_COLUMNS
 _SAMPLE = 32  # rows of the sample for a centroid
 CHUNK_ROWS = 32_768  # rows at a time
 SCORES = 1 << 26  # cosines at a time
-_FLAT = {"cpu": 8192, "cuda": 65_536}  # centroids that every row is compared with
+FLAT = {"cpu": 8192, "cuda": 65_536}  # centroids that every row is compared with
 _PROBES = 16  # groups of centroids that a row tries where there are more
 _GROUP_ITERATIONS = 4
 _MOVED = 0.25  # share of the centroids that move at most in the first step
@@ -216,11 +216,11 @@ class _Nearest(NamedTuple):
 
 
 def _search(centroids: Tensor, generator: torch.Generator) -> _Search:
-    """`centroids`: fp32 unit rows. Beyond `_FLAT` of them sqrt(K) groups are formed."""
+    """`centroids`: fp32 unit rows. Beyond `FLAT` of them sqrt(K) groups are formed."""
     # fp16 products are fast on GPUs only.
     operands = centroids.half() if centroids.device.type == "cuda" else centroids
     count = centroids.shape[0]
-    if count <= _FLAT.get(centroids.device.type, _FLAT["cpu"]):
+    if count <= FLAT.get(centroids.device.type, FLAT["cpu"]):
         return _Search(operands)
     groups = _k_means(
         centroids, math.isqrt(count - 1) + 1, _GROUP_ITERATIONS, generator, lambda rows: None
