@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import os
 
-import pyarrow as pa
-import pyarrow.parquet
 import torch
-
-from pymcip.data import Captions, load_images
-from pymcip.embedding import EmbeddingFolder, embed_captions, embed_images
 
 if not torch.cuda.is_available():  # Triton decides at its import, and others import it
     os.environ["TRITON_INTERPRET"] = "1"
@@ -28,10 +23,14 @@ from typing import Any
 
 import numpy as np
 import open_clip
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import safetensors.torch
 from PIL import Image
 
+from pymcip.data import Captions, load_images
+from pymcip.embedding import EmbeddingFolder, embed_captions, embed_images
 from pymcip.model import ClipModel, load
 
 TINY_MODEL = {
