@@ -117,8 +117,9 @@ SCRATCH = pytest.mark.parametrize("scratch", [KEEP, ANEW])
 @needs_triton
 @pytest.mark.parametrize("case", SMALL, ids=str)
 @GRADIENTS
-@SCRATCH
-@COMPUTE
+@pytest.mark.parametrize(  # nothing is kept in float16
+    ("compute", "scratch"), [("bfloat16", KEEP), ("bfloat16", ANEW), ("float16", ANEW)]
+)
 def test_triton(case: Case, compute: str, need_w: bool, scratch: int) -> None:
     check(case, "triton", Way(compute, need_w, scratch))
 
