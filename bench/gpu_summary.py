@@ -122,6 +122,7 @@ def _goals() -> list[Goal]:
             for kind, rival, must, extreme in (
                 ("bf16", "pymcip cuda, screen", 0.92, None),
                 ("INT8, ranked again", "pymcip cuda", 1.4, 1.6),
+                ("INT8, ranked again, bank packed before", "pymcip packed", 1.4, 1.6),
             )
             for count in (8192, 2048)
         ),
