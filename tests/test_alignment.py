@@ -226,11 +226,11 @@ def test_captions_of_the_probe_are_the_truth(
             torch.stack([clip.preprocess_val(sources.images.read(row)) for row in range(24)])
         ]
     )
-    forth = drawn_candidates(before, mask)
+    to_text = drawn_candidates(before, mask)
     back = drawn_candidates(before.T, mask.T)
     ratios = np.array(
         [
-            drawn_accuracy(after, mask, forth) / drawn_accuracy(before, mask, forth),
+            drawn_accuracy(after, mask, to_text) / drawn_accuracy(before, mask, to_text),
             drawn_accuracy(after.T, mask.T, back) / drawn_accuracy(before.T, mask.T, back),
         ]
     )

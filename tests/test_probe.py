@@ -93,14 +93,14 @@ def test_probe_against_the_definition(
     for anew, now in ((False, original_texts), (True, tuned_texts)):
         kept = probe.measure(tuned, texts=anew)
         similarities = tuned_images @ now.T
-        forth = oracle(base, beliefs, similarities, scale, text_tasks)
+        to_text = oracle(base, beliefs, similarities, scale, text_tasks)
         back = oracle(base.T, beliefs.T, similarities.T, scale, image_tasks)
-        assert kept.image_to_text == pytest.approx(forth, abs=1e-6)
+        assert kept.image_to_text == pytest.approx(to_text, abs=1e-6)
         assert kept.text_to_image == pytest.approx(back, abs=1e-6)
         assert kept.alignment == min(kept.image_to_text, kept.text_to_image) != 1
     only_texts = probe.measure(tuned, images=False, texts=True)
-    forth = oracle(base, beliefs, original_images @ tuned_texts.T, scale, text_tasks)
-    assert only_texts.image_to_text == pytest.approx(forth, abs=1e-6)
+    to_text = oracle(base, beliefs, original_images @ tuned_texts.T, scale, text_tasks)
+    assert only_texts.image_to_text == pytest.approx(to_text, abs=1e-6)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "amp_bf16"])
@@ -253,9 +253,9 @@ def test_kept_is_a_ratio_of_right_answers(
         (images @ base_texts.T).numpy().astype(np.float64) for images in (base_images, tuned_images)
     )
     kept = probe.measure(tuned)
-    forth = drawn_accuracy(after, mask, 64) / drawn_accuracy(before, mask, 64)
+    to_text = drawn_accuracy(after, mask, 64) / drawn_accuracy(before, mask, 64)
     back = drawn_accuracy(after.T, mask.T, 64) / drawn_accuracy(before.T, mask.T, 64)
-    assert kept.image_to_text == pytest.approx(forth, abs=1e-6)
+    assert kept.image_to_text == pytest.approx(to_text, abs=1e-6)
     assert kept.text_to_image == pytest.approx(back, abs=1e-6)
     assert (kept.image_to_text, kept.text_to_image) != (1.0, 1.0)
 
