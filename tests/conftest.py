@@ -50,6 +50,17 @@ TINY_MODEL = {
         "layers": 1,
     },
 }
+TINY_TIMM: dict[str, Any] = {
+    **TINY_MODEL,
+    "vision_cfg": {
+        "timm_model_name": "test_efficientnet",
+        "timm_model_pretrained": False,
+        "timm_pool": "avg",
+        "timm_proj": "linear",
+        "image_size": 64,
+    },
+    "custom_text": True,
+}
 TINY_PREPROCESSING = {
     "size": 32,
     "mode": "RGB",

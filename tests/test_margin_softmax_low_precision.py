@@ -144,6 +144,27 @@ def test_triton_with_pointers(
     check(case, "triton", Way("bfloat16", need_w, scratch))
 
 
+@needs_triton
+@pytest.mark.parametrize("capability", [8, 9])
+def test_triton_reads_only_what_was_written(
+    capability: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last block of rows needs the last cell alone, which ends within a tile; memory is NaN."""
+    monkeypatch.setattr(
+        "pymcip.triton_kernels.margin_softmax.capability", lambda device: capability
+    )
+    case = Case(300, 600, 72, clustered=True)
+    x, w, indptr, indices = bring(case, None)
+    torch.use_deterministic_algorithms(True)  # fills what is allocated
+    try:
+        leaves = x.requires_grad_(), w.requires_grad_()
+        way = Way("bfloat16", need_w=True, scratch=ANEW, delta=0.3)
+        found = results(way.loss("triton", case, *leaves, indptr, indices), *leaves)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.isfinite(value).all() for value in found)
+
+
 @pytest.mark.parametrize("case", SMALL + LARGE, ids=str)
 @GRADIENTS
 @SCRATCH

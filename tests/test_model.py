@@ -6,7 +6,6 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import open_clip
@@ -20,20 +19,7 @@ from pymcip.model import (
     load,
     weights_fingerprint,
 )
-from tests.conftest import TINY_MODEL, images, picture, write_hub_folder
-
-TINY_TIMM: dict[str, Any] = {
-    **TINY_MODEL,
-    "vision_cfg": {
-        "timm_model_name": "test_efficientnet",
-        "timm_model_pretrained": False,
-        "timm_pool": "avg",
-        "timm_proj": "linear",
-        "image_size": 64,
-    },
-    "custom_text": True,
-}
-
+from tests.conftest import images, picture, write_hub_folder
 
 # What a loaded model gives
 

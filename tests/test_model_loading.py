@@ -22,19 +22,7 @@ from pymcip.model import (
     load,
     weights_fingerprint,
 )
-from tests.conftest import TINY_MODEL, images, picture, write_hub_folder
-
-TINY_TIMM: dict[str, Any] = {
-    **TINY_MODEL,
-    "vision_cfg": {
-        "timm_model_name": "test_efficientnet",
-        "timm_model_pretrained": False,
-        "timm_pool": "avg",
-        "timm_proj": "linear",
-        "image_size": 64,
-    },
-    "custom_text": True,
-}
+from tests.conftest import TINY_MODEL, TINY_TIMM, images, picture, write_hub_folder
 
 
 @pytest.fixture

@@ -67,10 +67,10 @@ HIGHEST_KEPT = HIGHEST_EXPONENT - 8
 HALF_OFFSET = {torch.bfloat16: 0.0, torch.float16: 6.0}  # P 2^6 keeps more of fp16's small values
 GROUP = 2048  # columns of one program of exponentials_kernel, where no single cells are asked for
 MAX_SPLITS = 16
-INTENSITY = (
-    200  # FLOP of products in the time that memory moves a byte: H100 260, H200 180, A100 160
-)
+# FLOP of products in the time that memory moves a byte: H100 260, H200 180, A100 160.
+INTENSITY = 200
 ENTRIES = 256  # of one program of insert_kernel
+VECTOR = tl.constexpr(16)  # elements; Triton compiles wide loads for multiples of it
 
 # --- kernels ----------------------------------------------------------------------------------
 
@@ -259,6 +259,7 @@ def rows_kernel(
     row = (pid // DIM_TILES) % row_tiles * BM
     split = pid // (DIM_TILES * row_tiles)
     row_ids = row + tl.arange(0, BM)
+    vectors = tl.cdiv(columns, VECTOR) * VECTOR  # of E: zeros follow the last column up to there
     total = tl.zeros((BM, BN), tl.float32)
     block = row // BLOCK_ROWS
     if FILTER:
@@ -272,8 +273,7 @@ def rows_kernel(
             column = cell * CELL + step % SUB * BK
         else:
             column = step * BK
-        # By pointers up to the ends of its rows, so in whole vectors: zeros follow the last column.
-        e = load_tile(e_tiles, row, column, rows, e_stride, e_stride, BM, BK, TMA, FP32_DOT)
+        e = load_tile(e_tiles, row, column, rows, vectors, e_stride, BM, BK, TMA, FP32_DOT)
         w = load_tile(w_tiles, first + column, dim, first + columns, D, D, BK, BN, TMA, FP32_DOT)
         total = tl.dot(e, w, total)
     for half in tl.static_range(2):
@@ -312,6 +312,7 @@ def columns_kernel(
     SUB: tl.constexpr = BLOCK_ROWS // BK
     dim = (pid % DIM_TILES) * BN
     column = pid // DIM_TILES * BM
+    vectors = tl.cdiv(columns, VECTOR) * VECTOR
     total = tl.zeros((BM, BN), tl.float32)
     if FILTER:
         steps = tl.load(count_ptr + column // CELL) * SUB
@@ -323,7 +324,7 @@ def columns_kernel(
             row = block * BLOCK_ROWS + step % SUB * BK
         else:
             row = step * BK
-        e = load_tile(e_tiles, row, column, rows, e_stride, e_stride, BK, BM, TMA, FP32_DOT)
+        e = load_tile(e_tiles, row, column, rows, vectors, e_stride, BK, BM, TMA, FP32_DOT)
         x = load_tile(x_tiles, row, dim, rows, D, D, BK, BN, TMA, FP32_DOT)
         total = tl.dot(e.T, x, total)
     column_ids = column + tl.arange(0, BM)
@@ -727,8 +728,8 @@ def _empty(device: torch.device, *shape: int, dtype: torch.dtype = torch.float32
 
 
 def _padded(columns: int) -> int:
-    """Width of a buffer for E: a multiple of 16, the one that Triton compiles vectors for."""
-    return -(-columns // 16) * 16
+    """Width of a buffer for E, in whole vectors."""
+    return -(-columns // VECTOR.value) * VECTOR.value
 
 
 def _e_buffer(problem: Problem, columns: int) -> Tensor:
