@@ -23,9 +23,9 @@ from pymcip.errors import (
     OutputExistsError,
 )
 from pymcip.ops import PackedBank, approximate
-from pymcip.ops.approximate import ApproximateIndex, ApproximateResult
+from pymcip.ops.approximate import ApproximateIndex
 from pymcip.ops.faiss_import import import_faiss, probe_faiss
-from pymcip.ops.recall import estimate_recall, least_reaching, split_sample
+from pymcip.ops.recall import ApproximateResult, estimate_recall, least_reaching, split_sample
 
 pytestmark = pytest.mark.skipif(probe_faiss() is not None, reason="faiss is not installed")
 
@@ -114,11 +114,14 @@ def test_scores_are_canonical_and_ranked(world: World) -> None:
         assert pairs == sorted(set(pairs))
 
 
-def test_everything_is_found_where_everything_is_scored(world: World) -> None:
+def test_everything_is_found_where_everything_is_scored(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All lists, and as many candidates as rows: the exact answer, ties by lower id."""
     queries = np.concatenate([world.queries[:3], world.bank[17:18].astype(np.float32)])
     exact = canonical(queries, world.bank)
-    result = world.index.search(queries, world.bank, K, nprobe=64, rerank=1500, threads=1)
+    monkeypatch.setattr(approximate, "RERANK", 1500)
+    result = world.index.search(queries, world.bank, K, nprobe=64, threads=1)
     assert result.candidates == len(world.bank)
     assert result.ids.tolist() == ranking(exact, K)
     assert result.recall == 1
@@ -142,18 +145,21 @@ def test_many_lists_are_found_by_a_graph(
 ) -> None:
     monkeypatch.setattr(approximate, "GRAPH_LISTS", 64)
     ApproximateIndex.build(world.bank, lists=64, threads=1).save(tmp_path / "index")
-    index = ApproximateIndex.load(tmp_path / "index", memory_map=True)
+    index = ApproximateIndex.load(tmp_path / "index")
     result = index.search(world.queries, world.bank, K, nprobe=16, threads=1)
     assert result.recall == pytest.approx(recall_of(result, world.exact), abs=1e-12)
     assert result.recall > 0.9
 
 
-def test_a_recall_out_of_reach_is_told(world: World, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_recall_out_of_reach_is_told(
+    world: World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(approximate, "RERANK", 1)
     with caplog.at_level(logging.WARNING):
-        result = world.index.search(world.queries, world.bank, 100, recall=1.0, rerank=1, threads=1)
+        result = world.index.search(world.queries, world.bank, 100, recall=1.0, threads=1)
     assert result.nprobe == 64
     assert result.recall < 1
-    assert "raise rerank=" in caplog.text
+    assert "a recall of 1.000 was asked for; the most that is found is" in caplog.text
 
 
 def test_parts_and_kinds_of_banks(world: World, tmp_path: Path) -> None:
@@ -213,13 +219,11 @@ def test_saved_and_loaded(world: World, tmp_path: Path) -> None:
     world.index.save(folder)
     world.index.save(folder)  # replaces an index
     wanted = world.index.search(world.queries, world.bank, K, nprobe=3, threads=1)
-    for memory_map in (False, True):
-        loaded = ApproximateIndex.load(folder, memory_map=memory_map)
-        assert (loaded.rows, loaded.columns, loaded.lists, loaded.code_bytes) == (12_000, 16, 64, 2)
-        found = loaded.search(world.queries, world.bank, K, nprobe=3, threads=1)
-        np.testing.assert_array_equal(found.ids, wanted.ids)
-        np.testing.assert_array_equal(found.scores, wanted.scores)
-        del loaded
+    loaded = ApproximateIndex.load(folder)
+    assert (loaded.rows, loaded.columns, loaded.lists, loaded.code_bytes) == (12_000, 16, 64, 2)
+    found = loaded.search(world.queries, world.bank, K, nprobe=3, threads=1)
+    np.testing.assert_array_equal(found.ids, wanted.ids)
+    np.testing.assert_array_equal(found.scores, wanted.scores)
     assert {path.name for path in tmp_path.iterdir()} == {"index"}
     assert {path.name for path in folder.iterdir()} == {"index.faiss", "index.json"}
 
@@ -253,10 +257,9 @@ def test_damaged_files_are_refused(world: World, tmp_path: Path) -> None:
         ApproximateIndex.load(folder)
     (folder / "index.faiss").write_bytes(content)
     about = json.loads((folder / "index.json").read_text())
-    for change, message in (({"version": 99}, "version is 99"), ({"rows": 3}, "belong together")):
-        (folder / "index.json").write_text(json.dumps(about | change))
-        with pytest.raises(DataError, match=message):
-            ApproximateIndex.load(folder)
+    (folder / "index.json").write_text(json.dumps(about | {"version": 99}))
+    with pytest.raises(DataError, match="version is 99"):
+        ApproximateIndex.load(folder)
 
 
 def test_another_bank_is_refused(world: World) -> None:
@@ -284,14 +287,12 @@ def test_small_and_bad_banks_are_refused() -> None:
 
 
 def test_wrong_options_are_refused(world: World) -> None:
-    with pytest.raises(ConfigError) as error:
-        ApproximateIndex.build(world.bank, lists=400, code_bytes=3, train_rows=10)
-    assert len(error.value.problems) == 3
+    with pytest.raises(ConfigError, match="lists=400 is not allowed; allowed: 1 to 307"):
+        ApproximateIndex.build(world.bank, lists=400)
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"recall": 0.9, "nprobe": 3}, "exclude each other"),
         ({"recall": 1.2}, "at most 1"),
         ({"nprobe": 65}, "1 to 64"),
-        ({"rerank": 0}, "rerank=0"),
         ({"sample": 0}, "sample=0 is not allowed; allowed: at least 1, or 0 with nprobe"),
         ({"sample": -1, "nprobe": 3}, "sample=-1 is not allowed; allowed: at least 0"),
         ({"population": 3}, "population=3 is not allowed; allowed: at least the"),

@@ -34,7 +34,7 @@ FLOORS = {
     "what everything stands on": "errors progress files",
     "options": """configs.options configs.demo configs.mine configs.model configs.embed configs.evaluate
         configs.export configs.train configs.sweep configs""",
-    "ops": """ops.margin_contract ops.recall ops.arrays ops.dispatch ops.faiss_import
+    "ops": """ops.margin_contract ops.arrays ops.recall ops.dispatch ops.faiss_import
         ops.margin_softmax_cpu ops.margin_softmax_torch ops.canonical ops.margin_operators ops.ordering
         ops.packed_bank ops.ranks ops.topk_cpu ops.topk_cuda ops.topk_faiss ops.topk_torch
         ops.ranks_torch ops.topk ops.approximate ops.ranks_cpu triton_kernels triton_kernels.tuning

@@ -169,7 +169,7 @@ def _open_index(
     folder: Path | None, captions: MatrixParts, seed: int, threads: int | None
 ) -> ApproximateIndex:
     if folder is not None and (folder / "index.json").is_file():
-        return ApproximateIndex.load(folder, memory_map=True)
+        return ApproximateIndex.load(folder)
     index: ApproximateIndex = _with_bar(
         "building the index",
         lambda report: ApproximateIndex.build(

@@ -4,12 +4,13 @@ Each op is one public function whose module states its contract; its back ends (
 torch) are listed in `pymcip.ops.dispatch`.
 """
 
-from pymcip.ops.approximate import ApproximateIndex, ApproximateResult
+from pymcip.ops.approximate import ApproximateIndex
 from pymcip.ops.dispatch import backends, explain
 from pymcip.ops.margin_softmax import margin_softmax
 from pymcip.ops.ordering import order_bank
 from pymcip.ops.packed_bank import PackedBank
 from pymcip.ops.ranks import ranks
+from pymcip.ops.recall import ApproximateResult
 from pymcip.ops.topk import topk
 
 __all__ = [

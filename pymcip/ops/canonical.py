@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pymcip.ops.arrays import Array, device_of, matrix_pointer, to_fp32
+from pymcip.ops.arrays import Array, as_numpy, device_of, matrix_pointer, to_fp32
 
 LANES = 16
 _CORE_COLUMNS = 4096  # kMostColumns of csrc/topk.hpp
@@ -43,30 +43,17 @@ def canonical_scores(queries: Array, bank: Array, ids: Array) -> Array:
         core.topk_scores(left, right, ids.ctypes.data, ids.shape[1], scores.ctypes.data)
         del left_owner, right_owner  # what the addresses point into
         return torch.from_numpy(scores) if isinstance(queries, torch.Tensor) else scores
-    if isinstance(queries, np.ndarray) and isinstance(bank, np.ndarray):
-        ids = ids.cpu().numpy() if isinstance(ids, torch.Tensor) else np.asarray(ids)
-        scores = np.empty(ids.shape, dtype=np.float32)
-        for rows, places in _blocks(ids.shape, queries):
-            wanted = ids[rows, places]
-            found = bank[np.maximum(wanted, 0)] if len(bank) else _zeros(wanted, queries)
-            block = _sum_numpy(queries[rows, None], found)
-            scores[rows, places] = np.where(wanted < 0, np.float32(-np.inf), block)
-        return scores
-
-    device = device_of(queries)
-    compute = _fp64_device(device)
+    compute = _fp64_device(device_of(queries))
     ids = ids if isinstance(ids, torch.Tensor) else torch.from_numpy(np.array(ids, dtype=np.int64))
-    out = torch.empty(ids.shape, dtype=torch.float32, device=compute)
-    for rows, places in _blocks(ids.shape, queries):
+    out = torch.full(ids.shape, -torch.inf, dtype=torch.float32, device=compute)
+    for rows, places in _blocks(ids.shape, queries.shape[1]) if len(bank) else ():
         wanted = ids[rows, places]
-        safe = wanted.clamp_min(0)
-        if len(bank):
-            found = _gather(bank, safe, compute)
-        else:
-            found = torch.zeros(*safe.shape, queries.shape[1], device=compute)
-        out[rows, places] = _sum_torch(to_fp32(queries[rows], compute)[:, None], found)
-        out[rows, places].masked_fill_(wanted.to(compute) < 0, -torch.inf)
-    return out.to(device) if isinstance(queries, torch.Tensor) else out.numpy()
+        safe: Any = wanted.clamp_min(0)
+        safe = safe.to(bank.device) if isinstance(bank, torch.Tensor) else safe.cpu().numpy()
+        left, right = to_fp32(queries[rows], compute), to_fp32(bank[safe], compute)
+        block = _scores(left[:, None], right)
+        out[rows, places] = block.masked_fill_(wanted.to(compute) < 0, -torch.inf)
+    return out.to(queries.device) if isinstance(queries, torch.Tensor) else out.numpy()
 
 
 def canonical_pairs(
@@ -76,19 +63,12 @@ def canonical_pairs(
 
     rows and ids are on the queries' device; the bank is there, too, or on the CPU.
     """
-    compute = _fp64_device(queries.device)
-    core = extension(queries, bank) is not None
-    out = torch.empty(len(rows), dtype=torch.float32, device=compute)
+    out = torch.empty(len(rows), dtype=torch.float32, device=queries.device)
     step = _pairs(2 * queries.shape[1])
     for first in range(0, len(rows), step):
         part = slice(first, first + step)
-        left = queries[rows[part]]
-        if core:
-            out[part] = canonical_scores(left, bank, ids[part, None])[:, 0]
-            continue
-        right = _gather(bank, ids[part], compute)
-        out[part] = _sum_torch(left.to(compute)[:, None], right[:, None])[:, 0]
-    return out.to(queries.device)
+        out[part] = canonical_scores(queries[rows[part]], bank, ids[part, None])[:, 0]
+    return out
 
 
 def canonical_unit(rows: torch.Tensor) -> torch.Tensor:
@@ -102,11 +82,7 @@ def canonical_unit(rows: torch.Tensor) -> torch.Tensor:
     step = _pairs(2 * rows.shape[1])
     for first in range(0, len(rows), step):
         block = rows[first : first + step].to(compute).double()
-        lanes = torch.zeros(len(block), LANES, dtype=torch.float64, device=compute)
-        for start in range(0, rows.shape[1], LANES):
-            part = block[:, start : start + LANES]
-            lanes[:, : part.shape[1]].addcmul_(part, part)
-        norms = _halved(lanes)[:, None].sqrt_()
+        norms = _sums(block, block)[:, None].sqrt_()
         norms[norms == 0] = 1
         out[first : first + step] = block.div_(norms)
     return out
@@ -114,27 +90,19 @@ def canonical_unit(rows: torch.Tensor) -> torch.Tensor:
 
 def canonical_matrix(queries: Array, bank: Array) -> Array:
     """All scores fp32 [N, M], for few queries or a block of the bank; see `canonical_scores`."""
-    if isinstance(queries, np.ndarray) and isinstance(bank, np.ndarray):
-        scores = np.empty((len(queries), len(bank)), dtype=np.float32)
-        for rows, columns in _blocks(scores.shape, queries):
-            scores[rows, columns] = _sum_numpy(queries[rows, None], bank[None, columns])
-        return scores
-
-    device = device_of(queries)
-    compute = _fp64_device(device)
+    compute = _fp64_device(device_of(queries))
     out = torch.empty(len(queries), len(bank), dtype=torch.float32, device=compute)
-    for rows, columns in _blocks((len(queries), len(bank)), queries):
+    for rows, columns in _blocks(out.shape, queries.shape[1]):
         left, right = to_fp32(queries[rows], compute), to_fp32(bank[columns], compute)
-        out[rows, columns] = _sum_torch(left[:, None], right[None])
-    return out.to(device) if isinstance(queries, torch.Tensor) else out.numpy()
+        out[rows, columns] = _scores(left[:, None], right[None])
+    return out.to(queries.device) if isinstance(queries, torch.Tensor) else out.numpy()
 
 
 def canonical_topk(
     queries: Array, bank: Array, k: int, threshold: float = -np.inf
 ) -> tuple[np.ndarray, np.ndarray]:
     """What `topk` has to return, literally: the oracle that back ends are compared with."""
-    matrix = canonical_matrix(queries, bank)
-    matrix = matrix.cpu().numpy() if isinstance(matrix, torch.Tensor) else matrix
+    matrix = as_numpy(canonical_matrix(queries, bank))
     ids = np.broadcast_to(np.arange(matrix.shape[1]), matrix.shape)
     return first_k(ids, matrix, k, float(np.float32(threshold)))
 
@@ -164,9 +132,9 @@ def first_k(
     )
 
 
-def _blocks(shape: Any, queries: Array) -> list[tuple[slice, slice]]:
+def _blocks(shape: Any, dim: int) -> list[tuple[slice, slice]]:
     """Blocks of a matrix of pairs whose rows and lanes fit BLOCK_BYTES."""
-    pairs = _pairs(queries.shape[1])
+    pairs = _pairs(dim)
     width = max(1, min(shape[1], pairs))
     height = max(1, pairs // width)
     return [
@@ -187,61 +155,30 @@ def _fp64_device(device: torch.device) -> torch.device:
     return device if device.type in ("cpu", "cuda") else torch.device("cpu")
 
 
-def _zeros(ids: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    return np.zeros((*ids.shape, queries.shape[1]), dtype=np.float32)
+def _scores(queries: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Scores fp32 [...] of tensors [..., D] that broadcast."""
+    return _sums(queries, rows).float() + 0.0
 
 
-def _sum_numpy(queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """fp32 [n, k] of queries [n, 1, D] and rows [n or 1, k, D]."""
-    columns = queries.shape[-1]
-    lanes = np.zeros((len(queries), rows.shape[1], LANES))
-    for start in range(0, columns, LANES):
-        part = slice(start, start + LANES)
-        # By way of fp32: NumPy's bfloat16 has no other way.
-        left = queries[..., part].astype(np.float32).astype(np.float64)
-        right = rows[..., part].astype(np.float32).astype(np.float64)
-        lanes[..., : columns - start] += left * right
-    for width in (8, 4, 2, 1):
-        lanes = lanes[..., :width] + lanes[..., width : 2 * width]
-    with np.errstate(over="ignore", under="ignore"):
-        return lanes[..., 0].astype(np.float32) + np.float32(0)
-
-
-def _sum_torch(queries: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Scores fp32 [n, k] of tensors, as `_sum_numpy` computes them."""
-    columns = queries.shape[-1]
-    lanes = torch.zeros(len(queries), rows.shape[1], LANES, dtype=torch.float64, device=rows.device)
-    for start in range(0, columns, LANES):
-        part = slice(start, start + LANES)
-        left, right = queries[..., part].double(), rows[..., part].double()
-        lanes[..., : columns - start].addcmul_(left, right)
-    return _halved(lanes).float() + 0.0
-
-
-def _halved(lanes: torch.Tensor) -> torch.Tensor:
-    """Sums [...] of lanes [..., 16]."""
+def _sums(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """The same before they are rounded, in fp64."""
+    shape = torch.broadcast_shapes(left.shape[:-1], right.shape[:-1])
+    lanes = torch.zeros(*shape, LANES, dtype=torch.float64, device=left.device)
+    for start in range(0, left.shape[-1], LANES):
+        first, second = (x[..., start : start + LANES].double() for x in (left, right))
+        lanes[..., : first.shape[-1]].addcmul_(first, second)
     for width in (8, 4, 2, 1):
         lanes = lanes[..., :width] + lanes[..., width : 2 * width]
     return lanes[..., 0]
 
 
 def extension(queries: Array, bank: Array) -> Any:
-    """The compiled extension, if it is there and takes these matrices; None otherwise.
-
-    Its scores have the same bits.
-    """
-    for matrix in (queries, bank):
-        if isinstance(matrix, torch.Tensor) and matrix.device.type != "cpu":
-            return None
-    if queries.shape[1] > _CORE_COLUMNS:
+    """The compiled extension, if it takes these matrices, with the same bits; None otherwise."""
+    on_cpu = device_of(queries).type == device_of(bank).type == "cpu"
+    if not on_cpu or queries.shape[1] > _CORE_COLUMNS:
         return None
     try:
         from pymcip import _core
     except ImportError:
         return None
     return _core
-
-
-def _gather(bank: Array, ids: torch.Tensor, device: torch.device) -> torch.Tensor:
-    own = ids.to(bank.device) if isinstance(bank, torch.Tensor) else ids.cpu().numpy()
-    return to_fp32(bank[own], device)

@@ -91,10 +91,7 @@ def _gradients(*arguments: Any) -> tuple[Tensor, Tensor]:
 @_gradients.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     x, w, (need_x, need_w) = *arguments[:2], arguments[-2:]
-    return (
-        x.new_empty(x.shape if need_x else 0),
-        w.new_empty(w.shape if need_w else 0),
-    )
+    return (x.new_empty(x.shape if need_x else 0), w.new_empty(w.shape if need_w else 0))
 
 
 SUMS = torch.ops.pymcip.margin_softmax_sums

@@ -87,11 +87,7 @@ def sums(problem: Problem, need_x: bool, need_w: bool, need_shares: bool) -> Sum
 
 
 def gradients(
-    problem: Problem,
-    coefficients: Coefficients,
-    kept: list[Tensor],
-    need_x: bool,
-    need_w: bool,
+    problem: Problem, coefficients: Coefficients, kept: list[Tensor], need_x: bool, need_w: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients with respect to the unit rows and to W, from what was kept or anew."""
     products, exponentials = kept

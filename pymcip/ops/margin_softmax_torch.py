@@ -46,11 +46,7 @@ def sums(problem: Problem, need_x: bool, need_w: bool, need_shares: bool) -> Sum
 
 
 def gradients(
-    problem: Problem,
-    coefficients: Coefficients,
-    kept: list[Tensor],
-    need_x: bool,
-    need_w: bool,
+    problem: Problem, coefficients: Coefficients, kept: list[Tensor], need_x: bool, need_w: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients with respect to the unit rows and to W; the logits are computed anew."""
     x, w = problem.x, problem.w

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from pymcip.errors import BackendError, ConfigError, DataError, OutputExistsErro
 from pymcip.files import atomic_path, read_json, write_json
 from pymcip.ops.arrays import (
     Array,
+    MatrixParts,
     Progress,
     check_count,
     check_matrix,
@@ -241,6 +242,27 @@ class PackedBank:
     def __repr__(self) -> str:
         what = f"{dtype_name(self.rows)} in {self.precision} on {self.device}"
         return f"PackedBank({len(self)} x {self.shape[1]}, {what})"
+
+
+Bank: TypeAlias = Any  # an Array or a PackedBank, or a list of such: the parts of one bank
+
+
+def plain_rows(part: Array | PackedBank) -> Array:
+    """The rows of an array or a packed bank."""
+    return part.rows if isinstance(part, PackedBank) else part
+
+
+def plain_parts(op: str, bank: Bank) -> MatrixParts:
+    """The rows of all parts of a bank, checked.
+
+    Raises:
+        ConfigError: there is no part, one is no matrix that ops take, or they differ in width.
+    """
+    whole = bank if isinstance(bank, (list, tuple)) else [bank]
+    parts = [plain_rows(part) for part in whole]
+    for part in parts:
+        check_matrix(op, "bank", part)
+    return MatrixParts(parts)
 
 
 def code_shapes(

@@ -19,14 +19,7 @@ import numpy as np
 import torch
 
 from pymcip.errors import ConfigError
-from pymcip.ops.arrays import (
-    Array,
-    check_count,
-    check_finite,
-    check_matrix,
-    device_of,
-    dtype_name,
-)
+from pymcip.ops.arrays import Array, check_count, check_finite, check_matrix, device_of, dtype_name
 from pymcip.ops.dispatch import select
 
 

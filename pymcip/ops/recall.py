@@ -2,10 +2,40 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
+
+from pymcip.ops.arrays import Array
+
+_log = logging.getLogger("pymcip.ops.recall")
+
+
+@dataclass(frozen=True)
+class ApproximateResult:
+    """What a search found, and how much of the exact answer that is.
+
+    Attributes:
+        ids: int64 [N, k], by score descending, then id ascending; -1 where there is none.
+        scores: float32 [N, k], canonical; -inf where there is none.
+        recall, recall_error, recall_interval: see `pymcip.ops.recall`; NaN, NaN and (0, 1) if no
+            query was sampled.
+        recall_queries: how many queries were sampled.
+        nprobe: lists searched per query.
+        candidates: rows per query that were scored exactly, at most.
+    """
+
+    ids: Array
+    scores: Array
+    recall: float
+    recall_error: float
+    recall_interval: tuple[float, float]
+    recall_queries: int
+    nprobe: int
+    candidates: int
 
 
 def estimate_recall(
@@ -46,18 +76,12 @@ def estimate_recall(
     return share, math.sqrt(variance), (low, min(1.0, centre + half) if share < 1 else 1.0)
 
 
-def count_hits(found: np.ndarray, due: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Count for each query how many of the ids due were found, and how many were due.
-
-    Args:
-        found: int64 [n, k], ids of an approximate answer; -1 where there is none.
-        due: int64 [n, k], those of the exact one.
-
-    Returns:
-        Two integer arrays [n], as `estimate_recall` takes them.
-    """
+def recall_of(
+    found: np.ndarray, due: np.ndarray, population: int
+) -> tuple[float, float, tuple[float, float]]:
+    """`estimate_recall` from the ids of approximate and exact answers, int64 [n, k], -1 for none."""
     hits = [np.isin(wanted[wanted >= 0], own).sum() for wanted, own in zip(due, found, strict=True)]
-    return np.array(hits, dtype=np.int64), (due >= 0).sum(axis=1)
+    return estimate_recall(np.array(hits, np.int64), (due >= 0).sum(axis=1), population)
 
 
 def split_sample(count: int, sample: int, tuning: bool, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -99,3 +123,15 @@ def least_reaching(measure: Callable[[int], float], most: int, target: float) ->
         else:
             below = middle
     return effort, share
+
+
+def choose_effort(measure: Callable[[int], float], most: int, target: float) -> int:
+    """The effort that `least_reaching` finds; a 16th of the most where there is nothing to find."""
+    effort, reached = least_reaching(measure, most, target)
+    if math.isnan(reached):
+        return max(1, most // 16)
+    if reached < target:
+        _log.warning(
+            "a recall of %.3f was asked for; the most that is found is %.3f", target, reached
+        )
+    return effort

@@ -95,12 +95,7 @@ def _row(bank: Sequence[Array | PackedBank], row: int) -> Array:
 
 
 def pack_cpu(
-    rows: Array,
-    precision: str | None,
-    *,
-    threads: int,
-    progress: Progress | None,
-    backend: str,
+    rows: Array, precision: str | None, *, threads: int, progress: Progress | None, backend: str
 ) -> tuple[dict[str, np.ndarray], str]:
     """The codes of rows, and the precision they are in; for `PackedBank.pack`.
 
