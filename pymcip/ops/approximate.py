@@ -245,4 +245,4 @@ class ApproximateIndex:
         share = recall_of(answer[0][measured], exact(measured), population or count)
         if isinstance(queries, torch.Tensor):
             answer = [torch.from_numpy(part).to(queries.device) for part in answer]
-        return ApproximateResult(*answer, *share, len(measured), nprobe, candidates)
+        return ApproximateResult(answer[0], answer[1], *share, len(measured), nprobe, candidates)

@@ -186,6 +186,34 @@ def check_count(op: str, name: str, value: Any) -> int:
     return count
 
 
+def check_threads(op: str, threads: Any) -> int:
+    """How many CPU threads to use: as many as torch does, where `threads` is None.
+
+    Raises:
+        ConfigError: see `check_count`.
+    """
+    return torch.get_num_threads() if threads is None else check_count(op, "threads", threads)
+
+
+def check_pair(op: str, queries: Array, bank: Any) -> None:
+    """Refuse a bank (or part of one) that queries can't be compared with.
+
+    Raises:
+        ConfigError: it has another width, or is neither on their device nor on the CPU.
+    """
+    if queries.shape[1] != bank.shape[1]:
+        raise ConfigError(
+            f"{op}: queries have {queries.shape[1]} columns and the bank has {bank.shape[1]}; "
+            "both must come from one model"
+        )
+    device, place = device_of(queries), device_of(bank)
+    if place not in (device, torch.device("cpu")):
+        raise ConfigError(
+            f"{op}: the bank is on {place} and the queries are on {device}; move the queries to "
+            "the bank's device, or the bank to the queries' device or to the CPU"
+        )
+
+
 def check_matrix(op: str, name: str, matrix: Array) -> None:
     """Refuse what is no matrix that ops take; `name`: of the op's argument.
 

@@ -38,10 +38,9 @@ def canonical_scores(queries: Array, bank: Array, ids: Array) -> Array:
         ids = ids.cpu().numpy() if isinstance(ids, torch.Tensor) else ids
         ids = np.ascontiguousarray(ids, dtype=np.int64)
         scores = np.empty(ids.shape, dtype=np.float32)
-        left, left_owner = matrix_pointer(queries)
-        right, right_owner = matrix_pointer(bank)
-        core.topk_scores(left, right, ids.ctypes.data, ids.shape[1], scores.ctypes.data)
-        del left_owner, right_owner  # what the addresses point into
+        pointers, owners = zip(matrix_pointer(queries), matrix_pointer(bank), strict=True)
+        core.topk_scores(*pointers, ids.ctypes.data, ids.shape[1], scores.ctypes.data)
+        del owners  # what the addresses point into
         return torch.from_numpy(scores) if isinstance(queries, torch.Tensor) else scores
     compute = _fp64_device(device_of(queries))
     ids = ids if isinstance(ids, torch.Tensor) else torch.from_numpy(np.array(ids, dtype=np.int64))

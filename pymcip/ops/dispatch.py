@@ -9,6 +9,7 @@ and why the other rows lost.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -19,7 +20,11 @@ ANY_DEVICE = ("any",)
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run an op. Functions are named `module:function` and imported when first used."""
+    """One way to run an op.
+
+    Functions are named `module:function` or `module:function:first argument`, and imported when
+    first used.
+    """
 
     op: str
     name: str
@@ -66,93 +71,48 @@ FLOATS = ("float32", "float16", "bfloat16")
 # In order of preference within an op; measured, see bench/bench_<op>.py.
 BACKENDS: tuple[Backend, ...] = (
     Backend(
-        op="topk",
-        name="cuda",
-        devices=("cuda",),
-        dtypes=FLOATS,
-        function="pymcip.ops.topk_cuda:topk_cuda",
-        probe="pymcip.ops.topk_cuda:probe_cuda",
-        limits="pymcip.ops.topk_cuda:limits_cuda",
+        "topk", "cuda", ("cuda",), FLOATS, "pymcip.ops.topk_cuda:topk_cuda",
+        probe="pymcip.ops.topk_cuda:probe_cuda", limits="pymcip.ops.topk_cuda:limits_cuda",
         pack="pymcip.ops.topk_cuda:pack_cuda",
     ),
     *(
         Backend(
-            op="topk",
-            name=kernel,
-            devices=("cpu",),
-            dtypes=FLOATS,
-            function=f"pymcip.ops.topk_cpu:topk_{kernel}",
-            probe=f"pymcip.ops.topk_cpu:probe_{kernel}",
-            limits="pymcip.ops.topk_cpu:limits",
+            "topk", kernel, ("cpu",), FLOATS, f"pymcip.ops.topk_cpu:topk_cpu:{kernel}",
+            probe=f"pymcip.ops.topk_cpu:probe:{kernel}", limits="pymcip.ops.topk_cpu:limits",
             pack="pymcip.ops.topk_cpu:pack_cpu",
         )
         for kernel in ("amx", "avx512_vnni", "avx2", "portable", "amx_bf16")
     ),
     Backend(
-        op="topk",
-        name="triton",
-        devices=("cuda",),
-        dtypes=FLOATS,
-        function="pymcip.ops.topk_triton:topk_triton",
+        "topk", "triton", ("cuda",), FLOATS, "pymcip.ops.topk_triton:topk_triton",
         probe="pymcip.ops.topk_triton:probe_triton_topk",
     ),
+    Backend("topk", "torch", ANY_DEVICE, FLOATS, "pymcip.ops.topk_torch:topk_torch"),
     Backend(
-        op="topk",
-        name="torch",
-        devices=ANY_DEVICE,
-        dtypes=FLOATS,
-        function="pymcip.ops.topk_torch:topk_torch",
-    ),
-    Backend(
-        op="topk",
-        name="faiss",
-        devices=("cpu", "cuda"),
-        dtypes=FLOATS,
-        function="pymcip.ops.topk_faiss:topk_faiss",
-        probe="pymcip.ops.faiss_import:probe_faiss",
-        limits="pymcip.ops.topk_faiss:limits_faiss",
+        "topk", "faiss", ("cpu", "cuda"), FLOATS, "pymcip.ops.topk_faiss:topk_faiss",
+        probe="pymcip.ops.faiss_import:probe_faiss", limits="pymcip.ops.topk_faiss:limits_faiss",
         note="faiss's own fp32 ranking, not certified",
     ),
     Backend(
-        op="ranks",
-        name="cpu",
-        devices=("cpu",),
-        dtypes=FLOATS,
-        function="pymcip.ops.ranks_cpu:ranks_cpu",
-        probe="pymcip.ops.topk_cpu:probe_portable",
-        limits="pymcip.ops.topk_cpu:limits",
+        "ranks", "cpu", ("cpu",), FLOATS, "pymcip.ops.ranks_cpu:ranks_cpu",
+        probe="pymcip.ops.topk_cpu:probe:portable", limits="pymcip.ops.topk_cpu:limits",
     ),
+    Backend("ranks", "torch", ANY_DEVICE, FLOATS, "pymcip.ops.ranks_torch:ranks_torch"),
     Backend(
-        op="ranks",
-        name="torch",
-        devices=ANY_DEVICE,
-        dtypes=FLOATS,
-        function="pymcip.ops.ranks_torch:ranks_torch",
+        "margin_softmax", "cpu", ("cpu",), ("float32", "bfloat16"),
+        "pymcip.ops.margin_softmax_cpu",
     ),
-    Backend(
-        op="margin_softmax",
-        name="cpu",
-        devices=("cpu",),
-        dtypes=("float32", "bfloat16"),
-        function="pymcip.ops.margin_softmax_cpu",
-    ),
-    Backend(
-        op="margin_softmax",
-        name="triton",
-        devices=("cuda", "cpu"),  # the latter under Triton's interpreter
-        dtypes=("bfloat16", "float16"),
-        function="pymcip.triton_kernels.margin_softmax",
+    Backend(  # on the CPU under Triton's interpreter
+        "margin_softmax", "triton", ("cuda", "cpu"), ("bfloat16", "float16"),
+        "pymcip.triton_kernels.margin_softmax",
         probe="pymcip.ops.margin_softmax:probe_triton",
         limits="pymcip.triton_kernels.margin_softmax:limits",
     ),
     Backend(
-        op="margin_softmax",
-        name="torch",
-        devices=ANY_DEVICE,
-        dtypes=("float64", *FLOATS),
-        function="pymcip.ops.margin_softmax_torch",
+        "margin_softmax", "torch", ANY_DEVICE, ("float64", *FLOATS),
+        "pymcip.ops.margin_softmax_torch",
     ),
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -275,5 +235,8 @@ def _dtype_name(dtype: Any) -> str:
 
 
 def _resolve(where: str) -> Any:
-    module, _, name = where.partition(":")
-    return getattr(import_module(module), name) if name else import_module(module)
+    module, *names = where.split(":")
+    found: Any = import_module(module)
+    if names:
+        found = getattr(found, names[0])
+    return partial(found, *names[1:]) if names[1:] else found

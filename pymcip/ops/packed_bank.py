@@ -21,8 +21,8 @@ from pymcip.ops.arrays import (
     Array,
     MatrixParts,
     Progress,
-    check_count,
     check_matrix,
+    check_threads,
     device_of,
     dtype_name,
 )
@@ -82,8 +82,7 @@ class PackedBank:
             BackendError: the back end can't run here, or doesn't take packed banks.
         """
         check_matrix("PackedBank", "bank", rows)
-        if threads is not None:
-            threads = check_count("PackedBank", "threads", threads)
+        threads = check_threads("PackedBank", threads)
         if precision not in (None, *PRECISIONS):
             raise ConfigError(
                 f"PackedBank: precision={precision!r} is not allowed; allowed: "
@@ -103,11 +102,7 @@ class PackedBank:
                 f"D={rows.shape[1]}; allowed: {', '.join(['auto', *able])}, for D <= 4096"
             )
         arrays, precision = pack(
-            rows,
-            precision,
-            backend=row.name,
-            threads=threads or torch.get_num_threads(),
-            progress=progress,
+            rows, precision, backend=row.name, threads=threads, progress=progress
         )
         return cls(rows, arrays, precision)
 

@@ -19,7 +19,15 @@ import numpy as np
 import torch
 
 from pymcip.errors import ConfigError
-from pymcip.ops.arrays import Array, check_count, check_finite, check_matrix, device_of, dtype_name
+from pymcip.ops.arrays import (
+    Array,
+    check_finite,
+    check_matrix,
+    check_pair,
+    check_threads,
+    device_of,
+    dtype_name,
+)
 from pymcip.ops.dispatch import select
 
 
@@ -51,19 +59,8 @@ def ranks(
     """
     check_matrix("ranks", "queries", queries)
     check_matrix("ranks", "bank", bank)
-    if queries.shape[1] != bank.shape[1]:
-        raise ConfigError(
-            f"ranks: queries have {queries.shape[1]} columns and the bank has {bank.shape[1]}; "
-            "both must come from one model"
-        )
-    if threads is not None:
-        threads = check_count("ranks", "threads", threads)
-    device, place = device_of(queries), device_of(bank)
-    if place not in (device, torch.device("cpu")):
-        raise ConfigError(
-            f"ranks: the bank is on {place} and the queries are on {device}; move the queries to "
-            "the bank's device, or the bank to the queries' device or to the CPU"
-        )
+    check_pair("ranks", queries, bank)
+    threads, device = check_threads("ranks", threads), device_of(queries)
     starts = _integers("indptr", indptr)
     wanted = _integers("indices", indices)
     rising = len(starts) == len(queries) + 1 and int(starts[0]) == 0
@@ -85,12 +82,7 @@ def ranks(
         check_finite("ranks", "queries", queries)
         longest = check_finite("ranks", "bank", bank)
         found = row.load()(
-            queries,
-            bank,
-            starts.to(device),
-            wanted.to(device),
-            longest,
-            threads=threads or torch.get_num_threads(),
+            queries, bank, starts.to(device), wanted.to(device), longest, threads=threads
         )
     return found if isinstance(queries, torch.Tensor) else found.numpy()
 

@@ -27,16 +27,17 @@ import torch
 from pymcip.errors import ConfigError
 from pymcip.ops.arrays import (
     Array,
-    MatrixParts,
     Progress,
     check_count,
     check_finite,
     check_matrix,
+    check_pair,
+    check_threads,
     device_of,
     dtype_name,
 )
 from pymcip.ops.dispatch import Backend, select
-from pymcip.ops.packed_bank import PackedBank
+from pymcip.ops.packed_bank import PackedBank, plain_parts, plain_rows
 from pymcip.ops.topk_cpu import KERNELS, probe
 
 
@@ -78,41 +79,23 @@ def topk(
         )
     check_matrix("topk", "queries", queries)
     for part in parts:
-        if not isinstance(part, PackedBank):
-            check_matrix("topk", "bank", part)
-        if queries.shape[1] != part.shape[1]:
-            raise ConfigError(
-                f"topk: queries have {queries.shape[1]} columns and the bank has {part.shape[1]}; "
-                "both must come from one model"
-            )
+        check_matrix("topk", "bank", plain_rows(part))
+        check_pair("topk", queries, part)
     k = check_count("topk", "k", k)
-    if threads is not None:
-        threads = check_count("topk", "threads", threads)
+    threads = check_threads("topk", threads)
     floor = _floor(threshold)
     if progress is not None and not callable(progress):
         raise ConfigError(
             f"topk: progress={progress!r} is not allowed; allowed: None or a function"
         )
-
     device = device_of(queries)
-    for part in parts:
-        place = device_of(part)
-        if place not in (device, torch.device("cpu")):
-            raise ConfigError(
-                f"topk: the bank is on {place} and the queries are on {device}; move the queries "
-                "to the bank's device, or the bank to the queries' device or to the CPU"
-            )
     packed = {part.precision if isinstance(part, PackedBank) else None for part in parts}
     if (backend, device.type, packed) == ("auto", "cpu", {"bfloat16"}) and not probe("amx_bf16"):
         backend = "amx_bf16"  # the others would not use the codes
     row = select(
         "topk", backend, device=device.type, dtype=dtype_name(parts[0]), k=k, dim=queries.shape[1]
     )
-    options = {
-        "exact": bool(exact),
-        "threads": threads or torch.get_num_threads(),
-        "progress": progress,
-    }
+    options = {"exact": bool(exact), "threads": threads, "progress": progress}
     with torch.no_grad():
         if row.name in KERNELS:
             ids, scores = row.load()(queries, parts, k, floor, **options)
@@ -132,7 +115,7 @@ def _over_parts(
     options: dict[str, Any],
 ) -> tuple[Array, Array]:
     """The answer of a back end that takes one array at a time."""
-    whole = MatrixParts([part.rows if isinstance(part, PackedBank) else part for part in parts])
+    whole = plain_parts("topk", parts)
     checks_itself = row.name == "cuda"  # and takes packed banks as well
     banks = parts if checks_itself else whole.parts
     if not checks_itself or not len(queries):

@@ -7,14 +7,13 @@ themselves, while they pack them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from pymcip.errors import ConfigError
 from pymcip.ops.arrays import Array, Progress, matrix_pointer, raise_unrankable
-from pymcip.ops.packed_bank import PackedBank, code_shapes
+from pymcip.ops.packed_bank import PackedBank, code_shapes, plain_parts, plain_rows
 
 UNPACKED_PASS = 8192  # queries of a pass of other back ends, which pack nothing
 MOST_COLUMNS = 4096  # kMostColumns of csrc/topk.hpp
@@ -36,6 +35,7 @@ def own_precision(kernel: str) -> str:
 
 
 def topk_cpu(
+    kernel: str,
     queries: Array,
     bank: Sequence[Array | PackedBank],
     k: int,
@@ -44,7 +44,6 @@ def topk_cpu(
     exact: bool,
     threads: int,
     progress: Progress | None,
-    kernel: str,
 ) -> tuple[Array, Array]:
     """Search all parts of a bank: ids int64 and scores float32 [N, k], NumPy.
 
@@ -56,11 +55,9 @@ def topk_cpu(
     parts = []
     held = []  # what the pointers point into
     for part in bank:
-        rows, packed = part, None
-        if isinstance(part, PackedBank):
-            rows = part.rows
-            packed = part.addresses if part.precision == own_precision(kernel) else None
-        pointer, owner = matrix_pointer(rows)
+        usable = isinstance(part, PackedBank) and part.precision == own_precision(kernel)
+        packed = part.addresses if usable else None
+        pointer, owner = matrix_pointer(plain_rows(part))
         held.append(owner)
         parts.append((pointer, packed))
     pointer, owner = matrix_pointer(queries)
@@ -68,30 +65,14 @@ def topk_cpu(
     ids = np.empty((len(queries), k), dtype=np.int64)
     scores = np.empty((len(queries), k), dtype=np.float32)
     unrankable = _core.topk(
-        pointer,
-        parts,
-        k,
-        threshold,
-        exact,
-        threads,
-        kernel,
-        ids.ctypes.data,
-        scores.ctypes.data,
-        progress,
-    )
+        pointer, parts, k, threshold, exact, threads, kernel,
+        ids.ctypes.data, scores.ctypes.data, progress,
+    )  # fmt: skip
     if unrankable is not None:
         name, row = unrankable
-        raise_unrankable("topk", name, row, queries[row] if name == "queries" else _row(bank, row))
+        rows = queries if name == "queries" else plain_parts("topk", bank)
+        raise_unrankable("topk", name, row, rows[row : row + 1][0])
     return ids, scores
-
-
-def _row(bank: Sequence[Array | PackedBank], row: int) -> Array:
-    for part in bank:
-        if row < len(part):
-            rows = part.rows if isinstance(part, PackedBank) else part
-            return rows[row]
-        row -= len(part)
-    raise AssertionError(row)
 
 
 def pack_cpu(
@@ -156,15 +137,3 @@ def limits(device: str, **facts: Any) -> str | None:
     """Why a problem of this size can't be taken; None if it can."""
     columns = facts.get("dim", 1)
     return None if columns <= MOST_COLUMNS else f"takes D <= {MOST_COLUMNS}, not {columns}"
-
-
-topk_amx = partial(topk_cpu, kernel="amx")
-topk_avx512_vnni = partial(topk_cpu, kernel="avx512_vnni")
-topk_avx2 = partial(topk_cpu, kernel="avx2")
-topk_portable = partial(topk_cpu, kernel="portable")
-topk_amx_bf16 = partial(topk_cpu, kernel="amx_bf16")
-probe_amx_bf16 = partial(probe, "amx_bf16")
-probe_amx = partial(probe, "amx")
-probe_avx512_vnni = partial(probe, "avx512_vnni")
-probe_avx2 = partial(probe, "avx2")
-probe_portable = partial(probe, "portable")
