@@ -81,12 +81,9 @@ class MarginOptions:
             raise ValueError(
                 f"scale={self.scale}, margin={self.margin}: need scale > 0 and 0 <= margin < pi"
             )
-        if self.continuation not in CONTINUATIONS:
-            raise ValueError(
-                f"continuation={self.continuation!r}; allowed: {', '.join(CONTINUATIONS)}"
-            )
-        if self.compute not in COMPUTE:
-            raise ValueError(f"compute={self.compute!r}; allowed: {', '.join(COMPUTE)}")
+        for name, allowed in (("continuation", CONTINUATIONS), ("compute", COMPUTE)):
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"{name}={value!r}; allowed: {', '.join(allowed)}")
         if self.chunk < 1 or (self.scratch is not None and self.scratch < 1):
             raise ValueError(f"chunk={self.chunk}, scratch={self.scratch}; need at least 1")
         if not 0 <= self.delta < 1:
@@ -197,11 +194,23 @@ def margin_softmax_filtered(
     checked = MarginOptions(**options)
     _check(x, w, indptr, indices, weights, w_norms, shard)
     dtype = checked.compute_dtype(x, w)
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
     if x.shape[0] == 0:
-        loss = x.to(torch.float64 if dtype == torch.float64 else torch.float32).sum(1)
+        loss = x.to(exact).sum(1)
         return loss, Skipped(torch.zeros_like(loss), torch.zeros_like(indptr[0]), 0)
     chosen = _select(backend, x.device.type, str(dtype), x.shape[1])
-    return _margin_softmax(x, w, indptr, indices, weights, w_norms, shard, chosen, dtype, checked)
+    x = x.contiguous()  # so that its norms are summed in one order
+    counts = indptr.diff()
+    rows = torch.repeat_interleave(counts, output_size=indices.shape[0])
+    if weights is None:
+        weights = (1 / counts.clamp_min(1).to(exact))[rows]
+    norms = x.detach().to(exact).norm(dim=1).clamp_min(MIN_NORM)
+    loss, mass, cells = _MarginSoftmax.apply(  # type: ignore[no-untyped-call]
+        x, w, w_norms, norms, indptr, indices, rows, weights.detach().to(exact), shard, chosen,
+        dtype, checked,
+    )  # fmt: skip
+    blocks = -(-x.shape[0] // CELL_ROWS)
+    return loss, Skipped(mass, cells, blocks * -(-w.shape[0] // CELL_COLUMNS))
 
 
 @torch.compiler.assume_constant_result
@@ -257,33 +266,6 @@ def _check(
 # --- loss and gradients from what a back end gives -----------------------------------------------
 
 
-def _margin_softmax(
-    x: Tensor,
-    w: Tensor,
-    indptr: Tensor,
-    indices: Tensor,
-    weights: Tensor | None,
-    w_norms: Tensor | None,
-    shard: Shard | None,
-    backend: str,
-    dtype: torch.dtype,
-    options: MarginOptions,
-) -> tuple[Tensor, Skipped]:
-    x = x.contiguous()  # so that its norms are summed in one order
-    exact = torch.float64 if dtype == torch.float64 else torch.float32
-    counts = indptr.diff()
-    rows = torch.repeat_interleave(counts, output_size=indices.shape[0])
-    if weights is None:
-        weights = (1 / counts.clamp_min(1).to(exact))[rows]
-    norms = x.detach().to(exact).norm(dim=1).clamp_min(MIN_NORM)
-    loss, mass, cells = _MarginSoftmax.apply(  # type: ignore[no-untyped-call]
-        x, w, w_norms, norms, indptr, indices, rows, weights.detach().to(exact), shard, backend,
-        dtype, options,
-    )  # fmt: skip
-    blocks = -(-x.shape[0] // CELL_ROWS)
-    return loss, Skipped(mass, cells, blocks * -(-w.shape[0] // CELL_COLUMNS))
-
-
 class _MarginSoftmax(torch.autograd.Function):
     """Saves O(B + nnz) beside its inputs and what the back end keeps."""
 
@@ -305,25 +287,22 @@ class _MarginSoftmax(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         need_x, need_w = ctx.needs_input_grad[:2]
         own: Tensor | None = None
+        local_rows, local, local_ptr = rows, indices, indptr
         if shard is not None:  # from here on, only the positives among this process's columns
             own = (indices >= shard.first) & (indices < shard.first + w.shape[0])
             local_rows, local = rows[own], indices[own] - shard.first
-            local_ptr = torch.searchsorted(
-                local_rows, torch.arange(x.shape[0] + 1, device=x.device)
-            )
-        else:
-            local_rows, local, local_ptr = rows, indices, indptr
+            starts = torch.arange(x.shape[0] + 1, device=x.device)
+            local_ptr = torch.searchsorted(local_rows, starts)
         problem = (
             _unit(x, norms), w, w_norms, local_ptr, local, local_rows, options.scale, dtype,
             options.step, options.scratch_bytes(x.device), backend,
         )  # fmt: skip
         filters = options.delta > 0 and (need_x or need_w)
-        log_z, found, shares, kept = SUMS(*problem, need_x, need_w, filters)
-        cosine = found
+        log_z, cosine, shares, kept = SUMS(*problem, need_x, need_w, filters)
         processes = 1
         if shard is not None:
             local_log_z = log_z
-            log_z, cosine, processes = over_shards(log_z, found, own, shard.group)
+            log_z, cosine, processes = over_shards(log_z, cosine, own, shard.group)
             if filters:
                 shares = shares * (local_log_z - log_z).exp().nan_to_num(0.0)[:, None]
         value, slope = margin_logit(cosine, options.margin, options.continuation)

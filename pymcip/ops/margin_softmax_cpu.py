@@ -55,7 +55,7 @@ def kept(
 def sums(problem: Problem, need_x: bool, need_w: bool, need_shares: bool) -> Sums:
     """log Z, the positives' cosines, the cells' shares of Z, and what `gradients` will use."""
     x, way = problem.x, _way(problem, need_x, need_w, need_shares)
-    rows, dim = x.shape
+    rows = len(x)
     products, exponentials = (
         torch.zeros(shape, dtype=dtype)
         for shape, dtype in kept(problem, need_x, need_w, need_shares)
@@ -75,7 +75,7 @@ def sums(problem: Problem, need_x: bool, need_w: bool, need_shares: bool) -> Sum
             continue
         total += logits.exp_().sum(1)
         if way == "one pass":
-            products += torch.mm(work.rounded(logits), unit, out=work.product(rows, dim))
+            products += work.product("product", work.rounded(logits), unit)
         else:
             exponentials[rows * block.start : rows * block.end].view(rows, -1).copy_(logits)
     if way != "sums":
@@ -91,7 +91,7 @@ def gradients(
 ) -> tuple[Tensor, Tensor]:
     """Gradients with respect to the unit rows and to W, from what was kept or anew."""
     products, exponentials = kept
-    x, w, (rows, dim) = problem.x, problem.w, problem.x.shape
+    x, w, rows = problem.x, problem.w, len(problem.x)
     log_z, negative = coefficients.log_z, coefficients.negative
     # What turns a row of E = exp(s cos) into the derivatives with respect to the cosines.
     row_scale = torch.where(log_z.isinf(), 0.0, negative * (-log_z).exp())
@@ -111,7 +111,6 @@ def gradients(
     blocks = _chunks(problem) if coefficients.active is None else _cells(problem, coefficients)
     for block in blocks:
         here = block.rows
-        count = here.stop - here.start
         unit = work.unit_rows(block.columns)
         if anew:
             logits = work.logits(rounded[here], unit, block)
@@ -119,9 +118,9 @@ def gradients(
         else:
             e = exponentials[rows * block.start : rows * block.end].view(rows, -1)
         if need_x:
-            grad_x[here] += row_scale[here, None] * torch.mm(e, unit, out=work.product(count, dim))
+            grad_x[here] += row_scale[here, None] * work.product("product", e, unit)
         if need_w:
-            product = torch.mm(e.T, weighted[here], out=work.columns(unit.shape[0], dim))
+            product = work.product("columns", e.T, weighted[here])
             if coefficients.active is None:  # this chunk's columns are done, and still in the cache
                 grad = grad_w[block.columns].copy_(product)
                 positive = coefficients.positive[block.entries, None]
@@ -208,27 +207,25 @@ class _Work:
         self.unit = self.lengths = torch.empty(0)  # of the rows that unit_rows gave last, in fp32
         self._buffers: dict[str, Tensor] = {}
 
-    def _take(self, name: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    def take(self, name: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """The buffer of that name."""
         size = shape[0] * shape[1]
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < size:
             buffer = self._buffers[name] = torch.empty(size, dtype=dtype)
         return buffer[:size].view(shape)
 
-    def product(self, rows: int, dim: int) -> Tensor:
-        """A buffer for the product that is the rows' gradient."""
-        return self._take("product", (rows, dim), self.problem.dtype)
-
-    def columns(self, columns: int, dim: int) -> Tensor:
-        """A buffer for the product that is the columns' gradient."""
-        return self._take("columns", (columns, dim), self.problem.dtype)
+    def product(self, name: str, left: Tensor, right: Tensor) -> Tensor:
+        """Left times right, in the buffer of that name."""
+        shape = left.shape[0], right.shape[1]
+        return torch.mm(left, right, out=self.take(name, shape, left.dtype))
 
     def unit_rows(self, columns: slice | Tensor) -> Tensor:
         """Rows of W, normalised in fp32, in the products' dtype; valid until the next call."""
         problem = self.problem
         part = problem.w[columns]
         shape = part.shape[0], part.shape[1]
-        self.unit = self._take("unit", shape, torch.float32).copy_(part)
+        self.unit = self.take("unit", shape, torch.float32).copy_(part)
         if problem.w_norms is None:
             norms = torch.linalg.vector_norm(self.unit, dim=1)
         else:
@@ -237,17 +234,17 @@ class _Work:
         self.unit.div_(self.lengths[:, None])
         if problem.dtype == torch.float32:
             return self.unit
-        return self._take("rounded unit", shape, problem.dtype).copy_(self.unit)
+        return self.take("rounded unit", shape, problem.dtype).copy_(self.unit)
 
     def logits(self, rounded: Tensor, unit: Tensor, block: _Block) -> Tensor:
         """s cos of a block in fp32, -inf at its positives; valid until the next call."""
-        shape = rounded.shape[0], unit.shape[0]
-        result = self._take("logits", shape, torch.float32)
         if unit.dtype == torch.float32:
-            torch.mm(rounded, unit.T, out=result).mul_(self.problem.scale)
+            result = self.product("logits", rounded, unit.T)
         else:
-            cosines = torch.mm(rounded, unit.T, out=self._take("cosines", shape, unit.dtype))
-            result.copy_(cosines).mul_(self.problem.scale)
+            cosines = self.product("cosines", rounded, unit.T)
+            shape = cosines.shape[0], cosines.shape[1]
+            result = self.take("logits", shape, torch.float32).copy_(cosines)
+        result.mul_(self.problem.scale)
         result[block.positive_rows, block.positive_columns] = -math.inf
         return result
 
@@ -256,4 +253,4 @@ class _Work:
         if values.dtype == self.problem.dtype:
             return values
         shape = values.shape[0], values.shape[1]
-        return self._take("cosines", shape, self.problem.dtype).copy_(values)
+        return self.take("cosines", shape, self.problem.dtype).copy_(values)

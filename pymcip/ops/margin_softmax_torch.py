@@ -34,7 +34,7 @@ def sums(problem: Problem, need_x: bool, need_w: bool, need_shares: bool) -> Sum
     x = problem.x
     log_z = x.new_full((x.shape[0],), -math.inf)
     cells = []
-    for start, columns in unit_chunks(problem):
+    for start, columns in _unit_chunks(problem):
         logits = _logits(problem, start, columns)
         log_z = torch.logaddexp(log_z, logits.logsumexp(1))
         if need_shares:
@@ -53,7 +53,7 @@ def gradients(
     log_z, active = finite(coefficients.log_z)[:, None], coefficients.active
     grad_x = torch.zeros_like(x) if need_x else x.new_empty(0)
     grad_w = torch.zeros(w.shape if need_w else 0, dtype=x.dtype, device=x.device)
-    for start, columns in unit_chunks(problem):
+    for start, columns in _unit_chunks(problem):
         grad = (_logits(problem, start, columns) - log_z).exp_()
         grad.mul_(coefficients.negative[:, None])
         if active is not None:
@@ -76,7 +76,7 @@ def gradients(
     return grad_x, grad_w.to(w.dtype)
 
 
-def unit_chunks(problem: Problem) -> Iterator[tuple[int, Tensor]]:
+def _unit_chunks(problem: Problem) -> Iterator[tuple[int, Tensor]]:
     """Unit rows of W in the rows' dtype, a chunk at a time, each with its first column's index."""
     w, norms, chunk = problem.w, problem.w_norms, problem.chunk
     for start in range(0, w.shape[0], chunk):
@@ -85,16 +85,11 @@ def unit_chunks(problem: Problem) -> Iterator[tuple[int, Tensor]]:
         yield start, part / lengths.to(part.dtype).clamp_min(MIN_NORM)[:, None]
 
 
-def mask_positives(logits: Tensor, start: int, problem: Problem, value: float) -> None:
-    """Write `value` where a column is a positive of the row; `start` is the first column's index."""
-    rows, indices = problem.rows, problem.indices
-    here = (indices >= start) & (indices < start + logits.shape[1])
-    logits[rows[here], indices[here] - start] = value
-
-
 def _logits(problem: Problem, start: int, columns: Tensor) -> Tensor:
-    x = problem.x
+    """s cos of all rows and of unit columns from `start`, -inf at the positives."""
+    x, rows, indices = problem.x, problem.rows, problem.indices
     product = x.to(problem.dtype) @ columns.to(problem.dtype).T
     logits = product.to(x.dtype).mul_(problem.scale)
-    mask_positives(logits, start, problem, -math.inf)
+    here = (indices >= start) & (indices < start + logits.shape[1])
+    logits[rows[here], indices[here] - start] = -math.inf
     return logits

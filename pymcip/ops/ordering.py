@@ -30,8 +30,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pymcip.errors import ConfigError, DataError
-from pymcip.ops.arrays import Array, Progress
+from pymcip.errors import ConfigError
+from pymcip.ops.arrays import Array, Progress, device_of, raise_unrankable
 from pymcip.ops.margin_contract import CELL_COLUMNS
 
 _SAMPLE = 32  # rows of the sample for a centroid
@@ -88,18 +88,52 @@ def order_bank(
         ConfigError: an argument has the wrong type, shape or range.
         DataError: a row holds NaN or infinity; the message has its index.
     """
-    _check(bank, cluster_size, iterations, seed)
-    own = bank.device if isinstance(bank, Tensor) else torch.device("cpu")
+    _check_bank(bank)
+    least = {"cluster_size": 1, "iterations": 0, "seed": 0}
+    given = dict(zip(least, (cluster_size, iterations, seed), strict=True))
+    problems = [
+        f"order_bank: {name}={value!r} is not allowed; allowed: an integer of at least {least[name]}"
+        for name, value in given.items()
+        if not hasattr(value, "__index__") or operator.index(value) < least[name]
+    ]
+    if problems:
+        raise ConfigError(problems)
+    cluster_size, iterations, seed = map(operator.index, (cluster_size, iterations, seed))
+    own, count = device_of(bank), bank.shape[0]
     place = own if device is None else torch.device(device)
+    clusters = -(-count // cluster_size)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad(), torch.autocast(place.type, enabled=False):
-        order = _order(
-            bank, operator.index(cluster_size), operator.index(iterations), operator.index(seed),
-            place, progress,
-        )  # fmt: skip
+        sample = _sample(bank, _SAMPLE * clusters if clusters > 1 else 0, generator, place)
+        clusters = min(clusters, len(sample))
+        done, total = 0, count + (iterations * len(sample) if clusters > 1 else 0)
+
+        def advance(rows: int) -> None:
+            nonlocal done
+            done += rows
+            if progress is not None:
+                progress(done, total)
+
+        if clusters > 1:
+            centroids = _k_means(sample, clusters, iterations, generator, advance)
+            search = _search(centroids, generator)
+            places = torch.empty(clusters, dtype=torch.int64)
+            places[_line_up(centroids.cpu().float())] = torch.arange(clusters)
+            places = places.to(place)
+        del sample
+        keys = torch.zeros(count, dtype=torch.int64, device=place)
+        for start in range(0, count, CHUNK_ROWS):
+            rows = _unit_rows(bank, slice(start, start + CHUNK_ROWS), place)
+            part = keys[start : start + CHUNK_ROWS]
+            if clusters > 1:
+                part[:] = places[_nearest(rows, search).ids]
+            part[(rows == 0).all(1)] = count
+            advance(len(rows))
+        order = keys.argsort(stable=True)
     return order.to(own) if isinstance(bank, Tensor) else order.cpu().numpy()
 
 
-def _check(bank: Array, cluster_size: int, iterations: int, seed: int) -> None:
+def _check_bank(bank: Array) -> None:
     allowed = "allowed: a NumPy array or tensor [C, D] of floating point numbers, D >= 1"
     if isinstance(bank, Tensor):
         floating = bank.is_floating_point() and bank.layout == torch.strided and not bank.is_meta
@@ -110,53 +144,6 @@ def _check(bank: Array, cluster_size: int, iterations: int, seed: int) -> None:
         raise ConfigError(f"order_bank: bank is {kind}; {allowed}")
     if bank.ndim != 2 or bank.shape[1] == 0:
         raise ConfigError(f"order_bank: bank has shape {tuple(bank.shape)}; {allowed}")
-    given = {"cluster_size": (cluster_size, 1), "iterations": (iterations, 0), "seed": (seed, 0)}
-    problems = [
-        f"order_bank: {name}={value!r} is not allowed; allowed: an integer of at least {least}"
-        for name, (value, least) in given.items()
-        if not hasattr(value, "__index__") or operator.index(value) < least
-    ]
-    if problems:
-        raise ConfigError(problems)
-
-
-def _order(
-    bank: Array,
-    cluster_size: int,
-    iterations: int,
-    seed: int,
-    device: torch.device,
-    progress: Progress | None,
-) -> Tensor:
-    count = bank.shape[0]
-    clusters = -(-count // cluster_size)
-    generator = torch.Generator().manual_seed(seed)
-    sample = _sample(bank, _SAMPLE * clusters if clusters > 1 else 0, generator, device)
-    clusters = min(clusters, sample.shape[0])
-    done, total = 0, count + (iterations * sample.shape[0] if clusters > 1 else 0)
-
-    def advance(rows: int) -> None:
-        nonlocal done
-        done += rows
-        if progress is not None:
-            progress(done, total)
-
-    search = None
-    if clusters > 1:
-        centroids = _k_means(sample, clusters, iterations, generator, advance)
-        search = _search(centroids, generator)
-        places = torch.empty(clusters, dtype=torch.int64)
-        places[_line_up(centroids.cpu().float())] = torch.arange(clusters)
-        places = places.to(device)
-    del sample
-    keys = torch.empty(count, dtype=torch.int64, device=device)
-    for start in range(0, count, CHUNK_ROWS):
-        rows = _unit_rows(bank, slice(start, start + CHUNK_ROWS), device)
-        part = keys[start : start + CHUNK_ROWS]
-        part[:] = 0 if search is None else places[_nearest(rows, search).ids]
-        part[(rows == 0).all(1)] = count
-        advance(rows.shape[0])
-    return keys.argsort(stable=True)
 
 
 def _unit_rows(bank: Array, rows: slice | Tensor, device: torch.device) -> Tensor:
@@ -175,11 +162,7 @@ def _unit_rows(bank: Array, rows: slice | Tensor, device: torch.device) -> Tenso
     if len(bad):
         first = int(bad[0])
         row = rows.start + first if isinstance(rows, slice) else int(rows[first])
-        what = "NaN" if bool(values[first].isnan().any()) else "infinity"
-        raise DataError(
-            f"order_bank: row {row} of the bank holds {what}; only finite rows have a place. Embed "
-            "that item again, or drop the row"
-        )
+        raise_unrankable("order_bank", "the bank", row, values[first])
     # The largest entry becomes 1 first: squares of huge or tiny ones would over- or underflow.
     values = (values / torch.where(largest > 0, largest, 1)).float()
     return torch.nn.functional.normalize(values, dim=1)
@@ -288,10 +271,14 @@ def _k_means(
             rows = sample[start : start + CHUNK_ROWS].float()
             found = _nearest(rows, search)
             ids[start : start + CHUNK_ROWS] = found.ids
-            sums.index_add_(0, found.ids, _fixed(rows))
-            spread.index_add_(0, found.ids, _fixed(1 - found.best))
-            needed.index_add_(0, found.ids, _fixed(found.best - found.second))
-            advance(rows.shape[0])
+            for target, values in (
+                (sums, rows),
+                (spread, 1 - found.best),
+                (needed, found.best - found.second),
+            ):
+                fixed = (values * _FIXED_POINT).round_().to(torch.int64)
+                target.index_add_(0, found.ids, fixed)
+            advance(len(rows))
         means = torch.nn.functional.normalize(sums.double(), dim=1).float()
         centroids = torch.where((sums != 0).any(1, keepdim=True), means, centroids)
         # Towards the end centroids only settle.
@@ -308,10 +295,6 @@ def _k_means(
             first = torch.full_like(needed, count).scatter_reduce_(0, ids, rank, "amin")
             centroids[idle] = sample[shuffled[first[wide]]].float()
     return centroids
-
-
-def _fixed(values: Tensor) -> Tensor:
-    return (values * _FIXED_POINT).round_().to(torch.int64)
 
 
 # --- the order of the centroids -------------------------------------------------------------------

@@ -31,7 +31,6 @@ from pymcip.ops.dispatch import backends, select
 FORMAT = 1  # of the saved folder and of the codes
 GROUP, STEP, FACTS = 32, 64, 4  # kGroup, kStep, kGroupFacts of csrc/topk_kernel.hpp
 PRECISIONS = {"int8": 1, "bfloat16": 2}  # bytes of a code
-_SAVE_ROWS = 1 << 16
 
 
 class PackedBank:
@@ -149,10 +148,8 @@ class PackedBank:
             rows = np.lib.format.open_memmap(
                 temporary / "rows.npy", mode="w+", dtype=_stored(dtype), shape=self.shape
             )
-            for first in range(0, len(self), _SAVE_ROWS):
-                rows[first : first + _SAVE_ROWS] = _bits(self.rows[first : first + _SAVE_ROWS])
+            rows[:] = _bits(self.rows)
             rows.flush()
-            del rows
             facts = {"format": FORMAT, "dtype": dtype, "precision": self.precision}
             write_json(temporary / "packed_bank.json", facts)
         return folder
@@ -168,10 +165,7 @@ class PackedBank:
         try:
             facts = read_json(folder / "packed_bank.json")
             if facts["format"] != FORMAT:
-                raise DataError(
-                    f"{folder} was packed in format {facts['format']}; this version reads {FORMAT}. "
-                    "Pack the bank again"
-                )
+                raise ValueError(f"packed in format {facts['format']}; this version reads {FORMAT}")
             arrays = {
                 name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
                 for name in ("rows", "codes", "groups", "sums")
@@ -179,22 +173,18 @@ class PackedBank:
             rows: Array = arrays.pop("rows")
             dtype, precision = facts["dtype"], facts["precision"]
             if rows.ndim != 2 or rows.dtype != _stored(dtype) or precision not in PRECISIONS:
-                raise ValueError(
-                    f"its rows are {rows.dtype} {rows.shape}, not {dtype} in {precision}"
-                )
-        except DataError:
-            raise
+                raise ValueError(f"its rows are {rows.dtype} {rows.shape}, not {dtype}")
+            for name, (shape, stored) in code_shapes(rows.shape, precision).items():
+                array = arrays[name]
+                if array.shape != shape or array.dtype != stored or not array.flags.c_contiguous:
+                    raise ValueError(
+                        f"the packed bank's {name} are {array.dtype} {array.shape}; its rows "
+                        f"{rows.shape} need {stored} {shape}"
+                    )
         except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
             raise DataError(
                 f"{folder} holds no complete packed bank ({error}); write one with PackedBank.save"
             ) from error
-        for name, (shape, stored) in code_shapes(rows.shape, precision).items():
-            array = arrays[name]
-            if array.shape != shape or array.dtype != stored or not array.flags.c_contiguous:
-                raise DataError(
-                    f"the packed bank's {name} are {array.dtype} {array.shape}; its rows "
-                    f"{tuple(rows.shape)} need {stored} {shape}. Pack the bank again"
-                )
         if dtype == "bfloat16":
             rows = _tensor(rows).view(torch.bfloat16)
         return cls(rows, arrays, precision)
