@@ -143,7 +143,6 @@ def test_an_option_that_no_method_uses() -> None:
         ({"k": (1,), "data": "d"}, "data is for your own data: give `train` too"),
         ({"k": (1,), "train": "t", "smoke": True}, "it excludes `train`"),
         ({"k": (1,), "train": "t", "class_names": "n"}, "give `data` too"),
-        ({"k": (1,), "train": "t", "alignment_class_names": "n"}, "give that too"),
         ({"k": (1,), "overwrite": True, "resume": "latest"}, "exclude each other"),
         ({"k": (1,), "templates": ("a photo",)}, "must hold {}"),
         ({"k": (1,), "seeds": 0}, "seeds=0 is not allowed"),

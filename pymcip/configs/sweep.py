@@ -56,10 +56,6 @@ class SweepConfig(Config):
     templates: tuple[str, ...] = option(
         ("a photo of a {}.", "{}"), "zero-shot prompts, with `train`; {} stands for the class name"
     )
-    alignment_data: Sources | None = option(
-        None, "other images to take the text metrics from, such as of another domain, with `train`"
-    )
-    alignment_class_names: Source | None = option(None, "TSV of class names of `alignment_data`")
     retrieval: ImageMetric = option("i2i_map", "what image search is measured by")
     alignment: tuple[TextMetric, ...] = option(
         (),
@@ -103,14 +99,12 @@ class SweepConfig(Config):
         if self.train is None:
             problems += [
                 f"{name} is for your own data: give `train` too, a JSON file of train's options"
-                for name in ("data", "class_names", "alignment_data", "alignment_class_names")
+                for name in ("data", "class_names")
                 if getattr(self, name) is not None
             ]
         elif self.smoke:
             problems.append("smoke is a size of the demo's world; it excludes `train`")
         if self.class_names is not None and self.data is None:
             problems.append("class_names are those of `data`; give `data` too")
-        if self.alignment_class_names is not None and self.alignment_data is None:
-            problems.append("alignment_class_names are those of alignment_data; give that too")
         problems += template_problems("templates", self.templates)
         return problems + resume_problems(self.overwrite, self.resume)
