@@ -136,9 +136,9 @@ def test_an_option_that_no_method_uses() -> None:
     [
         ({}, "nothing is swept; give values for at least one of method, threshold, lambda-caption"),
         ({"k": (0, 1)}, "k=0 is not allowed"),
-        ({"threshold": (2.0,)}, "threshold=2.0 is not a cosine"),
-        ({"lambda_caption": (1.5,)}, "lambda_caption=1.5: a share of the two losses"),
-        ({"caption_noise": (0.1, 1.1)}, "caption_noise=1.1: a share"),
+        ({"threshold": (2.0,)}, "threshold=2.0 is not allowed; it must be <= 1"),
+        ({"lambda_caption": (1.5,)}, "lambda_caption=1.5 is not allowed; it must be <= 1"),
+        ({"caption_noise": (0.1, 1.1)}, "caption_noise=1.1 is not allowed; it must be <= 1"),
         ({"method": ("magic",)}, "one of 'gpr'"),
         ({"k": (1,), "data": "d"}, "data is for your own data: give `train` too"),
         ({"k": (1,), "train": "t", "smoke": True}, "it excludes `train`"),
