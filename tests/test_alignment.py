@@ -338,7 +338,7 @@ def test_resumed_after_a_kill_while_probing(
     ("changes", "message"),
     [
         ({"alignment_budget": -0.1}, "alignment_budget=-0.1"),
-        ({"alignment_budget": 1.5}, "alignment_budget=1.5: a share"),
+        ({"alignment_budget": 1.5}, "alignment_budget=1.5 is not allowed; it must be <= 1"),
         ({"method": "2sft", "projector": "discard"}, "gives up the joint"),
         ({"method": "gpr", "captions": None}, "give captions=, probe_captions= or probe_class"),
         ({"alignment_budget": None, "probe_data": "x"}, "probe_data is for a budget"),

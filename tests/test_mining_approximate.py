@@ -142,7 +142,7 @@ def test_recall_without_anything_to_measure(large: Path, caplog: pytest.LogCaptu
 def test_approximate_search_refuses(
     large: Path, embedded: EmbeddingFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ConfigError, match=r"recall=1\.5 is not a share; allowed: above 0"):
+    with pytest.raises(ConfigError, match=r"recall=1\.5 is not allowed; it must be <= 1"):
         pymcip.mine_captions(images=large, out=tmp_path / "out", recall=1.5)
     with pytest.raises(ConfigError, match=r"give recall too, such as 0\.95"):
         pymcip.mine_captions(images=large, out=tmp_path / "out", index=tmp_path / "index")

@@ -258,7 +258,7 @@ def test_embeddings_without_metadata(tmp_path: Path) -> None:
 
 
 def test_bad_input(embedded: EmbeddingFolder, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"threshold=2\.0 is not a cosine"):
+    with pytest.raises(ConfigError, match=r"threshold=2\.0 is not allowed; it must be <= 1"):
         pymcip.mine_captions(**options(embedded, tmp_path, threshold=2.0))
     with pytest.raises(DataError, match="no embedding folder"):
         pymcip.mine_captions(**options(embedded, tmp_path, images=tmp_path / "absent"))

@@ -228,21 +228,14 @@ def test_a_signal_stops_the_sweep(
     assert "resume='latest' goes on" in caplog.text
 
 
-def test_text_metrics_of_another_domain(
-    own: dict[str, Any], tiny_images: Callable[..., Path], tmp_path: Path
-) -> None:
-    other = tiny_images("other", classes=4)
-    names = tmp_path / "other.tsv"
-    names.write_text("".join(f"class{c}\tthing {c}\n" for c in range(4)))
-    result = sweep(
-        **own, k=(1,), retrieval="i2i_r1", alignment_data=str(other), alignment_class_names=names
-    )
+def test_metrics_that_are_chosen(own: dict[str, Any]) -> None:
+    result = sweep(**own, k=(1,), retrieval="i2i_r1", alignment=("zero_shot",))
     written = json.loads((own["out"] / "sweep.json").read_text())
     assert written["qualities"] == {"retrieval": ["i2i_r1"], "alignment": ["zero_shot"]}
     found = written["per_seed"][0]["points"][0]["metrics"]
     row = result.table[1]
-    assert row["alignment"]["mean"] == pytest.approx(found["alignment_data"]["zero_shot"], abs=1e-4)
-    assert row["retrieval"]["mean"] == pytest.approx(found["data"]["i2i_r1"], abs=1e-4)
+    assert row["alignment"]["mean"] == pytest.approx(found["zero_shot"], abs=1e-4)
+    assert row["retrieval"]["mean"] == pytest.approx(found["i2i_r1"], abs=1e-4)
     assert row["alignment"]["deviation"] is None
     assert "| k | I2I R@1 | zero-shot | captions per image | front |" in result.markdown
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import operator
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from pymcip.errors import ConfigError
@@ -19,16 +21,20 @@ from pymcip.errors import ConfigError
 Source = str | os.PathLike[str]
 Sources = Source | tuple[Source, ...]
 ConfigType = TypeVar("ConfigType", bound="Config")
+BOUNDS = {
+    "at_least": (">=", operator.ge),
+    "more_than": (">", operator.gt),
+    "at_most": ("<=", operator.le),
+    "below": ("<", operator.lt),
+}
 
 
-def option(
-    default: Any, help: str, *, at_least: float | None = None, more_than: float | None = None
-) -> Any:
+def option(default: Any, help: str, **bounds: float) -> Any:
     """A dataclass field with the one-line help that docs and command line show, and its bounds.
 
-    Bounds hold for numbers; None and words such as "auto" are left alone.
+    Bounds are those of `BOUNDS`, for numbers and each of several; None and words are left alone.
     """
-    metadata = {"help": help, "at_least": at_least, "more_than": more_than}
+    metadata = {"help": help, **bounds}
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -51,9 +57,9 @@ class Config:
             if isinstance(value, list):
                 value = tuple(value)
                 object.__setattr__(self, item.name, value)
-            problem = _type_problem(item.name, value, hints[item.name])
-            if problem:
-                problems.append(problem)
+            if not _matches(value, hints[item.name]):
+                allowed = _allowed_types(hints[item.name])
+                problems.append(f"{item.name}={value!r} is not allowed; allowed: {allowed}")
         if not problems:  # ranges are only meaningful for values of the right type
             for item in dataclasses.fields(self):
                 problems += _range_problems(item, getattr(self, item.name))
@@ -63,7 +69,13 @@ class Config:
 
     def problems(self) -> list[str]:
         """Problems that a type or a single range can't express; stages extend it."""
-        return []
+        problems = []
+        if getattr(self, "overwrite", False) and getattr(self, "resume", None):
+            problems.append("overwrite=True and resume='latest' exclude each other; give one")
+        for name, value in vars(self).items():
+            if name.endswith("templates") and not (value and all("{}" in text for text in value)):
+                problems.append(f"{name}={value!r}: each must hold {{}} for the class name")
+        return problems
 
     @classmethod
     def make(
@@ -90,17 +102,8 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; paths become strings."""
-
-        def plain(value: Any) -> Any:
-            if isinstance(value, os.PathLike):
-                return os.fspath(value)
-            if isinstance(value, (tuple, list)):
-                return [plain(item) for item in value]
-            if isinstance(value, dict):
-                return {key: plain(item) for key, item in value.items()}
-            return value
-
-        return {item.name: plain(getattr(self, item.name)) for item in dataclasses.fields(self)}
+        values: dict[str, Any] = json.loads(json.dumps(vars(self), default=os.fspath))
+        return values
 
 
 def read_options(path: Path, name: str) -> dict[str, Any]:
@@ -120,75 +123,37 @@ def read_options(path: Path, name: str) -> dict[str, Any]:
     return values
 
 
-def template_problems(name: str, templates: tuple[str, ...]) -> list[str]:
-    """The problems of zero-shot prompts: each must have a place for the class name."""
-    if templates and all("{}" in template for template in templates):
-        return []
-    return [f"{name}={templates!r}: each must hold {{}} for the class name"]
-
-
-def threshold_problems(threshold: float | Literal["auto"]) -> list[str]:
-    """The problems of a lowest cosine of pseudo-captions."""
-    if threshold == "auto" or -1 <= threshold <= 1:
-        return []
-    return [f"threshold={threshold!r} is not a cosine; allowed: -1 to 1, or 'auto'"]
-
-
-def resume_problems(overwrite: bool, resume: str | None) -> list[str]:
-    """The problem of asking both to replace and to continue what is in `out`."""
-    if overwrite and resume:
-        return ["overwrite=True and resume='latest' exclude each other; give one"]
-    return []
-
-
 def _allowed_types(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return "one of " + ", ".join(repr(choice) for choice in get_args(hint))
-    if get_args(hint) and get_origin(hint) is not tuple and get_origin(hint) is not dict:
-        names = [_allowed_types(part) for part in get_args(hint)]
-        return " or ".join(dict.fromkeys(names))
-    if hint is type(None):
-        return "None"
-    if get_origin(hint) is tuple:
-        return "a list of " + _allowed_types(get_args(hint)[0])
-    origin = get_origin(hint) or hint
-    return str(getattr(origin, "__name__", origin))
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(repr(choice) for choice in arguments)
+    if origin is tuple:
+        return "a list of " + _allowed_types(arguments[0])
+    if arguments and origin is not dict:
+        return " or ".join(dict.fromkeys(_allowed_types(part) for part in arguments))
+    return "None" if hint is NoneType else str((origin or hint).__name__)
 
 
 def _matches(value: Any, hint: Any) -> bool:
     origin, arguments = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return True
     if origin is Literal:
         return any(value == choice and type(value) is type(choice) for choice in arguments)
     if origin is tuple:
         return isinstance(value, tuple) and all(_matches(item, arguments[0]) for item in value)
-    if origin is dict:
-        return isinstance(value, dict)
-    if origin is os.PathLike:
-        return isinstance(value, os.PathLike)
+    if origin in (dict, os.PathLike):
+        return isinstance(value, origin)
     if arguments:  # a union
         return any(_matches(value, part) for part in arguments)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _type_problem(name: str, value: Any, hint: Any) -> str | None:
-    if _matches(value, hint):
-        return None
-    return f"{name}={value!r} is not allowed; allowed: {_allowed_types(hint)}"
+    kinds = (int, float) if hint is float else hint
+    return isinstance(value, kinds) and (hint is bool or not isinstance(value, bool))
 
 
 def _range_problems(item: dataclasses.Field[Any], value: Any) -> list[str]:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return []  # None or a word such as "auto"
-    at_least, more_than = item.metadata.get("at_least"), item.metadata.get("more_than")
-    problems = []
-    if at_least is not None and not value >= at_least:
-        problems.append(f"{item.name}={value!r} is not allowed; it must be >= {at_least:g}")
-    if more_than is not None and not value > more_than:
-        problems.append(f"{item.name}={value!r} is not allowed; it must be > {more_than:g}")
-    return problems
+    return [
+        f"{item.name}={one!r} is not allowed; it must be {sign} {item.metadata[name]:g}"
+        for one in (value if isinstance(value, tuple) else (value,))
+        for name, (sign, holds) in BOUNDS.items()
+        if name in item.metadata
+        and isinstance(one, (int, float))
+        and not holds(one, item.metadata[name])
+    ]

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
-from pymcip.configs.options import (
-    Config,
-    Source,
-    Sources,
-    option,
-    resume_problems,
-    template_problems,
-)
+from pymcip.configs.options import Config, Source, Sources, option
 from pymcip.configs.train import Method, TrainConfig
 from pymcip.errors import ConfigError
 
@@ -25,13 +18,13 @@ TextMetric = Literal[
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepConfig(Config):
-    """Options of `pymcip.sweep`. `SWEPT` names those that hold values to try."""
+class SweptOptions(Config):
+    """The options of `pymcip.sweep` that hold values to try."""
 
     method: tuple[Method, ...] = option((), "methods to try")
     threshold: tuple[float | Literal["auto"], ...] = option((), "lowest cosines to try, or auto")
     lambda_caption: tuple[float, ...] = option(
-        (), "weights of MCArcMargin to try, 0 to 1; lambda_class is the rest to 1"
+        (), "weights of MCArcMargin to try, 0 to 1; lambda_class is the rest to 1", at_most=1
     )
     margin: tuple[float, ...] = option((), "m of ArcMargin to try, radians")
     scale: tuple[float, ...] = option((), "s of ArcMargin to try")
@@ -41,6 +34,17 @@ class SweepConfig(Config):
     caption_noise: tuple[float, ...] = option((), "shares of random pseudo-captions to try")
     lr: tuple[float, ...] = option((), "learning rates of the image tower to try")
     epochs: tuple[int, ...] = option((), "passes over the training images to try")
+
+    @property
+    def axes(self) -> dict[str, tuple[Any, ...]]:
+        """The options that are swept, each with its distinct values in the order given."""
+        each = {item.name: getattr(self, item.name) for item in fields(SweptOptions)}
+        return {name: tuple(dict.fromkeys(values)) for name, values in each.items() if values}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig(SweptOptions):
+    """Options of `pymcip.sweep`."""
 
     grid: Literal["axes", "product"] = option(
         "axes", "each option alone, the others as they are; or all combinations"
@@ -56,10 +60,6 @@ class SweepConfig(Config):
     templates: tuple[str, ...] = option(
         ("a photo of a {}.", "{}"), "zero-shot prompts, with `train`; {} stands for the class name"
     )
-    alignment_data: Sources | None = option(
-        None, "other images to take the text metrics from, such as of another domain, with `train`"
-    )
-    alignment_class_names: Source | None = option(None, "TSV of class names of `alignment_data`")
     retrieval: ImageMetric = option("i2i_map", "what image search is measured by")
     alignment: tuple[TextMetric, ...] = option(
         (),
@@ -73,21 +73,10 @@ class SweepConfig(Config):
     )
     overwrite: bool = option(False, "replace what is in `out`")
 
-    SWEPT: ClassVar[tuple[str, ...]] = (
-        "method", "threshold", "lambda_caption", "margin", "scale", "caption_margin",
-        "caption_scale", "k", "caption_noise", "lr", "epochs",
-    )  # fmt: skip
-
-    @property
-    def axes(self) -> dict[str, tuple[Any, ...]]:
-        """The options that are swept, each with its distinct values in the order given."""
-        values = {name: tuple(dict.fromkeys(getattr(self, name))) for name in self.SWEPT}
-        return {name: tried for name, tried in values.items() if tried}
-
     def problems(self) -> list[str]:
-        problems = []
+        problems = super().problems()
         if not self.axes:
-            flags = ", ".join(name.replace("_", "-") for name in self.SWEPT)
+            flags = ", ".join(item.name.replace("_", "-") for item in fields(SweptOptions))
             problems.append(f"nothing is swept; give values for at least one of {flags}")
         for name, values in self.axes.items():
             for value in values:
@@ -95,22 +84,14 @@ class SweepConfig(Config):
                     TrainConfig(model="", train_data="", out="", captions="", **{name: value})
                 except ConfigError as error:
                     problems += error.problems
-        problems += [
-            f"lambda_caption={value}: a share of the two losses, at most 1"
-            for value in self.lambda_caption
-            if value > 1
-        ]
         if self.train is None:
             problems += [
                 f"{name} is for your own data: give `train` too, a JSON file of train's options"
-                for name in ("data", "class_names", "alignment_data", "alignment_class_names")
+                for name in ("data", "class_names")
                 if getattr(self, name) is not None
             ]
         elif self.smoke:
             problems.append("smoke is a size of the demo's world; it excludes `train`")
         if self.class_names is not None and self.data is None:
             problems.append("class_names are those of `data`; give `data` too")
-        if self.alignment_class_names is not None and self.alignment_data is None:
-            problems.append("alignment_class_names are those of alignment_data; give that too")
-        problems += template_problems("templates", self.templates)
-        return problems + resume_problems(self.overwrite, self.resume)
+        return problems

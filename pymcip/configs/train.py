@@ -5,20 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pymcip.configs.model import ModelOptions
-from pymcip.configs.options import (
-    Source,
-    Sources,
-    option,
-    required,
-    resume_problems,
-    template_problems,
-    threshold_problems,
-)
+from pymcip.configs.options import Source, Sources, option, required
+from pymcip.configs.stages import ModelOptions
 
 Method = Literal["gpr", "2sft", "mcip", "mcip+rea", "rea", "mcip+"]
-Projector = Literal["keep", "lock", "discard"]
-Continuation = Literal["linear", "none", "easy"]
 BUDGET = 0.02  # alignment_budget of mcip+, where no other is given
 
 
@@ -36,7 +26,7 @@ class TrainConfig(ModelOptions):
         None, "TSV label<TAB>name[<TAB>description] of val_data's classes, as for evaluate"
     )
     train_weights: tuple[float, ...] | None = option(
-        None, "one weight per source of train_data: expected share of its images per epoch"
+        None, "expected share of an epoch's images, one per source of train_data", more_than=0
     )
     class_balanced: bool = option(False, "draw classes uniformly instead of images")
 
@@ -45,8 +35,8 @@ class TrainConfig(ModelOptions):
     batch_size: int = option(64, "images per step and device", at_least=1)
     lr: float = option(1e-5, "peak learning rate of the image tower", more_than=0)
     wd: float = option(0.05, "weight decay (not on norms, biases and scalars)", at_least=0)
-    beta1: float = option(0.9, "AdamW beta1", at_least=0)
-    beta2: float = option(0.98, "AdamW beta2", at_least=0)
+    beta1: float = option(0.9, "AdamW beta1", at_least=0, below=1)
+    beta2: float = option(0.98, "AdamW beta2", at_least=0, below=1)
     eps: float = option(1e-6, "AdamW epsilon", more_than=0)
     warmup: int = option(100, "steps of linear warm-up; cosine decay to 0 follows", at_least=0)
     grad_clip_norm: float | None = option(1.0, "clip the gradient's norm; None: don't", more_than=0)
@@ -55,12 +45,11 @@ class TrainConfig(ModelOptions):
     workers: int = option(0, "decoding processes; 0 decodes in the main process", at_least=0)
     seed: int = option(0, "seed of everything random", at_least=0)
     aug_cfg: dict[str, Any] = option(
-        {},
-        "open_clip's augmentation (AugmentationCfg): scale=(0.5,1.0) use_timm=True color_jitter=0.2",
+        {}, "open_clip's AugmentationCfg: scale=(0.5,1.0) use_timm=True color_jitter=0.2"
     )
 
     # What of the image tower is trained
-    projector: Projector = option(
+    projector: Literal["keep", "lock", "discard"] = option(
         "keep", "image projector: keep (train it), lock, or discard (gpr, 2sft: drop it)"
     )
     unlock_layers: int | None = option(
@@ -73,28 +62,30 @@ class TrainConfig(ModelOptions):
     margin: float = option(0.3, "m of ArcMargin, radians", at_least=0)
     caption_scale: float = option(30.0, "s of MCArcMargin", more_than=0)
     caption_margin: float = option(0.0, "m of MCArcMargin, radians", at_least=0)
-    continuation: Continuation = option("linear", "what happens where theta + m > pi")
+    continuation: Literal["linear", "none", "easy"] = option("linear", "where theta + m > pi")
     lambda_class: float = option(0.5, "weight of ArcMargin in mcip", at_least=0)
     lambda_caption: float = option(0.5, "weight of MCArcMargin in mcip", at_least=0)
     lr_classes: float | None = option(
         None,
-        "learning rate of the class matrix; default: 10 x lr, too slow for a short run at a low lr: then "
-        "0.01 to 0.03",
+        "of the class matrix; default: 10 x lr; of a short run at a low lr: 0.01 to 0.03",
         at_least=0,
     )
     class_init: Literal["mean", "random"] = option(
         "mean", "class rows start at the class's mean embedding, or at random"
     )
-    threshold: float | Literal["auto"] = option(0.27, "lowest cosine of a pseudo-caption, or auto")
+    threshold: float | Literal["auto"] = option(
+        0.27, "lowest cosine of a pseudo-caption, or auto", at_least=-1, at_most=1
+    )
     k: int = option(10, "pseudo-captions per image, at most", at_least=1)
     caption_noise: float = option(
         0.0,
-        "share of the pseudo-captions that random ones of the corpus replace (for studies)",
+        "share of pseudo-captions that random ones replace (for studies)",
         at_least=0,
+        at_most=1,
     )
     negatives: Literal["mined", "bank"] | int = option(
         "mined",
-        "caption rows beside an image's own: mined by any image, whole bank, or a sample",
+        "caption rows beside an image's own: of all images, of the corpus, or a sample",
         at_least=1,
     )
     mine_model: str | None = option(
@@ -104,48 +95,37 @@ class TrainConfig(ModelOptions):
     cache: Source | None = option(
         None, "folder for embeddings, shared between runs; default: embeddings/ in `out`"
     )
-    loss_chunk: int = option(
-        8192, "columns of the class or caption matrix handled at a time (CPU)", at_least=1
-    )
+    loss_chunk: int = option(8192, "columns of a matrix handled at a time (CPU)", at_least=1)
     loss_delta: float = option(
         0.0,
-        "share of a row's caption softmax mass that its gradient may leave out; 0: none",
+        "share of a row's caption softmax mass that its gradient may leave out",
         at_least=0,
+        below=1,
     )
 
     # The alignment budget and its probe, and distillation
     alignment_budget: float | None = option(
         None,
         "share of its alignment, measured on the probe, that the exported model may lose; "
-        f"default: no budget; of mcip+ {BUDGET}",
+        f"0.02: 2 % at most; default: any; of mcip+ {BUDGET}",
         at_least=0,
+        at_most=1,
     )
     probe_data: Sources | None = option(
         None,
-        "images of the probe, not trained on, best with captions or labels: then right answers are "
-        "counted; default: made from training images",
+        "its images, not trained on, best with captions or labels; default: of training images",
     )
     probe_captions: Sources | None = option(
-        None,
-        "captions of the probe; default: the captions of `probe_data`, or a sample of `captions`, "
-        "which distillation leaves out",
+        None, "its captions; default: those of `probe_data`, or a sample of `captions`"
     )
     probe_class_names: Source | None = option(
         None, "TSV label<TAB>name: the probe asks for these names instead of captions"
     )
     distill: float = option(
-        0.0,
-        "weight of staying near the untrained model's distribution over captions; 0: none",
-        at_least=0,
+        0.0, "weight of staying near the untrained model's distribution over captions", at_least=0
     )
-    distill_temperature: float = option(
-        3.0,
-        "temperature of these distributions; higher: captions far from the image count more",
-        more_than=0,
-    )
-    distill_captions: int = option(
-        8192, "captions drawn from the corpus per step for it", at_least=2
-    )
+    distill_temperature: float = option(3.0, "higher: captions far away count more", more_than=0)
+    distill_captions: int = option(8192, "captions drawn per step for it", at_least=2)
     distill_data: Sources | None = option(
         None, "generic images without labels to distill on too; default: none"
     )
@@ -158,14 +138,10 @@ class TrainConfig(ModelOptions):
         None, "image-caption pairs for re-alignment; default: train_data with its pseudo-captions"
     )
     rea_k: int | None = option(
-        None,
-        "pseudo-captions per image that re-alignment shows, the nearest; default: all of them",
-        at_least=1,
+        None, "nearest pseudo-captions of an image that it shows; default: all", at_least=1
     )
     rea_class_names: Source | None = option(
-        None,
-        "TSV label<TAB>name of train_data's classes: re-alignment shows an image with its class's name "
-        "every other time",
+        None, "TSV label<TAB>name of train_data's classes, shown with the images every other time"
     )
     rea_templates: tuple[str, ...] = option(
         ("a photo of a {}.", "{}"), "prompts for these names; {} stands for the name"
@@ -176,9 +152,7 @@ class TrainConfig(ModelOptions):
     rea_warmup: int = option(50, "warm-up steps of re-alignment", at_least=0)
 
     # Checkpoints and logs
-    save_steps: int = option(
-        500, "steps between checkpoints (one is also written every epoch)", at_least=1
-    )
+    save_steps: int = option(500, "steps between checkpoints; every epoch has one", at_least=1)
     log_steps: int = option(20, "steps between lines of metrics.jsonl", at_least=1)
     resume: Literal["latest"] | None = option(None, "go on with the run in `out`")
     overwrite: bool = option(False, "replace what is in `out`")
@@ -218,54 +192,36 @@ class TrainConfig(ModelOptions):
         return self.uses_captions_for_images or (self.realigns and self.rea_data is None)
 
     def problems(self) -> list[str]:
-        problems = []
+        problems = super().problems()
         if self.needs_captions and self.captions is None:
+            pairs = (
+                "" if self.uses_captions_for_images else "; or rea_data= with image-caption pairs"
+            )
             problems.append(
-                f"method={self.method!r} needs captions=: a text file, TSV, parquet or tar shards"
-                + (
-                    ""
-                    if self.uses_captions_for_images
-                    else "; or rea_data= with image-caption pairs"
-                )
+                f"method={self.method!r} needs captions=: a text file, TSV, parquet or tar shards{pairs}"
             )
         if self.projector == "discard" and self.method not in ("gpr", "2sft"):
             problems.append(
                 f"projector='discard' is not allowed with method={self.method!r}, whose captions "
                 "live in the joint space; allowed: keep, lock; or method gpr or 2sft"
             )
-        problems += resume_problems(self.overwrite, self.resume)
-        if self.beta1 >= 1 or self.beta2 >= 1:
-            problems.append(f"beta1={self.beta1}, beta2={self.beta2}: each must be below 1")
-        problems += threshold_problems(self.threshold)
-        if self.caption_noise > 1:
-            problems.append(f"caption_noise={self.caption_noise}: a share, at most 1")
-        if self.loss_delta >= 1:
-            problems.append(f"loss_delta={self.loss_delta}: a share of a whole, below 1")
         sources = self.train_data if isinstance(self.train_data, tuple) else (self.train_data,)
         if not sources:
             problems.append("train_data is empty; give at least one source")
-        if self.train_weights is not None:
-            if len(self.train_weights) != len(sources):
-                problems.append(
-                    f"train_weights has {len(self.train_weights)} values for {len(sources)} sources "
-                    "of train_data; give one per source"
-                )
-            if any(weight <= 0 for weight in self.train_weights):
-                problems.append(f"train_weights={self.train_weights}: each must be above 0")
-        problems += self._realignment_problems()
+        if self.train_weights is not None and len(self.train_weights) != len(sources):
+            problems.append(
+                f"train_weights has {len(self.train_weights)} values for {len(sources)} sources "
+                "of train_data; give one per source"
+            )
+        if self.rea_class_names is not None and self.rea_data is not None:
+            problems.append(
+                "rea_class_names are those of train_data, and rea_data takes its place; give one of them"
+            )
         problems += self._budget_problems()
         problems += self._distillation_problems()
         if self.uses_captions_for_images and self.lambda_class + self.lambda_caption == 0:
             problems.append("lambda_class and lambda_caption are both 0; nothing would be trained")
         return problems
-
-    def _realignment_problems(self) -> list[str]:
-        problems = []
-        if self.rea_class_names is not None and self.rea_data is not None:
-            problems.append(
-                "rea_class_names are those of train_data, and rea_data takes its place; give one of them"
-            )
-        return problems + template_problems("rea_templates", self.rea_templates)
 
     def _distillation_problems(self) -> list[str]:
         problems = []
@@ -277,10 +233,10 @@ class TrainConfig(ModelOptions):
                     "distill and projector='discard' exclude each other: without the projector there "
                     "is no joint space to keep; allowed: keep, lock"
                 )
-        if self.distill == 0 and self.distill_data is not None:
-            problems.append("distill_data is for distillation; give distill too, such as 1")
-        if self.distill == 0 and self.mixtures > 0:
-            problems.append("mixtures are for distillation; give distill too, such as 1")
+        if self.distill == 0 and (self.distill_data is not None or self.mixtures > 0):
+            problems.append(
+                "distill_data and mixtures are for distillation; give distill, such as 1"
+            )
         return problems
 
     def _budget_problems(self) -> list[str]:
@@ -292,10 +248,6 @@ class TrainConfig(ModelOptions):
         if self.budget is None:
             problems += [f"{name} is for a budget; give alignment_budget too" for name in given]
             return problems
-        if self.budget > 1:
-            problems.append(
-                f"alignment_budget={self.budget}: a share, 0 to 1 (0.02: lose 2 % at most; 1: no budget)"
-            )
         if self.projector == "discard":
             problems.append(
                 "alignment_budget is not allowed with projector='discard', which gives up the joint "

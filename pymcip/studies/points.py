@@ -45,11 +45,10 @@ def study_points(
         ConfigError: a combination is not allowed, or a swept option is used by no method.
     """
     axes = config.axes
+    tried = [{name: value} for name, values in axes.items() for value in values]
     if config.grid == "product":
         products = itertools.product(*axes.values())
         tried = [dict(zip(axes, values, strict=True)) for values in products]
-    else:
-        tried = [{name: value} for name, values in axes.items() for value in values]
     points: dict[str, Point] = {}
     for settings in tried:
         point = make_point(base, settings, changes)
@@ -73,20 +72,19 @@ def make_point(base: TrainConfig, settings: dict[str, Any], changes: Changes = N
     """
     method = settings.get("method", base.method)
     own = replace(base, **{"method": method, **changes.get(method, {})})
-    config = replace(own, **_options(settings))
     used = {"method"}
-    if config.trains_images:
+    if own.trains_images:
         used |= {"margin", "scale", "lr", "epochs"}
-    if config.uses_captions_for_images:
+    if own.uses_captions_for_images:
         used |= {"lambda_caption", "caption_margin", "caption_scale"}
-    if config.needs_captions:
+    if own.needs_captions:
         used |= {"threshold", "k", "caption_noise"}
     settings = {name: value for name, value in settings.items() if name in used}
-    each = {f"{name}={value}": {name: value} for name, value in settings.items()}
-    differing = [name for name, one in each.items() if replace(own, **_options(one)) != own]
     first = None
     if method in FIRST_STAGE:
         first = make_point(base, {**settings, "method": FIRST_STAGE[method]}, changes)
+    each = {f"{name}={value}": {name: value} for name, value in settings.items()}
+    differing = [name for name, one in each.items() if replace(own, **_options(one)) != own]
     run = "_".join([method, *differing])
     return Point(settings, replace(own, **_options(settings)), run, first)
 

@@ -23,7 +23,14 @@ from pymcip.evaluation import evaluate
 from pymcip.files import prepare_output, read_json, write_json, write_text
 from pymcip.studies.plots import draw_curves, draw_front, require_matplotlib
 from pymcip.studies.points import Changes, Point, label, study_points
-from pymcip.studies.tables import KEPT, Found, Qualities, sweep_markdown, sweep_rows
+from pymcip.studies.tables import (
+    KEPT,
+    qualities,
+    sweep_markdown,
+    sweep_rows,
+    titles,
+    with_alignment,
+)
 from pymcip.training import train
 
 _log = logging.getLogger("pymcip.studies")
@@ -37,8 +44,7 @@ class SweepResult:
     `front` (Pareto-optimal), and by quality (`retrieval`, `alignment`, and each text metric that
     alignment is the mean of) its `mean` over `seeds` in percent, `deviation` (sample standard
     deviation; None for one seed), `gain` over the base and `gain_deviation`; or `error` instead.
-    `front` are the points on the Pareto front, `failed` those without a result and why. `markdown`
-    is the table for people; `seconds` the wall time of this call.
+    `failed` has the points without a result and why; `markdown` is the table for people.
     """
 
     out: Path
@@ -53,16 +59,12 @@ class SweepResult:
 def sweep(config: SweepConfig | None = None, /, **options: Any) -> SweepResult:
     """Train at every setting asked for, with every seed, and compare retrieval with alignment.
 
-    Takes the fields of `SweepConfig` as keywords, or a ready config. Retrieval is one metric of
-    image search, alignment the mean of metrics of text search, both in percent.
-
-    Writes into `out`: table.md; sweep.json (all numbers, of every seed); front.png and .svg
-    (retrieval over alignment, with the Pareto front); for each swept number by_NAME.png and .svg
-    (both over its values); and seedS/runs/, the run folders, whose checkpoints are removed when
-    they are finished. Seed s trains with the seed of `train` + s, or on the demo's world s.
-
-    A run that fails (no caption reaches the threshold; the loss diverges) is a row with its
-    message, and the sweep continues. `resume="latest"` continues a sweep that was stopped, also
+    Takes the fields of `SweepConfig` as keywords, or a ready config. Writes into `out`: table.md;
+    sweep.json (all numbers, of every seed); front.png and .svg (image search over text search, with
+    the Pareto front); for each swept number by_NAME.png and .svg (both over its values); and
+    seedS/runs/, the run folders, without checkpoints. Seed s trains with the seed of `train` + s,
+    or on the demo's world s. A run that fails (no caption reaches the threshold; the loss diverges)
+    is a row with its message, and the sweep continues. `resume="latest"` continues a sweep, also
     with other values, options or more seeds: finished runs are not trained again.
 
     Raises:
@@ -77,29 +79,22 @@ def sweep(config: SweepConfig | None = None, /, **options: Any) -> SweepResult:
     started = time.perf_counter()
     study = _study(config)
     points = study_points(config, study.base, study.changes)
-    common = {**vars(study), "train": study.base.to_dict()}
-    del common["base"]
-    if config.train is None:
-        common["train"]["model"] = "the demo's"  # wherever it is installed
-    settings = json.loads(json.dumps(common, default=str))
-    out = _prepare(config, study, settings)
+    out, settings = Path(config.out), _prepare(config, study)
     seeds = [study.base.seed + number for number in range(config.seeds)]
-    runs = len({point.run for point in points})
-    _log.info("%d points, %d runs, %d seeds", len(points), runs, len(seeds))
     try:
-        records = [_run_seed(config, seed, out) for seed in seeds]
+        records = [_run_seed(config, seed) for seed in seeds]
     except KeyboardInterrupt:
         _log.warning("interrupted; resume='latest' goes on with what is missing in %s", out)
         raise
-    axes, qualities = list(config.axes), Qualities(config, records[0]["base"])
-    table = sweep_rows(len(axes), points, records, qualities)
+    config = with_alignment(config, records[0]["base"])
+    table = sweep_rows(config, points, records)
+    markdown = sweep_markdown(config, table)
     seconds = round(time.perf_counter() - started, 1)
-    markdown = sweep_markdown(axes, table, qualities, len(seeds))
     document = {
         "swept": {name: list(values) for name, values in config.axes.items()},
         "grid": config.grid,
         "seeds": seeds,
-        "qualities": {"retrieval": [qualities.retrieval], "alignment": list(qualities.alignment)},
+        "qualities": {"retrieval": [config.retrieval], "alignment": list(config.alignment)},
         "table": table,
         "per_seed": records,
         "settings": settings,
@@ -109,14 +104,12 @@ def sweep(config: SweepConfig | None = None, /, **options: Any) -> SweepResult:
     write_text(out / "table.md", markdown)
     failed = {row["point"]: row["error"] for row in table if "error" in row}
     if len(failed) == len(points):
-        name, message = next(iter(failed.items()))
-        raise PymcipError(
-            f"none of the {len(points)} points of the sweep could be trained; {name}: {message}"
-        )
+        name, error = next(iter(failed.items()))
+        raise PymcipError(f"none of the {len(points)} points could be trained; {name}: {error}")
     done = [row for row in table if "error" not in row]
-    draw_front(done, qualities.axes, out / "front")
-    for axis in axes:
-        draw_curves(done, axis, qualities.axes, out / f"by_{axis}")
+    draw_front(done, titles(config), out / "front")
+    for axis in config.axes:
+        draw_curves(done, axis, titles(config), out / f"by_{axis}")
     front = [row["point"] for row in done if row["front"]]
     return SweepResult(out, seeds, table, front, failed, seconds, markdown)
 
@@ -126,110 +119,98 @@ class _Study:
     """What the swept options are changes of, and what the runs are measured on."""
 
     base: TrainConfig
-    evaluations: dict[str, dict[str, Any]]  # options of evaluate, by what they measure
+    evaluation: dict[str, Any]  # options of evaluate
     changes: Changes  # by method: options in place of the base's
     world: dict[str, Any]  # sizes of the demo's worlds
 
 
-def _study(config: SweepConfig, out: Path | None = None, seed: int = 0) -> _Study:
-    """The study of one seed, whose demo world is composed in `out`; without `out`, of all seeds."""
+def _study(config: SweepConfig, seed: int | None = None) -> _Study:
+    """The study of one seed, whose demo world is composed now; without a seed, of all seeds."""
+    folder = Path(config.out) / f"seed{seed}"
     if config.train is None:
         load_sprites()  # before anything is written: it says what is not installed
         recipe = SMOKE if config.smoke else Recipe()
         world, own = World(Path()), {}
-        if out is not None:
-            folder = out / f"seed{seed}"
+        if seed is not None:
             world = prepare_world(replace(recipe.world, seed=seed), folder / "world")
             own = {"seed": seed, "cache": folder / "embeddings"}
-        base, sizes = recipe.config(world, **own), {**asdict(recipe.world), "seed": None}
-        return _Study(base, {"data": world.testing}, recipe.changes(world), sizes)
+        sizes = {**asdict(recipe.world), "seed": None}
+        return _Study(recipe.config(world, **own), world.testing, recipe.changes(world), sizes)
     options = read_options(Path(config.train), "train:")
-    sources = {"data": (options.pop("val_data", None), options.pop("val_class_names", None))}
+    data, names = options.pop("val_data", None), options.pop("val_class_names", None)
     if config.data is not None:
-        sources["data"] = (config.data, config.class_names)
-    if config.alignment_data is not None:
-        sources["alignment_data"] = (config.alignment_data, config.alignment_class_names)
-    for name in ("resume", "overwrite"):
-        options.pop(name, None)
-    problems = []
-    if sources["data"][0] is None:
-        problems.append("give `data`, labelled images to measure the runs on")
+        data, names = config.data, config.class_names
+    problems = [] if data is not None else ["give `data`, labelled images to measure the runs on"]
     try:
-        base = TrainConfig.make(None, {**options, "out": ""})
+        base = TrainConfig.make(None, {**options, "out": "", "resume": None, "overwrite": False})
     except ConfigError as error:
         problems += [f"{config.train}: {problem}" for problem in error.problems]
     if problems:
         raise ConfigError(problems)
-    if out is not None:
-        base = replace(base, seed=seed, cache=base.cache or out / "embeddings")
-    common = {"workers": base.workers, "templates": config.templates}
-    evaluations = {
-        kind: {"data": tuple(data) if isinstance(data, list) else data, "class_names": names}
-        for kind, (data, names) in sources.items()
-    }
-    return _Study(base, {kind: {**own, **common} for kind, own in evaluations.items()}, {}, {})
+    if seed is not None:
+        base = replace(base, seed=seed, cache=base.cache or folder.parent / "embeddings")
+    evaluation = {"data": data, "class_names": names, "templates": config.templates}
+    return _Study(base, {**evaluation, "workers": base.workers}, {}, {})
 
 
-def _prepare(config: SweepConfig, study: _Study, settings: dict[str, Any]) -> Path:
-    """Make `out`; a sweep that is resumed must be of the same data and recipe."""
-    out = Path(config.out)
-    described = out / "config.json"
-    if config.resume and described.is_file():
+def _prepare(config: SweepConfig, study: _Study) -> dict[str, Any]:
+    """Make `out` and describe the study; one that is resumed must be the same but for its points."""
+    base, out = study.base, Path(config.out)
+    described, resume = out / "config.json", config.resume is not None
+    parts = {**asdict(study), "train": base.to_dict()}
+    del parts["base"]
+    if config.train is None:
+        parts["train"]["model"] = "the demo's"  # wherever it is installed
+    settings: dict[str, Any] = json.loads(json.dumps(parts, default=str))
+    if resume and described.is_file():
         before = read_json(described)["settings"]
         names = [
             f"{part}.{name}"
             for part, own in settings.items()
-            for name in own
-            if part in before and before[part].get(name) != own[name]
+            for name, value in own.items()
+            if before[part].get(name) != value
         ]
         if names:
             raise ConfigError(
                 f"resume='latest': the sweep in {out} has other settings ({', '.join(names)}); give "
                 "the same ones, or another folder"
             )
-    elif config.resume and out.is_dir() and any(out.iterdir()):
+    elif resume and out.is_dir() and any(out.iterdir()):
         raise ConfigError(
             f"resume='latest': {out} holds files but no config.json, so it is no sweep; give the "
             "folder of a sweep, or one that is new or empty"
         )
-    base = study.base
     inputs = (
-        *(config.train, config.data, config.class_names, config.alignment_data),
-        *(base.model, base.pretrained, base.train_data, base.captions, base.rea_data),
-        *(base.cache, config.alignment_class_names, base.mine_model, base.mine_pretrained),
+        *(config.train, config.data, config.class_names, base.model, base.pretrained, base.cache),
+        *(base.train_data, base.captions, base.rea_data, base.mine_model, base.mine_pretrained),
     )
-    resume = config.resume is not None
     prepare_output(out, overwrite=config.overwrite, resume=resume, inputs=inputs)
     write_json(described, {"sweep": config.to_dict(), "settings": settings})
-    return out
+    return settings
 
 
-def _run_seed(config: SweepConfig, seed: int, out: Path) -> dict[str, Any]:
+def _run_seed(config: SweepConfig, seed: int) -> dict[str, Any]:
     """Train and measure all points with one seed: {"seed", "base", "points": one record each}."""
-    study, folder = _study(config, out, seed), out / f"seed{seed}"
-    base_file = out / "base.json" if config.train else folder / "metrics" / "base.json"
-    found = _measured(study, study.base, base_file)
-    qualities = Qualities(config, found)
-    _log.info("seed %d: base: %s", seed, qualities.in_words(found))
-    points = study_points(config, study.base, study.changes)
+    study, folder = _study(config, seed), Path(config.out) / f"seed{seed}"
+    metrics = folder / "metrics"
+    base_file = folder.parent / "base.json" if config.train else metrics / "base.json"
+    base = _measured(study, study.base, base_file)
+    config = with_alignment(config, base)
     failed: dict[str, PymcipError] = {}
     records = []
-    for number, point in enumerate(points, start=1):
-        clock = time.perf_counter()
+    for point in study_points(config, study.base, study.changes):
         record: dict[str, Any] = {"settings": point.settings, "run": point.run}
         try:
             run = _trained(point, folder / "runs", failed)
             model = replace(point.config, model=str(run), pretrained=None)
-            file = folder / "metrics" / f"{point.run}.json"
-            record |= {"metrics": _measured(study, model, file), **_figures(run, point)}
-            text = qualities.in_words(record["metrics"])
+            record["metrics"] = _measured(study, model, metrics / f"{point.run}.json")
+            record |= _figures(run, point)
+            found: Any = qualities(config, record["metrics"])
         except PymcipError as error:
-            record["error"] = str(error)
-            text = f"failed: {error}"
-        name = f"seed {seed}, {number} of {len(points)}: {label(point.settings, 0)}"
-        _log.info("%s: %s (%.0f s)", name, text, time.perf_counter() - clock)
+            found = record["error"] = str(error)
+        _log.info("seed %d: %s: %s", seed, label(point.settings, 0), found)
         records.append(record)
-    return {"seed": seed, "base": found, "points": records}
+    return {"seed": seed, "base": base, "points": records}
 
 
 def _trained(point: Point, runs: Path, failed: dict[str, PymcipError]) -> Path:
@@ -252,14 +233,13 @@ def _trained(point: Point, runs: Path, failed: dict[str, PymcipError]) -> Path:
     return out
 
 
-def _measured(study: _Study, config: TrainConfig, file: Path) -> Found:
-    """Metrics of a config's model by what they were measured on; from `file`, if they are there."""
+def _measured(study: _Study, config: TrainConfig, file: Path) -> dict[str, float]:
+    """Metrics of a config's model; from `file`, if they are there."""
     if not file.is_file():
         names = ("model", "pretrained", "image_size", "device", "precision")
         model = {name: getattr(config, name) for name in names}
-        each = study.evaluations.items()
-        write_json(file, {kind: evaluate(**model, **own).metrics for kind, own in each})
-    found: Found = read_json(file)
+        write_json(file, evaluate(**model, **study.evaluation).metrics)
+    found: dict[str, float] = read_json(file)
     return found
 
 
