@@ -41,7 +41,7 @@ FLOORS = {
     "models": "model.depthwise model.clip model.towers model.loading model environment",
     "data": """data.decode data.shards data.sources data.captions data.stores data.images
         data.class_names data.index data.loading data""",
-    "embedding": "embedding.folder embedding.parts embedding.write embedding.cache embedding exporting",
+    "embedding": "embedding.folder embedding.write embedding.cache embedding exporting",
     "mining": """mining.table mining.search mining.threshold mining.blocks mining.report mining.mine
         mining""",
     "metrics": "metrics.inputs metrics.rankings metrics.neighbours metrics.text metrics",

@@ -1,4 +1,4 @@
-"""A folder of embeddings that runs share: what is in it is not embedded again."""
+"""The embeddings that runs share."""
 
 from __future__ import annotations
 
@@ -24,10 +24,8 @@ class EmbeddingCache:
     def __init__(
         self, clip: ClipModel, folder: Source, *, batch_size: int = 64, workers: int = 0
     ) -> None:
-        self.clip = clip
-        self.folder = Path(folder)
-        self.batch_size = batch_size
-        self.workers = workers
+        self.clip, self.folder = clip, Path(folder)
+        self.batch_size, self.workers = batch_size, workers
         self._fingerprints: dict[str, str] = {}
 
     def images(self, data: ImageData) -> EmbeddingFolder:
@@ -35,7 +33,7 @@ class EmbeddingCache:
         return embed_images(
             self.clip,
             data,
-            self._folder("images", "image", data),
+            self._folder("image", data),
             batch_size=self.batch_size,
             part_size=CACHE_PART_SIZE,
             workers=self.workers,
@@ -47,17 +45,15 @@ class EmbeddingCache:
         return embed_captions(
             self.clip,
             captions,
-            self._folder("captions", "text", captions),
+            self._folder("text", captions),
             batch_size=CAPTIONS_PER_IMAGE * self.batch_size,
             part_size=CACHE_PART_SIZE,
             fingerprint_of_model=self._fingerprint("text"),
         )
 
-    def _folder(self, name: str, part: str, data: ImageData | Captions) -> Path:
-        return (
-            self.folder
-            / f"{name}-{fingerprint([self._fingerprint(part), data.fingerprint()])[:16]}"
-        )
+    def _folder(self, part: str, data: ImageData | Captions) -> Path:
+        made_from = fingerprint([self._fingerprint(part), data.fingerprint()])
+        return self.folder / f"{'images' if part == 'image' else 'captions'}-{made_from[:16]}"
 
     def _fingerprint(self, part: str) -> str:
         if part not in self._fingerprints:

@@ -1,4 +1,4 @@
-"""An embedding folder on disk, opened for reading: ours, or one that clip-retrieval wrote.
+"""An embedding folder on disk.
 
     img_emb/img_emb_0.npy            float16 [n, D], unit rows
     metadata/metadata_0.parquet      index, image_path, label, caption: one line per row of img_emb
@@ -154,8 +154,7 @@ class EmbeddingFolder:
         table = self.metadata("text")
         if "caption" not in table.column_names:
             raise DataError(f"{self.path}: the metadata has no column caption, only {table.schema}")
-        texts: list[str] = table["caption"].to_pylist()
-        return texts
+        return list(table["caption"].to_pylist())
 
     @property
     def skipped(self) -> list[dict[str, Any]]:

@@ -1,7 +1,9 @@
 """Embed images and captions into a folder laid out as clip-retrieval's; see `embedding.folder`.
 
 `embed` is the stage with its options; `embed_images` and `embed_captions` take a loaded model and
-indexed data. Both write part by part, and keep complete parts that are there.
+indexed data. A part is complete or absent: its metadata file is renamed into place last. An
+interrupted run is continued with the parts that are missing; a folder of another model, transform
+or data is refused.
 """
 
 from __future__ import annotations
@@ -9,26 +11,31 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet
 
 from pymcip.configs import EmbedConfig, Source
 from pymcip.data import Captions, ImageData, load_captions, load_images
 from pymcip.data.loading import Skipped, iterate_batches
 from pymcip.data.sources import some
-from pymcip.embedding.folder import METADATA, EmbeddingFolder, Matrix
-from pymcip.embedding.parts import Part, write_parts
-from pymcip.errors import DataError
-from pymcip.files import prepare_output
+from pymcip.embedding.folder import METADATA, WHAT, EmbeddingFolder, Kind, Matrix, replace_skipped
+from pymcip.errors import DataError, StaleEmbeddingsError
+from pymcip.files import atomic_path, prepare_output, read_json, write_json
 from pymcip.model import ClipModel, load_configured
+from pymcip.progress import progress
 
 PART_SIZE = 100_000
 CAPTIONS_PER_IMAGE = 4  # captions per forward pass, in multiples of the images' batch size
 
 _log = logging.getLogger("pymcip.embedding")
+# Of a part: unit rows float16 [n, D], their metadata, and the images that have no row.
+Part: TypeAlias = tuple[Matrix, pa.Table, list[Skipped]]
+# From the indices of a part (int64, ascending) and a callback for the number of items done.
+MakePart: TypeAlias = Callable[[npt.NDArray[np.int64], Callable[[int], Any]], Part]
 
 
 def embed(config: EmbedConfig | None = None, /, **options: Any) -> EmbeddingFolder:
@@ -57,23 +64,14 @@ def embed(config: EmbedConfig | None = None, /, **options: Any) -> EmbeddingFold
         resume=ours and not config.overwrite,
         inputs=(config.model, config.pretrained, config.images, config.captions),
     )
+    size, part_size = config.batch_size, config.part_size
     if images is not None:
         embed_images(
-            clip,
-            images,
-            out,
-            batch_size=config.batch_size,
-            part_size=config.part_size,
-            workers=config.workers,
+            clip, images, out, batch_size=size, part_size=part_size, workers=config.workers
         )
     if captions is not None:
-        embed_captions(
-            clip,
-            captions,
-            out,
-            batch_size=CAPTIONS_PER_IMAGE * config.batch_size,
-            part_size=config.part_size,
-        )
+        size *= CAPTIONS_PER_IMAGE
+        embed_captions(clip, captions, out, batch_size=size, part_size=part_size)
     return EmbeddingFolder(out)
 
 
@@ -102,14 +100,6 @@ def embed_images(
         DataError: not one image can be decoded, or an embedding is not finite.
         StaleEmbeddingsError: the folder was made from another model, transform or data.
     """
-    folder = Path(out)
-    made_from = {
-        "model": clip.name,
-        "model_fingerprint": fingerprint_of_model or clip.fingerprint("image"),
-        "precision": clip.precision,
-        "transform": clip.transform,
-        "data": data.fingerprint(),
-    }
 
     def make_part(indices: npt.NDArray[np.int64], advance: Callable[[int], Any]) -> Part:
         vectors = np.empty((len(indices), clip.embed_dim), np.float16)
@@ -125,24 +115,26 @@ def embed_images(
                 rows += batch.indices.tolist()
             skipped += batch.skipped
             advance(len(batch.indices) + len(batch.skipped))
-        return Part(vectors[: len(rows)], _image_metadata(data, rows), skipped)
+        labels = [data.class_names[label] if label >= 0 else None for label in data.labels[rows]]
+        described = {
+            "index": pa.array(rows, pa.int64()),
+            "image_path": pa.array([data.key(row) for row in rows], pa.string()),
+            "label": pa.array(labels, pa.string()),
+            "caption": pa.array([next(iter(data.titles(row)), None) for row in rows], pa.string()),
+        }
+        return vectors[: len(rows)], pa.table(described), skipped
 
-    opened = write_parts(folder, "img", made_from, len(data), part_size, make_part)
-    skipped = opened.skipped
+    folder = _write_parts("img", clip, data, Path(out), part_size, make_part, fingerprint_of_model)
+    skipped, listed = folder.skipped, folder.path / "skipped.tsv"
     if len(skipped) == len(data):
-        raise DataError(
-            f"not one of {len(data)} images can be decoded: "
-            f"{some((item['reason'] for item in skipped[:6]), len(skipped))}. See "
-            f"{folder / 'skipped.tsv'}"
-        )
+        reasons = some((item["reason"] for item in skipped[:6]), len(skipped))
+        raise DataError(f"not one of {len(data)} images can be decoded: {reasons}. See {listed}")
     if skipped:
         _log.warning(
             "%d of %d images can't be decoded and are left out; they are listed in %s",
-            len(skipped),
-            len(data),
-            folder / "skipped.tsv",
-        )
-    return opened
+            len(skipped), len(data), listed,
+        )  # fmt: skip
+    return folder
 
 
 def embed_captions(
@@ -154,12 +146,12 @@ def embed_captions(
     part_size: int = PART_SIZE,
     fingerprint_of_model: str | None = None,
 ) -> EmbeddingFolder:
-    """Embed all captions; complete parts that are in the folder already are kept.
+    """Embed all captions.
 
     Args:
         clip: the model.
         captions: N texts.
-        out: the folder.
+        out: the folder; complete parts in it are kept.
         batch_size: captions per forward pass.
         part_size: captions per part file.
         fingerprint_of_model: `clip.fingerprint("text")`, if the caller has computed it already.
@@ -168,14 +160,6 @@ def embed_captions(
         DataError: an embedding is not finite.
         StaleEmbeddingsError: the folder was made from another model, tokenizer or corpus.
     """
-    folder = Path(out)
-    made_from = {
-        "model": clip.name,
-        "model_fingerprint": fingerprint_of_model or clip.fingerprint("text"),
-        "precision": clip.precision,
-        "transform": type(clip.tokenizer).__name__,
-        "data": captions.fingerprint(),
-    }
 
     def make_part(indices: npt.NDArray[np.int64], advance: Callable[[int], Any]) -> Part:
         texts = captions.slice(int(indices[0]), int(indices[-1]) + 1)
@@ -187,9 +171,11 @@ def embed_captions(
             vectors[start : start + len(chunk)] = features
             advance(len(chunk))
         metadata = pa.table({"index": indices, "caption": pa.array(texts, pa.string())})
-        return Part(vectors, metadata, [])
+        return vectors, metadata, []
 
-    return write_parts(folder, "text", made_from, len(captions), part_size, make_part)
+    return _write_parts(
+        "text", clip, captions, Path(out), part_size, make_part, fingerprint_of_model
+    )
 
 
 def _check_finite(features: Matrix, describe: Callable[[int], str]) -> None:
@@ -202,15 +188,94 @@ def _check_finite(features: Matrix, describe: Callable[[int], str]) -> None:
         )
 
 
-def _image_metadata(data: ImageData, rows: list[int]) -> pa.Table:
-    labels = data.labels[np.array(rows, np.int64)]
-    return pa.table(
-        {
-            "index": pa.array(rows, pa.int64()),
-            "image_path": pa.array([data.key(row) for row in rows], pa.string()),
-            "label": pa.array(
-                [data.class_names[label] if label >= 0 else None for label in labels], pa.string()
-            ),
-            "caption": pa.array([next(iter(data.titles(row)), None) for row in rows], pa.string()),
-        }
-    )
+def _write_parts(
+    kind: Kind,
+    clip: ClipModel,
+    data: ImageData | Captions,
+    folder: Path,
+    part_size: int,
+    make_part: MakePart,
+    fingerprint_of_model: str | None,
+) -> EmbeddingFolder:
+    """Make and write the parts that are missing: indices p * part_size and up form part p."""
+    total, parts = len(data), -(-len(data) // part_size)
+    part_of_model = "image" if kind == "img" else "text"
+    made_from = {
+        "model": clip.name,
+        "model_fingerprint": fingerprint_of_model or clip.fingerprint(part_of_model),
+        "precision": clip.precision,
+        "transform": clip.transform if kind == "img" else type(clip.tokenizer).__name__,
+        "data": data.fingerprint(),
+        "part_size": part_size,
+        "rows": total,
+        "parts": parts,
+    }
+    _check_fresh(folder, kind, made_from)
+    names = [f"{number:0{len(str(parts - 1))}}" for number in range(parts)]
+    files = [
+        (
+            folder / f"{kind}_emb" / f"{kind}_emb_{name}.npy",
+            folder / METADATA[kind] / f"metadata_{name}.parquet",
+        )
+        for name in names
+    ]
+    missing = [p for p in range(parts) if not all(file.is_file() for file in files[p])]
+    with progress(
+        total=total,
+        initial=missing[0] * part_size if missing else total,
+        description=f"embedding {WHAT[kind]}",
+        unit=WHAT[kind][:-1],
+    ) as bar:
+        for number in missing:
+            indices = np.arange(number * part_size, min(total, (number + 1) * part_size))
+            vectors, metadata, skipped = make_part(indices, bar.update)
+            with atomic_path(files[number][0]) as temporary, temporary.open("wb") as handle:
+                np.save(handle, vectors)
+            if kind == "img":
+                replace_skipped(folder, int(indices[0]), int(indices[-1]), skipped)
+            with atomic_path(files[number][1]) as temporary:
+                pa.parquet.write_table(metadata, temporary)
+    return EmbeddingFolder(folder)
+
+
+def _check_fresh(folder: Path, kind: Kind, made_from: dict[str, Any]) -> None:
+    """Write the fingerprint of a new folder; compare it with the one that is there."""
+    path = folder / f"{kind}_fingerprint.json"
+    if not path.is_file():
+        if any((folder / f"{kind}_emb").glob("*.npy")):
+            raise StaleEmbeddingsError(
+                f"{folder}/{kind}_emb holds embeddings without {path.name}: what they were made "
+                "from is not known. Embed into another folder, or give overwrite=True"
+            )
+        write_json(path, made_from)
+        return
+    stored = read_json(path)
+    names = {
+        "model_fingerprint": "model",
+        "precision": "precision",
+        "transform": "transform" if kind == "img" else "tokenizer",
+        "data": WHAT[kind],
+        "part_size": "part_size",
+    }
+    differing = [name for name in names if stored.get(name) != made_from[name]]
+    same_name = stored.get("model") == made_from["model"]
+    if same_name and ("transform" in differing or "precision" in differing):
+        differing.remove("model_fingerprint")  # it covers transform and precision, which differ
+    if differing:
+        shown = "; ".join(
+            f"{names[name]}: {_shown(stored, name)}, now {_shown(made_from, name)}"
+            for name in differing
+        )
+        raise StaleEmbeddingsError(
+            f"{folder}/{kind}_emb was made with another {', '.join(names[n] for n in differing)} "
+            f"({shown}). Embed into another folder, or give overwrite=True to replace this one"
+        )
+
+
+def _shown(made_from: dict[str, Any], name: str) -> str:
+    value = str(made_from.get(name))
+    if name == "model_fingerprint":
+        return f"{made_from.get('model')} [{value[:8]}]"
+    if name == "data":
+        return f"{made_from.get('rows')} rows [{value[:8]}]"
+    return " ".join(value.split())

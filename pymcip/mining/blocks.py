@@ -56,13 +56,10 @@ def mine_blocks(
             if file is not None and done:
                 found.append(_present(*_read_block(file, last - first, k)))
                 continue
-            work, counted = (last - first) * captions, 0
+            start, work = bar.n, (last - first) * captions
 
             def report(done: int, total: int) -> None:
-                nonlocal counted
-                now = work * done // max(1, total)  # noqa: B023
-                bar.update(now - counted)
-                counted = now
+                bar.update(start + work * done // max(1, total) - bar.n)  # noqa: B023
 
             ids, cosines = search(images[first:last], report)
             report(1, 1)

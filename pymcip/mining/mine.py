@@ -101,18 +101,10 @@ def mine_captions(config: MineConfig | None = None, /, **options: Any) -> MineRe
         shutil.rmtree(blocks, ignore_errors=True)  # of a run that was killed while removing them
         report = read_json(out / "report.json")
         return MineResult(CaptionTable.load(out), report["threshold"], report, out)
+    names = ("k", "threshold", "recall", "index", "backend", "threads", "seed")
+    chosen: dict[str, Any] = {name: getattr(config, name) for name in names}
     table, report = mine_table(
-        image_parts,
-        caption_parts,
-        k=config.k,
-        threshold=config.threshold,
-        recall=config.recall,
-        index=config.index,
-        backend=config.backend,
-        threads=config.threads,
-        seed=config.seed,
-        blocks=blocks,
-        block_rows=block_rows,
+        image_parts, caption_parts, **chosen, blocks=blocks, block_rows=block_rows
     )
     table.save(out)
     write_text(out / "sample.tsv", sample_lines(table, images, captions, config.seed))
@@ -144,15 +136,14 @@ def mine_table(
         threshold: lowest cosine, inclusive, compared in fp32; or "auto", see `auto_threshold`.
         recall: share of the pairs to find. 1: all, by exact search; less: about this share, by an
             approximate index (faiss).
-        index: folder of the approximate index, which is built there if there is none; default: in
-            `blocks`.
+        index: folder of the approximate index, which is built if there is none; default: in `blocks`.
         backend: of the op; see `pymcip.ops.explain("topk")`.
         threads: CPU threads; default: torch's number.
         seed: of the samples of random pairs and of images, and of the index.
         blocks: folder that keeps finished blocks of images, for a run that is started again with
             the same arguments; None keeps nothing.
         block_rows: images per block, at most; default: see `images_per_block`. The result doesn't
-            depend on it. Blocks of another size than those in `blocks` are ignored.
+            depend on it.
 
     Returns:
         The table of N images, and a report: `images`, `captions`, `k`, `threshold`,
@@ -173,27 +164,19 @@ def mine_table(
         _log.warning(
             "threshold %.3f is not above the median cosine of random pairs (%.3f): most captions "
             "pass it whether they fit or not; threshold='auto' would take %.3f",
-            lowest,
-            random_pairs.median,
-            random_pairs.value,
-        )
+            lowest, random_pairs.median, random_pairs.value,
+        )  # fmt: skip
     images, captions = MatrixParts(image_parts), MatrixParts(caption_parts)
     measured: dict[str, Any] = {"recall": 1.0}
     if recall < 1:
         folder = Path(index) if index is not None else None if blocks is None else blocks / "index"
         search, measured = approximate_search(
-            captions,
-            k,
-            lowest,
-            recall=recall,
-            sampled=sample_rows(images, 2 * RECALL_ROWS, np.random.default_rng(seed)),
-            population=len(images),
-            folder=folder,
+            captions, k, lowest,
+            recall=recall, sampled=sample_rows(images, 2 * RECALL_ROWS, np.random.default_rng(seed)),
+            population=len(images), folder=folder,
             measured_file=None if blocks is None else blocks / "approximate.json",
-            backend=backend,
-            threads=threads,
-            seed=seed,
-        )
+            backend=backend, threads=threads, seed=seed,
+        )  # fmt: skip
     else:
         search = exact_search(captions, k, lowest, backend=backend, threads=threads)
     rows = block_rows or _block_rows(k, caption_parts, backend)
@@ -206,11 +189,8 @@ def mine_table(
     counts = table.counts()
     _log.info(
         "%d of %d images have captions with a cosine of at least %.3f: %.1f each",
-        int((counts > 0).sum()),
-        len(table),
-        lowest,
-        counts[counts > 0].mean(),
-    )
+        int((counts > 0).sum()), len(table), lowest, counts[counts > 0].mean(),
+    )  # fmt: skip
     return table, report
 
 
@@ -234,10 +214,9 @@ def _block_rows(k: int, caption_parts: Sequence[Matrix], backend: str) -> int:
 def _check_settings(out: Path, stored: dict[str, Any], settings: dict[str, Any]) -> None:
     differing = [name for name in settings if stored.get(name) != settings[name]]
     if differing:
+        long = ("images", "captions")
         shown = ", ".join(
-            name
-            if name in ("images", "captions")
-            else f"{name} ({stored.get(name)}, now {settings[name]})"
+            name if name in long else f"{name} ({stored.get(name)}, now {settings[name]})"
             for name in differing
         )
         raise StaleEmbeddingsError(

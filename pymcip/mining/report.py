@@ -23,7 +23,8 @@ def describe_table(
     """The report of `mine_table`, but for `recall` and `approximate`, as plain values."""
     first = int(np.floor(float(table.cosines.min()) / HISTOGRAM_WIDTH))
     bins = np.floor(table.cosines.astype(np.float64) / HISTOGRAM_WIDTH).astype(np.int64) - first
-    numbers = np.bincount(bins)
+    counts = np.bincount(bins)
+    edges = [round((first + number) * HISTOGRAM_WIDTH, 2) for number in range(len(counts) + 1)]
     return {
         "images": len(table),
         "captions": table.num_captions,
@@ -39,12 +40,8 @@ def describe_table(
             "mean": float(table.cosines.mean(dtype=np.float64)),
             "highest": float(table.cosines.max()),
             "histogram": [
-                {
-                    "from": round((first + number) * HISTOGRAM_WIDTH, 2),
-                    "to": round((first + number + 1) * HISTOGRAM_WIDTH, 2),
-                    "count": int(count),
-                }
-                for number, count in enumerate(numbers)
+                {"from": edges[number], "to": edges[number + 1], "count": int(count)}
+                for number, count in enumerate(counts)
             ],
         },
     }

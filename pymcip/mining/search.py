@@ -16,7 +16,7 @@ from pymcip.embedding import Matrix
 from pymcip.files import read_json, write_json
 from pymcip.mining.table import Float32, Int64
 from pymcip.ops import ApproximateIndex, topk
-from pymcip.ops.arrays import MatrixParts, Progress, dtype_name
+from pymcip.ops.arrays import MatrixParts, Progress, as_numpy, dtype_name
 from pymcip.ops.dispatch import backends
 from pymcip.ops.topk_cpu import pass_queries
 from pymcip.progress import progress
@@ -72,7 +72,7 @@ def exact_search(
             queries, captions.parts, k, threshold,
             backend=backend, threads=threads, progress=report,
         )  # fmt: skip
-        return np.asarray(_on_host(ids)), np.asarray(_on_host(cosines))
+        return as_numpy(ids), as_numpy(cosines)
 
     return search
 
@@ -98,21 +98,28 @@ def approximate_search(
 
     Args:
         captions: unit rows [M, D].
-        k: captions per image, at most.
-        threshold: lowest cosine, inclusive.
-        recall: share of the pairs to find, below 1.
+        k, threshold, recall, threads, seed: as of `mine_table`.
         sampled: images [n, D] that recall is measured on.
         population: how many images there are in all.
         folder: of the index, which is built there if there is none; None keeps nothing.
         measured_file: JSON file of what was measured; None keeps nothing.
-        backend, threads: of the exact search that recall is compared with.
-        seed: of the index and of the sample.
+        backend: of the exact search that recall is compared with.
 
     Returns:
         The search; and `asked`, `recall`, `recall_error`, `recall_interval`, `recall_images`,
         `nprobe`, `lists`, `candidates`, as `mine_table` reports them.
     """
-    index = _open_index(folder, captions, seed, threads)
+    if folder is not None and (folder / "index.json").is_file():
+        index = ApproximateIndex.load(folder)
+    else:
+        index = _with_bar(
+            "building the index",
+            lambda report: ApproximateIndex.build(
+                captions.parts, seed=seed, threads=threads, progress=report
+            ),
+        )
+        if folder is not None:
+            index.save(folder)
     if measured_file is not None and measured_file.is_file():
         measured = read_json(measured_file)
     else:
@@ -146,13 +153,9 @@ def approximate_search(
         _log.info(
             "approximate search: recall %.3f (95 %% interval %.3f to %.3f, measured on %d images; "
             "%.3f was asked for), %d of %d lists",
-            measured["recall"],
-            *measured["recall_interval"],
-            measured["recall_images"],
-            recall,
-            measured["nprobe"],
-            measured["lists"],
-        )
+            measured["recall"], *measured["recall_interval"], measured["recall_images"], recall,
+            measured["nprobe"], measured["lists"],
+        )  # fmt: skip
 
     def search(images: Matrix, report: Progress) -> tuple[Int64, Float32]:
         found = index.search(
@@ -165,22 +168,6 @@ def approximate_search(
     return search, measured
 
 
-def _open_index(
-    folder: Path | None, captions: MatrixParts, seed: int, threads: int | None
-) -> ApproximateIndex:
-    if folder is not None and (folder / "index.json").is_file():
-        return ApproximateIndex.load(folder)
-    index: ApproximateIndex = _with_bar(
-        "building the index",
-        lambda report: ApproximateIndex.build(
-            captions.parts, seed=seed, threads=threads, progress=report
-        ),
-    )
-    if folder is not None:
-        index.save(folder)
-    return index
-
-
 def _with_bar(description: str, work: Callable[[Progress], Any]) -> Any:
     """What `work` returns; its argument moves a progress bar."""
     with progress(total=0, description=description, unit="row", unit_scale=True) as bar:
@@ -190,7 +177,3 @@ def _with_bar(description: str, work: Callable[[Progress], Any]) -> Any:
             bar.update(done - bar.n)
 
         return work(report)
-
-
-def _on_host(values: Any) -> Any:
-    return values.cpu() if isinstance(values, torch.Tensor) else values

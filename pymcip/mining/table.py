@@ -80,15 +80,12 @@ class CaptionTable(CaptionLists):
 
     def save(self, folder: Source) -> None:
         """Write caption_table.npz, and caption_table.parquet (image, caption, cosine)."""
+        images = np.repeat(np.arange(len(self)), self.counts())
+        pairs = pa.table({"image": images, "caption": self.ids, "cosine": self.cosines})
         with atomic_path(Path(folder) / f"{TABLE}.parquet") as temporary:
-            images = np.repeat(np.arange(len(self)), self.counts())
-            pa.parquet.write_table(
-                pa.table({"image": images, "caption": self.ids, "cosine": self.cosines}), temporary
-            )
-        with (
-            atomic_path(Path(folder) / f"{TABLE}.npz") as temporary,
-            temporary.open("wb") as handle,
-        ):
+            pa.parquet.write_table(pairs, temporary)
+        file = Path(folder) / f"{TABLE}.npz"
+        with atomic_path(file) as temporary, temporary.open("wb") as handle:
             np.savez(handle, **asdict(self))
 
     @classmethod
@@ -103,9 +100,8 @@ class CaptionTable(CaptionLists):
             file = file / f"{TABLE}.npz"
         try:
             with np.load(file, allow_pickle=False) as arrays:
-                table = cls(
-                    arrays["indptr"], arrays["ids"], arrays["cosines"], int(arrays["num_captions"])
-                )
+                values = {name: arrays[name] for name in ("indptr", "ids", "cosines")}
+                table = cls(**values, num_captions=int(arrays["num_captions"]))
         except (OSError, KeyError, ValueError, EOFError) as error:
             raise DataError(
                 f"{file} can't be read as a caption table: {error}. Mine it again with "

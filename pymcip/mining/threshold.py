@@ -64,15 +64,9 @@ def auto_threshold(
     median = float(np.median(cosines))
     spread = 1.4826 * float(np.median(np.abs(cosines - median)))
     value = min(1.0, median + SPREADS * spread)
-    return AutoThreshold(
-        value=value,
-        median=median,
-        spread=spread,
-        mean=float(cosines.mean()),
-        deviation=float(cosines.std()),
-        above=float((cosines >= value).mean()),
-        pairs=len(cosines),
-    )
+    above = float((cosines >= value).mean())
+    mean, deviation = float(cosines.mean()), float(cosines.std())
+    return AutoThreshold(value, median, spread, mean, deviation, above, len(cosines))
 
 
 def sample_rows(matrix: MatrixParts, count: int, generator: np.random.Generator) -> Float32:

@@ -101,20 +101,19 @@ class ClipModel:
         `part`: "image" (image tower + transform), "text" (text tower + tokenizer) or "model".
         """
         state = self.model.state_dict()
-        if part == "image":
-            state = {name: value for name, value in state.items() if name.startswith("visual.")}
-        elif part == "text":
-            state = {name: value for name, value in state.items() if not name.startswith("visual.")}
+        if part != "model":
+            of_image = part == "image"
+            state = {n: value for n, value in state.items() if n.startswith("visual.") == of_image}
         described: dict[str, Any] = {
             "weights": weights_fingerprint(state),
             "precision": self.precision,
+            "quick_gelu": bool(self.model_cfg.get("quick_gelu", False)),
         }
         if part != "text":
             described["vision"] = self.model_cfg["vision_cfg"]
             described["transform"] = self.transform
         if part != "image":
             described["text"] = self.model_cfg["text_cfg"]
-        described["quick_gelu"] = bool(self.model_cfg.get("quick_gelu", False))
         return fingerprint(json.loads(json.dumps(described, default=str)))
 
 
@@ -151,6 +150,5 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
     state = {}
     for name, value in model.state_dict().items():
         dtype = torch.float32 if value.is_floating_point() else value.dtype
-        plain = torch.empty(value.shape, dtype=dtype)
-        state[name] = plain.copy_(value.detach())
+        state[name] = torch.empty(value.shape, dtype=dtype).copy_(value)
     return state

@@ -82,24 +82,22 @@ def _check_source(name: str, pretrained: str | None) -> bool:
             f"hf-hub:…, local-dir:…, a run folder, or a name such as {', '.join(close or ['ViT-B-32'])}"
         )
     tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained == "random":
+        return False
     if pretrained is None:
         raise ConfigError(
             f"model={name!r} without pretrained= would start from random weights; give a tag "
             f"({', '.join(tags) or 'there is none for this model'}), a checkpoint's path, or "
             "pretrained='random' if that is meant"
         )
-    if pretrained != "random" and Path(pretrained).is_file():
+    if Path(pretrained).is_file():
         quick = f"{name}-quickgelu"
         if quick in open_clip.list_models():
             _log.warning(
                 "%s is loaded into %s, which has GELU; weights that descend from OpenAI's need "
                 "QuickGELU, which can't be seen in a file: model=%r",
-                pretrained,
-                name,
-                quick,
-            )
-        return False
-    if pretrained == "random":
+                pretrained, name, quick,
+            )  # fmt: skip
         return False
     tag = open_clip.get_pretrained_cfg(name, pretrained)
     if not tag:
@@ -139,7 +137,7 @@ def load(
         CheckpointError: the checkpoint is damaged or of another model.
     """
     name = _resolve_name(model)
-    _check_augmentation(aug_cfg)
+    _check_augmentation(aug_cfg or {})
     chosen = _device(device)
     try:
         quick_gelu = _check_source(name, pretrained)
@@ -160,9 +158,10 @@ def load(
     except ConfigError:
         raise
     except Exception as error:  # open_clip, torch, pickle, safetensors, the hub: no common base
+        told = str(error) if len(str(error)) <= 600 else f"{str(error)[:600]} […]"
         raise CheckpointError(
             f"open_clip can't load model={model!r}, pretrained={pretrained!r}: "
-            f"{type(error).__name__}: {_short(error)}\nWeights must be an undamaged plain state "
+            f"{type(error).__name__}: {told}\nWeights must be an undamaged plain state "
             "dict of just this architecture; check that the name and the file belong together."
         ) from error
     module.eval()
@@ -180,50 +179,31 @@ def load(
     if is_convolutional(module):
         module.visual.to(memory_format=torch.channels_last)
     return ClipModel(
-        name=name,
-        model=module,
-        preprocess_train=preprocess_train,
-        preprocess_val=preprocess_val,
-        tokenizer=tokenizer,
-        model_cfg=config,
-        preprocess_cfg=dict(module.visual.preprocess_cfg),
-        device=chosen,
-        precision=precision,
-    )
+        name, module, preprocess_train, preprocess_val, tokenizer,
+        model_cfg=config, preprocess_cfg=dict(module.visual.preprocess_cfg),
+        device=chosen, precision=precision,
+    )  # fmt: skip
 
 
 def load_configured(config: ModelOptions, aug_cfg: dict[str, Any] | None = None) -> ClipModel:
     """Load the model that a stage's config names; raises what `load` raises."""
-    return load(
-        config.model,
-        config.pretrained,
-        image_size=config.image_size,
-        device=config.device,
-        precision=config.precision,
-        aug_cfg=aug_cfg,
-    )
+    names = ("model", "pretrained", "image_size", "device", "precision")
+    return load(**{name: getattr(config, name) for name in names}, aug_cfg=aug_cfg)
 
 
-def _short(error: BaseException, limit: int = 600) -> str:
-    text = str(error)
-    return text if len(text) <= limit else text[:limit] + " […]"
-
-
-def _check_augmentation(aug_cfg: dict[str, Any] | None) -> None:
+def _check_augmentation(aug_cfg: dict[str, Any]) -> None:
     allowed = {item.name for item in dataclasses.fields(open_clip.AugmentationCfg)}
-    unknown = sorted(set(aug_cfg or {}) - allowed)
+    unknown = sorted(set(aug_cfg) - allowed)
     if unknown:
         raise ConfigError(
             f"aug_cfg has unknown keys {unknown}; allowed (open_clip's AugmentationCfg): "
             f"{', '.join(sorted(allowed))}"
         )
     # without timm, open_clip takes these in with no more than a warning and does not apply them
-    ignored: list[str] = [
-        name for name in ("ratio", "re_prob", "re_count") if name in (aug_cfg or {})
-    ]
-    if aug_cfg and "color_jitter" in aug_cfg and not aug_cfg.get("color_jitter_prob"):
+    ignored: list[str] = [name for name in ("ratio", "re_prob", "re_count") if name in aug_cfg]
+    if "color_jitter" in aug_cfg and not aug_cfg.get("color_jitter_prob"):
         ignored.append("color_jitter")
-    if aug_cfg and ignored and not aug_cfg.get("use_timm"):
+    if ignored and not aug_cfg.get("use_timm"):
         raise ConfigError(
             f"aug_cfg: open_clip applies {', '.join(ignored)} only with use_timm=True; add it"
             + (", or color_jitter_prob" if "color_jitter" in ignored else "")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pymcip.errors import ConfigError
@@ -53,10 +54,8 @@ def unlock_image_tower(clip: ClipModel, *, projector: str, unlock_layers: int | 
         ConfigError: this image tower does not allow it, or nothing would be trained.
     """
     model = clip.model
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for _, parameter in image_parameters(model):
-        parameter.requires_grad_(True)
+    model.requires_grad_(False)
+    model.visual.requires_grad_(True)  # type: ignore[union-attr,operator]
     if unlock_layers is not None:
         try:
             model.visual.lock(unlocked_groups=unlock_layers)  # type: ignore[union-attr,operator]
@@ -83,13 +82,11 @@ def unlock_image_tower(clip: ClipModel, *, projector: str, unlock_layers: int | 
 def image_tower_to_train_mode(model: nn.Module, freeze_bn_stats: bool) -> None:
     """Train mode for the image tower; batch norms that are locked keep their statistics."""
     model.eval()
-    visual = model.visual
-    visual.train()  # type: ignore[union-attr,operator]
-    for layer in visual.modules():  # type: ignore[union-attr,operator]
-        if isinstance(layer, _BatchNorm):
-            locked = layer.weight is not None and not layer.weight.requires_grad
-            if freeze_bn_stats or locked:
-                layer.eval()
+    model.visual.train()  # type: ignore[union-attr,operator]
+    for layer in training_batch_norms(model):
+        locked = layer.weight is not None and not layer.weight.requires_grad
+        if freeze_bn_stats or locked:
+            layer.eval()
 
 
 def training_batch_norms(model: nn.Module) -> list[nn.Module]:
@@ -111,8 +108,7 @@ def fixed_statistics(layers: list[nn.Module]) -> Iterator[None]:
 
 def unlock_text_tower(clip: ClipModel) -> None:
     """Let gradients into the text tower and its projector only."""
-    for parameter in clip.model.parameters():
-        parameter.requires_grad_(False)
+    clip.model.requires_grad_(False)
     for _, parameter in text_parameters(clip.model):
         parameter.requires_grad_(True)
 
@@ -121,54 +117,49 @@ def discard_projector(clip: ClipModel, seed: int) -> None:
     """Make the image tower's own features the embedding (the older image-only GPR-FT).
 
     The projector becomes a locked identity, so the model stays one that open_clip can load: its
-    `embed_dim` is the image tower's width. The text side gets a new random projection to that width
-    and is meaningless until re-alignment has trained it.
-
-    Args:
-        clip: the model, changed in place; `model_cfg` gets the new `embed_dim`.
-        seed: of the random projection.
+    `embed_dim` is the image tower's width. The text side gets a random projection (of `seed`) to that
+    width and is meaningless until re-alignment has trained it. `clip` is changed in place.
 
     Raises:
         ConfigError: a tower does not end in a linear projection.
     """
-    model, visual = clip.model, clip.model.visual
+    problem = (
+        "projector='discard' needs {} tower that ends in a linear projection; that of "
+        f"{clip.name} does not. Allowed for it: keep, lock"
+    )
+    visual: Any = clip.model.visual
     proj = getattr(visual, "proj", None)
     head = getattr(getattr(visual, "head", None), "proj", None)
     if isinstance(proj, nn.Parameter):
         width = proj.shape[0]
-        visual.proj = nn.Parameter(torch.eye(width, device=proj.device))  # type: ignore[union-attr]
-        visual.output_dim = width  # type: ignore[union-attr,assignment]
+        visual.proj = nn.Parameter(torch.eye(width, device=proj.device))
+        visual.output_dim = width
     elif isinstance(head, nn.Linear):
         width = head.in_features
-        identity = nn.Linear(width, width, bias=head.bias is not None, device=head.weight.device)
-        with torch.no_grad():
-            identity.weight.copy_(torch.eye(width))
-            if identity.bias is not None:
-                identity.bias.zero_()
-        visual.head.proj = identity  # type: ignore[union-attr,assignment]
+        visual.head.proj = _linear_like(head, torch.eye(width))
     else:
-        raise ConfigError(
-            f"projector='discard' needs an image tower that ends in a linear projection; that of "
-            f"{clip.name} does not. Allowed for it: keep, lock"
-        )
-    text = model.text if hasattr(model, "text") else model
+        raise ConfigError(problem.format("an image"))
+    text: Any = getattr(clip.model, "text", clip.model)
     projection = getattr(text, "text_projection", None)
     generator = torch.Generator().manual_seed(seed)
     if isinstance(projection, nn.Parameter):
         rows = projection.shape[0]
         fresh = torch.randn(rows, width, generator=generator) * rows**-0.5
-        text.text_projection = nn.Parameter(fresh.to(projection.device))  # type: ignore[union-attr]
+        text.text_projection = nn.Parameter(fresh.to(projection.device))
     elif isinstance(projection, nn.Linear):
         rows = projection.in_features
-        layer = nn.Linear(rows, width, bias=projection.bias is not None)
-        with torch.no_grad():
-            layer.weight.copy_(torch.randn(width, rows, generator=generator) * rows**-0.5)
-            if layer.bias is not None:
-                layer.bias.zero_()
-        text.text_projection = layer.to(projection.weight.device)  # type: ignore[union-attr]
+        fresh = torch.randn(width, rows, generator=generator) * rows**-0.5
+        text.text_projection = _linear_like(projection, fresh)
     else:
-        raise ConfigError(
-            f"projector='discard' needs a text tower that ends in a linear projection; that of "
-            f"{clip.name} does not. Allowed for it: keep, lock"
-        )
+        raise ConfigError(problem.format("a text"))
     clip.model_cfg = {**clip.model_cfg, "embed_dim": width}
+
+
+def _linear_like(layer: nn.Linear, weight: Tensor) -> nn.Linear:
+    """A layer with these weights [out, in] in place of `layer`; its bias, if that has one, is 0."""
+    fresh = nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None)
+    with torch.no_grad():
+        fresh.weight.copy_(weight)
+        if fresh.bias is not None:
+            fresh.bias.zero_()
+    return fresh.to(layer.weight.device)

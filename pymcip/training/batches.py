@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from pymcip.data import ImageData
 from pymcip.training.sampling import Indices
 
 
@@ -35,21 +35,25 @@ def random_state(seed: int) -> Iterator[None]:
         np.random.set_state(before[2])  # noqa: NPY002
 
 
-class Readable(Protocol):
-    """A set of images that are decoded one by one, such as `ImageData`."""
-
-    def read(self, index: int) -> Image.Image: ...
-
-
 class AugmentedImages(Dataset[tuple[Tensor, int]]):
-    """Item (epoch, position, row): image `row` under the augmentation of that place in the run."""
+    """Item (epoch, position, row): image `row` under the augmentation of that place in the run.
 
-    def __init__(self, data: Readable, transform: Callable[[Any], Tensor], seed: int) -> None:
-        self.data, self.transform, self.seed = data, transform, seed
+    Images of `more` are numbered on from those of `data`.
+    """
+
+    def __init__(
+        self,
+        data: ImageData,
+        transform: Callable[[Any], Tensor],
+        seed: int,
+        more: ImageData | None = None,
+    ) -> None:
+        self.data, self.transform, self.seed, self.more = data, transform, seed, more
 
     def __getitem__(self, item: tuple[int, int, int]) -> tuple[Tensor, int]:  # type: ignore[override]
         epoch, position, row = item
-        image = self.data.read(row)
+        behind = row - len(self.data)
+        image = self.data.read(row) if self.more is None or behind < 0 else self.more.read(behind)
         key = np.random.SeedSequence([self.seed, epoch, position])
         with random_state(int(key.generate_state(1, np.uint64)[0] >> 1)):
             return self.transform(image), row
@@ -67,9 +71,10 @@ def image_batches(
     pin_memory: bool,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches `first_batch` … `num_batches - 1` of the epoch: pixels [B, 3, H, W], rows int64 [B]."""
+    last = min(num_batches * batch_size, len(order))
     batches = [
-        [(epoch, i, int(order[i])) for i in range(start, min(start + batch_size, len(order)))]
-        for start in range(first_batch * batch_size, num_batches * batch_size, batch_size)
+        [(epoch, i, int(order[i])) for i in range(start, min(start + batch_size, last))]
+        for start in range(first_batch * batch_size, last, batch_size)
     ]
     loader = DataLoader(
         images,

@@ -9,7 +9,6 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pymcip.configs import TrainConfig
 from pymcip.data import ImageData
@@ -41,48 +40,28 @@ class AlignmentBudget:
 
     Args:
         config: the options of a run with a budget below 1.
-        probe: made with the original model.
-        source: what the probe was made of, for `alignment.json`.
-        original: the original's state, on the CPU.
-        seconds: spent on making the probe.
+        sources: what the user gave for the probe.
+        clip: the original: the model before training.
+        data: the training images.
+        captions: embeddings of the corpus by `clip`, if the run has them.
+
+    Raises:
+        DataError: the probe's images can't be decoded, or the original answers nothing right.
     """
 
     def __init__(
         self,
         config: TrainConfig,
-        probe: AlignmentProbe,
-        source: str,
-        original: dict[str, Tensor],
-        seconds: float,
-    ) -> None:
-        self.config, self.probe, self.source, self.original = config, probe, source, original
-        self.seconds = seconds  # of all probing so far
-
-    @classmethod
-    def start(
-        cls,
-        config: TrainConfig,
         sources: ProbeSources,
         clip: ClipModel,
         data: ImageData,
         captions: EmbeddingFolder | None,
-    ) -> AlignmentBudget:
-        """Ask the original, which `clip` must still be, for its answers.
-
-        Args:
-            config: the options of the run.
-            sources: what the user gave for the probe.
-            clip: the model before training.
-            data: the training images.
-            captions: embeddings of the corpus by `clip`, if the run has them.
-
-        Raises:
-            DataError: the probe's images can't be decoded, or the original answers nothing right.
-        """
+    ) -> None:
         clock = time.perf_counter()
-        original = plain_state(clip.model)
-        probe = _make_probe(config, sources, clip, data, captions)
-        return cls(config, probe, sources.description, original, time.perf_counter() - clock)
+        self.config, self.source = config, sources.description
+        self.original = plain_state(clip.model)
+        self.probe = _make_probe(config, sources, clip, data, captions)
+        self.seconds = time.perf_counter() - clock  # of all probing so far
 
     def after_epoch(self, run: Run, stage: Stage) -> None:
         """Log what the model keeps after an epoch of `stage`."""
@@ -125,7 +104,7 @@ class AlignmentBudget:
                 config.budget, search.tried[0][1], *search.tried[-1],
             )  # fmt: skip
         lines = (run.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        records = [json.loads(line) for line in lines]
+        epochs = [record["alignment"] for record in map(json.loads, lines) if "alignment" in record]
         alignment = {
             "budget": config.budget,
             "respected": found is not None,
@@ -135,9 +114,7 @@ class AlignmentBudget:
             "image_to_text": found.image_to_text if found else None,
             "text_to_image": found.text_to_image if found else None,
             "kept_tuned": search.tried[0][1],
-            "kept_by_epoch": [
-                Kept(**record["alignment"]).alignment for record in records if "alignment" in record
-            ],
+            "kept_by_epoch": [Kept(**kept).alignment for kept in epochs],
             "probe": {
                 "images": len(self.probe.pixels),
                 "captions": len(self.probe.texts),

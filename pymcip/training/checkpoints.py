@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from pymcip.errors import CheckpointError
-from pymcip.files import TEMPORARY_SUFFIX, atomic_path
+from pymcip.files import atomic_path
 
 FORMAT = 1
 KEPT = 2
@@ -35,25 +35,16 @@ class Position:
     steps_in_sums: int = 0
 
 
-def position_of(state: dict[str, Any]) -> Position:
-    """The position that a checkpoint was written at."""
-    return Position(**{name: state[name] for name in Position.__dataclass_fields__})
-
-
 def random_states() -> dict[str, Any]:
     """Every generator that a training step may draw from, as tensors and plain numbers."""
     legacy: Any = np.random.get_state()  # noqa: NPY002
-    name, keys, position, has_gauss, cached = legacy
-    version, internal, gauss = random.getstate()
+    name, keys, *rest = legacy
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [
-            str(name), torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss),
-            float(cached),
-        ],
-        "python": [version, list(internal), gauss],
-    }  # fmt: skip
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
+        "python": random.getstate(),
+    }
 
 
 def seed_random_states(seed: int) -> None:
@@ -68,10 +59,8 @@ def restore_random_states(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(states["cuda"])
-    name, keys, position, has_gauss, cached = states["numpy"]
-    np.random.set_state(  # noqa: NPY002
-        (name, keys.numpy().astype(np.uint32), position, has_gauss, cached)
-    )
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
 
@@ -86,23 +75,15 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> Path:
     return path
 
 
-def mark_best(folder: Path, checkpoint: Path) -> Path:
+def mark_best(checkpoint: Path) -> None:
     """Make `best.pt` the same file as `checkpoint` (a hard link: no second copy on disk)."""
-    best = folder / "best.pt"
-    with atomic_path(best) as temporary:
+    with atomic_path(checkpoint.with_name("best.pt")) as temporary:
         os.link(checkpoint, temporary)
-    return best
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
     """Step checkpoints in `folder`, oldest first. Leftovers of a killed write don't count."""
     return sorted(folder.glob("step_*.pt"))
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files that a killed process left behind."""
-    for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
-        path.unlink()
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -114,8 +95,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} can't be read as a pymcip checkpoint: {str(error)[:300]}\nMove it away to resume "
             "from the one before it, or train anew with overwrite=True."
         ) from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+    found = state.get("format") if isinstance(state, dict) else type(state).__name__
+    if found != FORMAT:
         raise CheckpointError(
             f"{path} has checkpoint format {found!r}, this pymcip reads {FORMAT}; resume with the "
             "pymcip version that wrote it, or train anew."
@@ -124,10 +105,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def load_weights(model: torch.nn.Module, state: dict[str, Any], path: Path, name: str) -> None:
-    """Put the weights of a checkpoint's `state` into the model called `name`.
+    """Put the weights of a checkpoint's `state`, read from `path`, into the model called `name`.
 
     Raises:
-        CheckpointError: `path`, which it was read from, holds another model's.
+        CheckpointError: they are another model's.
     """
     try:
         model.load_state_dict(state["model"], strict=True)

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from pymcip.configs import TrainConfig
@@ -71,8 +70,8 @@ def frozen_copy(clip: ClipModel) -> ClipModel:
 class CaptionSample:
     """Random rows of caption embeddings on the disk; no others are read.
 
-    `parts`: float [n, D] each, memory-mapped, as `EmbeddingFolder.parts` gives them. `left_out`: rows
-    (counted over all parts) that are never drawn.
+    `parts`: float [n, D] each, as `EmbeddingFolder.parts` gives them. `left_out`: numbers of rows that
+    are never drawn.
 
     Raises:
         DataError: fewer than two rows are left.
@@ -83,8 +82,8 @@ class CaptionSample:
     ) -> None:
         self.captions, self.count, self.seed = MatrixParts(parts), count, seed
         total = len(self.captions)
-        self.rows: Indices | None = None
-        if left_out is not None and len(left_out):
+        self.rows: Indices | None = None  # all
+        if left_out is not None:
             self.rows = np.setdiff1d(np.arange(total, dtype=np.int64), left_out)
         self.available = total if self.rows is None else len(self.rows)
         if self.available < 2:
@@ -105,22 +104,10 @@ class CaptionSample:
         return torch.from_numpy(self.captions[self.drawn(epoch, step)]).to(device).float()
 
 
-class TwoSets:
-    """The images of two sets, read as one: those of the second are numbered on from the first's."""
-
-    def __init__(self, first: ImageData, second: ImageData) -> None:
-        self.first, self.second = first, second
-
-    def read(self, index: int) -> Image.Image:
-        behind = index - len(self.first)
-        return self.first.read(index) if behind < 0 else self.second.read(behind)
-
-
 class Distillation:
-    """What the image stage keeps of the untrained model, on which images, and how strongly.
+    """The untrained model's distributions over captions, kept in the image stage.
 
-    Its distributions over captions are kept on the training images and, at `rate`, on mixtures of
-    them or on generic images.
+    They are kept on the training images and, at `rate`, on mixtures of them or on generic images.
 
     Args:
         teacher: the untrained model; runs on mixtures only.
@@ -147,14 +134,10 @@ class Distillation:
         generic_vectors: Matrix | None = None,
         temperature: float = 1.0,
     ) -> None:
-        self.temperature = temperature
-        self.teacher, self.captions = teacher, captions
+        self.teacher, self.captions, self.generic = teacher, captions, generic
+        self.weight, self.seed, self.temperature = weight, seed, temperature
         self.num_images = len(vectors)
-        self.known = MatrixParts(
-            [vectors] if generic_vectors is None else [vectors, generic_vectors]
-        )
-        self.weight, self.seed = weight, seed
-        self.generic = generic
+        self.known = MatrixParts([x for x in (vectors, generic_vectors) if x is not None])
         self.rate = rate if generic is None else max(rate, GENERIC_RATE)
         self.scale = teacher.logit_scale
 
@@ -171,30 +154,23 @@ class Distillation:
     ) -> Distillation:
         """Take from the untrained model, which `cache` embeds by, what is to be kept.
 
-        Args:
-            config: the options of the run.
-            cache: of the untrained model.
-            images: its embeddings of the training images.
-            captions: its embeddings of the corpus.
-            generic: images without labels, those that can't be decoded included.
-            left_out: captions that the probe keeps.
+        `images` and `captions`: its embeddings of the training images and of the corpus. `generic`:
+        images without labels, those that can't be decoded included. `left_out`: captions of the probe.
         """
-        generic_vectors = None
+        teacher, generic_vectors = cache.clip, None
         if generic is not None:
             embedded = cache.images(generic)
             generic, generic_vectors = generic.select(embedded.rows("img")), embedded.vectors("img")
-        mixes = config.mixtures > 0 and generic is None
+        elif config.mixtures > 0:
+            teacher = frozen_copy(teacher)
         return cls(
-            frozen_copy(cache.clip) if mixes else cache.clip,
+            teacher,
             CaptionSample(captions.parts("text"), config.distill_captions, config.seed, left_out),
             images.vectors("img"),
-            weight=config.distill,
-            rate=config.mixtures,
-            seed=config.seed,
-            generic=generic,
-            generic_vectors=generic_vectors,
+            weight=config.distill, rate=config.mixtures, seed=config.seed,
+            generic=generic, generic_vectors=generic_vectors,
             temperature=config.distill_temperature,
-        )
+        )  # fmt: skip
 
     def extra(self, images: int) -> int:
         """Return how many mixtures or generic images go with a micro-batch of `images`."""
@@ -208,14 +184,9 @@ class Distillation:
         generator = random_generator(self.seed, Stream.GENERIC_IMAGES, epoch)
         rounds = -(-sum(counts) // len(self.generic))
         drawn = [generator.permutation(len(self.generic)) for _ in range(rounds)]
-        parts = np.split(np.concatenate([*drawn, order[:0]]), np.cumsum(counts))
-        return np.concatenate(
-            [
-                x
-                for pair in zip(batches, parts, strict=False)
-                for x in (pair[0], self.num_images + pair[1])
-            ]
-        )
+        behind = self.num_images + np.concatenate([*drawn, order[:0]])
+        parts = np.split(behind, np.cumsum(counts))
+        return np.concatenate([x for pair in zip(batches, parts, strict=False) for x in pair])
 
     def mixed(self, pixels: Tensor, epoch: int, step: int, micro_batch: int) -> Tensor:
         """Return the micro-batch's mixtures [n, 3, H, W] of its `pixels` [B, 3, H, W]."""

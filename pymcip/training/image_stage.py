@@ -5,6 +5,7 @@ A stage says what its batches are and how a step's gradients come about; `loop.f
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -29,7 +30,7 @@ from pymcip.model.towers import (
 from pymcip.ops import order_bank
 from pymcip.ops.arrays import MatrixParts
 from pymcip.training.batches import AugmentedImages, image_batches
-from pymcip.training.distillation import Distillation, TwoSets
+from pymcip.training.distillation import Distillation
 from pymcip.training.optim import make_optimizer, parameter_groups
 from pymcip.training.sampling import Stream, epoch_order, random_generator
 
@@ -101,7 +102,6 @@ class ImageStage:
     ) -> None:
         self.clip, self.data, self.config, self.positives = clip, data, config, positives
         self.distillation = distillation
-        self._distill = distillation.weight if distillation is not None else 0.0
         self.place = (0, 0)  # epoch and step of the micro-batches given out last
         self.epochs, self.warmup = config.epochs, config.warmup
         self.samples_per_step = config.batch_size * config.accum_freq
@@ -146,19 +146,22 @@ class ImageStage:
         self.convolutional = is_convolutional(clip.model)
         if clip.device.type == "cpu" and clip.precision == "amp_bf16":
             speed_up_depthwise(clip.model)
-        generic = distillation.generic if distillation is not None else None
-        if (
-            distillation is not None
-            and distillation.rate > 0
-            and not distillation.extra(config.batch_size)
-        ):
-            _log.warning(
-                "%g mixtures or generic images per training image, times batch_size=%d, rounds to none; "
-                "raise mixtures or batch_size to have any",
-                distillation.rate, config.batch_size,
-            )  # fmt: skip
-        source = data if generic is None else TwoSets(data, generic)
-        self.images = AugmentedImages(source, clip.preprocess_train, config.seed)
+        self.weights = {"arc_margin": 1.0}  # of the losses
+        if bank is not None:
+            self.weights["arc_margin"] = config.lambda_class
+            self.weights["caption_margin"] = config.lambda_caption
+        generic = None
+        if distillation is not None:
+            generic = distillation.generic
+            for name in ("distill", "distill_mixtures", "distill_data"):
+                self.weights[name] = distillation.weight
+            if distillation.rate > 0 and not distillation.extra(config.batch_size):
+                _log.warning(
+                    "%g mixtures or generic images per training image, times batch_size=%d, rounds to "
+                    "none; raise mixtures or batch_size to have any",
+                    distillation.rate, config.batch_size,
+                )  # fmt: skip
+        self.images = AugmentedImages(data, clip.preprocess_train, config.seed, generic)
 
     def train_mode(self) -> None:
         """Put the image tower into train mode, the rest of the model into evaluation mode."""
@@ -189,16 +192,9 @@ class ImageStage:
             workers=config.workers,
             pin_memory=self.clip.device.type == "cuda",
         )
-        step, number = [], first_step
-        for batch in batches:
-            step.append(batch)
-            if len(step) == accumulate:
-                self.place = (epoch, number)
-                yield step
-                step, number = [], number + 1
-        if step:  # fewer images than one step takes: a single short step
-            self.place = (epoch, number)
-            yield step
+        for step in range(first_step, self.steps_per_epoch):
+            self.place = (epoch, step)
+            yield list(itertools.islice(batches, accumulate))  # fewer, if there are so few images
 
     def _features(self, pixels: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor]:
         """Features of images and of their mixtures: in one pass, if they don't change each other's.
@@ -248,30 +244,24 @@ class ImageStage:
             features = all_features[: len(own)]
             labels = torch.from_numpy(self.data.labels[own]).to(device)
             parts = {"arc_margin": self.classes(features, labels).sum() / images_in_step}
-            weights = {"arc_margin": 1.0}
             if self.captions is not None and self.positives is not None:
                 lists = self.positives.take(own)
                 indptr = torch.from_numpy(lists.indptr).to(device)
                 indices = torch.from_numpy(lists.ids).to(device)
                 parts["caption_margin"] = self.captions(features, indptr, indices).sum() / captioned
-                weights["arc_margin"] = self.config.lambda_class
-                weights["caption_margin"] = self.config.lambda_caption
             if distillation is not None:
                 known = distillation.cached(rows, device)
                 total = distillation.sum(features, known[: len(own)], drawn)
                 parts["distill"] = total / images_in_step
                 if len(mixed):
-                    taught = distillation.taught(mixed)
-                    total = distillation.sum(mixed_features, taught, drawn)
+                    total = distillation.sum(mixed_features, distillation.taught(mixed), drawn)
                     parts["distill_mixtures"] = total / extra_in_step
                 elif len(rows) > len(own):
                     generic = all_features[len(own) : len(rows)]
                     total = distillation.sum(generic, known[len(own) :], drawn)
                     parts["distill_data"] = total / extra_in_step
-            loss = sum(
-                (weights.get(name, self._distill) * part for name, part in parts.items()),
-                torch.zeros((), device=device),
-            )
+            weighted = (self.weights[name] * part for name, part in parts.items())
+            loss = sum(weighted, torch.zeros((), device=device))
             loss.backward()  # type: ignore[no-untyped-call]
             for name, value in {"loss": loss, **parts}.items():
                 totals[name] = totals.get(name, 0) + value.detach()

@@ -14,26 +14,16 @@ from pymcip.training.probe_sources import ProbeSources, load_probe_sources
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the options of a run name; None where they name nothing.
+    """What the options of a run name; None where they name nothing."""
 
-    Attributes:
-        images: `train_data`, images that can't be decoded included.
-        captions: the corpus.
-        validation: `val_data`, whose classes have the names `validation_names`.
-        pairs: `rea_data`, images with captions.
-        class_texts: names of the classes of `images`, for re-alignment.
-        generic: `distill_data`.
-        probe: what the alignment probe is made of; None without a budget.
-    """
-
-    images: ImageData
-    captions: Captions | None
-    validation: ImageData | None
-    validation_names: ClassNames | None
-    pairs: ImageData | None
-    class_texts: ClassTexts | None
-    generic: ImageData | None
-    probe: ProbeSources | None
+    images: ImageData  # train_data, images that can't be decoded included
+    captions: Captions | None  # the corpus
+    validation: ImageData | None  # val_data
+    validation_names: ClassNames | None  # of its classes
+    pairs: ImageData | None  # rea_data, images with captions
+    class_texts: ClassTexts | None  # names of the classes of `images`, for re-alignment
+    generic: ImageData | None  # distill_data
+    probe: ProbeSources | None  # what the alignment probe is made of; None without a budget
 
 
 def open_inputs(config: TrainConfig) -> Inputs:
@@ -52,7 +42,7 @@ def open_inputs(config: TrainConfig) -> Inputs:
     validation = optional("val_data", load_images)
     validation_names = optional("val_class_names", read_class_names)
     pairs = optional("rea_data", load_images, labelled=False)
-    if config.realigns and pairs is not None and not _has_titles(pairs):
+    if config.realigns and pairs is not None and not any(map(pairs.titles, range(len(pairs)))):
         raise DataError(
             f"rea_data={config.rea_data!r} has images but no captions; give a title column, .txt "
             "members or json with a caption, or leave rea_data out to use pseudo-captions"
@@ -70,7 +60,3 @@ def open_inputs(config: TrainConfig) -> Inputs:
         generic=optional("distill_data", load_images, labelled=False),
         probe=load_probe_sources(config, captions),
     )
-
-
-def _has_titles(data: ImageData) -> bool:
-    return any(data.titles(i) for i in range(len(data)))

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 from pymcip.errors import MissingDependencyError
 from pymcip.files import write_text
 from pymcip.training.checkpoints import Position
 
 MEASURED = {"evaluation", "alignment"}  # keys of what an epoch's end writes
+# Of a tracker: what takes numbers by name at a step, and what ends it.
+Tracker: TypeAlias = tuple[Callable[[dict[str, Any], int], object], Callable[[], object]]
 
 
 @contextmanager
@@ -40,21 +41,16 @@ class MetricsLog:
 
     def __init__(self, folder: Path, report_to: tuple[str, ...], config: dict[str, Any]) -> None:
         self.path = folder / "metrics.jsonl"
-        self.trackers = [_make_tracker(name, folder, config) for name in report_to]
+        self.trackers = [_open_tracker(name, folder, config) for name in report_to]
         self.handle = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
 
     def __enter__(self) -> MetricsLog:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.handle.close()
-        for tracker in self.trackers:
-            tracker.close()
+        for _, close in self.trackers:
+            close()
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a line; its `global_step` is the step that the trackers are given."""
@@ -65,8 +61,8 @@ class MetricsLog:
             for name, value in record.items()
             if isinstance(value, (int, float)) and name != "global_step"
         }
-        for tracker in self.trackers:
-            tracker.log(numbers, record["global_step"])
+        for log, _ in self.trackers:
+            log(numbers, record["global_step"])
 
 
 def forget_after(path: Path, position: Position) -> dict[str, float]:
@@ -94,40 +90,22 @@ def forget_after(path: Path, position: Position) -> dict[str, float]:
     return evaluation
 
 
-class _TensorBoard:
-    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(str(folder / "tensorboard"))
-
-    def log(self, numbers: dict[str, Any], step: int) -> None:
-        for name, value in numbers.items():
-            self.writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self.writer.close()
-
-
-class _Module:
-    """wandb and trackio share one interface: init, log, finish."""
-
-    def __init__(self, module: Any, folder: Path, config: dict[str, Any]) -> None:
-        self.module = module
-        module.init(project="pymcip", name=folder.name, config=config)
-
-    def log(self, numbers: dict[str, Any], step: int) -> None:
-        self.module.log(numbers, step=step)
-
-    def close(self) -> None:
-        self.module.finish()
-
-
-def _make_tracker(name: str, folder: Path, config: dict[str, Any]) -> Any:
+def _open_tracker(name: str, folder: Path, config: dict[str, Any]) -> Tracker:
     try:
         if name == "tensorboard":
-            return _TensorBoard(folder, config)
-        return _Module(import_module(name), folder, config)
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(str(folder / "tensorboard"))
+
+            def log(numbers: dict[str, Any], step: int) -> None:
+                for key, value in numbers.items():
+                    writer.add_scalar(key, value, step)
+
+            return log, writer.close
+        module = import_module(name)  # wandb or trackio, which share one interface
     except ImportError as error:
         raise MissingDependencyError(
             f"report_to={name!r} needs a package that is not installed: pip install {name}"
         ) from error
+    module.init(project="pymcip", name=folder.name, config=config)
+    return lambda numbers, step: module.log(numbers, step=step), module.finish

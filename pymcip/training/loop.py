@@ -24,7 +24,6 @@ from pymcip.model.towers import training_batch_norms
 from pymcip.progress import progress
 from pymcip.training.checkpoints import (
     Position,
-    checkpoint_files,
     random_states,
     restore_random_states,
     save_checkpoint,
@@ -82,14 +81,13 @@ class Interruption:
         if threading.current_thread() is not threading.main_thread():
             yield self  # only the main thread may set handlers
             return
-        before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
-        for name in before:
-            signal.signal(name, self._handle)
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.signal(number, self._handle) for number in numbers]
         try:
             yield self
         finally:
-            for name, handler in before.items():
-                signal.signal(name, handler)
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -114,11 +112,6 @@ class Run:
     end_of_epoch: Callable[[Run, Stage], None]  # evaluation; may raise position.best_score
     checkpoint: Path | None = None
 
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of the run's checkpoints."""
-        return self.out / "checkpoints"
-
     def save(self, stage: Stage | None) -> Path:
         """Write a checkpoint at the run's position; None: between two stages."""
         state = {
@@ -128,7 +121,7 @@ class Run:
             "optimizer": stage.optimizer.state_dict() if stage else {},
             "random": random_states(),
         }
-        self.checkpoint = save_checkpoint(self.checkpoints, state)
+        self.checkpoint = save_checkpoint(self.out / "checkpoints", state)
         return self.checkpoint
 
     def log_epoch(self, stage: Stage, name: str, measured: dict[str, float]) -> None:
@@ -205,7 +198,12 @@ def run_epoch(run: Run, stage: Stage) -> None:
                 _log_line(run, stage, time.perf_counter() - clock)
                 clock = time.perf_counter()
             if position.bad_steps_in_a_row >= MAX_BAD_STEPS_IN_A_ROW:
-                _stop_diverged(run)
+                raise TrainingDivergedError(
+                    f"loss or gradient was not finite in {MAX_BAD_STEPS_IN_A_ROW} steps in a row (up "
+                    f"to step {position.global_step}; {position.skipped_steps} skipped in all). The "
+                    f"last good checkpoint is {run.checkpoint}. Lower lr, or train with "
+                    "precision='fp32'."
+                )
             if run.interruption.requested:
                 return
             unfinished = position.step < stage.steps_per_epoch
@@ -276,12 +274,3 @@ def _log_line(run: Run, stage: Stage, seconds: float) -> None:
         )  # fmt: skip
     position.sums.clear()
     position.steps_in_sums = 0
-
-
-def _stop_diverged(run: Run) -> None:
-    files = checkpoint_files(run.checkpoints)
-    raise TrainingDivergedError(
-        f"loss or gradient was not finite in {MAX_BAD_STEPS_IN_A_ROW} steps in a row (up to step "
-        f"{run.position.global_step}; {run.position.skipped_steps} skipped in all). The last good "
-        f"checkpoint is {files[-1] if files else 'none'}. Lower lr, or train with precision='fp32'."
-    )

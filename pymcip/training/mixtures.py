@@ -28,10 +28,10 @@ def mixtures(
 ) -> Tensor:
     """Make images that are unlike those given, yet have the statistics of photographs.
 
-    Each mixture is made of two of the images, drawn at random (maybe the same one twice): a crop of
-    25 to 80 % of the sides, resized back, maybe flipped; its colours maybe mapped by a random affine
-    map of RGB, maybe inverted. Of four in ten the two are blended; of four in ten a rectangle of the
-    second is pasted into the first; the others are the first alone.
+    Each is made of two of the images, drawn at random (maybe the same one twice): a crop of each,
+    resized back, maybe flipped; its colours maybe mapped by a random affine map of RGB, maybe
+    inverted. Of four in ten the two are blended; of four in ten a rectangle of the second is pasted
+    into the first; the others are the first alone.
 
     Args:
         pixels: float [B, 3, H, W], normalised by `mean` and `std`; any device.
@@ -47,8 +47,7 @@ def mixtures(
         return pixels[:0]
     height, width = pixels.shape[2:]
     first, second = generator.integers(0, len(pixels), (2, count))
-    shift = torch.tensor(mean, dtype=pixels.dtype, device=pixels.device).view(1, 3, 1, 1)
-    scale = torch.tensor(std, dtype=pixels.dtype, device=pixels.device).view(1, 3, 1, 1)
+    shift, scale = (pixels.new_tensor(values).view(1, 3, 1, 1) for values in (mean, std))
     one = _recoloured(_cropped(pixels, first, generator) * scale + shift, generator)
     other = _recoloured(_cropped(pixels, second, generator) * scale + shift, generator)
     kind = generator.random(count)
@@ -65,17 +64,10 @@ def mixtures(
 
 
 def other_views(pixels: Tensor, generator: np.random.Generator) -> Tensor:
-    """Make another view of each image: the same content, seen a little differently.
+    """Make another view of each image [B, 3, H, W], normalised: the same, seen a little differently.
 
     A crop of 70 to 95 % of the sides, resized back, maybe flipped, of 80 to 120 % of the contrast
-    and slightly brighter or darker.
-
-    Args:
-        pixels: float [B, 3, H, W], normalised; any device.
-        generator: the only source of randomness.
-
-    Returns:
-        Tensor [B, 3, H, W] like `pixels`.
+    and slightly brighter or darker. All randomness is of `generator`.
     """
     views = _cropped(pixels, np.arange(len(pixels)), generator, VIEW)
     contrast = generator.uniform(*CONTRAST, (len(pixels), 1, 1, 1))

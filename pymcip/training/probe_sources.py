@@ -55,7 +55,7 @@ class ProbeSources:
 
     def held_back(self, seed: int) -> Indices | None:
         """The rows of the corpus that only the probe may use; None: it uses none."""
-        if not self.from_corpus or self.captions is None:
+        if self.captions is None or not self.from_corpus:
             return None
         return probe_rows(len(self.captions), seed)
 
@@ -100,7 +100,7 @@ def load_probe_sources(config: TrainConfig, corpus: Captions | None) -> ProbeSou
                 "chooses between names, give 2 at least"
             )
         of_label = dict(zip(table.labels, map(names.index, table.names), strict=True))
-        if images is None or not _all_named(images, of_label):
+        if images is None or UNLABELLED in images.labels or set(images.class_names) - set(of_label):
             return ProbeSources(images, names=names)
         of_class = np.array([of_label[label] for label in images.class_names], np.int64)
         return ProbeSources(images, names=names, truth="classes", of_class=of_class)
@@ -128,11 +128,6 @@ def load_probe_sources(config: TrainConfig, corpus: Captions | None) -> ProbeSou
             "from; give probe_captions or probe_class_names, or at least 4 captions"
         )
     return ProbeSources(images, corpus, from_corpus=True)
-
-
-def _all_named(images: ImageData, of_label: dict[str, int]) -> bool:
-    labelled = bool((images.labels != UNLABELLED).all())
-    return labelled and all(label in of_label for label in images.class_names)
 
 
 def probe_rows(num_captions: int, seed: int, *, part: bool = True) -> Indices:
@@ -179,7 +174,7 @@ def probe_pixels(
     generator = random_generator(seed, Stream.PROBE_MIXTURES)
     mean, std = clip.preprocess_cfg["mean"], clip.preprocess_cfg["std"]
     parts: list[Tensor] = []
-    read: list[Indices] = []
+    read: list[int] = []
     for batch in iterate_batches(
         source, rows[:count], clip.preprocess_val, batch_size=READ_BATCH, workers=workers
     ):
@@ -189,13 +184,12 @@ def probe_pixels(
         if images is None:
             pixels = mixtures(pixels, len(pixels), generator, mean, std)
         parts.append(pixels.half())
-        read.append(batch.indices)
-        fitting = PIXEL_BYTES // (2 * pixels[0].numel())
-        if sum(map(len, parts)) >= fitting:
+        read += batch.indices.tolist()
+        if len(read) >= PIXEL_BYTES // (2 * pixels[0].numel()):
             break
-    found = sum(map(len, parts))
-    if found < 2:
+    if len(read) < 2:
         raise DataError(
-            f"{found} of {len(rows[:count])} images of the probe can be decoded; give other probe_data"
+            f"{len(read)} of {len(rows[:count])} images of the probe can be decoded; give other "
+            "probe_data"
         )
-    return torch.cat(parts), np.concatenate(read)
+    return torch.cat(parts), np.array(read)

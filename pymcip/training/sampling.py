@@ -57,24 +57,18 @@ def epoch_order(
     n = len(labels)
     if not class_balanced and source_weights is None:
         return generator.permutation(n)
-    sources = np.unique(source_ids)
-    if source_weights is None:
-        shares = {source: float((source_ids == source).mean()) for source in sources}
-    else:
-        total = sum(source_weights[source] for source in sources)
-        shares = {source: source_weights[source] / total for source in sources}
+    sources, sizes = np.unique(source_ids, return_counts=True)
+    weights = sizes if source_weights is None else [source_weights[source] for source in sources]
+    total = sum(weights)
     groups: list[Indices] = []
     probabilities: list[float] = []
-    for source in sources:
-        rows = np.flatnonzero(source_ids == source)
-        if not class_balanced:
-            groups.append(rows)
-            probabilities.append(shares[source])
-            continue
-        rows = rows[np.argsort(labels[rows], kind="stable")]
-        parts = np.split(rows, np.flatnonzero(np.diff(labels[rows])) + 1)
+    for source, weight in zip(sources, weights, strict=True):
+        parts = [np.flatnonzero(source_ids == source)]
+        if class_balanced:
+            rows = parts[0][np.argsort(labels[parts[0]], kind="stable")]
+            parts = np.split(rows, np.flatnonzero(np.diff(labels[rows])) + 1)
         groups += parts
-        probabilities += [shares[source] / len(parts)] * len(parts)
+        probabilities += [weight / total / len(parts)] * len(parts)
     counts = _whole_numbers(np.array(probabilities) * n, generator)
     drawn = [_draw(group, count, generator) for group, count in zip(groups, counts, strict=True)]
     return generator.permutation(np.concatenate(drawn))

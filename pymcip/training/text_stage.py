@@ -52,11 +52,11 @@ def image_text_pairs(
     table: CaptionTable | None = None,
     class_texts: ClassTexts | None = None,
 ) -> Pairs:
-    """Pair every embedded image with its texts.
+    """Pair every embedded image with its texts: its own captions (titles), and those given here.
 
     Args:
         config: options `rea_k` and `rea_templates`.
-        data: the images; their own captions (titles) are used.
+        data: the images.
         embedded: their embeddings by the image tower as it is now.
         captions: the corpus, for `table`.
         table: pseudo-captions of the images, whose rows are those of `data`.
@@ -80,8 +80,8 @@ def image_text_pairs(
     if class_texts is not None:
         prompts = expand_prompts(class_texts.texts, config.rea_templates)
         of_name = np.array([number.setdefault(prompt, len(number)) for prompt in prompts])
-        of_name = of_name.reshape(-1, len(config.rea_templates))
-        names = of_name[class_texts.of_class[data.labels[rows]]]
+        of_class = class_texts.of_class[data.labels[rows]]
+        names = of_name.reshape(-1, len(config.rea_templates))[of_class]
     if not ids and names is None:
         raise DataError("re-alignment found no image with a caption; lower threshold")
     return Pairs(
@@ -125,11 +125,8 @@ class TextStage:
         captions = self._choose_texts(rows, generator)
         size, step_size = self.config.rea_batch_size, self.samples_per_step
         for step in range(first_step, self.steps_per_epoch):
-            begin, end = step * step_size, min((step + 1) * step_size, len(rows))
-            yield [
-                (rows[i : min(i + size, end)], captions[i : min(i + size, end)])
-                for i in range(begin, end, size)
-            ]
+            starts = range(step * step_size, min((step + 1) * step_size, len(rows)), size)
+            yield [(rows[i : i + size], captions[i : i + size]) for i in starts]
 
     def _choose_texts(self, rows: np.ndarray, generator: np.random.Generator) -> np.ndarray:
         """Choose at random the numbers of the texts that these images are shown with."""
@@ -168,8 +165,7 @@ class TextStage:
         features.requires_grad_()
         loss = info_nce(images, features, self.scale, *ids)
         (slope,) = torch.autograd.grad(loss, features)
-        start = 0
-        for _, part in micro_batches:
-            (self._features(part) * slope[start : start + len(part)]).sum().backward()  # type: ignore[no-untyped-call]
-            start += len(part)
+        slopes = slope.split([len(part) for _, part in micro_batches])
+        for (_, part), slope in zip(micro_batches, slopes, strict=True):
+            (self._features(part) * slope).sum().backward()  # type: ignore[no-untyped-call]
         return {"loss": loss.detach()}

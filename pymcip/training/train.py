@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,9 @@ from pymcip.data import ImageData
 from pymcip.embedding import EmbeddingCache, EmbeddingFolder
 from pymcip.errors import DataError
 from pymcip.exporting import write_export
-from pymcip.files import prepare_output, write_json
+from pymcip.files import TEMPORARY_SUFFIX, prepare_output, write_json
 from pymcip.mining import CaptionTable, mine_captions
-from pymcip.model import ClipModel, load, load_configured
+from pymcip.model import ClipModel, load_configured
 from pymcip.model.towers import discard_projector
 from pymcip.ops.arrays import MatrixParts
 from pymcip.training.budget import AlignmentBudget
@@ -38,8 +39,6 @@ from pymcip.training.checkpoints import (
     checkpoint_files,
     load_checkpoint,
     load_weights,
-    position_of,
-    remove_leftovers,
     seed_random_states,
 )
 from pymcip.training.distillation import Distillation
@@ -96,7 +95,8 @@ def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
     )
     write_json(out / "config.json", config.to_dict())
     (out / "checkpoints").mkdir(exist_ok=True)
-    remove_leftovers(out / "checkpoints")
+    for leftover in (out / "checkpoints").glob(f".*{TEMPORARY_SUFFIX}"):  # of a killed process
+        leftover.unlink()
     with Interruption().installed() as interruption, log_file(out / "out.log"):
         return _run(config, out, clip, inputs, interruption)
 
@@ -130,7 +130,7 @@ def _run(
                 left_out=inputs.probe.held_back(config.seed) if inputs.probe is not None else None,
             )  # fmt: skip
     if inputs.probe is not None:
-        budget = AlignmentBudget.start(config, inputs.probe, clip, data, captions)
+        budget = AlignmentBudget(config, inputs.probe, clip, data, captions)
 
     # Where a killed run stopped, or the start.
     if config.grad_checkpointing:
@@ -141,7 +141,7 @@ def _run(
         position = Position()
         seed_random_states(config.seed)
     else:
-        position = position_of(state)
+        position = Position(**{item.name: state[item.name] for item in fields(Position)})
         load_weights(clip.model, state, files[-1], config.model)
         _log.info("resuming from %s", files[-1])
     metrics = forget_after(out / "metrics.jsonl", position)
@@ -182,9 +182,7 @@ def _run(
             if part is not None:
                 part.after_epoch(run, stage)
 
-    stages: list[Callable[[], Stage]] = []
-    if config.trains_images:
-        stages.append(image_stage)
+    stages: list[Callable[[], Stage]] = [image_stage] if config.trains_images else []
     if config.realigns:
         stages.append(text_stage)
     with MetricsLog(out, config.report_to, config.to_dict()) as log:
@@ -245,14 +243,8 @@ def _embed_and_mine(
 ) -> tuple[ImageData, EmbeddingFolder, CaptionTable | None]:
     """The images that can be decoded, their embeddings by the model that mines, what it mined."""
     if config.mine_model is not None:
-        miner = load(
-            config.mine_model,
-            config.mine_pretrained,
-            image_size=config.image_size,
-            device=config.device,
-            precision=config.precision,
-        )
-        cache = _cache(config, out, miner)
+        mining = replace(config, model=config.mine_model, pretrained=config.mine_pretrained)
+        cache = _cache(config, out, load_configured(mining))
     embedded = cache.images(inputs.images)
     data = inputs.images.select(embedded.rows("img"))
     empty = np.setdiff1d(np.arange(data.num_classes), data.labels)

@@ -20,11 +20,11 @@ _log = logging.getLogger("pymcip.training")
 
 
 class Validation:
-    """Evaluations of a model in training.
+    """Evaluations of a model in training, in percent.
 
     Attributes:
-        before: metrics in percent of the untrained model; {} until `start`.
-        metrics: the last evaluation.
+        before: of the untrained model; {} until `start`.
+        metrics: the last one.
     """
 
     def __init__(
@@ -46,7 +46,8 @@ class Validation:
         if not path.is_file():
             if run.position.global_step > 0:
                 return  # the untrained model is gone; a killed run lost its first evaluation
-            write_json(path, self._evaluate())
+            self.update()
+            write_json(path, self.metrics)
         self.before = read_json(path)
         if run.position.global_step == 0:
             run.log.write({"evaluation": self.before, "global_step": 0})
@@ -61,17 +62,11 @@ class Validation:
         _log.info("epoch %d: %s (score %.2f)", position.epoch + 1, self.metrics, score)
         if score > position.best_score and run.checkpoint is not None:
             position.best_score = score
-            mark_best(run.checkpoints, run.checkpoint)
+            mark_best(run.checkpoint)
 
     def update(self) -> None:
         """Evaluate the model as it is now."""
-        self.metrics = self._evaluate()
-
-    def _evaluate(self) -> dict[str, float]:
-        return evaluate_model(
-            self.clip,
-            self.data,
-            class_names=self.class_names,
-            batch_size=EMBED_BATCH,
-            workers=self.workers,
-        )
+        self.metrics = evaluate_model(
+            self.clip, self.data,
+            class_names=self.class_names, batch_size=EMBED_BATCH, workers=self.workers,
+        )  # fmt: skip
