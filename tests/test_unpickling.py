@@ -265,6 +265,11 @@ def test_memory_that_the_file_does_not_fill_is_refused(written: Write) -> None:
     assert "shape (1099511627776,) whose data are not that many" in refusal(written(content))
 
 
+@pytest.mark.parametrize("kind", [bytes, bytearray])
+def test_bytes_that_the_file_does_not_hold_are_refused(written: Write, kind: Any) -> None:
+    assert "bytes that are not in it" in refusal(written([Calls(kind, 1 << 40)]))
+
+
 def test_an_array_of_characters_that_dont_exist_is_refused(written: Write) -> None:
     content = pickle.dumps(np.array(["\U0010ffff"], "<U1"), 4)
     assert load_restricted(written(content)) == ["\U0010ffff"]

@@ -138,13 +138,25 @@ def _encode(text: Any, encoding: Any) -> Any:
     return text.encode("latin1")
 
 
+def _sequence(kind: Callable[..., Any]) -> _Function:
+    """`bytes` or `bytearray` of what the file holds: not of a number, which fills memory with zeros."""
+
+    def make(*arguments: Any) -> Any:
+        if any(isinstance(argument, int) for argument in arguments):
+            raise _RefusedError("bytes that are not in it")
+        return kind(*arguments)
+
+    return _Function(make)
+
+
 ADMITTED: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): "numpy.ndarray",  # a name for `_reconstruct`; nothing to be called
     ("numpy", "dtype"): _Function(_Dtype),
     ("_codecs", "encode"): _Function(_encode),
 }
 for _kind in (set, frozenset, bytes, bytearray, complex):
-    ADMITTED["builtins", _kind.__name__] = ADMITTED["__builtin__", _kind.__name__] = _kind
+    _made = _sequence(_kind) if _kind in (bytes, bytearray) else _kind
+    ADMITTED["builtins", _kind.__name__] = ADMITTED["__builtin__", _kind.__name__] = _made
 for _core in ("numpy.core", "numpy._core"):
     ADMITTED[f"{_core}.multiarray", "_reconstruct"] = _Function(_reconstruct)
     ADMITTED[f"{_core}.multiarray", "scalar"] = _Function(_scalar)

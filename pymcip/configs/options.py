@@ -34,6 +34,7 @@ def option(default: Any, help: str, **bounds: float) -> Any:
 
     Bounds are those of `BOUNDS`, for numbers and each of several; None and words are left alone.
     """
+    assert bounds.keys() <= BOUNDS.keys(), bounds
     metadata = {"help": help, **bounds}
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)

@@ -168,7 +168,7 @@ def _prepare(config: SweepConfig, study: _Study) -> dict[str, Any]:
             f"{part}.{name}"
             for part, own in settings.items()
             for name, value in own.items()
-            if before[part].get(name) != value
+            if before.get(part, {}).get(name) != value
         ]
         if names:
             raise ConfigError(
