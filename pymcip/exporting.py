@@ -19,7 +19,8 @@ from pymcip.configs import ExportConfig
 from pymcip.embedding import EmbeddingFolder
 from pymcip.errors import DataError, StaleEmbeddingsError
 from pymcip.files import atomic_path, prepare_output, write_json
-from pymcip.model import ClipModel, load_configured, plain_state
+from pymcip.model import AppendedClip, ClipModel, load_configured, plain_state
+from pymcip.model.appended import write_appended
 from pymcip.ops.arrays import MatrixParts
 from pymcip.ops.faiss_import import import_faiss
 
@@ -83,7 +84,7 @@ def write_export(clip: ClipModel, out: str | os.PathLike[str]) -> ExportResult:
       architecture is not in it: for a QuickGELU model create open_clip's `...-quickgelu` one.
     - `out/hub/`: `open_clip_model.safetensors` and `open_clip_config.json` (`quick_gelu`,
       `custom_text`, a forced image size and the transform included), and the tokenizer's files
-      where it is a Hugging Face one; for `open_clip.create_model_and_transforms("local-dir:...")`
+      where it is a Hugging Face one, and `appended.safetensors` where the model appends dimensions; for `open_clip.create_model_and_transforms("local-dir:...")`
       and for uploading.
 
     Args:
@@ -112,6 +113,8 @@ def write_export(clip: ClipModel, out: str | os.PathLike[str]) -> ExportResult:
             temporary / "open_clip_config.json",
             {"model_cfg": model_cfg, "preprocess_cfg": clip.preprocess_cfg},
         )
+        if isinstance(clip, AppendedClip):
+            write_appended(clip, temporary)
         if save_tokenizer is not None:
             save_tokenizer(temporary)
     _log.info("exported %s to %s", clip.name, out)

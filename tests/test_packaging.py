@@ -38,7 +38,7 @@ FLOORS = {
         ops.packed_bank ops.ranks ops.topk_cpu ops.topk_cuda ops.topk_faiss ops.topk_torch
         ops.ranks_torch ops.topk ops.approximate ops.ranks_cpu triton_kernels triton_kernels.tuning
         ops.margin_softmax ops triton_kernels.margin_softmax triton_kernels.topk ops.topk_triton losses""",
-    "models": "model.depthwise model.clip model.towers model.loading model environment",
+    "models": "model.depthwise model.clip model.appended model.towers model.loading model environment",
     "data": """data.decode data.shards data.sources data.captions data.stores data.images
         data.class_names data.index data.loading data""",
     "embedding": "embedding.folder embedding.write embedding.cache embedding exporting",
@@ -54,7 +54,7 @@ FLOORS = {
     "training": """training.interpolation training.sampling training.batches training.mixtures
         training.checkpoints training.logs training.optim training.result training.loop
         training.probe_sources training.inputs training.distillation training.image_stage
-        training.noise training.text_stage training.probe training.validation training.budget
+        training.noise training.appended training.text_stage training.probe training.validation training.budget
         training.train training""",
     "demo": """demo.sprites demo.scenes demo.captions demo.world demo.recipe demo.neighbours demo.report
         demo.run demo""",

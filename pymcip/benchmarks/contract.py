@@ -195,6 +195,9 @@ class Embedder(Protocol):
             DataError: one of the N can't be decoded.
         """
 
+    def queries(self, data: ImageData, rows: Int64 | None = None) -> Tensor:
+        """Return float32 [N, D], what these images search with; raises what `images` does."""
+
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Return float32 [M, D]."""
 

@@ -62,6 +62,10 @@ class CachedEmbedder:
         places = np.searchsorted(_other_rows(data, [item["index"] for item in skipped]), rows)
         return vectors[torch.from_numpy(places).to(vectors.device)]
 
+    def queries(self, data: ImageData, rows: Int64 | None = None) -> Tensor:
+        """Return float32 [N, D], what these images search with; raises what `images` does."""
+        return self.cache.clip.as_queries(self.images(data, rows))
+
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Return float32 [M, D] on the model's device; equal texts are encoded once."""
         distinct = list(dict.fromkeys(texts))

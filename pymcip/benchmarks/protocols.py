@@ -30,13 +30,19 @@ GPR1200_PART_SIZE = 2_000
 def full_ranking(data: Data, embed: Embedder, options: SuiteOptions) -> Scores:
     """Measure mAP over the full ranking of all images, each a query that counts itself."""
     assert isinstance(data, Labelled)
-    return {"map": metrics.full_ranking_map(embed.images(data.images, data.rows), data.labels)}
+    vectors = embed.images(data.images, data.rows)
+    queries = embed.queries(data.images, data.rows)
+    return {"map": metrics.full_ranking_map(vectors, data.labels, queries=queries)}
 
 
 def gpr1200(data: Data, embed: Embedder, options: SuiteOptions) -> Scores:
     """Measure mAP over the full ranking, the query included, and its mean over each source."""
     assert isinstance(data, Labelled)
-    precisions = metrics.full_ranking_ap(embed.images(data.images, data.rows), data.labels)
+    precisions = metrics.full_ranking_ap(
+        embed.images(data.images, data.rows),
+        data.labels,
+        queries=embed.queries(data.images, data.rows),
+    )
     scores = {"map": float(np.mean(precisions))}
     if len(precisions) == len(GPR1200_PARTS) * GPR1200_PART_SIZE:
         parts = np.asarray(precisions).reshape(len(GPR1200_PARTS), -1).mean(axis=1)
@@ -50,7 +56,7 @@ def instre(data: Data, embed: Embedder, options: SuiteOptions) -> Scores:
         return full_ranking(data, embed, options)
     assert isinstance(data, QuerySet)
     found = metrics.trapezoidal_retrieval(
-        embed.images(data.queries), embed.images(data.images), [each["ok"] for each in data.truth]
+        embed.queries(data.queries), embed.images(data.images), [each["ok"] for each in data.truth]
     )
     return {"map": found}
 
@@ -59,7 +65,7 @@ def revisited(data: Data, embed: Embedder, options: SuiteOptions) -> Scores:
     """Measure mAP and mP@k of revisitop, easy, medium and hard."""
     assert isinstance(data, QuerySet)
     found = metrics.revisited_retrieval(
-        embed.images(data.queries), embed.images(data.images), list(data.truth)
+        embed.queries(data.queries), embed.images(data.images), list(data.truth)
     )
     figure = f"{options.revisited_difficulty}_map"
     return {figure: found[figure], **found}
@@ -68,17 +74,19 @@ def revisited(data: Data, embed: Embedder, options: SuiteOptions) -> Scores:
 def nearest_other(data: Data, embed: Embedder, options: SuiteOptions) -> Scores:
     """Measure R@1, 2, 4 and 8, all against all."""
     assert isinstance(data, Labelled)
-    found = metrics.recall_at_k(embed.images(data.images, data.rows), data.labels, ks=(1, 2, 4, 8))
+    vectors = embed.images(data.images, data.rows)
+    queries = embed.queries(data.images, data.rows)
+    found = metrics.recall_at_k(vectors, data.labels, ks=(1, 2, 4, 8), queries=queries)
     return {f"r{k}": value for k, value in found.items()}
 
 
 def knn(data: Data, embed: Embedder, options: SuiteOptions) -> Scores:
     """Measure the accuracy of k-NN: the data set's voters vote, or else its other images."""
     assert isinstance(data, Labelled)
-    queries = embed.images(data.images, data.rows)
+    queries = embed.queries(data.images, data.rows)
     voters = data.voters or data
     answers = metrics.knn_classify(
-        embed.images(voters.images, voters.rows) if data.voters else queries,
+        embed.images(voters.images, voters.rows),
         voters.labels,
         queries,
         options.knn_k,

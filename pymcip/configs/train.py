@@ -30,6 +30,13 @@ class TrainConfig(ModelOptions):
     )
     class_balanced: bool = option(False, "draw classes uniformly instead of images")
 
+    appended_dims: int = option(
+        0,
+        "dimensions for image search, appended to the joint embedding, which stays as it was; 0: the "
+        "joint embedding itself is tuned",
+        at_least=0,
+    )
+
     # The image stage, and what both stages share
     epochs: int = option(3, "passes over the training images (image stage)", at_least=1)
     batch_size: int = option(64, "images per step and device", at_least=1)
@@ -217,6 +224,7 @@ class TrainConfig(ModelOptions):
             problems.append(
                 "rea_class_names are those of train_data, and rea_data takes its place; give one of them"
             )
+        problems += self._appended_problems()
         problems += self._budget_problems()
         problems += self._distillation_problems()
         if self.uses_captions_for_images and self.lambda_class + self.lambda_caption == 0:
@@ -236,6 +244,26 @@ class TrainConfig(ModelOptions):
         if self.distill == 0 and (self.distill_data is not None or self.mixtures > 0):
             problems.append(
                 "distill_data and mixtures are for distillation; give distill, such as 1"
+            )
+        return problems
+
+    def _appended_problems(self) -> list[str]:
+        if not self.appended_dims:
+            return []
+        problems = []
+        if self.method not in ("gpr", "mcip"):
+            problems.append(
+                f"appended_dims leaves the text side as it was, and method={self.method!r} trains it; "
+                "allowed: gpr, mcip"
+            )
+        if self.projector == "discard":
+            problems.append(
+                "appended_dims is not allowed with projector='discard'; allowed: keep, lock"
+            )
+        if self.alignment_budget is not None:
+            problems.append(
+                "appended_dims leaves alignment as it was, so there is nothing for alignment_budget to "
+                "keep; give one of them"
             )
         return problems
 

@@ -210,6 +210,8 @@ def _write_parts(
         "rows": total,
         "parts": parts,
     }
+    if clip.embed_dim != clip.joint_dim:
+        made_from["joint_dim"] = clip.joint_dim
     _check_fresh(folder, kind, made_from)
     names = [f"{number:0{len(str(parts - 1))}}" for number in range(parts)]
     files = [

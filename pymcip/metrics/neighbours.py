@@ -43,41 +43,42 @@ def recall_at_k(
         embeddings: float [N, D]; N >= 2 without `queries`.
         labels: int [N].
         ks: the k wanted; where fewer images are ranked, all of them count.
-        queries: float [Q, D], which rank all N.
+        queries: float [Q, D], which rank all N. Without `query_labels` they are the vectors that the
+            N images search with, in order, each against the others.
         query_labels: int [Q].
 
     Returns:
         {k: percent of the queries}.
 
     Raises:
-        ConfigError: a k below 1, or only one of queries and query_labels.
+        ConfigError: a k below 1, or query_labels without queries.
         DataError: wrong shapes, fewer than two images, values that are not finite.
 
     Source: Musgrave et al., A Metric Learning Reality Check (arXiv 2003.08505), section 2; for
     CUB-200, Cars-196 and SOP all against all.
     """
     counts = as_ranks(ks)
-    if (queries is None) != (query_labels is None):
-        raise ConfigError("queries and query_labels belong together; give both, or neither")
+    if queries is None and query_labels is not None:
+        raise ConfigError("query_labels are those of queries; give queries too")
     known = unit_rows(embeddings, "embeddings")
     classes = as_labels(labels, "labels", known)
     check_rows(known, "embeddings", classes, "labels")
-    if queries is None:
-        if len(known) < 2:
-            raise DataError(
-                "R@k needs at least 2 images (each ranks the others), got 1; give more images"
-            )
-        asked, targets = known, classes
-    else:
+    others = query_labels is None  # each image ranks the others
+    if others and len(known) < 2:
+        raise DataError(
+            "R@k needs at least 2 images (each ranks the others), got 1; give more images"
+        )
+    asked, targets = known, classes
+    if queries is not None:
         asked = unit_rows(queries, "queries").to(known.device)
-        targets = as_labels(query_labels, "query_labels", known)
-        check_rows(asked, "queries", targets, "query_labels")
+        targets = classes if others else as_labels(query_labels, "query_labels", known)
+        check_rows(asked, "queries", targets, "labels" if others else "query_labels")
         check_widths(known, "embeddings", asked, "queries")
-    most = min(max(counts), len(known) - (queries is None))
+    most = min(max(counts), len(known) - others)
     hits = dict.fromkeys(counts, 0)
     for rows in _chunks(len(asked), most):
-        if queries is None:
-            found, _ = _nearest_others(known, most, rows)
+        if others:
+            found, _ = _nearest_others(asked, known, most, rows)
         else:
             found, _ = topk(asked[rows], known, most)
         hit = classes[found] == targets[rows, None]
@@ -122,7 +123,8 @@ def knn_classify(
         vote: `"weighted"` sums exp(cos / temperature) by class in fp32 (DINO), ties go to the lower
             label; `"majority"` counts, ties go to the larger summed cosine, then the lower label.
         temperature: of the weighted vote.
-        leave_one_out: the queries are the bank's own rows, in order, and no row votes for itself.
+        leave_one_out: the queries are those of the bank's own images, in order, and no image votes
+            for itself.
 
     Returns:
         int64 [N], values of `bank_labels`.
@@ -154,7 +156,7 @@ def knn_classify(
     count = min(k, len(known) - leave_one_out)
     values, compact = torch.unique(classes, return_inverse=True)
     if leave_one_out:
-        neighbours, cosines = _nearest_others(known, count)
+        neighbours, cosines = _nearest_others(asked, known, count)
     else:
         neighbours, cosines = topk(asked, known, count)
     answers = torch.empty(len(asked), dtype=torch.int64, device=known.device)
@@ -175,9 +177,11 @@ def knn_classify(
     return answers.cpu().numpy()
 
 
-def _nearest_others(vectors: Tensor, k: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-    """Find the k nearest other rows of each row [N, D], and their scores; 1 <= k < N."""
-    found, scores = topk(vectors[rows], vectors, k + 1)
+def _nearest_others(
+    queries: Tensor, vectors: Tensor, k: int, rows: slice = slice(None)
+) -> tuple[Tensor, Tensor]:
+    """Find the k nearest rows [N, D] of each query [N, D] but its own, and scores; 1 <= k < N."""
+    found, scores = topk(queries[rows], vectors, k + 1)
     itself = found == torch.arange(len(vectors), device=vectors.device)[rows, None]
     itself[:, k] |= ~itself.any(dim=1)  # k + 1 rows that are its equals may all come before it
     return found[~itself].view(-1, k), scores[~itself].view(-1, k)

@@ -36,7 +36,7 @@ REVISITED = {  # what counts as relevant and what is junk (Radenović et al., se
 RANKS_AT_ONCE = 1 << 20  # relevant rows whose places are asked for in one call
 
 
-def full_ranking_map(embeddings: Array, labels: Array) -> float:
+def full_ranking_map(embeddings: Array, labels: Array, *, queries: Array | None = None) -> float:
     """Measure image-to-image mAP over the full ranking, as GPR1200 defines it.
 
     The mean of `full_ranking_ap`, which says how, what is taken and what is raised. Not comparable
@@ -45,10 +45,10 @@ def full_ranking_map(embeddings: Array, labels: Array) -> float:
     Returns:
         Mean AP over the N queries, percent.
     """
-    return float(full_ranking_ap(embeddings, labels).mean())
+    return float(full_ranking_ap(embeddings, labels, queries=queries).mean())
 
 
-def full_ranking_ap(embeddings: Array, labels: Array) -> Float64:
+def full_ranking_ap(embeddings: Array, labels: Array, *, queries: Array | None = None) -> Float64:
     """Measure each image's average precision over the full ranking, as GPR1200 defines it.
 
     Every image is a query and ranks all N images. The query itself is in the ranking and counts as
@@ -57,6 +57,7 @@ def full_ranking_ap(embeddings: Array, labels: Array) -> Float64:
     Args:
         embeddings: float [N, D], N >= 1.
         labels: int [N]; images with equal labels are relevant for each other.
+        queries: float [N, D], the vectors that the same images search with; default: `embeddings`.
 
     Returns:
         float64 [N], percent. Means of slices are the means of GPR1200's parts.
@@ -69,7 +70,11 @@ def full_ranking_ap(embeddings: Array, labels: Array) -> Float64:
     vectors = unit_rows(embeddings, "embeddings")
     classes = as_labels(labels, "labels", vectors)
     check_rows(vectors, "embeddings", classes, "labels")
-    return 100 * step_precisions(vectors, classes, vectors, classes)
+    asked = vectors
+    if queries is not None:
+        asked, _ = unit_pair(queries, "queries", vectors, "embeddings")
+        check_rows(asked, "queries", vectors, "embeddings")
+    return 100 * step_precisions(asked, classes, vectors, classes)
 
 
 def trapezoidal_map(

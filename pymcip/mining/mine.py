@@ -73,6 +73,15 @@ def mine_captions(config: MineConfig | None = None, /, **options: Any) -> MineRe
     images = EmbeddingFolder(config.images)
     captions = images if config.captions is None else EmbeddingFolder(config.captions)
     image_parts, caption_parts = images.parts("img"), captions.parts("text")
+    for folder, made_from in (
+        (images, images.fingerprint("img")),
+        (captions, captions.fingerprint("text")),
+    ):
+        if "joint_dim" in made_from:
+            raise DataError(
+                f"{folder.path} was embedded with appended dimensions, which captions don't have; "
+                "embed with the model that the run started from"
+            )
     out = Path(config.out)
     settings = {
         "images": images.identity("img"),

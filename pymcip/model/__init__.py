@@ -1,5 +1,6 @@
 """CLIP models: loading, embedding, fingerprints, and which parameters belong to which tower."""
 
+from pymcip.model.appended import AppendedClip
 from pymcip.model.clip import (
     ClipModel,
     evaluation_mode,
@@ -10,6 +11,7 @@ from pymcip.model.clip import (
 from pymcip.model.loading import has_bf16, load, load_configured
 
 __all__ = [
+    "AppendedClip",
     "ClipModel",
     "evaluation_mode",
     "has_bf16",

@@ -39,8 +39,21 @@ class ClipModel:
 
     @property
     def embed_dim(self) -> int:
-        """Width D of the joint embedding space."""
+        """Width of the vectors: D, and what is appended (see `model.appended`)."""
+        return self.joint_dim
+
+    @property
+    def joint_dim(self) -> int:
+        """Width D of the embeddings that images and texts share; more may be appended to it."""
         return int(self.model_cfg["embed_dim"])
+
+    def joint(self) -> ClipModel:
+        """The joint model alone: this one, where nothing is appended (see `model.appended`)."""
+        return self
+
+    def as_queries(self, vectors: Tensor, strength: float | None = None) -> Tensor:
+        """Vectors to search with, of stored ones [N, D]: these, where nothing is appended."""
+        return vectors
 
     @property
     def transform(self) -> str:

@@ -13,6 +13,7 @@ import torch
 
 from pymcip.configs import ModelOptions
 from pymcip.errors import CheckpointError, ConfigError
+from pymcip.model.appended import with_appended
 from pymcip.model.clip import ClipModel, is_convolutional
 
 HUB_FOLDER = Path("exported") / "hub"  # inside a run folder
@@ -178,11 +179,13 @@ def load(
         config["quick_gelu"] = True
     if is_convolutional(module):
         module.visual.to(memory_format=torch.channels_last)
-    return ClipModel(
+    clip = ClipModel(
         name, module, preprocess_train, preprocess_val, tokenizer,
         model_cfg=config, preprocess_cfg=dict(module.visual.preprocess_cfg),
         device=chosen, precision=precision,
     )  # fmt: skip
+    schema, folder = open_clip.factory.parse_model_name(name)
+    return with_appended(clip, Path(folder)) if schema == "local-dir" else clip
 
 
 def load_configured(config: ModelOptions, aug_cfg: dict[str, Any] | None = None) -> ClipModel:

@@ -33,6 +33,8 @@ class Stream(Enum):
     DISTILLED_CAPTIONS = (7,)
     DISTILLED_MIXTURES = (8,)
     GENERIC_IMAGES = (9,)
+    APPENDED_HEAD = (10, 0)
+    APPENDED_GATE = (10, 1)
 
 
 def random_generator(seed: int, stream: Stream, *place: int) -> np.random.Generator:

@@ -30,9 +30,10 @@ from pymcip.errors import DataError
 from pymcip.exporting import write_export
 from pymcip.files import TEMPORARY_SUFFIX, prepare_output, write_json
 from pymcip.mining import CaptionTable, mine_captions
-from pymcip.model import ClipModel, load_configured
+from pymcip.model import ClipModel, load_configured, plain_state
 from pymcip.model.towers import discard_projector
 from pymcip.ops.arrays import MatrixParts
+from pymcip.training.appended import append_dimensions
 from pymcip.training.budget import AlignmentBudget
 from pymcip.training.checkpoints import (
     Position,
@@ -76,7 +77,7 @@ def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
     """
     config = TrainConfig.make(config, options)
     inputs = open_inputs(config)
-    clip = load_configured(config, config.aug_cfg)
+    clip = load_configured(config, config.aug_cfg).joint()
     if config.resume:
         finished = finished_result(config)
         if finished is not None:
@@ -114,10 +115,13 @@ def _run(
 
     # `clip` is the untrained model up to here: take from it what training will need of it.
     captions = class_rows = distillation = budget = None
+    original = plain_state(clip.model.visual) if config.appended_dims else {}  # type: ignore[arg-type]
     if config.compares_with_captions:
         assert inputs.captions is not None  # `TrainConfig.problems` sees to it
         captions = cache.captions(inputs.captions)
-    if config.trains_images and (config.distill > 0 or config.class_init == "mean"):
+    if config.trains_images and (
+        config.distill > 0 or config.class_init == "mean" or config.appended_dims
+    ):
         if config.mine_model is not None or config.projector == "discard":
             embedded = cache.images(data)
         if config.class_init == "mean":
@@ -209,6 +213,12 @@ def _run(
             alignment = budget.keep(run)
             if validation is not None and 0 < alignment["coefficient"] < 1:
                 validation.update()
+        if config.appended_dims:
+            tuned = _cache(config, out, clip).images(data)
+            clip = append_dimensions(config, clip, original, data.labels, embedded, tuned)
+            if validation is not None:
+                validation.clip = clip
+                validation.update()
         if alignment is None or alignment["respected"]:
             exported = write_export(clip, out / "exported")
     best = out / "checkpoints" / "best.pt"
@@ -244,7 +254,7 @@ def _embed_and_mine(
     """The images that can be decoded, their embeddings by the model that mines, what it mined."""
     if config.mine_model is not None:
         mining = replace(config, model=config.mine_model, pretrained=config.mine_pretrained)
-        cache = _cache(config, out, load_configured(mining))
+        cache = _cache(config, out, load_configured(mining).joint())
     embedded = cache.images(inputs.images)
     data = inputs.images.select(embedded.rows("img"))
     empty = np.setdiff1d(np.arange(data.num_classes), data.labels)

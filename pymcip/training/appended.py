@@ -1,0 +1,121 @@
+"""The dimensions that are appended for image search: their head, and the gate of queries."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from pymcip.configs import TrainConfig
+from pymcip.embedding import EmbeddingFolder
+from pymcip.losses import ArcMargin
+from pymcip.model import AppendedClip, ClipModel
+from pymcip.model.appended import Gate, appended_clip
+from pymcip.ops.arrays import MatrixParts
+from pymcip.training.image_stage import class_means
+from pymcip.training.sampling import Stream, random_generator
+
+WEIGHT = 1.5  # of the appended dimensions beside the joint embedding
+STEPS, BATCH = 300, 256  # of the head; more steps where three passes over the images take more
+RATE, WARMUP = 1e-2, 20
+NOISE = 0.5  # norm of what is added to the features, beside their own of 1
+PROTOTYPES, SAMPLE = 16_384, 4096  # at most, of the gate and for its quantiles
+QUANTILES = 0.01, 0.25
+
+_log = logging.getLogger("pymcip.training")
+
+
+def append_dimensions(
+    config: TrainConfig,
+    clip: ClipModel,
+    original: dict[str, Tensor],
+    labels: npt.NDArray[np.int64],
+    joint: EmbeddingFolder,
+    tuned: EmbeddingFolder,
+) -> AppendedClip:
+    """Give the original model dimensions of image search, made by the tuned image tower.
+
+    Args:
+        config: the options of the run; `appended_dims` is r.
+        clip: the tuned model; its image tower becomes the original's again.
+        original: the state of the image tower before training.
+        labels: int64 [N], the classes of the training images.
+        joint: their embeddings by the original model, float16 [N, D].
+        tuned: the same by the tuned model.
+    """
+    head = fit_head(
+        MatrixParts(tuned.parts("img")), labels, config.appended_dims, config.seed, clip.device
+    )
+    gate = fit_gate(joint.vectors("img"), labels, config.seed)
+    tower = copy.deepcopy(clip.model.visual)
+    clip.model.visual.load_state_dict(original)  # type: ignore[union-attr,operator]
+    result = appended_clip(clip, tower, head, WEIGHT, gate)  # type: ignore[arg-type]
+    _log.info(
+        "%d dimensions appended, weight %g; a picture query uses half of them at a cosine of %.3f to "
+        "the nearest class",
+        config.appended_dims, WEIGHT, gate.centre,
+    )  # fmt: skip
+    return result
+
+
+def fit_head(
+    features: MatrixParts,
+    labels: npt.NDArray[np.int64],
+    dims: int,
+    seed: int,
+    device: torch.device,
+) -> Tensor:
+    """Train a linear map of unit features [N, D] to `dims` dimensions by ArcMargin.
+
+    Noise on the features stands for other pictures of the same things.
+
+    Returns:
+        float32 [dims, D].
+    """
+    drawing = random_generator(seed, Stream.APPENDED_HEAD)
+    columns = features.shape[1]
+    first = drawing.standard_normal((dims, columns)) / math.sqrt(columns)
+    head = nn.Parameter(torch.from_numpy(first).float().to(device))
+    classes = int(labels.max()) + 1
+    margin = ArcMargin(classes, dims).to(device)
+    with torch.no_grad():
+        means = class_means(labels, classes, features[np.arange(len(labels))])
+        margin.weight.copy_(means.to(device) @ head.T)
+    steps = max(STEPS, -(-3 * len(labels) // BATCH))
+    optimizer = torch.optim.AdamW([head, margin.weight], lr=RATE, weight_decay=0.05)
+    for step in range(steps):
+        decay = 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer.param_groups[0]["lr"] = RATE * min(1, (step + 1) / WARMUP) * decay
+        rows = drawing.integers(0, len(labels), min(BATCH, 4 * len(labels)))
+        noise = drawing.standard_normal((len(rows), columns)) * (NOISE / math.sqrt(columns))
+        x = torch.from_numpy(features[rows].astype(np.float32) + noise.astype(np.float32))
+        targets = torch.from_numpy(labels[rows]).to(device)
+        loss = margin(x.to(device) @ head.T, targets).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return head.detach()
+
+
+def fit_gate(joint: npt.NDArray[np.float16], labels: npt.NDArray[np.int64], seed: int) -> Gate:
+    """Find which joint embeddings are of the training domain, from the training images alone.
+
+    New classes of the domain must pass. So each image is compared with the classes that are not its
+    own, and the gate opens between two low quantiles of these cosines.
+    """
+    classes = int(labels.max()) + 1
+    drawing = random_generator(seed, Stream.APPENDED_GATE)
+    means = class_means(labels, classes, joint).numpy()
+    kept = np.sort(drawing.permutation(classes)[:PROTOTYPES])
+    rows = np.sort(drawing.permutation(len(labels))[:SAMPLE])
+    cosines = joint[rows].astype(np.float32) @ means[kept].T
+    cosines[labels[rows][:, None] == kept] = -1.0
+    low, high = np.quantile(cosines.max(axis=1), QUANTILES)
+    return Gate(
+        torch.from_numpy(means[kept]), float(low + high) / 2, max(float(high - low) / 4, 0.01)
+    )

@@ -1,0 +1,200 @@
+"""Appended dimensions: text search as it was, the gate, shared blocks, files, bad input."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+
+import pymcip
+from pymcip.errors import CheckpointError, ConfigError, DataError
+from pymcip.metrics import full_ranking_map, knn_classify, recall_at_k
+from pymcip.model import AppendedClip, ClipModel
+from pymcip.model.appended import Gate, appended_clip, share_blocks
+from tests.conftest import CAPTIONS, images
+
+DIMS = 6
+
+
+@pytest.fixture
+def options(run_options: dict[str, Any]) -> dict[str, Any]:
+    return {**run_options, "method": "gpr", "appended_dims": DIMS, "lr": 1e-3}
+
+
+@pytest.fixture
+def trained(options: dict[str, Any]) -> AppendedClip:
+    clip = pymcip.load(str(pymcip.train(**options).out), precision="fp32")
+    assert isinstance(clip, AppendedClip)
+    return clip
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def test_vectors_are_as_documented(trained: AppendedClip, tiny_clip: ClipModel) -> None:
+    pixels = images()
+    joint = tiny_clip.encode_images(pixels).double().numpy()
+    assert trained.tower is not None
+    with torch.inference_mode():
+        features = unit(trained.tower(pixels).double().numpy())
+    appended = unit(features @ trained.head.double().numpy().T)
+    expected = np.hstack([joint, trained.weight * appended]) / np.hypot(1, trained.weight)
+    found = trained.encode_images(pixels).numpy()
+    assert trained.embed_dim == found.shape[1] == tiny_clip.embed_dim + DIMS
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+    texts = trained.encode_texts(CAPTIONS).numpy()
+    np.testing.assert_array_equal(texts[:, : tiny_clip.embed_dim], tiny_clip.encode_texts(CAPTIONS))
+    assert not texts[:, tiny_clip.embed_dim :].any()
+
+
+def test_text_search_ranks_as_before(trained: AppendedClip, tiny_clip: ClipModel) -> None:
+    """Scores are the joint model's times a constant, up to fp32's rounding."""
+    pixels = images(8)
+    before = tiny_clip.encode_texts(CAPTIONS) @ tiny_clip.encode_images(pixels).T
+    after = trained.encode_texts(CAPTIONS) @ trained.encode_images(pixels).T
+    torch.testing.assert_close(after * np.hypot(1, trained.weight), before, atol=1e-6, rtol=0)
+
+
+def test_evaluation_finds_text_metrics_unchanged(
+    options: dict[str, Any], tiny_model_dir: Path, ten_images: Path
+) -> None:
+    run = pymcip.train(**options).out
+    result = pymcip.evaluate(
+        model=str(run), baseline=str(tiny_model_dir), data=ten_images, precision="fp32"
+    )
+    assert result.baseline is not None
+    names = [name for name in result.metrics if name.startswith(("zero_shot", "t2i", "i2t"))]
+    assert names
+    assert {n: result.metrics[n] for n in names} == {n: result.baseline[n] for n in names}
+
+
+def test_what_open_clip_loads_is_the_original(
+    options: dict[str, Any], tiny_model_dir: Path
+) -> None:
+    result = pymcip.train(**options)
+    before = open_clip.create_model(f"local-dir:{tiny_model_dir}").state_dict()
+    after = open_clip.create_model(f"local-dir:{result.hub}").state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_resumed_run_gives_the_same_dimensions(options: dict[str, Any]) -> None:
+    out = pymcip.train(**options).out
+    first = (out / "exported" / "hub" / "appended.safetensors").read_bytes()
+    (out / "result.json").unlink()  # as if it was killed before its last step
+    pymcip.train(**options, resume="latest")
+    assert (out / "exported" / "hub" / "appended.safetensors").read_bytes() == first
+
+
+def test_export_keeps_the_dimensions(options: dict[str, Any], tmp_path: Path) -> None:
+    run = pymcip.train(**options).out
+    hub = pymcip.export(model=str(run), out=tmp_path / "copy", precision="fp32").hub
+    found, expected = (
+        pymcip.load(str(folder), precision="fp32").encode_images(images()) for folder in (hub, run)
+    )
+    assert torch.equal(found, expected)
+
+
+def test_the_gate(tiny_clip: ClipModel) -> None:
+    prototypes = torch.eye(tiny_clip.embed_dim)[:2]
+    head = torch.randn(DIMS, tiny_clip.embed_dim, generator=torch.Generator().manual_seed(0))
+    clip = appended_clip(tiny_clip, None, head, 1.5, Gate(prototypes, 0.5, 0.1))
+    joint = torch.zeros(3, tiny_clip.embed_dim)
+    joint[0, 0] = joint[2, 5] = 1  # a prototype; nothing like one
+    joint[1, 1], joint[1, 5] = 0.6, 0.8
+    vectors = torch.cat([joint, torch.ones(3, DIMS)], dim=1)
+    expected = 1 / (1 + np.exp(-(np.array([1, 0.6, 0]) - 0.5) / 0.1))
+    queries = clip.as_queries(vectors)
+    assert torch.equal(queries[:, : tiny_clip.embed_dim], joint)
+    np.testing.assert_allclose(queries[:, -DIMS:], expected[:, None].repeat(DIMS, 1), rtol=1e-5)
+    assert not clip.as_queries(vectors, 0.0)[:, -DIMS:].any()
+    assert torch.equal(clip.as_queries(vectors, 1.0), vectors)
+
+
+@pytest.mark.parametrize("changed", [0, 1, None])
+def test_blocks_in_common_run_once(tiny_clip: ClipModel, changed: int | None) -> None:
+    """`changed`: the first block that differs; None: what comes before the blocks does."""
+    visual: Any = tiny_clip.model.visual
+    tuned = copy.deepcopy(visual).eval()
+    blocks = tuned.transformer.resblocks
+    with torch.no_grad():
+        for block in [] if changed is None else blocks[changed:]:
+            block.ln_1.weight += 0.5
+        if changed is None:
+            tuned.conv1.weight += 0.1
+    alone = copy.deepcopy(tuned)
+    shared = share_blocks(visual, tuned)
+    assert shared == (changed or 0)
+    calls: list[int] = []
+    blocks[-1].register_forward_hook(lambda *_: calls.append(1))
+    for pixels in (images(2), images(3)):
+        with torch.inference_mode():
+            visual(pixels)
+            assert torch.equal(tuned(pixels), alone(pixels))
+
+
+def test_queries_of_the_same_images_are_measured() -> None:
+    generator = np.random.default_rng(0)
+    bank, queries = unit(generator.normal(size=(12, 4))), unit(generator.normal(size=(12, 4)))
+    labels = np.arange(12) % 3
+    scores = queries @ bank.T
+    relevant = labels[np.argsort(-scores, axis=1)] == labels[:, None]
+    precision = relevant.cumsum(axis=1) / np.arange(1, 13)
+    expected = 100 * np.mean((precision * relevant).sum(axis=1) / 4)
+    assert full_ranking_map(bank, labels, queries=queries) == pytest.approx(expected, abs=1e-9)
+    np.fill_diagonal(scores, -2)
+    nearest = labels[scores.argmax(axis=1)]
+    found = recall_at_k(bank, labels, (1,), queries=queries)
+    assert found[1] == pytest.approx(100 * np.mean(nearest == labels))
+    answers = knn_classify(bank, labels, queries, 1, leave_one_out=True)
+    np.testing.assert_array_equal(answers, nearest)
+    with pytest.raises(DataError, match="queries has 11 rows"):
+        full_ranking_map(bank, labels, queries=queries[:11])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "2sft"}, "appended_dims leaves the text side as it was"),
+        ({"projector": "discard"}, "appended_dims is not allowed with projector='discard'"),
+        ({"alignment_budget": 0.02}, "nothing for alignment_budget to keep"),
+        ({"appended_dims": -1}, "appended_dims=-1 is not allowed"),
+    ],
+)
+def test_options_that_dont_go_with_it(
+    options: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        pymcip.train(**{**options, "captions": "captions.txt", **changes})
+
+
+def test_such_embeddings_are_not_mined(
+    options: dict[str, Any], captions_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = pymcip.train(**options).out
+    folder = tmp_path / "embedded"
+    pymcip.embed(model=str(run), images=options["train_data"], captions=captions_file(), out=folder)
+    with pytest.raises(DataError, match="appended dimensions, which captions don't have"):
+        pymcip.mine_captions(images=folder, out=tmp_path / "mined")
+
+
+@pytest.mark.parametrize("damage", ["cut", "other"])
+def test_a_damaged_file_is_refused(
+    options: dict[str, Any], damage: str, hub_folder: Callable[..., Path]
+) -> None:
+    run = pymcip.train(**options).out
+    path = run / "exported" / "hub" / "appended.safetensors"
+    content = path.read_bytes()
+    assert b'version\\": 1' in content
+    path.write_bytes(
+        content[:100] if damage == "cut" else content.replace(b'version\\": 1', b'version\\": 9')
+    )
+    with pytest.raises(CheckpointError, match="can't be read as appended dimensions"):
+        pymcip.load(str(run))
