@@ -84,8 +84,9 @@ def write_export(clip: ClipModel, out: str | os.PathLike[str]) -> ExportResult:
       architecture is not in it: for a QuickGELU model create open_clip's `...-quickgelu` one.
     - `out/hub/`: `open_clip_model.safetensors` and `open_clip_config.json` (`quick_gelu`,
       `custom_text`, a forced image size and the transform included), and the tokenizer's files
-      where it is a Hugging Face one, and `appended.safetensors` where the model appends dimensions; for `open_clip.create_model_and_transforms("local-dir:...")`
-      and for uploading.
+      where it is a Hugging Face one, and `appended.safetensors` where the model appends dimensions
+      (`pymcip.load` reads it, open_clip leaves it alone); for
+      `open_clip.create_model_and_transforms("local-dir:...")` and for uploading.
 
     Args:
         clip: the model.

@@ -84,6 +84,7 @@ COLUMNS = {
     "zero-shot": ("grocery", "zero_shot"),
     "T2I mAP": ("grocery", "t2i_map"),
     "clothing zero-shot": ("clothing", "zero_shot"),
+    "clothing I2I mAP": ("clothing", "i2i_map"),
 }
 
 

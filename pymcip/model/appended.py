@@ -138,9 +138,8 @@ def write_appended(clip: AppendedClip, folder: Path) -> None:
         "weight": clip.weight,
         "gate": [clip.gate.centre, clip.gate.width],
     }
-    with atomic_path(
-        folder / APPENDED
-    ) as temporary:  # one value: the order of several is by chance
+    # In one value, because safetensors writes several in an order that differs from call to call.
+    with atomic_path(folder / APPENDED) as temporary:
         safetensors.torch.save_file(plain, temporary, metadata={"about": json.dumps(about)})
 
 
@@ -169,14 +168,7 @@ def with_appended(clip: ClipModel, folder: Path) -> ClipModel:
                 raise ValueError(f"the joint model's image tower has no {unknown[0]}")
         gate = Gate(prototypes, *about["gate"])
         return appended_clip(clip, tower, head, about["weight"], gate)
-    except (
-        OSError,
-        KeyError,
-        TypeError,
-        ValueError,
-        RuntimeError,
-        safetensors.SafetensorError,
-    ) as error:
+    except Exception as error:  # what a damaged file raises is not bounded by a list
         raise CheckpointError(
             f"{path} can't be read as appended dimensions of {clip.name}: "
             f"{str(error).splitlines()[0]}. Export the run again, or delete the file to use the "
@@ -238,7 +230,7 @@ def share_blocks(original: nn.Module, tuned: nn.Module) -> int:
 
 
 class _Replaced(nn.Module):
-    """Stands where a block was; other arguments than the first, such as masks, are ignored."""
+    """A function in the place of a block; other arguments than the first, such as masks, are ignored."""
 
     def __init__(self, compute: Callable[[Any], Any]) -> None:
         super().__init__()

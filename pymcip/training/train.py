@@ -65,6 +65,9 @@ def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
     With `alignment_budget` the tuned weights are drawn back towards the original ones as far as the
     budget asks for (`TrainResult.alignment`); if nothing keeps it, nothing is exported.
 
+    With `appended_dims` the exported open_clip weights are the untrained model's, and beside them
+    `exported/hub/appended.safetensors` holds the tuned image tower's dimensions; `pymcip.load` reads both.
+
     With `resume="latest"` a run that was killed continues from its last checkpoint, on the CPU to the
     same bits as if it had not been.
 
