@@ -76,7 +76,9 @@ def nearest_other(data: Data, embed: Embedder, options: SuiteOptions) -> Scores:
     assert isinstance(data, Labelled)
     vectors = embed.images(data.images, data.rows)
     queries = embed.queries(data.images, data.rows)
-    found = metrics.recall_at_k(vectors, data.labels, ks=(1, 2, 4, 8), queries=queries)
+    found = metrics.recall_at_k(
+        vectors, data.labels, ks=(1, 2, 4, 8), queries=queries, leave_one_out=True
+    )
     return {f"r{k}": value for k, value in found.items()}
 
 

@@ -243,7 +243,7 @@ class TrainConfig(ModelOptions):
                 )
         if self.distill == 0 and (self.distill_data is not None or self.mixtures > 0):
             problems.append(
-                "distill_data and mixtures are for distillation; give distill, such as 1"
+                "distill_data and mixtures are for distillation; give distill too, such as 1"
             )
         return problems
 

@@ -32,6 +32,7 @@ def recall_at_k(
     *,
     queries: Array | None = None,
     query_labels: Array | None = None,
+    leave_one_out: bool = False,
 ) -> dict[int, float]:
     """Measure R@k: how often one of the k nearest images has the query's label.
 
@@ -43,27 +44,28 @@ def recall_at_k(
         embeddings: float [N, D]; N >= 2 without `queries`.
         labels: int [N].
         ks: the k wanted; where fewer images are ranked, all of them count.
-        queries: float [Q, D], which rank all N. Without `query_labels` they are the vectors that the
-            N images search with, in order, each against the others.
+        queries: float [Q, D], which rank all N.
         query_labels: int [Q].
+        leave_one_out: the queries are those of the N images themselves, in order, and each ranks the
+            others; without `query_labels`.
 
     Returns:
         {k: percent of the queries}.
 
     Raises:
-        ConfigError: a k below 1, or query_labels without queries.
+        ConfigError: a k below 1, or only one of queries and query_labels.
         DataError: wrong shapes, fewer than two images, values that are not finite.
 
     Source: Musgrave et al., A Metric Learning Reality Check (arXiv 2003.08505), section 2; for
     CUB-200, Cars-196 and SOP all against all.
     """
     counts = as_ranks(ks)
-    if queries is None and query_labels is not None:
-        raise ConfigError("query_labels are those of queries; give queries too")
+    others = leave_one_out or queries is None  # each image ranks the others
+    if others != (query_labels is None):
+        raise ConfigError("queries and query_labels belong together; give both, or neither")
     known = unit_rows(embeddings, "embeddings")
     classes = as_labels(labels, "labels", known)
     check_rows(known, "embeddings", classes, "labels")
-    others = query_labels is None  # each image ranks the others
     if others and len(known) < 2:
         raise DataError(
             "R@k needs at least 2 images (each ranks the others), got 1; give more images"
