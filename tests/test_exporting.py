@@ -27,7 +27,7 @@ from pymcip.errors import (
 )
 from pymcip.exporting import write_export, write_index
 from pymcip.model import ClipModel, load, plain_state
-from tests.conftest import TINY_MODEL, picture, write_hub_folder
+from tests.conftest import TINY_MODEL, TINY_TIMM, picture, write_hub_folder
 
 READER = """
 import json, sys
@@ -56,24 +56,11 @@ for work in sys.argv[1:]:
 assert not any(name.split(".")[0] == "pymcip" for name in sys.modules)
 """
 VIT: dict[str, Any] = {**TINY_MODEL, "quick_gelu": True}
-TIMM: dict[str, Any] = {
-    **TINY_MODEL,
-    "vision_cfg": {
-        "timm_model_name": "test_efficientnet",
-        "timm_model_pretrained": False,
-        "timm_pool": "avg",
-        "timm_proj": "linear",
-        "image_size": 64,
-    },
-    "custom_text": True,
-}
-
-
 CASES: dict[str, tuple[dict[str, Any], int | None]] = {
     "plain": (TINY_MODEL, None),
     "quick_gelu": (VIT, None),
     "other_size": (VIT, 48),
-    "timm_other_size": (TIMM, 96),
+    "timm_other_size": (TINY_TIMM, 96),
 }
 
 
@@ -135,7 +122,7 @@ def test_quick_gelu_makes_a_difference_that_the_test_above_would_see(tmp_path: P
 
 
 def test_state_dict_is_plain(tmp_path: Path) -> None:
-    folder = write_hub_folder(tmp_path / "model", **TIMM)
+    folder = write_hub_folder(tmp_path / "model", **TINY_TIMM)
     clip = load(f"local-dir:{folder}", device="cpu")  # its convolutions are channels-last
     result = write_export(clip, tmp_path / "out")
     state = torch.load(result.state_dict, weights_only=True)
