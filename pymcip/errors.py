@@ -30,11 +30,23 @@ class DecodeError(DataError):
 
 
 class StaleEmbeddingsError(DataError):
-    """An embedding folder was made from another model, transform or data than asked for."""
+    """Embeddings or a run were made from another model, transform or data than asked for."""
 
 
 class OutputExistsError(PymcipError, FileExistsError):
     """An output folder is not empty, and neither `overwrite` nor `resume` was given."""
+
+
+class FolderInUseError(PymcipError, RuntimeError):
+    """Another process writes to an output folder."""
+
+
+class DamagedFileError(DataError):
+    """A file that pymcip wrote is damaged."""
+
+
+class ResourceError(PymcipError, OSError):
+    """The machine is at its limits: disk, memory, open files, or a process that was ended."""
 
 
 class BackendError(PymcipError, RuntimeError):

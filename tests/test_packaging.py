@@ -31,7 +31,7 @@ OPTIONAL = (
 # Data flows one way. Every module of the package stands on one floor, and imports only modules that are
 # named before it, here and on the floors above this one in the list; functions do, too.
 FLOORS = {
-    "what everything stands on": "errors progress files",
+    "what everything stands on": "errors progress folders files contents",
     "options": "configs.options configs.stages configs.train configs.sweep configs",
     "ops": """ops.margin_contract ops.arrays ops.recall ops.dispatch ops.faiss_import
         ops.margin_softmax_cpu ops.margin_softmax_torch ops.canonical ops.margin_operators ops.ordering
@@ -41,7 +41,7 @@ FLOORS = {
     "models": "model.depthwise model.clip model.appended model.towers model.loading model environment",
     "data": """data.decode data.shards data.sources data.captions data.stores data.images
         data.class_names data.index data.loading data""",
-    "embedding": "embedding.folder embedding.write embedding.cache embedding exporting",
+    "embedding": "outputs embedding.foreign embedding.folder embedding.write embedding.cache embedding exporting",
     "mining": """mining.table mining.search mining.threshold mining.blocks mining.report mining.mine
         mining""",
     "metrics": "metrics.inputs metrics.rankings metrics.neighbours metrics.text metrics",
@@ -52,7 +52,7 @@ FLOORS = {
         benchmarks.revisited benchmarks.registry benchmarks.embedder benchmarks.suite benchmarks""",
     "evaluation": "evaluation.tables evaluation.own_data evaluation.run evaluation",
     "training": """training.interpolation training.sampling training.batches training.mixtures
-        training.checkpoints training.logs training.optim training.result training.loop
+        training.checkpoints training.divergence training.logs training.optim training.result training.loop
         training.probe_sources training.inputs training.distillation training.image_stage
         training.noise training.appended training.text_stage training.probe training.validation training.budget
         training.train training""",

@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pymcip.contents import file_digests
 from pymcip.data.sources import some
 from pymcip.errors import DataError
-from pymcip.files import file_fingerprint
 from pymcip.progress import progress
 
 Int64: TypeAlias = npt.NDArray[np.int64]
@@ -35,30 +35,25 @@ class Store(Protocol):
     def read(self, row: int) -> bytes:
         """The image file's bytes; raises DataError if it is gone or has shrunk."""
 
+    def files(self) -> list[Path]:
+        """The files that hold the images."""
+
     def fingerprint(self) -> list[Any]:
-        """Plain values that change whenever the images do."""
+        """Plain values that change whenever the images do; reads the files at the first call."""
 
 
 class FileStore:
     """Images as files below a folder."""
+
+    _digest = ""  # of all files, once it is known
 
     def __init__(self, kind: str, base: Path, names: list[str], titles: pa.Array | None) -> None:
         self._kind = kind
         self._base = base
         self._names = pa.array(names, pa.large_string())
         self._titles = titles
-        self._sizes = np.empty(len(names), np.int64)
-        self._times = np.empty(len(names), np.int64)
-        missing = []
-        for row, name in enumerate(
-            progress(names, description="checking image files", unit="file")
-        ):
-            try:
-                status = (base / name).stat()
-            except OSError:
-                missing.append(base / name)
-                continue
-            self._sizes[row], self._times[row] = status.st_size, status.st_mtime_ns
+        checked = progress(names, description="checking image files", unit="file")
+        missing = [base / name for name in checked if not (base / name).exists()]
         if missing:
             raise DataError(
                 f"{len(missing)} of {len(names)} images of {base} are not there: {some(missing)}"
@@ -81,10 +76,13 @@ class FileStore:
         except OSError as error:
             raise DataError(f"{self.key(row)} can't be read any more: {error}") from error
 
+    def files(self) -> list[Path]:
+        return [self._base / name for name in self._names.to_pylist()]
+
     def fingerprint(self) -> list[Any]:
         titles = None if self._titles is None else self._titles.to_pylist()
-        names = self._names.to_pylist()
-        return [self._kind, names, titles, self._sizes.tolist(), self._times.tolist()]
+        self._digest = self._digest or file_digests(self.files())
+        return [self._kind, self._names.to_pylist(), titles, self._digest]
 
 
 class _Descriptor:
@@ -111,6 +109,7 @@ class ShardStore:
     """Images inside tar shards, read by offset; the shards stay as they are."""
 
     MOST_OPEN = 64
+    _digest = ""  # of all shards, once it is known
 
     def __init__(self, paths: list[Path], indices: list[ShardIndex]) -> None:
         counts = [len(index.offsets) for index in indices]
@@ -155,5 +154,9 @@ class ShardStore:
             raise DataError(f"{self.key(row)}: the shard has been cut short since it was indexed")
         return content
 
+    def files(self) -> list[Path]:
+        return self._paths
+
     def fingerprint(self) -> list[Any]:
-        return ["shards", [file_fingerprint(path) for path in self._paths]]
+        self._digest = self._digest or file_digests(self._paths)
+        return ["shards", [path.name for path in self._paths], self._digest]

@@ -37,7 +37,8 @@ from pymcip.demo.report import (
 from pymcip.demo.sprites import CREDIT, load_sprites
 from pymcip.demo.world import World, prepare_world
 from pymcip.evaluation import evaluate
-from pymcip.files import prepare_output, read_json, write_json, write_text
+from pymcip.files import read_json, write_json, write_text
+from pymcip.outputs import output_folder
 from pymcip.training import train
 
 _log = logging.getLogger("pymcip.demo")
@@ -73,7 +74,11 @@ def run_demo(config: DemoConfig | None = None, /, **options: Any) -> DemoResult:
     recipe = SMOKE if config.smoke else Recipe()
     started = time.perf_counter()
     load_sprites()  # before anything is written: it says what is not installed
-    out = prepare_output(config.out, overwrite=config.overwrite)
+    with output_folder(config) as out:
+        return _run(config, recipe, out, started)
+
+
+def _run(config: DemoConfig, recipe: Recipe, out: Path, started: float) -> DemoResult:
     tables = []
     seeds = list(range(config.seeds))
     for seed in seeds:

@@ -121,7 +121,7 @@ def approximate_search(
         if folder is not None:
             index.save(folder)
     if measured_file is not None and measured_file.is_file():
-        measured = read_json(measured_file)
+        measured = read_json(measured_file, {"nprobe": int, "lists": int, "recall_interval": list})
     else:
         found = _with_bar(
             "measuring recall",

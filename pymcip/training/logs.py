@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 from pymcip.errors import MissingDependencyError
 from pymcip.files import write_text
+from pymcip.folders import record
 from pymcip.training.checkpoints import Position
 
 MEASURED = {"evaluation", "alignment"}  # keys of what an epoch's end writes
@@ -23,6 +24,7 @@ Tracker: TypeAlias = tuple[Callable[[dict[str, Any], int], object], Callable[[],
 def log_file(path: Path) -> Iterator[None]:
     """Also write pymcip's log messages to `path` while the block runs."""
     logger = logging.getLogger("pymcip")
+    record(path)
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     level = logger.level
@@ -41,6 +43,7 @@ class MetricsLog:
 
     def __init__(self, folder: Path, report_to: tuple[str, ...], config: dict[str, Any]) -> None:
         self.path = folder / "metrics.jsonl"
+        record(self.path)
         self.trackers = [_open_tracker(name, folder, config) for name in report_to]
         self.handle = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
 
@@ -96,6 +99,8 @@ def _open_tracker(name: str, folder: Path, config: dict[str, Any]) -> Tracker:
             from torch.utils.tensorboard import SummaryWriter
 
             writer = SummaryWriter(str(folder / "tensorboard"))
+            for file in (folder / "tensorboard").iterdir():
+                record(file)
 
             def log(numbers: dict[str, Any], step: int) -> None:
                 for key, value in numbers.items():
