@@ -3,6 +3,21 @@ the next step."""
 
 from __future__ import annotations
 
+import re
+
+_UNSAFE = re.compile(r"weights_only|allow_pickle|pickle\.load|safe_globals|trust_remote_code", re.I)
+
+
+def reason_of(error: BaseException | str, most: int = 300) -> str:
+    """What another library says of an error, without its advice to load a file unsafely."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = text.rpartition("WeightsUnpickler error: ")[2]  # what torch puts its advice before
+    sentences = re.split(r"(?<=[.!?])\s+", text)
+    safe = " ".join(part for part in sentences if not _UNSAFE.search(part))
+    if not safe:
+        safe = "it holds more than plain tensors and arrays, which could run code when it is read"
+    return (safe if len(safe) <= most else f"{safe[:most]} […]").rstrip(".")
+
 
 class PymcipError(Exception):
     """Base of every error that pymcip raises on purpose."""

@@ -107,7 +107,7 @@ def write_export(clip: ClipModel, out: str | os.PathLike[str]) -> ExportResult:
     if save_tokenizer is not None and not model_cfg["text_cfg"].get("hf_tokenizer_name"):
         # open_clip reads the tokenizer beside the weights only where a name, any name, is given
         model_cfg["text_cfg"]["hf_tokenizer_name"] = clip.name
-    with atomic_path(out / HUB, replaces=(APPENDED,)) as temporary:
+    with atomic_path(out / HUB, owned=(APPENDED,)) as temporary:
         temporary.mkdir()
         safetensors.torch.save_file(
             state, temporary / "open_clip_model.safetensors", metadata={"format": "pt"}

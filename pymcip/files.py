@@ -20,20 +20,26 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pymcip.errors import DamagedFileError, ResourceError
-from pymcip.folders import record, temporary_name
+from pymcip.errors import DamagedFileError, ResourceError, reason_of
+from pymcip.folders import record_file, temporary_name
 
 _AGAIN = "Remove it and run the same command again"
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | os.PathLike[str], replaces: Collection[str] = ()) -> Iterator[Path]:
+def atomic_path(
+    path: str | os.PathLike[str], owned: Collection[str] | None = None
+) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success sync it and rename it to `path`.
 
     Works for files and folders. If the block raises (a full disk included), the temporary one is
     removed and whatever stood at `path` before is untouched. A folder takes the place of another
-    one without a moment between them; files of the old one that the new one lacks are kept in it,
-    but for those that `replaces` names.
+    one without a moment between them.
+
+    Args:
+        path: the file or folder.
+        owned: names of the files in a folder that go if the new folder lacks them, while others are
+            kept in it; None: all go.
 
     Raises:
         ResourceError: the disk is full, or there are too many open files.
@@ -49,10 +55,11 @@ def atomic_path(path: str | os.PathLike[str], replaces: Collection[str] = ()) ->
         for file in written:
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
-            record(target / file.relative_to(temporary))
+            record_file(target / file.relative_to(temporary))
         if temporary.is_dir() and target.exists():
             _exchange(temporary, target)
-            _keep_others(temporary, target, replaces)
+            if owned is not None:
+                _keep_others(temporary, target, owned)
         else:
             os.replace(temporary, target)
         folder = os.open(target.parent, os.O_RDONLY)
@@ -103,11 +110,11 @@ def _exchange(one: Path, other: Path) -> None:
     aside.rename(one)
 
 
-def _keep_others(old: Path, new: Path, replaced: Collection[str]) -> None:
-    """Move the files of `old` that `new` lacks there, but for those that are replaced."""
+def _keep_others(old: Path, new: Path, owned: Collection[str]) -> None:
+    """Move the files of `old` that `new` lacks there, but for those that pymcip wrote."""
     for file in list(old.rglob("*")):
         name = file.relative_to(old)
-        goes = name.as_posix() in replaced or (new / name).exists()
+        goes = name.as_posix() in owned or (new / name).exists()
         if goes or (file.is_dir() and not file.is_symlink()):
             continue
         (new / name).parent.mkdir(parents=True, exist_ok=True)
@@ -135,11 +142,10 @@ def write_npz(path: str | os.PathLike[str], **arrays: npt.ArrayLike) -> None:
 
 
 def damaged(
-    path: str | os.PathLike[str], problem: object, advice: str = _AGAIN
+    path: str | os.PathLike[str], problem: Exception | str, advice: str = _AGAIN
 ) -> DamagedFileError:
     """Make the error for a file of pymcip's own that can't be what was written."""
-    lines = str(problem).splitlines() or [type(problem).__name__]
-    return DamagedFileError(f"{path} is damaged: {lines[0]}. {advice}")
+    return DamagedFileError(f"{path} is damaged: {reason_of(problem)}. {advice}")
 
 
 def read_json(

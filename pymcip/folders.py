@@ -180,7 +180,7 @@ def _sweep(folder: Path) -> None:
 # --- what was written ----------------------------------------------------------------------------
 
 
-def record(path: Path) -> None:
+def record_file(path: Path) -> None:
     """List a file in the manifests of the folders above it that are held. Before it is written."""
     path = Path(os.path.abspath(path))  # noqa: PTH100
     with _guard:

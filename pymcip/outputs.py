@@ -46,6 +46,7 @@ def output_folder(
                 f"the output folder {out} is not empty; give a new one, or overwrite=True to "
                 'replace it, or resume="latest" to go on with the run in it.'
             )
+        _refuse_inputs(out, [config, *also], read)
         if not manifest(out):
             raise OutputExistsError(
                 f"{out} holds {some(sorted(path.name for path in out.iterdir()))}, which pymcip did "
@@ -55,7 +56,6 @@ def output_folder(
     out.mkdir(parents=True, exist_ok=True)
     with hold(out):
         if config.overwrite and not resume:
-            _refuse_inputs(out, [config, *also], read)
             others = remove_written(out)
             if others:
                 _log.warning("%s: left as they are, not written by pymcip: %s", out, some(others))
@@ -63,20 +63,14 @@ def output_folder(
 
 
 def _refuse_inputs(out: Path, configs: Iterable[Config], read: Iterable[Path]) -> None:
-    """Refuse to remove a file that is read, by whatever name, link or folder."""
-    doomed = written_files(out)
-    identities = {_identity(path) for path in doomed} - {None}
-    if not identities:
-        return
-    below = [path.parent.resolve() / path.name for path in doomed]
-    for path in read:
+    """Refuse to remove a file that is read, by whatever name or link, or a folder of such."""
+    identities = {_identity(path) for path in written_files(out)} - {None}
+    for source, path in _inputs(configs):
+        if path.resolve().is_relative_to(out.resolve()) or _identity(path) in identities:
+            raise _is_read(source, out)
+    for path in read if identities else ():
         if _identity(path) in identities:
             raise _is_read(path, out)
-    for source, path in _inputs(configs):
-        real = path.resolve()
-        inside = real.is_relative_to(out.resolve()) and any(x.is_relative_to(real) for x in below)
-        if inside or _identity(path) in identities:
-            raise _is_read(source, out)
 
 
 def _is_read(source: object, out: Path) -> OutputExistsError:

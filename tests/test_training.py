@@ -22,12 +22,14 @@ from pymcip.errors import (
     ConfigError,
     DataError,
     OutputExistsError,
+    ResourceError,
 )
+from pymcip.folders import MANIFEST
 from pymcip.model import ClipModel
 from pymcip.training import loop
 from pymcip.training.checkpoints import checkpoint_files, load_checkpoint, save_checkpoint
 from pymcip.training.text_stage import Pairs, TextStage
-from tests.conftest import lines_of, train_until_killed
+from tests.conftest import files, lines_of, train_until_killed
 
 METHODS = ["gpr", "2sft", "mcip", "mcip+rea", "rea", "mcip+"]
 
@@ -267,16 +269,16 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(
     inner = torch.save
     calls = []
 
-    def full(state: Any, path: Any, **rest: Any) -> None:
-        calls.append(path)
+    def full(state: Any, handle: Any, **rest: Any) -> None:
+        calls.append(handle)
         if len(calls) == 3:
-            Path(path).write_bytes(b"half of a checkpoint")
+            handle.write(b"half of a checkpoint")
             raise OSError(28, "No space left on device")
-        inner(state, path, **rest)
+        inner(state, handle, **rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(ResourceError, match=r"No space left.*go on with the same command"):
             pymcip.train(**options, method="gpr")
     folder = Path(options["out"]) / "checkpoints"
     files = checkpoint_files(folder)
@@ -297,9 +299,22 @@ def test_a_filled_output_folder_is_refused(options: dict[str, Any]) -> None:
     (out / "precious.txt").write_text("mine")
     with pytest.raises(OutputExistsError, match="not empty"):
         pymcip.train(**options, method="gpr")
-    assert (out / "precious.txt").read_text() == "mine"
-    pymcip.train(**options, method="gpr", overwrite=True)
-    assert not (out / "precious.txt").exists()
+    with pytest.raises(OutputExistsError, match=r"precious\.txt, which pymcip did not write"):
+        pymcip.train(**options, method="gpr", overwrite=True)
+    assert files(out) == {"precious.txt": b"mine"}
+
+
+def test_overwrite_removes_what_the_run_wrote_and_nothing_else(options: dict[str, Any]) -> None:
+    out = pymcip.train(**options, method="mcip").out
+    written = {name for name in files(out) if name != MANIFEST}
+    (out / "exported" / "notes.txt").write_text("mine")
+    (out / "slurm.log").write_text("mine")
+    other = pymcip.train(**{**options, "lr": 1e-4}, method="gpr", overwrite=True)
+    left = files(out)
+    assert left["exported/notes.txt"] == left["slurm.log"] == b"mine"
+    assert not any(name.startswith("mined/") for name in left)
+    assert other.steps == 6
+    assert {"mined", "embeddings"} <= {name.split("/")[0] for name in written}
 
 
 def test_bad_input_writes_nothing(options: dict[str, Any], tmp_path: Path) -> None:
@@ -329,7 +344,16 @@ def test_overwrite_does_not_remove_what_is_read(options: dict[str, Any]) -> None
     images = Path(options["train_data"])
     with pytest.raises(OutputExistsError, match="is read from the output folder"):
         pymcip.train(**{**options, "out": str(images.parent), "overwrite": True}, method="gpr")
-    assert (images / "class0" / "0.jpg").exists()
+    run = pymcip.train(**options, method="gpr").out
+    picture = run / "exported" / "hub" / "0.jpg"  # such as a demo's own pictures
+    picture.write_bytes((images / "class0" / "0.jpg").read_bytes())
+    with (run / MANIFEST).open("a") as listed:
+        listed.write('"exported/hub/0.jpg"\n')
+    (images / "class0" / "0.jpg").unlink()
+    (images / "class0" / "0.jpg").symlink_to(picture)
+    with pytest.raises(OutputExistsError, match="is read from the output folder"):
+        pymcip.train(**options, method="gpr", overwrite=True)
+    assert picture.exists()
 
 
 def test_zero_captions_over_the_threshold(options: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ from pymcip.contents import file_digests
 from pymcip.data.loading import Skipped
 from pymcip.data.sources import natural, some
 from pymcip.embedding.foreign import check_rows, normalised
-from pymcip.errors import DataError
+from pymcip.errors import DataError, reason_of
 from pymcip.files import damaged, read_json, write_text
 
 Kind: TypeAlias = Literal["img", "text"]
@@ -235,7 +235,7 @@ def _open_part(path: Path) -> Matrix:
     try:
         part = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError) as error:
-        raise DataError(f"{path} can't be read as a NumPy array: {error}") from error
+        raise DataError(f"{path} can't be read as a NumPy array: {reason_of(error)}") from error
     if part.ndim != 2 or part.dtype not in (np.float16, np.float32):
         raise DataError(
             f"{path} is {part.dtype} {list(part.shape)}; expected float16 (or float32) [rows, D]. "

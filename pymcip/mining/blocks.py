@@ -14,6 +14,8 @@ from pymcip.mining.table import CaptionTable, Float32, Int64, bounds_of
 from pymcip.ops.arrays import MatrixParts
 from pymcip.progress import progress
 
+_AGAIN = "Remove it and mine again"
+
 _log = logging.getLogger("pymcip.mining")
 
 
@@ -76,10 +78,10 @@ def _present(ids: Int64, cosines: Float32) -> tuple[Int64, Int64, Float32]:
 
 
 def _read_block(file: Path, shape: tuple[int, int], captions: int) -> tuple[Int64, Float32]:
-    stored = read_npz(file, {"ids": ("int64", 2), "cosines": ("float32", 2)})
+    stored = read_npz(file, {"ids": ("int64", 2), "cosines": ("float32", 2)}, _AGAIN)
     ids, cosines = stored["ids"], stored["cosines"]
     if not ids.shape == cosines.shape == shape:
-        raise damaged(file, f"it holds {ids.shape}, not {shape}")
+        raise damaged(file, f"it holds {ids.shape}, not {shape}", _AGAIN)
     if ids.size and not -1 <= ids.min() <= ids.max() < captions:
-        raise damaged(file, f"it has numbers of captions beyond {captions}")
+        raise damaged(file, f"it has numbers of captions beyond {captions}", _AGAIN)
     return ids, cosines

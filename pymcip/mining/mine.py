@@ -23,7 +23,7 @@ import numpy as np
 from pymcip.configs import MineConfig, Source
 from pymcip.embedding import EmbeddingFolder, Matrix
 from pymcip.errors import DataError, StaleEmbeddingsError
-from pymcip.files import read_json, write_json, write_text
+from pymcip.files import damaged, read_json, write_json, write_text
 from pymcip.mining.blocks import mine_blocks
 from pymcip.mining.report import describe_table, explain_nothing, sample_lines
 from pymcip.mining.search import (
@@ -112,9 +112,12 @@ def _mine(
     image_parts, caption_parts = images.parts("img"), captions.parts("text")
     block_rows = _block_rows(config.k, caption_parts, config.backend)
     if resume:
-        stored = read_json(out / "mine.json", {"block_rows": int}, AGAIN)
+        stored = {"recall": 1.0, "index": None, "block_rows": block_rows}
+        stored |= read_json(out / "mine.json", {}, AGAIN)
         _check_settings(out, stored, settings)
-        block_rows = max(1, stored["block_rows"])
+        block_rows = stored["block_rows"]
+        if not isinstance(block_rows, int) or block_rows < 1:
+            raise damaged(out / "mine.json", f"'block_rows' is {block_rows!r}", AGAIN)
     write_json(out / "mine.json", {**settings, "block_rows": block_rows})
     blocks = out / "blocks"
     if (out / "report.json").is_file():  # written last

@@ -12,7 +12,7 @@ import open_clip
 import torch
 
 from pymcip.configs import ModelOptions
-from pymcip.errors import CheckpointError, ConfigError
+from pymcip.errors import CheckpointError, ConfigError, reason_of
 from pymcip.model.appended import with_appended
 from pymcip.model.clip import ClipModel, is_convolutional
 
@@ -159,10 +159,9 @@ def load(
     except ConfigError:
         raise
     except Exception as error:  # open_clip, torch, pickle, safetensors, the hub: no common base
-        told = str(error) if len(str(error)) <= 600 else f"{str(error)[:600]} […]"
         raise CheckpointError(
             f"open_clip can't load model={model!r}, pretrained={pretrained!r}: "
-            f"{type(error).__name__}: {told}\nWeights must be an undamaged plain state "
+            f"{type(error).__name__}: {reason_of(error, 600)}.\nWeights must be an undamaged plain state "
             "dict of just this architecture; check that the name and the file belong together."
         ) from error
     module.eval()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from dataclasses import asdict
@@ -17,6 +16,7 @@ from pymcip.files import write_json
 from pymcip.model import ClipModel, plain_state
 from pymcip.ops.arrays import MatrixParts
 from pymcip.training.interpolation import interpolated, largest_coefficient
+from pymcip.training.logs import read_metrics
 from pymcip.training.loop import Run, Stage
 from pymcip.training.probe import AlignmentProbe, Kept
 from pymcip.training.probe_sources import (
@@ -103,8 +103,8 @@ class AlignmentBudget:
                 "fewer epochs, raise distill, or allow a larger budget",
                 config.budget, search.tried[0][1], *search.tried[-1],
             )  # fmt: skip
-        lines = (run.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        epochs = [record["alignment"] for record in map(json.loads, lines) if "alignment" in record]
+        records = read_metrics(run.out / "metrics.jsonl")
+        epochs = [record["alignment"] for record in records if "alignment" in record]
         alignment = {
             "budget": config.budget,
             "respected": found is not None,

@@ -25,13 +25,16 @@ def weight_norms(model: nn.Module) -> dict[str, float]:
     }
 
 
-def refuse_diverged(model: nn.Module, before: dict[str, float], position: Position) -> None:
+def refuse_diverged(
+    model: nn.Module, before: dict[str, float], position: Position | None = None
+) -> None:
     """Raise TrainingDivergedError if the run has diverged.
 
-    It has if most steps were skipped, or if a parameter is not finite or a thousand times its norm
-    before training (`before`, as `weight_norms` gives it; at least 1).
+    It has if a parameter is not finite or has a thousand times its norm before training (`before`,
+    as `weight_norms` gives it; at least 1); or, with the `position` at the end, if most steps were
+    skipped.
     """
-    if 2 * position.skipped_steps > position.global_step:
+    if position is not None and 2 * position.skipped_steps > position.global_step:
         raise TrainingDivergedError(
             f"{position.skipped_steps} of {position.global_step} steps were skipped, as loss or "
             f"gradient was not finite. {_ADVICE}"

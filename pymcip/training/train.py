@@ -182,7 +182,7 @@ def _run(
         return TextStage(clip, pairs, config)
 
     def end_of_epoch(run: Run, stage: Stage) -> None:
-        refuse_diverged(clip.model, norms, position)
+        refuse_diverged(clip.model, norms)
         for part in (validation, budget):
             if part is not None:
                 part.after_epoch(run, stage)
