@@ -12,9 +12,10 @@ import open_clip
 import torch
 
 from pymcip.configs import ModelOptions
-from pymcip.errors import CheckpointError, ConfigError, reason_of
+from pymcip.errors import CheckpointError, ConfigError, PymcipError, reason_of
 from pymcip.model.appended import with_appended
 from pymcip.model.clip import ClipModel, is_convolutional
+from pymcip.model.hub_config import check_config, without_requests
 
 HUB_FOLDER = Path("exported") / "hub"  # inside a run folder
 
@@ -134,7 +135,9 @@ def load(
         A `ClipModel`, in evaluation mode.
 
     Raises:
-        ConfigError: unknown model, tag or augmentation; no weights named.
+        ConfigError: unknown model, tag or augmentation; no weights named; the config of a folder
+            names files that are not on this machine.
+        MissingDependencyError: the model's text side needs transformers.
         CheckpointError: the checkpoint is damaged or of another model.
     """
     name = _resolve_name(model)
@@ -143,20 +146,22 @@ def load(
     try:
         quick_gelu = _check_source(name, pretrained)
         config = open_clip.get_model_config(name)
-        module, preprocess_train, preprocess_val = open_clip.create_model_and_transforms(
-            name,
-            pretrained=None if pretrained == "random" else pretrained,
-            precision="fp32",
-            device=chosen,
-            force_quick_gelu=quick_gelu,
-            force_image_size=image_size,
-            aug_cfg=aug_cfg or None,
-            pretrained_text=False,
-            require_pretrained=pretrained != "random",
-            weights_only=True,
-        )
-        tokenizer = open_clip.get_tokenizer(name)
-    except ConfigError:
+        check_config(name, config)
+        with without_requests(name, config):
+            module, preprocess_train, preprocess_val = open_clip.create_model_and_transforms(
+                name,
+                pretrained=None if pretrained == "random" else pretrained,
+                precision="fp32",
+                device=chosen,
+                force_quick_gelu=quick_gelu,
+                force_image_size=image_size,
+                aug_cfg=aug_cfg or None,
+                pretrained_text=False,
+                require_pretrained=pretrained != "random",
+                weights_only=True,
+            )
+            tokenizer = open_clip.get_tokenizer(name)
+    except PymcipError:
         raise
     except Exception as error:  # open_clip, torch, pickle, safetensors, the hub: no common base
         raise CheckpointError(
