@@ -30,7 +30,7 @@ from pymcip.configs import (
     TrainConfig,
     read_options,
 )
-from pymcip.errors import PymcipError
+from pymcip.errors import PymcipError, ResourceError, reason_of
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         print(f"pymcip {command}: {error}", file=sys.stderr)
-        return ERROR_STATUS
+        return 1 if isinstance(error, ResourceError) else ERROR_STATUS
     except BrokenPipeError:  # `pymcip env | head` has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
@@ -103,6 +103,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         print(f"pymcip {command}: {error}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, MemoryError) or "out of memory" in str(error)
+        if debug or not (known or "allocate memory" in str(error)):
+            raise
+        print(
+            f"pymcip {command}: out of memory; use a smaller batch_size (or accum_freq, "
+            f"grad_checkpointing=True, fewer workers). {reason_of(error)}",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         if debug:

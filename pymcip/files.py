@@ -138,6 +138,14 @@ def write_npz(path: str | os.PathLike[str], **arrays: npt.ArrayLike) -> None:
                 np.lib.format.write_array(handle, np.asanyarray(array), allow_pickle=False)
 
 
+def read_system_file(path: str) -> str:
+    """The text of a file such as /proc/cpuinfo; "" where there is none."""
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
 # --- reading back --------------------------------------------------------------------------------
 
 

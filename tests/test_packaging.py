@@ -38,7 +38,8 @@ FLOORS = {
         ops.packed_bank ops.ranks ops.topk_cpu ops.topk_cuda ops.topk_faiss ops.topk_torch
         ops.ranks_torch ops.topk ops.approximate ops.ranks_cpu triton_kernels triton_kernels.tuning
         ops.margin_softmax ops triton_kernels.margin_softmax triton_kernels.topk ops.topk_triton losses""",
-    "models": "model.depthwise model.clip model.hub_config model.appended model.towers model.loading model environment",
+    "models": """model.depthwise model.clip model.hub_config model.appended model.towers model.loading model environment
+        workers""",
     "data": """data.decode data.shards data.sources data.captions data.stores data.images
         data.class_names data.index data.loading data""",
     "embedding": "outputs embedding.foreign embedding.folder embedding.write embedding.cache embedding exporting",

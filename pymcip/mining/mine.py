@@ -112,7 +112,7 @@ def _mine(
     image_parts, caption_parts = images.parts("img"), captions.parts("text")
     block_rows = _block_rows(config.k, caption_parts, config.backend)
     if resume:
-        stored = {"recall": 1.0, "index": None, "block_rows": block_rows}
+        stored: dict[str, Any] = {"recall": 1.0, "index": None, "block_rows": block_rows}
         stored |= read_json(out / "mine.json", {}, AGAIN)
         _check_settings(out, stored, settings)
         block_rows = stored["block_rows"]
