@@ -197,7 +197,7 @@ def read_npz(
         DamagedFileError: it can't be read, or holds something else.
     """
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with Path(path).open("rb") as handle, np.load(handle, allow_pickle=False) as stored:
             arrays = {name: np.asarray(stored[name]) for name in fields}
     except Exception as error:  # what a damaged file raises is not bounded by a list
         raise damaged(path, error, advice) from error

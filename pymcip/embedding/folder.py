@@ -234,7 +234,7 @@ class EmbeddingFolder:
 def _open_part(path: Path) -> Matrix:
     try:
         part = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError) as error:
+    except Exception as error:  # what a damaged file raises is not bounded by a list
         raise DataError(f"{path} can't be read as a NumPy array: {reason_of(error)}") from error
     if part.ndim != 2 or part.dtype not in (np.float16, np.float32):
         raise DataError(
