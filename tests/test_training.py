@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import open_clip
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 
@@ -23,6 +24,7 @@ from pymcip.errors import (
     DataError,
     OutputExistsError,
     ResourceError,
+    StaleEmbeddingsError,
 )
 from pymcip.folders import MANIFEST
 from pymcip.model import ClipModel
@@ -231,6 +233,33 @@ def test_resume_refuses_other_options_and_other_models(options: dict[str, Any]) 
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="can't be read"):
         pymcip.train(**options, method="gpr", resume="latest")
+
+
+def test_resume_refuses_other_inputs_by_name(
+    options: dict[str, Any], captions_file: Callable[..., Path], hub_folder: Callable[..., Path]
+) -> None:
+    model = hub_folder("model")
+    options = {**options, "model": f"local-dir:{model}", "val_data": options["train_data"]}
+    result = pymcip.train(**options, method="mcip")
+    (result.out / "result.json").unlink()  # killed at its end
+
+    def refused(match: str, undo: Callable[[], object]) -> None:
+        with pytest.raises(StaleEmbeddingsError, match=f"was started with other .*{match}"):
+            pymcip.train(**options, method="mcip", resume="latest")
+        undo()
+
+    picture = Path(options["train_data"]) / "class0" / "0.jpg"
+    content, status = picture.read_bytes(), picture.stat()
+    picture.write_bytes(content[:-3] + b"x" + content[-2:])
+    os.utime(picture, ns=(status.st_atime_ns, status.st_mtime_ns))
+    refused("images of train_data.* images of val_data", lambda: picture.write_bytes(content))
+    captions_file(["other words", "and more"])
+    refused("captions", captions_file)
+    weights = model / "open_clip_model.safetensors"
+    before = weights.read_bytes()
+    state = safetensors.torch.load_file(weights)
+    safetensors.torch.save_file({k: v + 1 for k, v in state.items()}, weights)
+    refused("weights of model", lambda: weights.write_bytes(before))
 
 
 def test_resume_refuses_a_folder_that_is_no_run(options: dict[str, Any]) -> None:

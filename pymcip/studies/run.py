@@ -6,6 +6,7 @@ world and with its recipe.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
@@ -261,6 +262,8 @@ def _trained(point: Point, runs: Path, failed: dict[str, PymcipError]) -> Path:
             raise KeyboardInterrupt(result.interrupted)
     for file in (*checkpoint_files(out / "checkpoints"), out / "checkpoints" / "best.pt"):
         file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # it is gone, or holds something else
+        (out / "checkpoints").rmdir()
     return out
 
 
