@@ -164,7 +164,11 @@ def test_queries_of_the_same_images_are_measured() -> None:
     [
         ({"method": "2sft"}, "appended_dims leaves the text side as it was"),
         ({"projector": "discard"}, "appended_dims is not allowed with projector='discard'"),
-        ({"alignment_budget": 0.02}, "nothing for alignment_budget to keep"),
+        (
+            {"method": "rea", "alignment_budget": 0.02},
+            "appended_dims leaves the text side as it was",
+        ),
+        ({"method": "appended", "appended_dims": 0}, "0 is method='gpr'"),
         ({"appended_dims": -1}, "appended_dims=-1 is not allowed"),
     ],
 )

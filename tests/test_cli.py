@@ -78,11 +78,11 @@ def test_help_shows_choices_and_defaults(capsys: pytest.CaptureFixture[str]) -> 
         main(["train", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
     for text in (
-        "--method gpr|2sft|mcip|mcip+rea|rea|mcip+",
+        "--method appended|gpr|2sft|mcip|mcip+rea|rea|mcip+",
         "--threshold auto|FLOAT",
         "--negatives mined|bank|INT",
         "--overwrite, --no-overwrite",
-        "--lr FLOAT peak learning rate of the image tower (default: 1e-05)",
+        "--lr auto|FLOAT peak learning rate of the image tower (default: auto)",
         "run folder to write (required)",
         "--aug-cfg KEY=VALUE",
     ):
@@ -151,9 +151,9 @@ def test_numbers_and_words_in_one_flag() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--epochs", "two"], "argument --epochs: 'two' is not allowed; allowed: INT"),
-        (["--epochs", "1.5"], "'1.5' is not allowed; allowed: INT"),
-        (["--method", "magic"], "allowed: gpr|2sft|mcip|mcip+rea|rea|mcip+"),
+        (["--epochs", "two"], "argument --epochs: 'two' is not allowed; allowed: auto|INT"),
+        (["--epochs", "1.5"], "'1.5' is not allowed; allowed: auto|INT"),
+        (["--method", "magic"], "allowed: appended|gpr|2sft|mcip|mcip+rea|rea|mcip+"),
         (["--threshold", "low"], "allowed: auto|FLOAT"),
         (["--aug-cfg", "scale"], "'scale' is not of the form key=value"),
         (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
@@ -281,7 +281,7 @@ def test_status_of_a_training(
         "hub": None,
     }
     assert "| image-to-image mAP | 36.50 | 40.00 | +3.50 |" in lines
-    assert stage.configs[0].lr == 1e-5
+    assert stage.configs[0].lr == "auto"
 
 
 def test_only_the_first_process_speaks(

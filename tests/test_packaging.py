@@ -54,7 +54,7 @@ FLOORS = {
     "training": """training.interpolation training.sampling training.batches training.mixtures
         training.checkpoints training.logs training.optim training.result training.loop
         training.probe_sources training.inputs training.distillation training.image_stage
-        training.noise training.appended training.text_stage training.probe training.validation training.budget
+        training.settings training.noise training.appended training.text_stage training.probe training.validation training.budget
         training.train training""",
     "demo": """demo.sprites demo.scenes demo.captions demo.world demo.recipe demo.neighbours demo.report
         demo.run demo""",

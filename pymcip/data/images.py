@@ -91,6 +91,19 @@ class ImageData:
             crops=None if self.crops is None else self.crops[chosen],
         )
 
+    def of_classes(self, classes: npt.ArrayLike) -> ImageData:
+        """Return the images of `classes` (int [K]) alone, which become the classes 0 to K-1."""
+        chosen = np.asarray(classes, np.int64)
+        label = np.full(self.num_classes + 1, UNLABELLED)  # the last one: of unlabelled images
+        label[chosen] = np.arange(len(chosen))
+        kept = self.select(np.flatnonzero(label[self.labels] != UNLABELLED))
+        return replace(
+            kept,
+            labels=label[kept.labels],
+            class_names=[self.class_names[i] for i in chosen],
+            class_sources=self.class_sources[chosen],
+        )
+
     def cropped(self, boxes: npt.ArrayLike) -> ImageData:
         """Return the same images, each cut to a box after decoding and before the transform.
 

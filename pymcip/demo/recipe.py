@@ -33,6 +33,7 @@ class Recipe:
             "batch_size": 128,
             "lr": 8e-4,
             "wd": 0.02,
+            "lr_classes": 8e-3,
             "warmup": 14,
             "scale": 50.0,
             "margin": 0.6,
@@ -63,15 +64,15 @@ class Recipe:
 
     def config(self, world: World, **options: Any) -> TrainConfig:
         """The training of every method on a world's scenes, but for `changes`; `out` is empty."""
-        return TrainConfig(
-            model=BASE,
-            out="",
-            save_steps=1_000_000,  # runs are short: a checkpoint an epoch is enough
-            **world.training,
-            **self.train,
-            **self.rea,
-            **options,
-        )
+        fixed = {
+            "model": BASE,
+            "out": "",
+            "method": "mcip",
+            "holdout": 0.0,
+            "freeze_bn_stats": False,
+        }
+        fixed["save_steps"] = 1_000_000  # runs are short: a checkpoint an epoch is enough
+        return TrainConfig(**fixed, **world.training, **self.train, **self.rea, **options)
 
     def changes(self, world: World) -> dict[str, dict[str, Any]]:
         """By method: options in place of those of `config`."""
@@ -83,7 +84,15 @@ SMOKE = Recipe(
     world=WorldConfig(
         train_classes=8, train_images=4, test_classes=6, test_images=3, captions=200, shard_size=20
     ),
-    train={"epochs": 1, "batch_size": 16, "lr": 1e-4, "warmup": 1, "k": 3, "threshold": -1.0},
+    train={
+        "epochs": 1,
+        "batch_size": 16,
+        "lr": 1e-4,
+        "lr_classes": 1e-3,
+        "warmup": 1,
+        "k": 3,
+        "threshold": -1.0,
+    },
     rea={"rea_epochs": 1, "rea_batch_size": 16, "rea_lr": 1e-4, "rea_warmup": 1},
     plus={"alignment_budget": 0.999},
     queries=2,

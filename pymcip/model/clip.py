@@ -29,7 +29,6 @@ class ClipModel:
 
     name: str
     model: nn.Module
-    preprocess_train: Callable[[Any], Tensor]
     preprocess_val: Callable[[Any], Tensor]
     tokenizer: Callable[[list[str]], Tensor]
     model_cfg: dict[str, Any]
@@ -54,6 +53,12 @@ class ClipModel:
     def as_queries(self, vectors: Tensor, strength: float | None = None) -> Tensor:
         """Vectors to search with, of stored ones [N, D]: these, where nothing is appended."""
         return vectors
+
+    @property
+    def image_size(self) -> int:
+        """Pixels of a side of the images that the model takes."""
+        size = self.preprocess_cfg["size"]
+        return int(size[0] if isinstance(size, (tuple, list)) else size)
 
     @property
     def transform(self) -> str:

@@ -142,7 +142,9 @@ def _study(config: SweepConfig, seed: int | None = None) -> _Study:
         data, names = config.data, config.class_names
     problems = [] if data is not None else ["give `data`, labelled images to measure the runs on"]
     try:
-        base = TrainConfig.make(None, {**options, "out": "", "resume": None, "overwrite": False})
+        base = TrainConfig.make(
+            None, {**options, "out": "", "resume": None, "overwrite": False, "holdout": 0.0}
+        )
     except ConfigError as error:
         problems += [f"{config.train}: {problem}" for problem in error.problems]
     if problems:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pymcip.configs import TrainConfig
+from pymcip.configs import TrainSettings
 from pymcip.data import ImageData
 from pymcip.losses import ArcMargin, MCArcMargin
 from pymcip.mining import CaptionLists, CaptionTable
@@ -29,7 +29,7 @@ from pymcip.model.towers import (
 )
 from pymcip.ops import order_bank
 from pymcip.ops.arrays import MatrixParts
-from pymcip.training.batches import AugmentedImages, image_batches
+from pymcip.training.batches import AugmentedImages, image_batches, train_transform
 from pymcip.training.distillation import Distillation
 from pymcip.training.optim import make_optimizer, parameter_groups
 from pymcip.training.sampling import Stream, epoch_order, random_generator
@@ -93,7 +93,7 @@ class ImageStage:
         self,
         clip: ClipModel,
         data: ImageData,
-        config: TrainConfig,
+        config: TrainSettings,
         *,
         class_rows: Tensor | None,
         bank: np.ndarray | None = None,
@@ -140,8 +140,9 @@ class ImageStage:
                 delta=config.loss_delta,
             )
         tower = parameter_groups(image_parameters(clip.model), lr=config.lr, wd=config.wd)
-        lr_classes = 10 * config.lr if config.lr_classes is None else config.lr_classes
-        matrix = {"params": [self.classes.weight], "weight_decay": 0.0, "peak_lr": lr_classes}
+        matrix = {
+            "params": [self.classes.weight], "weight_decay": 0.0, "peak_lr": config.lr_classes
+        }  # fmt: skip
         self.optimizer: torch.optim.Optimizer = make_optimizer([*tower, matrix], config)
         self.convolutional = is_convolutional(clip.model)
         if clip.device.type == "cpu" and clip.precision == "amp_bf16":
@@ -161,7 +162,8 @@ class ImageStage:
                     "none; raise mixtures or batch_size to have any",
                     distillation.rate, config.batch_size,
                 )  # fmt: skip
-        self.images = AugmentedImages(data, clip.preprocess_train, config.seed, generic)
+        transform = train_transform(clip, config.train_size, config.aug_cfg)
+        self.images = AugmentedImages(data, transform, config.seed, generic)
 
     def train_mode(self) -> None:
         """Put the image tower into train mode, the rest of the model into evaluation mode."""

@@ -64,6 +64,10 @@ class MetricsLog:
         for log, _ in self.trackers:
             log(numbers, record["global_step"])
 
+    def records(self) -> list[dict[str, Any]]:
+        """Return all lines that the run has written so far."""
+        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+
 
 def forget_after(path: Path, position: Position) -> dict[str, float]:
     """Drop the lines of metrics.jsonl that a killed run wrote after its last checkpoint.

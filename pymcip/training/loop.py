@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from pymcip.configs import TrainConfig
+from pymcip.configs import TrainSettings
 from pymcip.errors import CheckpointError, TrainingDivergedError
 from pymcip.model import ClipModel
 from pymcip.model.towers import training_batch_norms
@@ -104,7 +104,7 @@ class Run:
     """What `fit` shares between the stages of one run."""
 
     clip: ClipModel
-    config: TrainConfig
+    config: TrainSettings
     out: Path
     log: MetricsLog
     interruption: Interruption

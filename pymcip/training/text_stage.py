@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pymcip.configs import TrainConfig
+from pymcip.configs import TrainSettings
 from pymcip.data import Captions, ImageData
 from pymcip.data.class_names import ClassTexts
 from pymcip.embedding import EmbeddingFolder
@@ -44,7 +44,7 @@ class Pairs:
 
 
 def image_text_pairs(
-    config: TrainConfig,
+    config: TrainSettings,
     data: ImageData,
     embedded: EmbeddingFolder,
     *,
@@ -101,7 +101,7 @@ class TextStage:
 
     name = "text"
 
-    def __init__(self, clip: ClipModel, pairs: Pairs, config: TrainConfig) -> None:
+    def __init__(self, clip: ClipModel, pairs: Pairs, config: TrainSettings) -> None:
         self.clip, self.config, self.pairs = clip, config, pairs
         self.epochs, self.warmup = config.rea_epochs, config.rea_warmup
         self.samples_per_step = config.rea_batch_size * config.accum_freq

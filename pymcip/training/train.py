@@ -2,6 +2,7 @@
 
 | method     | trains                                | loss                             |
 |------------|---------------------------------------|----------------------------------|
+| `appended` | image tower, for dimensions of its own| ArcMargin on class labels        |
 | `gpr`      | image tower                           | ArcMargin on class labels        |
 | `mcip`     | image tower                           | + MCArcMargin on pseudo-captions |
 | `rea`      | text tower, on cached image embeddings| InfoNCE, both directions         |
@@ -14,6 +15,7 @@ With `distill`, every stage on images also stays near the untrained model's dist
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Callable
@@ -23,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from pymcip.configs import TrainConfig
+from pymcip.configs import TrainConfig, TrainSettings
 from pymcip.data import ImageData
 from pymcip.embedding import EmbeddingCache, EmbeddingFolder
 from pymcip.errors import DataError
@@ -31,9 +33,10 @@ from pymcip.exporting import write_export
 from pymcip.files import TEMPORARY_SUFFIX, prepare_output, write_json
 from pymcip.mining import CaptionTable, mine_captions
 from pymcip.model import ClipModel, load_configured, plain_state
+from pymcip.model.appended import appended_clip
 from pymcip.model.towers import discard_projector
 from pymcip.ops.arrays import MatrixParts
-from pymcip.training.appended import append_dimensions
+from pymcip.training.appended import WEIGHT, fit_appended
 from pymcip.training.budget import AlignmentBudget
 from pymcip.training.checkpoints import (
     Position,
@@ -48,7 +51,8 @@ from pymcip.training.inputs import Inputs, open_inputs
 from pymcip.training.logs import MetricsLog, forget_after, log_file
 from pymcip.training.loop import Interruption, Run, Stage, fit, restore
 from pymcip.training.noise import noisy_captions
-from pymcip.training.result import TrainResult, finished_result
+from pymcip.training.result import TrainResult, as_begun, finished_result
+from pymcip.training.settings import fit_settings
 from pymcip.training.text_stage import TextStage, image_text_pairs
 from pymcip.training.validation import Validation
 
@@ -65,8 +69,13 @@ def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
     With `alignment_budget` the tuned weights are drawn back towards the original ones as far as the
     budget asks for (`TrainResult.alignment`); if nothing keeps it, nothing is exported.
 
-    With `appended_dims` the exported open_clip weights are the untrained model's, and beside them
-    `exported/hub/appended.safetensors` holds the tuned image tower's dimensions; `pymcip.load` reads both.
+    With `appended_dims` the exported open_clip weights are the untrained model's (with a budget: those
+    that keep it), and beside them `exported/hub/appended.safetensors` holds the tuned image tower's
+    dimensions; `pymcip.load` reads both.
+
+    Options that are "auto" are chosen by the model and the number of images; `config.json` and the log
+    have what was taken. Where there is no `val_data`, some classes are held out to measure the model
+    before and after. The last lines of the log say what it was and is, and warn where it isn't better.
 
     With `resume="latest"` a run that was killed continues from its last checkpoint, on the CPU to the
     same bits as if it had not been.
@@ -79,8 +88,11 @@ def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
         TrainingDivergedError: ten steps in a row without a finite loss.
     """
     config = TrainConfig.make(config, options)
+    if config.resume:
+        config = as_begun(config)
     inputs = open_inputs(config)
-    clip = load_configured(config, config.aug_cfg).joint()
+    clip = load_configured(config).joint()
+    settings, reasons = fit_settings(config, clip, inputs.images)
     if config.resume:
         finished = finished_result(config)
         if finished is not None:
@@ -97,16 +109,19 @@ def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
             (config.distill_data, config.rea_class_names),
         ),
     )
-    write_json(out / "config.json", config.to_dict())
+    write_json(out / "config.json", settings.to_dict())
     (out / "checkpoints").mkdir(exist_ok=True)
     for leftover in (out / "checkpoints").glob(f".*{TEMPORARY_SUFFIX}"):  # of a killed process
         leftover.unlink()
     with Interruption().installed() as interruption, log_file(out / "out.log"):
-        return _run(config, out, clip, inputs, interruption)
+        for name, reason in reasons.items():
+            _log.info("%s: %s (%s)", name, getattr(settings, name), reason)
+        inputs.log_what_is_measured(settings.holdout)
+        return _run(settings, out, clip, inputs, interruption)
 
 
 def _run(
-    config: TrainConfig, out: Path, clip: ClipModel, inputs: Inputs, interruption: Interruption
+    config: TrainSettings, out: Path, clip: ClipModel, inputs: Inputs, interruption: Interruption
 ) -> TrainResult:
     """Embed, mine, run the stages in order, keep the budget, export."""
     started = time.perf_counter()
@@ -118,13 +133,11 @@ def _run(
 
     # `clip` is the untrained model up to here: take from it what training will need of it.
     captions = class_rows = distillation = budget = None
-    original = plain_state(clip.model.visual) if config.appended_dims else {}  # type: ignore[arg-type]
+    original = plain_state(clip.model.visual) if config.extra_dims else {}  # type: ignore[arg-type]
     if config.compares_with_captions:
         assert inputs.captions is not None  # `TrainConfig.problems` sees to it
         captions = cache.captions(inputs.captions)
-    if config.trains_images and (
-        config.distill > 0 or config.class_init == "mean" or config.appended_dims
-    ):
+    if config.trains_images and (config.distill > 0 or config.class_init == "mean"):
         if config.mine_model is not None or config.projector == "discard":
             embedded = cache.images(data)
         if config.class_init == "mean":
@@ -156,7 +169,7 @@ def _run(
     if inputs.validation is not None:
         validation = Validation(
             clip, inputs.validation, inputs.validation_names,
-            workers=config.workers, metrics=metrics,
+            held_out=inputs.held_out, workers=config.workers, metrics=metrics,
         )  # fmt: skip
 
     def image_stage() -> Stage:
@@ -212,17 +225,24 @@ def _run(
     assert run.checkpoint is not None
     exported = alignment = None
     if not interruption.requested:
+        tuned = replace(clip, model=copy.deepcopy(clip.model)) if config.extra_dims else None
         if budget is not None:
             alignment = budget.keep(run)
-            if validation is not None and 0 < alignment["coefficient"] < 1:
-                validation.update()
-        if config.appended_dims:
-            tuned = _cache(config, out, clip).images(data)
-            clip = append_dimensions(config, clip, original, data.labels, embedded, tuned)
-            if validation is not None:
-                validation.clip = clip
-                validation.update()
-        if alignment is None or alignment["respected"]:
+        elif config.extra_dims:
+            clip.model.visual.load_state_dict(original)  # type: ignore[union-attr,operator]
+        if tuned is not None:
+            caches = _cache(config, out, clip), _cache(config, out, tuned)
+            head, gate = of_all = fit_appended(config, *caches, [data])
+            if inputs.held_out and inputs.validation is not None:
+                of_all = fit_appended(config, *caches, [data, inputs.validation])
+            clip = appended_clip(clip, tuned.model.visual, head, WEIGHT, gate)  # type: ignore[arg-type]
+        if validation is not None:
+            validation.finish(run, clip)
+        if (
+            tuned is not None
+        ):  # what is exported has seen the classes that were held out to measure it
+            clip = replace(clip, head=of_all[0], gate=of_all[1])  # type: ignore[call-arg]
+        if tuned is not None or alignment is None or alignment["respected"]:
             exported = write_export(clip, out / "exported")
     best = out / "checkpoints" / "best.pt"
     result = TrainResult(
@@ -245,14 +265,14 @@ def _run(
     return result
 
 
-def _cache(config: TrainConfig, out: Path, clip: ClipModel) -> EmbeddingCache:
+def _cache(config: TrainSettings, out: Path, clip: ClipModel) -> EmbeddingCache:
     """The run's embeddings by a model whose weights stay as they are while the cache is in use."""
     folder = config.cache if config.cache is not None else out / "embeddings"
     return EmbeddingCache(clip, folder, workers=config.workers)
 
 
 def _embed_and_mine(
-    config: TrainConfig, out: Path, cache: EmbeddingCache, inputs: Inputs
+    config: TrainSettings, out: Path, cache: EmbeddingCache, inputs: Inputs
 ) -> tuple[ImageData, EmbeddingFolder, CaptionTable | None]:
     """The images that can be decoded, their embeddings by the model that mines, what it mined."""
     if config.mine_model is not None:
