@@ -19,7 +19,13 @@ from pymcip.studies import pareto_front, sweep
 from pymcip.studies.points import label, make_point, study_points
 
 BASE = TrainConfig(
-    model="m", train_data="d", captions="c", out="", lambda_class=0.4, lambda_caption=0.6
+    model="m",
+    train_data="d",
+    captions="c",
+    out="",
+    method="mcip",
+    lambda_class=0.4,
+    lambda_caption=0.6,
 )
 
 
@@ -139,7 +145,7 @@ def test_an_option_that_no_method_uses() -> None:
         ({"threshold": (2.0,)}, "threshold=2.0 is not allowed; it must be <= 1"),
         ({"lambda_caption": (1.5,)}, "lambda_caption=1.5 is not allowed; it must be <= 1"),
         ({"caption_noise": (0.1, 1.1)}, "caption_noise=1.1 is not allowed; it must be <= 1"),
-        ({"method": ("magic",)}, "one of 'gpr'"),
+        ({"method": ("magic",)}, "one of 'appended'"),
         ({"k": (1,), "data": "d"}, "data is for your own data: give `train` too"),
         ({"k": (1,), "train": "t", "smoke": True}, "it excludes `train`"),
         ({"k": (1,), "train": "t", "class_names": "n"}, "give `data` too"),

@@ -80,7 +80,10 @@ class TrainConfig(ModelOptions):
         "keep", "image projector: keep (train it), lock, or discard (gpr, 2sft: drop it)"
     )
     unlock_layers: int | None = option(
-        None, "train only the last n layer groups of the image tower; default: all", at_least=0
+        None,
+        "train only the last n layer groups of the image tower (with appended dimensions the others run "
+        "once for both parts; 0: no second pass); default: all",
+        at_least=0,
     )
     freeze_bn_stats: bool = option(True, "keep batch-norm statistics as they are")
 
@@ -201,8 +204,11 @@ class TrainConfig(ModelOptions):
 
     @property
     def trains_images(self) -> bool:
-        """Whether there is an image stage."""
-        return self.method != "rea"
+        """Whether there is an image stage.
+
+        `appended` with `unlock_layers=0` has none: its head is fitted to the untrained tower.
+        """
+        return self.method != "rea" and not (self.method == "appended" and self.unlock_layers == 0)
 
     @property
     def uses_captions_for_images(self) -> bool:

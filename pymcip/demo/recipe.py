@@ -64,14 +64,14 @@ class Recipe:
 
     def config(self, world: World, **options: Any) -> TrainConfig:
         """The training of every method on a world's scenes, but for `changes`; `out` is empty."""
-        fixed = {
+        fixed: dict[str, Any] = {
             "model": BASE,
             "out": "",
             "method": "mcip",
             "holdout": 0.0,
             "freeze_bn_stats": False,
+            "save_steps": 1_000_000,  # runs are short: a checkpoint an epoch is enough
         }
-        fixed["save_steps"] = 1_000_000  # runs are short: a checkpoint an epoch is enough
         return TrainConfig(**fixed, **world.training, **self.train, **self.rea, **options)
 
     def changes(self, world: World) -> dict[str, dict[str, Any]]:

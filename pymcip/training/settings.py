@@ -12,6 +12,7 @@ from pymcip.configs import TrainConfig, TrainSettings
 from pymcip.data import ImageData
 from pymcip.errors import ConfigError
 from pymcip.model import ClipModel, is_convolutional
+from pymcip.training.batches import train_transform
 
 PAPER_LR, PAPER_PARAMETERS, EXPONENT = 1e-5, 3e8, 0.8
 PAPER_THRESHOLD = 0.27
@@ -39,7 +40,7 @@ def fit_settings(
         images: those that it is trained on.
 
     Raises:
-        ConfigError: the image tower doesn't take crops of `train_size` pixels.
+        ConfigError: the image tower doesn't take crops of `train_size` pixels, or open_clip not `aug_cfg`.
     """
     taken: dict[str, Any] = {}
     reasons: dict[str, str] = {}
@@ -73,6 +74,7 @@ def fit_settings(
         **{item.name: getattr(config, item.name) for item in fields(config)} | taken
     )
     check_train_size(clip, settings.train_size)
+    train_transform(clip, settings.train_size, config.aug_cfg)
     return settings, reasons
 
 

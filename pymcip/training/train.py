@@ -222,27 +222,31 @@ def _run(
                 position.stage, position.epoch, position.step = position.stage + 1, 0, 0
                 run.save(None)
 
+    if run.checkpoint is None:  # nothing to train but the head of the appended dimensions
+        run.save(None)
     assert run.checkpoint is not None
-    exported = alignment = None
+    exported = alignment = final = None
     if not interruption.requested:
-        tuned = replace(clip, model=copy.deepcopy(clip.model)) if config.extra_dims else None
+        tuned = clip
+        if config.extra_dims and stages:
+            tuned = replace(clip, model=copy.deepcopy(clip.model))
         if budget is not None:
             alignment = budget.keep(run)
         elif config.extra_dims:
             clip.model.visual.load_state_dict(original)  # type: ignore[union-attr,operator]
-        if tuned is not None:
+        if config.extra_dims:
             caches = _cache(config, out, clip), _cache(config, out, tuned)
-            head, gate = of_all = fit_appended(config, *caches, [data])
+            head, gate = fit_appended(config, *caches, [data])
             if inputs.held_out and inputs.validation is not None:
-                of_all = fit_appended(config, *caches, [data, inputs.validation])
-            clip = appended_clip(clip, tuned.model.visual, head, WEIGHT, gate)  # type: ignore[arg-type]
-        if validation is not None:
-            validation.finish(run, clip)
-        if (
-            tuned is not None
-        ):  # what is exported has seen the classes that were held out to measure it
-            clip = replace(clip, head=of_all[0], gate=of_all[1])  # type: ignore[call-arg]
-        if tuned is not None or alignment is None or alignment["respected"]:
+                final = fit_appended(config, *caches, [data, inputs.validation])
+            tower: Any = None if tuned is clip else tuned.model.visual
+            clip = appended_clip(clip, tower, head, WEIGHT, gate)
+        if config.extra_dims or alignment is None or alignment["respected"]:
+            drawn_back = alignment is not None and alignment["coefficient"] < 1
+            if validation is not None:
+                validation.finish(run, clip, changed=config.extra_dims > 0 or drawn_back)
+            if final is not None:  # has seen the classes that were held out to measure the model
+                clip = replace(clip, head=final[0], gate=final[1])  # type: ignore[call-arg]
             exported = write_export(clip, out / "exported")
     best = out / "checkpoints" / "best.pt"
     result = TrainResult(

@@ -81,10 +81,14 @@ class Validation:
             class_names=self.class_names, batch_size=EMBED_BATCH, workers=self.workers,
         )  # fmt: skip
 
-    def finish(self, run: Run, clip: ClipModel) -> None:
-        """Evaluate the model to export, and log the figures before and after, and what is not better."""
+    def finish(self, run: Run, clip: ClipModel, *, changed: bool) -> None:
+        """Evaluate the model to export, and log the figures before and after, and what is not better.
+
+        `changed`: whether it is another model than at the end of the last epoch.
+        """
         self.clip = clip
-        self.update()
+        if changed:
+            self.update()
         if not self.before:
             return
         changes = [
@@ -115,7 +119,7 @@ def shortcomings(
     """
     found = []
     if (
-        config.trains_images
+        (config.trains_images or config.extra_dims)
         and IMAGE_SEARCH in before
         and after[IMAGE_SEARCH] <= before[IMAGE_SEARCH]
     ):
