@@ -23,6 +23,7 @@ from pymcip.errors import (
     StaleEmbeddingsError,
 )
 from pymcip.model import ClipModel, load
+from pymcip.training.batches import train_transform
 from tests.conftest import CAPTIONS, files, picture, write_hub_folder
 
 FP16_STEP = 2.0**-11  # relative rounding error of float16
@@ -142,7 +143,7 @@ def test_other_transform_is_refused(
     name = f"local-dir:{tiny_model_dir}"
     clip = load(name, device="cpu", precision="fp32")
     embed_images(clip, data, tmp_path / "out")
-    changed = dataclasses.replace(clip, preprocess_val=clip.preprocess_train)
+    changed = dataclasses.replace(clip, preprocess_val=train_transform(clip, 32, {}))
     with pytest.raises(StaleEmbeddingsError, match=r"another transform \(transform: Compose"):
         embed_images(changed, data, tmp_path / "out")
     with pytest.raises(StaleEmbeddingsError, match=r"another precision \(precision: fp32, now amp"):

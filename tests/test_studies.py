@@ -52,6 +52,7 @@ def own(
         "model": f"local-dir:{tiny_model_dir}",
         "train_data": [str(tiny_images("train"))],
         "captions": str(captions_file()),
+        "method": "mcip",
         "threshold": -1.0,
         "k": 2,
         "out": str(tmp_path / "elsewhere"),

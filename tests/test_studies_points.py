@@ -24,6 +24,7 @@ BASE = TrainConfig(
     captions="c",
     out="",
     method="mcip",
+    threshold=0.27,
     lambda_class=0.4,
     lambda_caption=0.6,
 )
