@@ -205,7 +205,7 @@ def test_cub_refuses_malformed_lists(tmp_path: Path) -> None:
     assert "line 9: 8 for the second time" in message
     assert "line 10: '9'" in message
     assert "needed: a number and a text in each line" in message
-    assert "line 11 is 'nine x.jpg'" in message
+    assert "line 11: 'nine x.jpg'" in message
     images.write_text("\n")
     assert "no lines; needed: a number" in refusal(CUB200, tmp_path)
     images.write_bytes(b"1 \xff.jpg\n")
