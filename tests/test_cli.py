@@ -20,7 +20,7 @@ import pymcip
 from pymcip import cli
 from pymcip.cli import COMMANDS, build_parser, main, make_config
 from pymcip.configs import Config, EvaluateConfig, TrainConfig
-from pymcip.errors import ConfigError, DataError
+from pymcip.errors import ConfigError, DataError, PymcipError
 
 TRAIN = ["train", "--model", "m", "--train-data", "d", "--out", "o", "--captions", "c"]
 
@@ -387,5 +387,5 @@ def test_every_stage_has_a_command() -> None:
     for command in COMMANDS.values():
         assert issubclass(command.config, Config)
     assert isinstance(build_parser(), argparse.ArgumentParser)
-    assert cli.ERROR_STATUS == 2
+    assert cli.STATUSES[PymcipError] == 2
     assert EvaluateConfig is COMMANDS["evaluate"].config

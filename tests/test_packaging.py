@@ -57,8 +57,8 @@ FLOORS = {
         training.settings training.noise training.appended training.text_stage training.probe training.validation training.budget
         training.train training""",
     "demo": """demo.sprites demo.scenes demo.captions demo.world demo.recipe demo.neighbours demo.report
-        demo.run demo""",
-    "studies": "studies.points studies.plots studies.tables studies.run studies",
+        demo.points demo.run demo""",
+    "studies": "studies.plots studies.tables studies.run studies",
     "what users call": "__init__ cli __main__",
 }
 ORDER = [module for modules in FLOORS.values() for module in modules.split()]

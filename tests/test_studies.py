@@ -16,6 +16,7 @@ from PIL import Image
 import pymcip
 from pymcip.cli import main
 from pymcip.configs import TrainConfig
+from pymcip.demo import points
 from pymcip.demo.recipe import SMOKE
 from pymcip.demo.world import WorldConfig, prepare_world
 from pymcip.errors import (
@@ -25,7 +26,7 @@ from pymcip.errors import (
     OutputExistsError,
     PymcipError,
 )
-from pymcip.studies import pareto_front, run, sweep
+from pymcip.studies import pareto_front, sweep
 from pymcip.training import train
 
 
@@ -78,7 +79,7 @@ class Trainings:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.configs: list[TrainConfig] = []
         self.instead: Callable[[TrainConfig], Any] = lambda config: None
-        monkeypatch.setattr(run, "train", self)
+        monkeypatch.setattr(points, "train", self)
 
     def __call__(self, config: TrainConfig) -> Any:
         self.configs.append(config)
@@ -165,7 +166,7 @@ def test_going_on_trains_and_measures_what_is_missing(
     assert trainings.names == ["seed5/runs/mcip", "seed5/runs/mcip_k=3"]
     plots = {path: path.read_bytes() for path in own["out"].glob("*.svg")}
     trainings.configs.clear()
-    monkeypatch.setattr(run, "evaluate", None)
+    monkeypatch.setattr(points, "evaluate", None)
     again = sweep(**own, k=(1, 2, 3), resume="latest")
     assert trainings.configs == []
     assert again.table == result.table

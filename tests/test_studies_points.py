@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from pymcip.cli import COMMANDS, build_parser, make_config
 from pymcip.configs import SweepConfig, TrainConfig
-from pymcip.demo.recipe import second_stage
+from pymcip.demo.points import label, make_point, second_stage
 from pymcip.errors import ConfigError
 from pymcip.studies import pareto_front, sweep
-from pymcip.studies.points import label, make_point, study_points
+from pymcip.studies.run import study_points
 
 BASE = TrainConfig(
     model="m",

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -214,14 +215,6 @@ def _parse_coco(path: Path, title: str, place: str) -> _Listing:
     return listing
 
 
-def _parse_coco_val2014(path: Path, title: str) -> _Listing:
-    return _parse_coco(path, title, "val2014")
-
-
-def _parse_coco_val2017(path: Path, title: str) -> _Listing:
-    return _parse_coco(path, title, "val2017")
-
-
 def _add(
     listing: _Listing, problems: list[str], where: str, name: Any, captions: list[Any]
 ) -> None:
@@ -274,11 +267,15 @@ _COCO_KARPATHY = _Layout(
     "dataset_coco.json", _parse_karpathy, ("", "images"), "val2014", _COCO_NUMBERS
 )
 _COCO_TEST_KARPATHY = _Layout(
-    "coco_test_karpathy.json", _parse_coco_val2014, ("", "images"), "val2014", _COCO_NUMBERS
+    "coco_test_karpathy.json",
+    partial(_parse_coco, place="val2014"),
+    ("", "images"),
+    "val2014",
+    _COCO_NUMBERS,
 )
 _COCO_VAL2017 = _Layout(
     "captions_val2017.json",
-    _parse_coco_val2017,
+    partial(_parse_coco, place="val2017"),
     ("", "images"),
     "val2017",
     {"images": 5_000, "captions": 25_014},

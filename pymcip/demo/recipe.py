@@ -1,8 +1,4 @@
-"""What the demo and `pymcip sweep` train: sizes, hyper-parameters, stages that share a run.
-
-A two-stage method goes on from the finished run of its first stage, which is a method too; so `gpr`
-is trained once for itself and for `2sft`, and `mcip` for itself and for `mcip+rea`.
-"""
+"""What the demo and `pymcip sweep` train: sizes and hyper-parameters."""
 
 from __future__ import annotations
 
@@ -16,7 +12,6 @@ from pymcip.demo.world import World, WorldConfig
 
 BASE_FOLDER = Path(__file__).parent / "base"  # the model of `bench/studies/pretrain_demo.py`
 BASE = f"local-dir:{BASE_FOLDER}"
-FIRST_STAGE = {"2sft": "gpr", "mcip+rea": "mcip"}
 
 
 @dataclass(frozen=True)
@@ -97,22 +92,3 @@ SMOKE = Recipe(
     plus={"alignment_budget": 0.999},
     queries=2,
 )
-
-
-def second_stage(config: TrainConfig, model: str) -> TrainConfig:
-    """The second stage of a two-stage method as a run of its own, on top of `model`.
-
-    Pseudo-captions are those of the first stage: mined by the model that it started from.
-    """
-    miner = (config.mine_model, config.mine_pretrained)
-    if config.mine_model is None:
-        miner = (config.model, config.pretrained)
-    return dataclasses.replace(
-        config,
-        method="rea",
-        model=model,
-        pretrained=None,
-        mine_model=miner[0],
-        mine_pretrained=miner[1],
-        projector="lock",  # rea leaves the image tower as it is; discard is none of its options
-    )

@@ -16,7 +16,7 @@ from pymcip.metrics.inputs import (
     as_labels,
     as_ranks,
     check_rows,
-    check_widths,
+    unit_pair,
     unit_rows,
 )
 from pymcip.ops import topk
@@ -63,19 +63,18 @@ def recall_at_k(
     others = leave_one_out or queries is None  # each image ranks the others
     if others != (query_labels is None):
         raise ConfigError("queries and query_labels belong together; give both, or neither")
-    known = unit_rows(embeddings, "embeddings")
-    classes = as_labels(labels, "labels", known)
-    check_rows(known, "embeddings", classes, "labels")
+    if queries is None:
+        asked = known = unit_rows(embeddings, "embeddings")
+    else:
+        asked, known = unit_pair(queries, "queries", embeddings, "embeddings")
+    classes = targets = as_labels(labels, "labels", known, "embeddings")
     if others and len(known) < 2:
         raise DataError(
             "R@k needs at least 2 images (each ranks the others), got 1; give more images"
         )
-    asked, targets = known, classes
-    if queries is not None:
-        asked = unit_rows(queries, "queries").to(known.device)
-        targets = classes if others else as_labels(query_labels, "query_labels", known)
-        check_rows(asked, "queries", targets, "labels" if others else "query_labels")
-        check_widths(known, "embeddings", asked, "queries")
+    if query_labels is not None:
+        targets = as_labels(query_labels, "query_labels", asked, "queries")
+    check_rows(asked, "queries", targets, "labels")
     most = min(max(counts), len(known) - others)
     hits = dict.fromkeys(counts, 0)
     for rows in _chunks(len(asked), most):
@@ -143,11 +142,8 @@ def knn_classify(
         raise ConfigError(
             f"temperature={temperature} is not allowed; it must be finite and above 0"
         )
-    known = unit_rows(bank, "bank")
-    asked = unit_rows(queries, "queries").to(known.device)
-    classes = as_labels(bank_labels, "bank_labels", known)
-    check_rows(known, "bank", classes, "bank_labels")
-    check_widths(known, "bank", asked, "queries")
+    asked, known = unit_pair(queries, "queries", bank, "bank")
+    classes = as_labels(bank_labels, "bank_labels", known, "bank")
     if leave_one_out and len(asked) != len(known):
         raise DataError(
             f"leave_one_out needs the bank's own rows as queries, got {len(asked)} queries for "
