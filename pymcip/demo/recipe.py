@@ -18,7 +18,8 @@ BASE = f"local-dir:{BASE_FOLDER}"
 class Recipe:
     """Sizes and hyper-parameters of a demo run; those of `train` have its names.
 
-    `train` is for every method, `rea` for re-alignment, `plus` for `mcip+`, over both.
+    `train` is for every method, `rea` for re-alignment; over both, `appended` and `plus` (`mcip+`) are for
+    one method.
     """
 
     world: WorldConfig = dataclasses.field(default_factory=WorldConfig)
@@ -41,6 +42,18 @@ class Recipe:
     )
     rea: dict[str, Any] = dataclasses.field(
         default_factory=lambda: {"rea_epochs": 4, "rea_lr": 1e-3, "rea_warmup": 20}
+    )
+    appended: dict[str, Any] = dataclasses.field(  # the defaults of `train`
+        default_factory=lambda: {
+            "epochs": "auto",
+            "batch_size": "auto",
+            "lr": "auto",
+            "lr_classes": "auto",
+            "warmup": "auto",
+            "scale": 30.0,
+            "margin": 0.3,
+            "freeze_bn_stats": True,
+        }
     )
     plus: dict[str, Any] = dataclasses.field(
         default_factory=lambda: {
@@ -72,7 +85,7 @@ class Recipe:
     def changes(self, world: World) -> dict[str, dict[str, Any]]:
         """By method: options in place of those of `config`."""
         names = {"rea_class_names": str(world.names("train"))}
-        return {"mcip+": {**self.plus, **world.probing, **names}}
+        return {"appended": self.appended, "mcip+": {**self.plus, **world.probing, **names}}
 
 
 SMOKE = Recipe(
@@ -88,6 +101,7 @@ SMOKE = Recipe(
         "k": 3,
         "threshold": -1.0,
     },
+    appended={},
     rea={"rea_epochs": 1, "rea_batch_size": 16, "rea_lr": 1e-4, "rea_warmup": 1},
     plus={"alignment_budget": 0.999},
     queries=2,

@@ -1,4 +1,4 @@
-"""`pymcip demo`: compose a world, mine, fine-tune in five ways, and measure each against the base.
+"""`pymcip demo`: compose a world, mine, fine-tune in six ways, and measure each against the base.
 
 Everything goes through the package's public functions, as a user would call them.
 """
