@@ -80,7 +80,7 @@ def test_help_shows_choices_and_defaults(capsys: pytest.CaptureFixture[str]) -> 
     for text in (
         "--method appended|gpr|2sft|mcip|mcip+rea|rea|mcip+",
         "--threshold auto|FLOAT",
-        "--negatives mined|bank|INT",
+        "--negatives mined|batch|bank|INT",
         "--overwrite, --no-overwrite",
         "--lr auto|FLOAT peak learning rate of the image tower (default: auto)",
         "run folder to write (required)",

@@ -28,6 +28,7 @@ from pymcip.model.towers import (
     unlock_image_tower,
     unlock_text_tower,
 )
+from pymcip.ops import margin_softmax
 from pymcip.training import train
 from pymcip.training.batches import (
     AugmentedImages,
@@ -265,8 +266,31 @@ def test_an_ordered_bank_has_the_same_positives() -> None:
     assert np.array_equal(np.sort(ordered, axis=0), np.sort(bank, axis=0))
 
 
+@pytest.mark.parametrize("form", ["apart", "compete"])
+def test_negatives_of_the_step_are_the_captions_of_its_images(
+    form: str, tiny_images: Callable[..., Path], tiny_clip: ClipModel
+) -> None:
+    """Five images whose captions are 0 to 3; one has none, and two have caption 1."""
+    data = load_images(tiny_images())
+    table = table_of([[0, 1], [1], [], [2], [3, 0], *[[i] for i in range(3, 10)]])
+    vectors = np.random.default_rng(0).standard_normal((12, 16)).astype(np.float16)
+    bank, positives = caption_bank(table, vectors, "batch", 0)
+    settings = settings_for(negatives="batch", positives=form)
+    stage = ImageStage(tiny_clip, data, settings, class_rows=None, bank=bank, positives=positives)
+    pixels, rows = torch.randn(5, 3, 32, 32), torch.arange(5)
+    found = stage.backward([(pixels, rows)])["caption_margin"]
+    expected = margin_softmax(
+        tiny_clip.image_features(pixels), torch.from_numpy(vectors[:4]).float(),
+        torch.tensor([0, 2, 3, 3, 4, 6]), torch.tensor([0, 1, 1, 2, 3, 0]), positives=form,
+    )  # fmt: skip
+    assert float(found) == pytest.approx(float(expected.detach().sum()) / 4, rel=1e-5)
+    alone = stage.backward([(pixels[2:3], rows[2:3])])
+    assert float(alone["caption_margin"]) == 0
+
+
+@pytest.mark.parametrize("changes", [{}, {"negatives": "batch"}, {"positives": "compete"}])
 def test_accumulated_gradients_are_those_of_one_large_batch(
-    tiny_images: Callable[..., Path], tiny_clip: ClipModel
+    changes: dict[str, Any], tiny_images: Callable[..., Path], tiny_clip: ClipModel
 ) -> None:
     """12 images as one batch or as 4 + 5 + 3: the same mean losses, gradients equal to rounding."""
     data = load_images(tiny_images())
@@ -274,7 +298,7 @@ def test_accumulated_gradients_are_those_of_one_large_batch(
     vectors = np.random.default_rng(0).standard_normal((10, 16)).astype(np.float16)
     bank, positives = caption_bank(table, vectors, "bank", 0)
     stage = ImageStage(
-        tiny_clip, data, settings_for(), class_rows=None, bank=bank, positives=positives
+        tiny_clip, data, settings_for(**changes), class_rows=None, bank=bank, positives=positives
     )
     pixels = torch.randn(12, 3, 32, 32)
     rows = torch.arange(12)

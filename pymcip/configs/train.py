@@ -112,9 +112,13 @@ class TrainConfig(ModelOptions):
         at_least=0,
         at_most=1,
     )
-    negatives: Literal["mined", "bank"] | int = option(
+    positives: Literal["apart", "compete"] = option(
+        "apart", "an image's pseudo-captions: apart, or compete with each other (the authors' form)"
+    )
+    negatives: Literal["mined", "batch", "bank"] | int = option(
         "mined",
-        "caption rows beside an image's own: of all images, of the corpus, or a sample",
+        "caption rows beside an image's own: of all images, of the step's images, of the corpus, or a "
+        "sample",
         at_least=1,
     )
     mine_model: str | None = option(

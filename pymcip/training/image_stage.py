@@ -42,8 +42,8 @@ def caption_bank(
 ) -> tuple[np.ndarray, CaptionLists]:
     """The caption rows that MCArcMargin runs over, and every image's positives among them.
 
-    `negatives`: "mined" (rows that are a pseudo-caption of some image), "bank" (all of `vectors`), or
-    n: the mined rows and a sample of the others, n rows in all (or more, if more are mined).
+    `negatives`: "mined" or "batch" (rows that are a pseudo-caption of some image), "bank" (all of
+    `vectors`), or n: the mined rows and a sample of the others, n rows in all (or more, if more are mined).
     """
     if negatives == "bank":
         return vectors[:], CaptionLists(table.indptr, table.ids)
@@ -135,6 +135,7 @@ class ImageStage:
                 scale=config.caption_scale,
                 margin=config.caption_margin,
                 continuation=config.continuation,
+                positives=config.positives,
                 chunk=config.loss_chunk,
                 compute=compute,
                 delta=config.loss_delta,
@@ -223,9 +224,12 @@ class ImageStage:
         all_rows = [rows.numpy() for _, rows in micro_batches]
         trained = [rows[rows < len(self.data)] for rows in all_rows]
         images_in_step = sum(map(len, trained))
-        captioned = 0
+        captioned, columns = 0, None
         if self.positives is not None:
             captioned = max(1, sum(int((self.positives.counts(r) > 0).sum()) for r in trained))
+            if self.config.negatives == "batch":
+                own = np.unique(self.positives.take(np.concatenate(trained)).ids)
+                columns = torch.from_numpy(own).to(device)
         extra_in_step = 0
         if distillation is not None:
             extra_in_step = max(1, sum(distillation.extra(len(rows)) for rows in trained))
@@ -250,7 +254,10 @@ class ImageStage:
                 lists = self.positives.take(own)
                 indptr = torch.from_numpy(lists.indptr).to(device)
                 indices = torch.from_numpy(lists.ids).to(device)
-                parts["caption_margin"] = self.captions(features, indptr, indices).sum() / captioned
+                parts["caption_margin"] = features.new_zeros(())
+                if columns is None or len(columns):  # some image of the step has a pseudo-caption
+                    losses = self.captions(features, indptr, indices, columns=columns)
+                    parts["caption_margin"] = losses.sum() / captioned
             if distillation is not None:
                 known = distillation.cached(rows, device)
                 total = distillation.sum(features, known[: len(own)], drawn)
