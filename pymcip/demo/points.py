@@ -13,12 +13,24 @@ from pathlib import Path
 from typing import Any
 
 from pymcip.configs import TrainConfig
+from pymcip.configs.sweep import with_both_weights
 from pymcip.errors import PymcipError
 from pymcip.evaluation import evaluate
 from pymcip.files import read_json, write_json
 from pymcip.training import train
 
 FIRST_STAGE = {"2sft": "gpr", "mcip+rea": "mcip"}
+# Options that a method may not use; such a setting makes no other run of it.
+OF_IMAGES = {
+    "margin", "scale", "lr", "lr_classes", "epochs", "batch_size", "warmup", "train_size",
+    "unlock_layers", "freeze_bn_stats", "class_init", "class_balanced", "continuation", "aug_cfg",
+    "appended_dims",
+}  # fmt: skip
+OF_CAPTION_LOSS = {
+    "lambda_class", "lambda_caption", "caption_scale", "caption_margin", "positives", "negatives",
+    "loss_delta",
+}  # fmt: skip
+OF_MINING = {"threshold", "k", "caption_noise", "mine_model", "mine_pretrained"}
 Changes = Mapping[str, Mapping[str, Any]]  # by method: options that it has in place of the base's
 NO_CHANGES: Changes = {}
 
@@ -48,28 +60,24 @@ def make_point(base: TrainConfig, settings: dict[str, Any], changes: Changes = N
     """
     method = settings.get("method", base.method)
     own = replace(base, **{"method": method, **changes.get(method, {})})
-    used = {"method"}
-    if own.trains_images:
-        used |= {"margin", "scale", "lr", "epochs"}
-    if own.uses_captions_for_images:
-        used |= {"lambda_caption", "caption_margin", "caption_scale"}
-    if own.needs_captions:
-        used |= {"threshold", "k", "caption_noise"}
-    settings = {name: value for name, value in settings.items() if name in used}
+    unused: set[str] = set()
+    for names, used in (
+        (OF_IMAGES, own.trains_images),
+        (OF_CAPTION_LOSS, own.uses_captions_for_images),
+        (OF_MINING, own.needs_captions),
+        ({name for name in settings if name.startswith("rea_")}, own.realigns),
+    ):
+        unused |= set() if used else names
+    settings = {name: value for name, value in settings.items() if name not in unused}
     first = None
     if method in FIRST_STAGE:
         first = make_point(base, {**settings, "method": FIRST_STAGE[method]}, changes)
     each = {f"{name}={value}": {name: value} for name, value in settings.items()}
-    differing = [name for name, one in each.items() if replace(own, **_options(one)) != own]
+    differing = [
+        name for name, one in each.items() if replace(own, **with_both_weights(one)) != own
+    ]
     run = "_".join([method, *differing])
-    return Point(settings, replace(own, **_options(settings)), run, first)
-
-
-def _options(settings: dict[str, Any]) -> dict[str, Any]:
-    """TrainConfig's options for compared settings: the weights of the two losses sum to 1."""
-    if "lambda_caption" not in settings:
-        return settings
-    return {**settings, "lambda_class": round(1 - settings["lambda_caption"], 12)}
+    return Point(settings, replace(own, **with_both_weights(settings)), run, first)
 
 
 def second_stage(config: TrainConfig, model: str) -> TrainConfig:

@@ -141,7 +141,7 @@ def study_points(
         point = make_point(base, settings, changes)
         if point.settings:
             points.setdefault(str(point.settings), point)
-    methods = (config.grid == "product" and config.method) or (base.method,)
+    methods = (config.grid == "product" and axes.get("method")) or (base.method,)
     problems = [
         f"{name} is swept, but method {', '.join(dict.fromkeys(methods))} doesn't use it"
         for name in axes
