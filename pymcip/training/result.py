@@ -28,7 +28,7 @@ class TrainResult:
 
     `metrics`: last evaluation on `val_data`, or on the classes that were held out (`holdout`), in
     percent, of the exported model if there is one; `before`: the same before training (both {} without
-    either). `interrupted`: "SIGINT" or
+    either). Of appended dimensions the head is fitted again after it, to the held-out classes too. `interrupted`: "SIGINT" or
     "SIGTERM" if the run stopped early with a checkpoint, else None; `hub` and `state_dict` are None
     then. `best_checkpoint`: of the epoch with the best metrics on `val_data`.
 
