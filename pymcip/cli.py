@@ -30,6 +30,7 @@ from pymcip.configs import (
     TrainConfig,
     read_options,
 )
+from pymcip.configs.recipes import describe_recipes
 from pymcip.errors import PymcipError
 
 
@@ -94,6 +95,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command == "env":
             return _show_environment()
+        if command == "recipes":
+            print(describe_recipes(), end="", flush=True)
+            return 0
         return _run(COMMANDS[command], options)
     except BrokenPipeError:  # `pymcip env | head` has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -118,6 +122,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     shown = commands.add_parser("env", help="what a bug report needs", allow_abbrev=False)
     _add_debug(shown)
+    recipes = commands.add_parser("recipes", help="named settings of train", allow_abbrev=False)
+    _add_debug(recipes)
     for name, command in COMMANDS.items():
         stage = commands.add_parser(
             name,
@@ -134,6 +140,13 @@ def build_parser() -> argparse.ArgumentParser:
             help="JSON file of options, such as a run's config.json; flags override it",
         )
         _add_debug(stage)
+        if command.config is TrainConfig:
+            stage.add_argument(
+                "--recipe",
+                default=argparse.SUPPRESS,
+                metavar="NAME",
+                help="settings to start from, which other flags override; see pymcip recipes",
+            )
         if command.listing:
             stage.add_argument(
                 "--list",

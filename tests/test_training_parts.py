@@ -111,6 +111,8 @@ def test_schedule() -> None:
     assert shares[12] == pytest.approx(0.5)
     assert sorted(shares[4:], reverse=True) == shares[4:]
     assert shares[-1] == pytest.approx(0.5 * (1 + math.cos(math.pi * 15 / 16)))
+    floored = [cosine_with_warmup(step, warmup=4, total=20, floor=0.1) for step in range(4, 20)]
+    assert floored == pytest.approx([0.1 + 0.9 * share for share in shares[4:]])
     assert cosine_with_warmup(0, warmup=0, total=1) == 1.0
     assert cosine_with_warmup(0, warmup=100, total=1) == 1.0
 
@@ -195,6 +197,8 @@ def test_parameter_groups_exempt_vectors(tiny_clip: ClipModel) -> None:
     assert all(p.ndim >= 2 for p in decay[0.2])  # type: ignore[attr-defined]
     count = sum(len(group["params"]) for group in groups)  # type: ignore[arg-type]
     assert count == sum(1 for _ in image_parameters(tiny_clip.model))
+    every = parameter_groups(image_parameters(tiny_clip.model), lr=0.1, wd=0.2, exempt=False)
+    assert [group["weight_decay"] for group in every] == [0.2]
 
 
 def test_towers_split_the_model_without_rest(tiny_clip: ClipModel) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pymcip.configs.options import Source, Sources, option, required
+from pymcip.configs.recipes import read_recipe
 from pymcip.configs.stages import ModelOptions
 
 Method = Literal["appended", "gpr", "2sft", "mcip", "mcip+rea", "rea", "mcip+"]
@@ -59,12 +60,16 @@ class TrainConfig(ModelOptions):
         "auto", "pixels of the training crops; search is at the model's own size", at_least=1
     )
     lr: float | Auto = option("auto", "peak learning rate of the image tower", more_than=0)
-    wd: float = option(0.05, "weight decay (not on norms, biases and scalars)", at_least=0)
+    wd: float = option(0.05, "weight decay", at_least=0)
+    wd_exempt: bool = option(True, "no weight decay on norms, biases and scalars")
     beta1: float = option(0.9, "AdamW beta1", at_least=0, below=1)
     beta2: float = option(0.98, "AdamW beta2", at_least=0, below=1)
     eps: float = option(1e-6, "AdamW epsilon", more_than=0)
     warmup: int | Auto = option(
-        "auto", "steps of linear warm-up; cosine decay to 0 follows", at_least=0
+        "auto", "steps of linear warm-up; cosine decay to lr_floor follows", at_least=0
+    )
+    lr_floor: float = option(
+        0.0, "share of the peak learning rates that the cosine ends at", at_least=0, at_most=1
     )
     grad_clip_norm: float | None = option(1.0, "clip the gradient's norm; None: don't", more_than=0)
     accum_freq: int = option(1, "micro-batches per optimizer step", at_least=1)
@@ -192,6 +197,13 @@ class TrainConfig(ModelOptions):
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = option(
         (), "also log to these (imported only then)"
     )
+
+    @classmethod
+    def make(cls, config: TrainConfig | None, options: dict[str, Any]) -> TrainConfig:  # type: ignore[override]
+        """As for every stage; `recipe` among the options names settings that the others override."""
+        own = dict(options)
+        settings = read_recipe(own.pop("recipe"))["settings"] if "recipe" in own else {}
+        return super().make(config, {**settings, **own})
 
     @property
     def budget(self) -> float | None:

@@ -140,7 +140,9 @@ class ImageStage:
                 compute=compute,
                 delta=config.loss_delta,
             )
-        tower = parameter_groups(image_parameters(clip.model), lr=config.lr, wd=config.wd)
+        tower = parameter_groups(
+            image_parameters(clip.model), lr=config.lr, wd=config.wd, exempt=config.wd_exempt
+        )
         matrix = {
             "params": [self.classes.weight], "weight_decay": 0.0, "peak_lr": config.lr_classes
         }  # fmt: skip

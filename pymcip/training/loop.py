@@ -181,7 +181,9 @@ def run_epoch(run: Run, stage: Stage) -> None:
     with bar:
         for micro_batches in stage.steps(position.epoch, position.step):
             done = position.epoch * stage.steps_per_epoch + position.step
-            share = cosine_with_warmup(done, warmup=stage.warmup, total=total)
+            share = cosine_with_warmup(
+                done, warmup=stage.warmup, total=total, floor=config.lr_floor
+            )
             for group in stage.optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * share
             values = optimizer_step(run, stage, micro_batches)

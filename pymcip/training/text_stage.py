@@ -108,7 +108,9 @@ class TextStage:
         self.rows = np.flatnonzero((pairs.captions.counts() > 0) | (pairs.names is not None))
         self.steps_per_epoch = max(1, len(self.rows) // self.samples_per_step)
         unlock_text_tower(clip)
-        groups = parameter_groups(text_parameters(clip.model), lr=config.rea_lr, wd=config.wd)
+        groups = parameter_groups(
+            text_parameters(clip.model), lr=config.rea_lr, wd=config.wd, exempt=config.wd_exempt
+        )
         self.optimizer: torch.optim.Optimizer = make_optimizer(groups, config)
         self.heads = nn.ModuleDict()
         self.scale = clip.logit_scale
