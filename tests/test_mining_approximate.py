@@ -49,7 +49,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def built(large: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an index over these captions."""
-    folder = tmp_path_factory.mktemp("built")
+    folder = tmp_path_factory.mktemp("built") / "index"
     ApproximateIndex.build(EmbeddingFolder(large).parts("text")).save(folder)
     return folder
 
