@@ -42,8 +42,7 @@ FLOORS = {
     "data": """data.decode data.shards data.sources data.captions data.stores data.images
         data.class_names data.index data.loading data""",
     "embedding": "embedding.folder embedding.write embedding.cache embedding exporting",
-    "mining": """mining.table mining.search mining.threshold mining.blocks mining.report mining.mine
-        mining""",
+    "mining": """mining.table mining.search mining.report mining.mine mining""",
     "metrics": "metrics.inputs metrics.rankings metrics.neighbours metrics.text metrics",
     "benchmarks": """benchmarks.paper benchmarks.imagenet_names benchmarks.unpickling benchmarks.readers
         benchmarks.contract benchmarks.folders benchmarks.imagenet_val benchmarks.protocols
