@@ -135,9 +135,10 @@ def test_data_set_can_be_sent_to_spawned_workers(tiny_clip: ClipModel, ten_image
     data = load_images(ten_images)
     items = DecodedImages(data, [4, 2], tiny_clip.preprocess_val)
     sent = pickle.loads(pickle.dumps(items))
-    assert torch.equal(sent[0][1], items[0][1])
+    assert torch.equal(sent[0].image, items[0].image)
+    assert sent[0].content == items[0].content
     assert sent[1] == items[1]
-    assert sent[1][1].index == 2
+    assert sent[1].index == 2
 
 
 # Undecodable images

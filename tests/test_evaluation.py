@@ -86,13 +86,13 @@ def test_every_image_is_embedded_once(
 ) -> None:
     data = load_images(shards()[0].parent)
     seen: list[int] = []
-    read = ImageData.read
+    read = ImageData.read_with_digest
 
     def watch(self: ImageData, index: int) -> Any:
         seen.append(index)
         return read(self, index)
 
-    monkeypatch.setattr(ImageData, "read", watch)
+    monkeypatch.setattr(ImageData, "read_with_digest", watch)
     evaluate_model(tiny_clip, data)
     assert sorted(seen) == list(range(12))
 
@@ -105,7 +105,8 @@ def test_folders_of_images_need_nothing_else(
     assert result.baseline is None
     assert result.out is None
     assert result.counts == {
-        "images": 12, "labelled": 12, "classes": 3, "captions": 0, "skipped": 0,
+        "images": 12, "labelled": 12, "classes": 3, "captions": 0, "duplicates": 0, "skipped": 0,
+        "texts_cut": 0,
     }  # fmt: skip
 
 
@@ -155,7 +156,10 @@ def test_images_without_a_label_count_for_captions_only(
     got = evaluate_model(tiny_clip, data, counts=counts)
     x = embed_all(tiny_clip, data)
     kept = data.labels >= 0
-    assert counts == {"images": 8, "labelled": 5, "classes": 2, "captions": 8, "skipped": 0}
+    assert counts == {
+        "images": 8, "labelled": 5, "classes": 2, "captions": 8, "duplicates": 0, "skipped": 0,
+        "texts_cut": 0,
+    }  # fmt: skip
     assert got["i2i_map"] == pytest.approx(metrics.full_ranking_map(x[kept], data.labels[kept]))
     texts = embed_texts(tiny_clip, CAPTIONS)
     assert got["t2i_r1"] == metrics.cross_modal_recall(x, texts, np.arange(8))["t2i_r1"]

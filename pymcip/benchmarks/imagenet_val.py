@@ -97,7 +97,10 @@ def _find_truth(folder: Path, place: Path) -> tuple[str, dict[int, str]]:
 
 
 def _read_solution(path: Path) -> dict[int, str]:
-    """Read Kaggle's solution: an image's id, then a synset and four edges for each of its boxes."""
+    """Read Kaggle's solution: an image's id, then a synset and four edges for each of its boxes.
+
+    Copies without the boxes have the synset alone.
+    """
     truth: dict[int, str] = {}
     problems = []
     for line, row in enumerate(csv.reader(read_lines(path, TITLE)), start=1):
@@ -106,7 +109,7 @@ def _read_solution(path: Path) -> dict[int, str]:
         match = _VAL_NAME.fullmatch(row[0])
         words = row[1].split() if len(row) == 2 else []
         classes = set(words[::5])
-        if match is None or len(words) % 5 or len(classes) != 1:
+        if match is None or (len(words) % 5 and len(words) > 1) or len(classes) != 1:
             problems.append(f"line {line}: {','.join(row)[:60]!r}")
         elif int(match[1]) in truth:
             problems.append(f"line {line}: {row[0]} for the second time")
@@ -116,7 +119,7 @@ def _read_solution(path: Path) -> dict[int, str]:
         raise DataError(
             f"{TITLE}: {path}: {some(problems) or 'no lines'}; needed: "
             "ILSVRC2012_val_NNNNNNNN,SYNSET LEFT TOP RIGHT BOTTOM, the last five once per box and all "
-            "of one synset"
+            "of one synset, or the synset alone"
         )
     return truth
 

@@ -107,6 +107,10 @@ class EvaluateConfig(ModelOptions):
     knn_data: Sources | None = option(
         None, "labelled images to vote in k-NN; default: the other images of `data`"
     )
+    duplicates: Literal["join", "keep"] = option(
+        "join",
+        "image files of equal content are one picture with all their captions, or each its own",
+    )
     knn_k: int = option(21, "neighbours that vote", at_least=1)
     knn_vote: Literal["weighted", "majority"] = option(
         "weighted", "votes weigh exp(cos / knn_temperature), or one each"
@@ -125,7 +129,11 @@ class EvaluateConfig(ModelOptions):
     revisited_difficulty: Literal["easy", "medium", "hard"] = option(
         "medium", "which mAP of ROxford and RParis is their figure; all are in metrics.json"
     )
-    objectnet_border: int = option(2, "pixels cut off ObjectNet's pictures' sides", at_least=0)
+    objectnet_border: int = option(
+        0,
+        "pixels cut off the sides of ObjectNet's pictures; 2 takes their red border off",
+        at_least=0,
+    )
     allow_partial: bool = option(False, "measure incomplete benchmarks too, marked in the table")
     cache: Source | None = option(
         None, "a suite's embeddings, shared with train; default: embeddings/ in `out`, if given"
