@@ -201,7 +201,9 @@ def test_ragged_tsv(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"line 3: 3 cells; expected 2 as in the first line"):
         load_captions(path)
     path.write_text("a\tb\tc\n")
-    with pytest.raises(DataError, match=r"line 1: .*3 cells; expected url<TAB>caption, .*or a header"):
+    with pytest.raises(
+        DataError, match=r"line 1: .*3 cells; expected url<TAB>caption, .*or a header"
+    ):
         load_captions(path)
 
 

@@ -40,7 +40,7 @@ FLOORS = {
         ops.margin_softmax ops triton_kernels.margin_softmax triton_kernels.topk ops.topk_triton losses""",
     "models": "model.depthwise model.clip model.appended model.towers model.loading model environment",
     "data": """data.decode data.sources data.tally data.labels data.walk data.shards data.tables
-        data.json_annotations data.annotations data.captions data.stores data.images data.class_names
+        data.columns data.json_annotations data.annotations data.captions data.stores data.images data.class_names
         data.indexed data.index data.loading data""",
     "embedding": "embedding.folder embedding.write embedding.cache embedding exporting",
     "mining": """mining.table mining.search mining.threshold mining.blocks mining.report mining.mine

@@ -17,21 +17,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
+from pymcip.data.columns import TEXTS, parquet_columns, read_parquet, text_lists, texts
 from pymcip.data.json_annotations import read_json
 from pymcip.data.labels import label_of
 from pymcip.data.sources import some, suffix
-from pymcip.data.tables import (
-    TEXTS,
-    Table,
-    first_lines,
-    parquet_columns,
-    read_delimited,
-    read_lines,
-    read_parquet,
-    split_line,
-    text_lists,
-    texts,
-)
+from pymcip.data.tables import Table, first_lines, read_delimited, read_lines, split_line
 from pymcip.data.tally import LeftOut
 from pymcip.errors import DataError
 
@@ -159,19 +149,20 @@ def _caption_columns(names: Sequence[str], *, every: bool) -> list[str]:
 
 def _wanted(path: Path, names: Sequence[str], images: bool) -> list[str]:
     captions = _caption_columns(names, every=images)
-    if not images:
-        if not captions:
+    if not images and not captions:
+        raise DataError(
+            f"{path} has no column caption, title or text; it starts with {some(names)}. Give the "
+            "caption column one of these names"
+        )
+    others = [_first(names, FILE_COLUMNS), _first(names, LABEL_COLUMNS)] if images else []
+    wanted = list(dict.fromkeys(name for name in (*others, *captions) if name is not None))
+    keys = [_key(name) for name in names]
+    for name in wanted:
+        if keys.count(_key(name)) > 1:
             raise DataError(
-                f"{path} has no column caption, title or text; it starts with {some(names)}. Give the "
-                "caption column one of these names"
+                f"{path} has {keys.count(_key(name))} columns {name}; give each a name of its own"
             )
-        return captions
-    file, label = _first(names, FILE_COLUMNS), _first(names, LABEL_COLUMNS)
-    for name in (file, label):
-        if name is not None and [_key(each) for each in names].count(_key(name)) > 1:
-            count = [_key(each) for each in names].count(_key(name))
-            raise DataError(f"{path} has {count} columns {name}; give each a name of its own")
-    return list(dict.fromkeys(name for name in (file, label, *captions) if name is not None))
+    return wanted
 
 
 def _from_table(table: Table, images: bool) -> Annotations:

@@ -16,6 +16,7 @@ from pymcip.configs import Source, Sources
 from pymcip.data import shards
 from pymcip.data.annotations import TABLES, read_annotations
 from pymcip.data.captions import caption_lines
+from pymcip.data.columns import TEXTS
 from pymcip.data.decode import kind_of_suffix
 from pymcip.data.images import UNLABELLED, ImageData
 from pymcip.data.indexed import Indexed, joined
@@ -30,7 +31,6 @@ from pymcip.data.labels import (
 )
 from pymcip.data.sources import as_list, find, folder_files, some, suffix
 from pymcip.data.stores import FileStore, Int64, ShardIndex, ShardStore, statuses_of
-from pymcip.data.tables import TEXTS
 from pymcip.data.tally import Tally
 from pymcip.data.walk import Folder, class_folder
 from pymcip.errors import DataError

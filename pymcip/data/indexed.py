@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from pymcip.data.columns import TEXTS
 from pymcip.data.labels import plain
 from pymcip.data.sources import some
 from pymcip.data.stores import FileStore, Store
-from pymcip.data.tables import TEXTS
 from pymcip.data.tally import Tally
 from pymcip.errors import DataError
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Resize
 
 from pymcip.data.images import ImageData
-from pymcip.errors import DataError, DecodeError
+from pymcip.errors import DecodeError
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +74,14 @@ class DecodedImages(Dataset[Decoded | Skipped]):
         try:
             image, content = self.data.read_with_digest(index)
             _check_cost(image, self._side)
-            return Decoded(index, self.transform(image), content)
         except DecodeError as error:
             return Skipped(index, self.data.key(index), str(error))
-        except DataError:
-            raise
+        try:
+            return Decoded(index, self.transform(image), content)
         except Exception as error:  # a transform may raise anything on a picture of odd size
-            reason = f"the transform fails ({type(error).__name__}: {error})"
+            reason = (
+                f"{self.data.key(index)}: the transform fails ({type(error).__name__}: {error})"
+            )
             return Skipped(index, self.data.key(index), reason)
 
 

@@ -1,4 +1,4 @@
-"""Text and tables as they lie on the disk: encodings, lines, quoting, the types of columns.
+"""Text as it lies on the disk: encodings, lines, delimiters and quoting; and what a table is.
 
 What a table is about is for `annotations` to say; here are lines and cells, each with its place.
 """
@@ -8,26 +8,19 @@ from __future__ import annotations
 import codecs
 import contextlib
 import csv
-import math
 import re
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute
-import pyarrow.parquet
 
-from pymcip.data.labels import plain
 from pymcip.errors import DataError
 
-TEXTS = pa.large_list(pa.large_string())
 _BLOCK = 1 << 24  # bytes of text that are read together
 _ROWS = 100_000  # rows that become a piece of a column together
-_TEXT_FIELDS = ("raw", "caption", "sentence", "text", "path")  # of a struct that stands for a text
 
 # Of a table: which of its columns are wanted.
 Choose = Callable[[Sequence[str]], Sequence[str]]
@@ -202,7 +195,11 @@ def _records(path: Path, delimiter: str, how: str, width: int) -> Iterator[tuple
         width = width or (line.count(delimiter) + 1 if line.strip() else 0)
         cells = line.split(delimiter, width - 1) if how == "rest" or width == 1 else None
         cells = [cell.strip() for cell in cells or line.split(delimiter)]
-        if how == "rest" and len(cells[-1]) > 1 and cells[-1][0] == cells[-1][-1] == '"':
+        if (
+            (how == "rest" or width == 1)
+            and len(cells[-1]) > 1
+            and cells[-1][0] == cells[-1][-1] == '"'
+        ):
             inner = cells[-1][1:-1].replace('""', "")
             if '"' not in inner:
                 cells[-1] = cells[-1][1:-1].replace('""', '"').strip()
@@ -234,14 +231,15 @@ def _read_rows(
         if not header:
             header = cells
             chosen = list(choose(header))
-            _check_once(path, header, chosen)
+            check_once(path, header, chosen)
             wanted = [header.index(name) for name in chosen]
             pending, pieces = [[] for _ in wanted], [[] for _ in wanted]
             continue
         if len(cells) != len(header):
             raise _ragged(path, delimiter, first, len(cells), len(header))
         if cells == header:
-            table.repeated.append(first)
+            if first > 1:
+                table.repeated.append(first)
             continue
         for place, pattern in patterns:
             if not pattern.fullmatch(cells[place]):
@@ -302,175 +300,10 @@ def _surely_quoted(path: Path, delimiter: str, width: int) -> bool:
     return uneven
 
 
-def _check_once(path: Path, names: Sequence[str], wanted: Sequence[str]) -> None:
+def check_once(path: Path, names: Sequence[str], wanted: Sequence[str]) -> None:
+    """Raise DataError if a wanted name is there several times."""
     twice = [name for name in dict.fromkeys(wanted) if list(names).count(name) > 1]
     if twice:
         raise DataError(
             f"{path} has {list(names).count(twice[0])} columns {twice[0]}; give each a name of its own"
         )
-
-
-# Parquet
-
-
-def read_parquet(path: Path, choose: Choose) -> Table:
-    """Read the wanted columns of a parquet file.
-
-    Raises:
-        DataError: it is no parquet file, or a wanted name is there twice.
-    """
-    names = parquet_columns(path)
-    wanted = list(choose(names))
-    _check_once(path, names, wanted)
-    try:
-        table = pyarrow.parquet.read_table(path, columns=wanted)
-        table.validate()
-    except (pa.ArrowException, OSError) as error:
-        raise _not_parquet(path, error) from error
-    columns = {name: table[name] for name in wanted}
-    return Table(path, "parquet", names, columns)
-
-
-def parquet_columns(path: Path) -> list[str]:
-    """Return the names of a parquet file's columns.
-
-    Raises:
-        DataError: it is no parquet file.
-    """
-    try:
-        names: list[str] = pyarrow.parquet.read_schema(path).names
-    except (pa.ArrowException, OSError) as error:
-        raise _not_parquet(path, error) from error
-    return names
-
-
-def _not_parquet(path: Path, error: Exception) -> DataError:
-    return DataError(f"{path} can't be read as PARQUET: {error}")
-
-
-# Columns
-
-
-def text_lists(table: Table, name: str) -> pa.ChunkedArray:
-    """Take a column as lists of texts, a list per row: large_list<large_string>.
-
-    A cell is a text, a list of texts, or a struct with a field raw, caption, sentence or text; a
-    missing one is an empty list.
-
-    Raises:
-        DataError: the column is of another type, or a row is not UTF-8.
-    """
-    pieces = [_lists(table, name, piece) for piece in table.columns[name].chunks]
-    return pa.chunked_array(pieces, TEXTS)
-
-
-def texts(table: Table, name: str) -> list[str | None]:
-    """Take a column as one stripped text per row; None for what is missing, blank or NaN.
-
-    Raises:
-        DataError: the column is of another type, a cell holds several texts or a fraction, or a row
-            is not UTF-8.
-    """
-    found: list[str | None] = []
-    for piece in text_lists(table, name).to_pylist():
-        if len(piece) > 1:
-            raise DataError(
-                f"{table.path}, {table.where(len(found))}: column {name} holds {len(piece)} values "
-                f"({piece[0]!r}, …); needed: one per row"
-            )
-        found.append(piece[0].strip() or None if piece else None)
-    return found
-
-
-def _lists(table: Table, name: str, piece: pa.Array) -> pa.Array:
-    kind = piece.type
-    if pa.types.is_dictionary(kind):
-        return _lists(table, name, piece.dictionary_decode())
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        return _flattened(table, name, piece)
-    flat = _flat(table, name, piece)
-    counts = pa.compute.is_valid(flat).to_numpy(zero_copy_only=False)
-    return _grouped(counts.astype(np.int64), flat.drop_null())
-
-
-def _flattened(table: Table, name: str, piece: pa.Array) -> pa.Array:
-    """Join lists (of texts, of structs, of lists) into a list of texts per row."""
-    outer = pa.compute.fill_null(pa.compute.list_value_length(piece), 0)
-    inner = _lists(table, name, piece.flatten())
-    sizes = pa.compute.list_value_length(inner).to_numpy(zero_copy_only=False)
-    ends = np.concatenate([[0], np.cumsum(sizes)])
-    stops = np.cumsum(outer.to_numpy(zero_copy_only=False).astype(np.int64))
-    starts = np.concatenate([[0], stops])[:-1].astype(np.int64)
-    return _grouped(ends[stops] - ends[starts] if len(stops) else stops, inner.flatten())
-
-
-def _grouped(counts: Any, values: pa.Array) -> pa.Array:
-    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    return pa.LargeListArray.from_arrays(
-        pa.array(offsets, pa.int64()), values.cast(pa.large_string())
-    )
-
-
-def _flat(table: Table, name: str, piece: pa.Array) -> pa.Array:
-    """Take a column of one value per row as large_string, null where there is none."""
-    kind = piece.type
-    if pa.types.is_struct(kind):
-        field_name = next((each for each in _TEXT_FIELDS if kind.get_field_index(each) >= 0), None)
-        if field_name is not None:
-            inner = pa.compute.struct_field(piece, field_name)
-            return _flat(table, name, inner)
-    if pa.types.is_floating(kind):
-        return pa.array(
-            [_whole(table, name, row, value) for row, value in enumerate(piece.to_pylist())],
-            pa.large_string(),
-        )
-    text = (
-        pa.types.is_string(kind)
-        or pa.types.is_large_string(kind)
-        or pa.types.is_string_view(kind)
-        or pa.types.is_binary(kind)
-        or pa.types.is_large_binary(kind)
-    )
-    if not (
-        text or pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind)
-    ):
-        raise DataError(
-            f"{table.path}: column {name} holds {kind}; needed: a text per row, a list of texts, or a "
-            "number"
-        )
-    try:
-        values = piece.cast(pa.large_string())
-        values.validate(full=True)
-    except pa.ArrowInvalid:
-        raise _not_utf8(table, name, piece) from None
-    return values
-
-
-def _whole(table: Table, name: str, row: int, value: float | None) -> str | None:
-    if value is None or math.isnan(value):
-        return None
-    if not float(value).is_integer():
-        raise DataError(
-            f"{table.path}: column {name} holds {value!r} ({table.where(row)} or later); needed: a text "
-            "or a whole number"
-        )
-    return str(int(value))
-
-
-def _not_utf8(table: Table, name: str, piece: pa.Array) -> DataError:
-    """Find the first row whose bytes are no text."""
-    for row, value in enumerate(piece.cast(pa.large_binary())):
-        content = value.as_py()
-        try:
-            (content or b"").decode()
-        except UnicodeDecodeError as error:
-            before = 0
-            for other in table.columns[name].chunks:
-                if other.equals(piece):
-                    break
-                before += len(other)
-            return DataError(
-                f"{table.path}, {table.where(before + row)}: column {name} is not UTF-8 text "
-                f"({error.reason}): {plain(content[:60].decode('utf-8', 'backslashreplace'))}"
-            )
-    return DataError(f"{table.path}: column {name} is not UTF-8 text")
