@@ -41,7 +41,7 @@ FLOORS = {
     "models": "model.depthwise model.clip model.appended model.towers model.loading model environment",
     "data": """data.decode data.sources data.tally data.labels data.walk data.shards data.tables
         data.columns data.json_annotations data.annotations data.captions data.stores data.images data.class_names
-        data.indexed data.index data.loading data""",
+        data.indexed data.index data.loading data checking""",
     "embedding": "embedding.folder embedding.write embedding.cache embedding exporting",
     "mining": """mining.table mining.search mining.threshold mining.blocks mining.report mining.mine
         mining""",

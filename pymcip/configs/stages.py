@@ -1,4 +1,4 @@
-"""Options of the stages around training: which model runs, embed, mine, evaluate, export, demo."""
+"""Options of the stages around training: which model runs, embed, mine, evaluate, export, check, demo."""
 
 from __future__ import annotations
 
@@ -168,6 +168,17 @@ class ExportConfig(ModelOptions):
     out: Source = required("folder to write: state_dict.pt, hub/, and index.faiss if asked for")
     index: Source | None = option(
         None, "embedding folder whose images go into a faiss index (needs pymcip[faiss])"
+    )
+    overwrite: bool = option(False, "replace what is in `out`")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig(Config):
+    """Options of `pymcip.check`: what pymcip sees in a data source."""
+
+    data: Sources = required("sources of images or of captions, as the other stages take them")
+    out: Source | None = option(
+        None, "folder for check.txt, skipped.tsv and thumbnails.png; default: don't write"
     )
     overwrite: bool = option(False, "replace what is in `out`")
 
