@@ -27,7 +27,7 @@ _NO_PIXELS = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "WMF"}
 _RAW = {".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".pef", ".raf", ".rw2", ".srw"}
 
 _log = logging.getLogger("pymcip.data")
-_said: set[str] = set()  # what this process has warned of once
+said: set[str] = set()  # what this process has warned of once
 
 
 @functools.cache
@@ -138,8 +138,8 @@ def _eight_bits(image: Image.Image) -> npt.NDArray[np.uint8]:
     if image.format == "TIFF":
         bits = int(getattr(image, "tag_v2", {}).get(258, (16,))[0])  # BitsPerSample
     brightest = int(values.max(initial=0))
-    if 0 < brightest < 1 << (bits - 4) and "dark" not in _said:
-        _said.add("dark")
+    if 0 < brightest < 1 << (bits - 4) and "dark" not in said:
+        said.add("dark")
         _log.warning(
             "a picture of %d bits uses the values up to %d only and comes out dark; if a camera of "
             "fewer bits made it, write its values times %d (said once)",

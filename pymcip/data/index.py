@@ -332,7 +332,7 @@ def _index_shards(paths: list[Path]) -> Indexed:
 def _without_image(path: Path, sample: shards.Sample) -> tuple[str, str]:
     """Name a sample without an image, and say why it has none."""
     for extension, member in sample.items():
-        if kind_of_suffix(f".{extension}") in ("other image", "unknown"):
+        if "." not in extension and kind_of_suffix(f".{extension}") in ("other image", "unknown"):
             return f"{path}/{plain(member.name)}", "no kind of image that Pillow reads here"
     return f"{path}/{plain(next(iter(sample.values())).name)}", "no image under its key"
 
