@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pymcip
 from pymcip.configs import (
+    CheckConfig,
     Config,
     DemoConfig,
     EmbedConfig,
@@ -39,6 +40,7 @@ class Command:
     """A stage: the config that its flags come from, and `module:function` to call with it.
 
     `listing`: another `module:function`; `--list` prints its text, made from the flags in `listed`.
+    `positional`: the option that may also be given without its flag.
     """
 
     config: type[Config]
@@ -46,9 +48,16 @@ class Command:
     summary: str
     listing: str | None = None
     listed: tuple[str, ...] = ()
+    positional: str | None = None
 
 
 COMMANDS = {
+    "check": Command(
+        CheckConfig,
+        "pymcip.checking:check",
+        "what pymcip sees in data, before anything is made of them",
+        positional="data",
+    ),
     "embed": Command(
         EmbedConfig, "pymcip.embedding:embed", "images and captions into an embedding folder"
     ),
@@ -127,7 +136,8 @@ def build_parser() -> argparse.ArgumentParser:
     for name, command in COMMANDS.items():
         stage = commands.add_parser(
             name,
-            usage=f"pymcip {name} [options]",
+            usage=f"pymcip {name} [options]"
+            + (f" {command.positional.upper()} …" if command.positional else ""),
             help=command.summary,
             description=f"{command.summary[0].upper()}{command.summary[1:]}.",
             allow_abbrev=False,
@@ -153,6 +163,17 @@ def build_parser() -> argparse.ArgumentParser:
                 action="store_true",
                 default=argparse.SUPPRESS,
                 help="list the benchmarks, what they need and where to get it, and stop",
+            )
+        if command.positional:
+            stage.add_argument(
+                command.positional,
+                nargs="*",
+                type=lambda word: [word],
+                action=_Several,
+                finish=_one_or_all,
+                default=argparse.SUPPRESS,
+                metavar=command.positional.upper(),
+                help="the same as --" + command.positional,
             )
         hints = get_type_hints(command.config)
         for item in dataclasses.fields(command.config):

@@ -43,7 +43,7 @@ def test_interrupted_run_goes_on(
     whole = files(embed_images(tiny_clip, data, tmp_path / "whole", part_size=4).path)
     out = tmp_path / "out"
     read: list[int] = []
-    original = ImageData.read
+    original = ImageData.read_with_digest
 
     def counting_read(self: ImageData, index: int) -> Any:
         read.append(index)
@@ -51,7 +51,7 @@ def test_interrupted_run_goes_on(
             raise StoppedError
         return original(self, index)
 
-    monkeypatch.setattr(ImageData, "read", counting_read)
+    monkeypatch.setattr(ImageData, "read_with_digest", counting_read)
     with pytest.raises(StoppedError):
         embed_images(tiny_clip, data, out, part_size=4, batch_size=1)
     with pytest.raises(DataError, match=r"holds 1 of 3 parts of images; run pymcip\.embed again"):

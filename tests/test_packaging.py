@@ -39,8 +39,9 @@ FLOORS = {
         ops.ranks_torch ops.topk ops.approximate ops.ranks_cpu triton_kernels triton_kernels.tuning
         ops.margin_softmax ops triton_kernels.margin_softmax triton_kernels.topk ops.topk_triton losses""",
     "models": "model.depthwise model.clip model.appended model.towers model.loading model environment",
-    "data": """data.decode data.shards data.sources data.captions data.stores data.images
-        data.class_names data.index data.loading data""",
+    "data": """data.decode data.sources data.tally data.labels data.walk data.shards data.tables
+        data.columns data.json_annotations data.annotations data.captions data.stores data.images data.class_names
+        data.indexed data.index data.loading data checking""",
     "embedding": "embedding.folder embedding.write embedding.cache embedding exporting",
     "mining": """mining.table mining.search mining.report mining.mine mining""",
     "metrics": "metrics.inputs metrics.rankings metrics.neighbours metrics.text metrics",

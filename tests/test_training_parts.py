@@ -344,6 +344,22 @@ def test_accumulated_text_gradients_are_those_of_one_large_batch(tiny_clip: Clip
         assert torch.allclose(whole, parts, rtol=0, atol=1e-5 * max(1.0, whole.abs().max()))
 
 
+def test_copies_are_no_negatives_in_the_text_stage(tiny_clip: ClipModel) -> None:
+    vectors = torch.eye(4, 16)
+    vectors[1] = vectors[0]
+    texts = [f"caption {i}" for i in range(4)]
+    pairs = Pairs(
+        vectors, CaptionLists(np.arange(5), np.arange(4)), texts, pictures=np.array([0, 0, 1, 2])
+    )
+    stage = TextStage(tiny_clip, pairs, settings_for())
+    rows = np.arange(4)
+    got = stage.backward([(rows, rows)])["loss"].item()
+    logits = tiny_clip.logit_scale * vectors @ tiny_clip.encode_texts(texts).T
+    logits[0, 1] = logits[1, 0] = float("-inf")
+    wanted = -sum(torch.log_softmax(logits, dim)[range(4), range(4)].mean() / 2 for dim in (0, 1))
+    assert got == pytest.approx(float(wanted), rel=1e-5)
+
+
 def test_text_stage_shows_each_image_once_with_one_of_its_captions(tiny_clip: ClipModel) -> None:
     indptr, ids = np.array([0, 2, 2, 3, 6]), np.array([0, 1, 2, 3, 4, 5])
     pairs = Pairs(torch.eye(4, 16), CaptionLists(indptr, ids), [f"caption {i}" for i in range(6)])

@@ -97,20 +97,23 @@ def _find_truth(folder: Path, place: Path) -> tuple[str, dict[int, str]]:
 
 
 def _read_solution(path: Path) -> dict[int, str]:
-    """Read Kaggle's solution: an image's id, then a synset and four edges for each of its boxes."""
+    """Read Kaggle's solution: an image's id, then a synset and four edges for each of its boxes.
+
+    Copies without the boxes have the synset alone.
+    """
 
     def parse(line: str) -> tuple[int, str] | None:
         row = next(csv.reader([line]))
         match = _VAL_NAME.fullmatch(row[0])
         words = row[1].split() if len(row) == 2 else []
         classes = set(words[::5])
-        if match is None or len(words) % 5 or len(classes) != 1:
+        if match is None or (len(words) % 5 and len(words) > 1) or len(classes) != 1:
             return None
         return int(match[1]), classes.pop()
 
     needed = (
         "ILSVRC2012_val_NNNNNNNN,SYNSET LEFT TOP RIGHT BOTTOM, the last five once per box and all of "
-        "one synset, each image once"
+        "one synset, or the synset alone; each image once"
     )
     return read_keyed(path, TITLE, parse, needed, header="ImageId,PredictionString")
 

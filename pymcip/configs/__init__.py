@@ -2,6 +2,7 @@
 
 from pymcip.configs.options import Config, Source, Sources, option, read_options, required
 from pymcip.configs.stages import (
+    CheckConfig,
     DemoConfig,
     EmbedConfig,
     EvaluateConfig,
@@ -13,7 +14,7 @@ from pymcip.configs.sweep import SweepConfig
 from pymcip.configs.train import TrainConfig, TrainSettings
 
 __all__ = [
-    "Config", "DemoConfig", "EmbedConfig", "EvaluateConfig", "ExportConfig", "MineConfig",
+    "CheckConfig", "Config", "DemoConfig", "EmbedConfig", "EvaluateConfig", "ExportConfig", "MineConfig",
     "ModelOptions", "Source", "Sources", "SweepConfig", "TrainConfig", "TrainSettings",
     "option", "read_options", "required",
 ]  # fmt: skip

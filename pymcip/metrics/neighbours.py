@@ -15,6 +15,7 @@ from pymcip.metrics.inputs import (
     Int64,
     as_labels,
     as_ranks,
+    as_tensor,
     check_rows,
     unit_pair,
     unit_rows,
@@ -79,7 +80,8 @@ def recall_at_k(
     hits = dict.fromkeys(counts, 0)
     for rows in _chunks(len(asked), most):
         if others:
-            found, _ = _nearest_others(asked, known, most, rows)
+            own = torch.arange(rows.start, rows.stop, device=known.device)
+            found, _ = _nearest_others(asked[rows], known, most, own)
         else:
             found, _ = topk(asked[rows], known, most)
         hit = classes[found] == targets[rows, None]
@@ -113,6 +115,7 @@ def knn_classify(
     *,
     temperature: float = KNN_TEMPERATURE,
     leave_one_out: bool = False,
+    own_rows: Array | None = None,
 ) -> Int64:
     """Label each query by the vote of its k nearest bank rows.
 
@@ -126,6 +129,8 @@ def knn_classify(
         temperature: of the weighted vote.
         leave_one_out: the queries are those of the bank's own images, in order, and no image votes
             for itself.
+        own_rows: int [N], the bank row of each query's own image, which doesn't vote for it; -1: the
+            bank doesn't hold it. `leave_one_out` says the same of a bank that is the queries.
 
     Returns:
         int64 [N], values of `bank_labels`.
@@ -151,10 +156,15 @@ def knn_classify(
         )
     if leave_one_out and len(known) < 2:
         raise DataError("leave_one_out with one image leaves nobody to vote; give more images")
-    count = min(k, len(known) - leave_one_out)
-    values, compact = torch.unique(classes, return_inverse=True)
+    own = _own_rows(own_rows, len(known), asked) if own_rows is not None else None
     if leave_one_out:
-        neighbours, cosines = _nearest_others(asked, known, count)
+        own = torch.arange(len(known), device=known.device)
+    if own is not None and len(known) < 2:
+        raise DataError("the bank holds one image, a query's own; give more images to vote")
+    count = min(k, len(known) - (own is not None))
+    values, compact = torch.unique(classes, return_inverse=True)
+    if own is not None:
+        neighbours, cosines = _nearest_others(asked, known, count, own)
     else:
         neighbours, cosines = topk(asked, known, count)
     answers = torch.empty(len(asked), dtype=torch.int64, device=known.device)
@@ -175,12 +185,26 @@ def knn_classify(
     return answers.cpu().numpy()
 
 
-def _nearest_others(
-    queries: Tensor, vectors: Tensor, k: int, rows: slice = slice(None)
-) -> tuple[Tensor, Tensor]:
-    """Find the k nearest rows [N, D] of each query [N, D] but its own, and scores; 1 <= k < N."""
-    found, scores = topk(queries[rows], vectors, k + 1)
-    itself = found == torch.arange(len(vectors), device=vectors.device)[rows, None]
+def _own_rows(values: Array, rows: int, queries: Tensor) -> Tensor | None:
+    """Check the rows of the queries' own images; None if there are none."""
+    own = as_tensor(values)
+    if own.shape != queries.shape[:1] or own.is_floating_point() or own.is_complex():
+        raise DataError(
+            f"own_rows is {own.dtype} {list(own.shape)}; needed: integers, one per query, -1 for none"
+        )
+    own = own.to(queries.device, torch.int64)
+    if len(own) and not -1 <= int(own.min()) <= int(own.max()) < rows:
+        raise DataError(f"own_rows names rows beyond the bank's {rows}; needed: -1 to {rows - 1}")
+    return own if bool((own >= 0).any()) else None
+
+
+def _nearest_others(queries: Tensor, vectors: Tensor, k: int, own: Tensor) -> tuple[Tensor, Tensor]:
+    """Find the k nearest rows [Q, D] of each query [Q, D] but its own (-1: none), and scores.
+
+    1 <= k < the number of rows.
+    """
+    found, scores = topk(queries, vectors, k + 1)
+    itself = found == own[:, None]
     itself[:, k] |= ~itself.any(dim=1)  # k + 1 rows that are its equals may all come before it
     return found[~itself].view(-1, k), scores[~itself].view(-1, k)
 

@@ -35,12 +35,15 @@ class Pairs:
         captions: of the N images, as numbers in `texts`.
         texts: captions and prompts, each once.
         names: int64 [N, T], the numbers in `texts` of each image's class name in T prompts.
+        pictures: int64 [N], a number per picture: images of equal content have the same, and are no
+            negatives of each other. None: all are different.
     """
 
     vectors: Tensor
     captions: CaptionLists
     texts: list[str]
     names: np.ndarray | None = None
+    pictures: np.ndarray | None = None
 
 
 def image_text_pairs(
@@ -89,6 +92,7 @@ def image_text_pairs(
         captions=CaptionLists(bounds_of(counts), np.array(ids, dtype=np.int64)),
         texts=list(number),
         names=names,
+        pictures=np.unique(embedded.contents(), return_inverse=True)[1],
     )
 
 
@@ -157,7 +161,8 @@ class TextStage:
         rows = np.concatenate([rows for rows, _ in micro_batches])
         captions = np.concatenate([captions for _, captions in micro_batches])
         images = self.pairs.vectors[torch.from_numpy(rows)].to(device, torch.float32)
-        ids = torch.from_numpy(rows).to(device), torch.from_numpy(captions).to(device)
+        pictures = rows if self.pairs.pictures is None else self.pairs.pictures[rows]
+        ids = torch.from_numpy(pictures).to(device), torch.from_numpy(captions).to(device)
         if len(micro_batches) == 1:
             loss = info_nce(images, self._features(captions), self.scale, *ids)
             loss.backward()  # type: ignore[no-untyped-call]
