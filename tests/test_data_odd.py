@@ -148,6 +148,8 @@ def test_img2dataset_files(tmp_path: Path) -> None:
     assert data.titles(1) == ("caption of 00001\nin two lines",)
     for shard in ("00000", "00001"):
         (tmp_path / f"{shard}_stats.json").unlink()
+    assert load_images(tmp_path, labelled=False).class_names == []  # a json beside every image
+    (tmp_path / "00001" / "1.json").unlink()
     assert load_images(tmp_path).class_names == [
         "00000",
         "00001",

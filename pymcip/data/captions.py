@@ -168,16 +168,21 @@ def _of_folder(folder: Path, tally: Tally) -> list[Path]:
 
 def _read(path: Path, tally: Tally) -> list[pa.Array]:
     if suffix(path) == ".tar":
-        return [pa.array(_shard_captions(path), pa.large_string())]
+        return [pa.array(_shard_captions(path, tally), pa.large_string())]
     annotations = read_annotations(path)
     tally.items += annotations.left_out
     return [chunk.flatten() for chunk in annotations.captions.chunks]
 
 
-def _shard_captions(path: Path) -> Iterator[str]:
+def _shard_captions(path: Path, tally: Tally) -> Iterator[str]:
+    keys = without = 0
     with path.open("rb") as handle:
-        for _, sample in shards.read_index(path):
-            yield from sample_captions(path, handle, sample)
+        for _, sample in shards.read_index(path, tally):
+            captions = sample_captions(path, handle, sample)
+            keys, without = keys + 1, without + (not captions)
+            yield from captions
+    if without:
+        tally.notes.append(f"{path}: {without} of {keys} keys have no caption")
 
 
 def sample_captions(path: Path, handle: io.BufferedReader, sample: shards.Sample) -> list[str]:

@@ -188,7 +188,9 @@ def _index_folder(folder: Path) -> Indexed:
         )
     with os.scandir(folder) as entries:
         beside = [entry.name for entry in entries if entry.is_file()]
-    sharded = are_shards(classes, beside)
+    stems = (os.path.splitext(name)[0] for name in names)  # noqa: PTH122
+    described = bool(found.sidecars) and all(f"{stem}.json" in found.sidecars for stem in stems)
+    sharded = are_shards(classes, beside, described=described)
     if sharded or splits:
         what = "shards of img2dataset" if sharded else "splits"
         tally.remarks.append(f"the folders {some(classes)} are {what}, not classes")

@@ -59,15 +59,18 @@ def splits_among(names: Iterable[str]) -> list[str]:
     return found if len(found) == len(listed) or (training and testing) else []
 
 
-def are_shards(folders: Collection[str], files: Collection[str]) -> bool:
+def are_shards(folders: Collection[str], files: Collection[str], *, described: bool) -> bool:
     """Return whether folders are img2dataset's shards, as it writes files: 00000, 00001, …
 
     Args:
         folders: names of the folders that hold images.
         files: names of the files beside them.
+        described: every image has a json beside it.
     """
     known = {name.split(".")[0].removesuffix("_stats") for name in files}
-    return bool(folders) and all(_SHARD.fullmatch(name) and name in known for name in folders)
+    return bool(folders) and all(
+        _SHARD.fullmatch(name) and (described or name in known) for name in folders
+    )
 
 
 def difference(first: str, names: Collection[str], second: str, others: Collection[str]) -> str:

@@ -120,6 +120,7 @@ def mine_captions(config: MineConfig | None = None, /, **options: Any) -> MineRe
     table, report = mine_table(
         image_parts, caption_parts, **chosen, blocks=blocks, block_rows=block_rows
     )
+    report["captions_cut"] = captions.captions_cut  # at the model's context
     table.save(out)
     write_text(out / "sample.tsv", sample_lines(table, images, captions, config.seed))
     write_json(out / "report.json", report)
