@@ -59,7 +59,7 @@ def test_small_sets_get_small_batches_and_enough_steps(
 
 
 def test_the_learning_rate_falls_with_the_tower(tiny_clip: ClipModel) -> None:
-    """1e-5 for 3e8 parameters, 3e-4 for 4e6: what the paper has, and what was measured."""
+    """1e-5 for 3e8 parameters, 3e-4 for 4e6: the paper's, and one that was measured on icons."""
     count = sum(value.numel() for value in tiny_clip.model.visual.parameters())  # type: ignore[union-attr,operator]
     found, _ = fit_settings(config_for(), tiny_clip, of_size(100))
     assert found.lr == pytest.approx(1e-5 * (3e8 / count) ** 0.8, rel=0.05)

@@ -30,7 +30,7 @@ def fit_settings(
     """Choose what `config` leaves open ("auto"); give each choice's reason too, by its name.
 
     The learning rate falls with the tower's size: 1e-5 for the paper's ViT-L (3e8 parameters), and
-    3e-4 for a tower of 4e6, as was measured best on icons (`docs/results.md`). A convolutional tower
+    3e-4 for a tower of 4e6, above which icons gained little (`docs/results.md`). A convolutional tower
     is trained on crops smaller than what it searches with (FixRes, arXiv 1906.06423), which take half
     the time.
 
