@@ -195,9 +195,11 @@ def _index_folder(folder: Path) -> Indexed:
         what = "shards of img2dataset" if sharded else "splits"
         tally.remarks.append(f"the folders {some(classes)} are {what}, not classes")
         folders = [None] * len(names)
-    labels: list[str | None] = [None if each is None else class_name(each) for each in folders]
-    titles: list[list[str]] = [[] for _ in names]
+    named = {each: class_name(each) for each in classes}
+    labels = [None if each is None else named[each] for each in folders]
+    titles: list[list[str]] | None = None
     if found.sidecars:
+        titles = [[] for _ in names]
         for row, name in enumerate(names):
             label, titles[row] = _beside(folder, name, found.sidecars, tally, with_json=sharded)
             labels[row] = labels[row] or label

@@ -44,7 +44,7 @@ def joined(
     base: Path,
     names: Sequence[str],
     labels: Sequence[str | None],
-    titles: Sequence[Sequence[str]],
+    titles: Sequence[Sequence[str]] | None,
     statuses: Sequence[os.stat_result],
     tally: Tally,
     where: Sequence[str] | None = None,
@@ -64,7 +64,8 @@ def joined(
         # Some file systems have no inodes: a name is all there is to go by then.
         place = (status.st_dev, status.st_ino) if status.st_ino else (-1, hash(names[row]))
         first = first_of.setdefault(place, row)
-        texts.setdefault(first, []).extend(text.strip() for text in titles[row])
+        if titles is not None and titles[row]:
+            texts.setdefault(first, []).extend(text.strip() for text in titles[row])
         if first == row:
             rows.append(row)
             continue
@@ -89,7 +90,7 @@ def joined(
         )
     captions = None
     if any(texts.values()):
-        kept = ([text for text in dict.fromkeys(texts[row]) if text] for row in rows)
+        kept = ([text for text in dict.fromkeys(texts.get(row, ())) if text] for row in rows)
         captions = pa.array(kept, TEXTS)
     store = FileStore(
         kind, base, [names[row] for row in rows], captions, [statuses[row] for row in rows]

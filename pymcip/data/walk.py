@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
-from pathlib import PurePath
 from typing import NamedTuple
 
 from pymcip.data.decode import kind_of_suffix, looks_like_image
@@ -79,7 +78,8 @@ class Folder:
             reason = "a link to nothing" if broken else "no regular file"
             self._tally.add(entry.path, reason)
             return False
-        suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122  a million times
+        _, dot, ending = entry.name.rpartition(".")
+        suffix = f".{ending.lower()}" if dot else ""
         kind = kind_of_suffix(suffix)
         if kind == "image":
             return True
@@ -108,5 +108,5 @@ def status_of(path: str) -> os.stat_result:
 
 def class_folder(name: str) -> str | None:
     """Return the first folder of a name below the source's, which is the class; None without."""
-    parts = PurePath(name).parts
-    return parts[0] if len(parts) > 1 else None
+    first, slash, _ = name.partition("/")
+    return first if slash else None
