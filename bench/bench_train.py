@@ -28,11 +28,13 @@ from pymcip.configs import TrainConfig
 from pymcip.data import load_images
 from pymcip.mining import CaptionTable
 from pymcip.model import ClipModel, load
+from pymcip.training.batches import train_transform
 from pymcip.training.checkpoints import Position
 from pymcip.training.image_stage import ImageStage, caption_bank
 from pymcip.training.logs import MetricsLog
 from pymcip.training.loop import Interruption, Run, run_epoch
 from pymcip.training.optim import make_optimizer, parameter_groups
+from pymcip.training.settings import fit_settings
 
 CLASSES, CAPTIONS, PER_IMAGE = 1000, 20_000, 10
 
@@ -52,12 +54,13 @@ def write_images(folder: Path, count: int, size: int = 256) -> Path:
 
 def our_loop(table: Path, folder: Path, options: Any) -> Callable[[], float]:
     clip = model_of(options)
-    config = TrainConfig(
-        model=options.model, train_data=str(table), captions="-", out=folder, epochs=10**6,
+    open_config = TrainConfig(
+        model=options.model, train_data=str(table), method="mcip", captions="-", out=folder, epochs=10**6,
         batch_size=options.batch_size, workers=options.workers, precision=options.precision,
         save_steps=10**9, log_steps=10**9, warmup=0,
     )  # fmt: skip
-    data = load_images(config.train_data)
+    data = load_images(open_config.train_data)
+    config, _ = fit_settings(open_config, clip, data)
     generator = np.random.default_rng(0)
     vectors = generator.standard_normal((CAPTIONS, clip.embed_dim)).astype(np.float16)
     n = len(data) * PER_IMAGE
@@ -88,16 +91,21 @@ def open_clips_loop(table: Path, options: Any, lock_text: bool) -> Callable[[], 
     if lock_text:
         model.lock_text_tower()  # type: ignore[operator]
     dataset = CsvDataset(
-        str(table), clip.preprocess_train, "filepath", "title", "\t", tokenizer=clip.tokenizer
+        str(table),
+        train_transform(clip, clip.image_size, {}),
+        "filepath",
+        "title",
+        "\t",
+        tokenizer=clip.tokenizer,
     )
     loader = DataLoader(
         dataset, options.batch_size, shuffle=True, num_workers=options.workers, drop_last=True,
         pin_memory=options.device == "cuda",
     )  # fmt: skip
     loader.num_samples, loader.num_batches = len(dataset), len(loader)  # type: ignore[attr-defined]
-    config = TrainConfig(model=options.model, train_data="-", captions="-", out="-")
+    config = TrainConfig(model=options.model, train_data="-", out="-")
     optimizer = make_optimizer(
-        parameter_groups(model.named_parameters(), lr=config.lr, wd=config.wd), config
+        parameter_groups(model.named_parameters(), lr=1e-5, wd=config.wd), config
     )
     arguments = SimpleNamespace(
         device=options.device, precision=options.precision, distill=False, accum_freq=1,

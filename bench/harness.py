@@ -131,28 +131,28 @@ def _first_runs(
     rival: Rival, warmup: int, device: str, wait: Callable[[], object]
 ) -> tuple[Timing, float]:
     """Accuracy and peak memory of the untimed runs, and the seconds that the last of them took."""
-    resident = _resident() if device == "cpu" else None
+    before = resident() if device == "cpu" else None
     start = time.perf_counter()
     result = rival.run()
     wait()
     once = time.perf_counter() - start
-    memory = None if resident is None else max(0, _status("VmHWM") - resident)
+    memory = peak_above(before)
     accuracy = rival.check(result) if rival.check else None
     del result
     for _ in range(warmup if device == "cuda" else warmup - 1):  # the first run tunes and compiles
         if device == "cuda":
-            before = torch.cuda.memory_allocated()
+            held = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
         rival.run()
         wait()
         once = time.perf_counter() - start
         if device == "cuda":
-            memory = torch.cuda.max_memory_allocated() - before
+            memory = torch.cuda.max_memory_allocated() - held
     return Timing(rival.name, (), accuracy, rival.work, memory), once
 
 
-def _resident() -> int | None:
+def resident() -> int | None:
     """Bytes resident now, with the peak set back to them; None where the system can't do that."""
     try:
         with contextlib.suppress(AttributeError):  # not glibc: freed memory may seem in use
@@ -161,6 +161,11 @@ def _resident() -> int | None:
         return _status("VmRSS")
     except OSError:
         return None
+
+
+def peak_above(resident: int | None) -> int | None:
+    """The most bytes above `resident` since that was asked for; None of None."""
+    return None if resident is None else max(0, _status("VmHWM") - resident)
 
 
 def _status(name: str) -> int:

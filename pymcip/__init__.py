@@ -10,7 +10,9 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pymcip.checking import CheckResult, check
     from pymcip.configs import (
+        CheckConfig,
         DemoConfig,
         EmbedConfig,
         EvaluateConfig,
@@ -34,7 +36,9 @@ except metadata.PackageNotFoundError:  # the bare source folder
     __version__ = "0+unknown"
 
 _MODULES = {
+    "checking": ["CheckResult", "check"],
     "configs": [
+        "CheckConfig",
         "DemoConfig",
         "EmbedConfig",
         "EvaluateConfig",
@@ -55,6 +59,8 @@ _WHERE = {name: f"pymcip.{module}" for module, names in _MODULES.items() for nam
 
 __all__ = [
     "CaptionTable",
+    "CheckConfig",
+    "CheckResult",
     "ClipModel",
     "DemoConfig",
     "EmbedConfig",
@@ -70,6 +76,7 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "__version__",
+    "check",
     "embed",
     "evaluate",
     "export",

@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pymcip
 from pymcip.configs import (
+    CheckConfig,
     Config,
     DemoConfig,
     EmbedConfig,
@@ -30,6 +31,7 @@ from pymcip.configs import (
     TrainConfig,
     read_options,
 )
+from pymcip.configs.recipes import describe_recipes
 from pymcip.errors import PymcipError, ResourceError, reason_of
 
 
@@ -38,6 +40,7 @@ class Command:
     """A stage: the config that its flags come from, and `module:function` to call with it.
 
     `listing`: another `module:function`; `--list` prints its text, made from the flags in `listed`.
+    `positional`: the option that may also be given without its flag.
     """
 
     config: type[Config]
@@ -45,9 +48,16 @@ class Command:
     summary: str
     listing: str | None = None
     listed: tuple[str, ...] = ()
+    positional: str | None = None
 
 
 COMMANDS = {
+    "check": Command(
+        CheckConfig,
+        "pymcip.checking:check",
+        "what pymcip sees in data, before anything is made of them",
+        positional="data",
+    ),
     "embed": Command(
         EmbedConfig, "pymcip.embedding:embed", "images and captions into an embedding folder"
     ),
@@ -72,7 +82,12 @@ COMMANDS = {
         SweepConfig, "pymcip.studies:sweep", "image search against text search over settings"
     ),
 }
-ERROR_STATUS = 2
+STATUSES: dict[type[BaseException], int] = {  # of what ends a command with one message
+    ResourceError: 1,
+    PymcipError: 2,
+    OSError: 1,  # a full disk, a folder that may not be written
+    KeyboardInterrupt: 128 + signal.SIGINT,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,20 +105,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command == "env":
             return _show_environment()
+        if command == "recipes":
+            print(describe_recipes(), end="", flush=True)
+            return 0
         return _run(COMMANDS[command], options)
-    except PymcipError as error:
-        if debug:
-            raise
-        print(f"pymcip {command}: {error}", file=sys.stderr)
-        return 1 if isinstance(error, ResourceError) else ERROR_STATUS
     except BrokenPipeError:  # `pymcip env | head` has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except OSError as error:  # a full disk, a folder that may not be written
+    except tuple(STATUSES) as error:
         if debug:
             raise
-        print(f"pymcip {command}: {error}", file=sys.stderr)
-        return 1
+        message = "interrupted" if isinstance(error, KeyboardInterrupt) else error
+        print(f"pymcip {command}: {message}", file=sys.stderr)
+        return next(status for kind, status in STATUSES.items() if isinstance(error, kind))
     except (MemoryError, RuntimeError) as error:
         known = isinstance(error, MemoryError) or "out of memory" in str(error)
         if debug or not (known or "allocate memory" in str(error)):
@@ -114,11 +128,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    except KeyboardInterrupt:
-        if debug:
-            raise
-        print(f"pymcip {command}: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -133,10 +142,13 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     shown = commands.add_parser("env", help="what a bug report needs", allow_abbrev=False)
     _add_debug(shown)
+    recipes = commands.add_parser("recipes", help="named settings of train", allow_abbrev=False)
+    _add_debug(recipes)
     for name, command in COMMANDS.items():
         stage = commands.add_parser(
             name,
-            usage=f"pymcip {name} [options]",
+            usage=f"pymcip {name} [options]"
+            + (f" {command.positional.upper()} …" if command.positional else ""),
             help=command.summary,
             description=f"{command.summary[0].upper()}{command.summary[1:]}.",
             allow_abbrev=False,
@@ -149,12 +161,30 @@ def build_parser() -> argparse.ArgumentParser:
             help="JSON file of options, such as a run's config.json; flags override it",
         )
         _add_debug(stage)
+        if command.config is TrainConfig:
+            stage.add_argument(
+                "--recipe",
+                default=argparse.SUPPRESS,
+                metavar="NAME",
+                help="settings to start from, which other flags override; see pymcip recipes",
+            )
         if command.listing:
             stage.add_argument(
                 "--list",
                 action="store_true",
                 default=argparse.SUPPRESS,
                 help="list the benchmarks, what they need and where to get it, and stop",
+            )
+        if command.positional:
+            stage.add_argument(
+                command.positional,
+                nargs="*",
+                type=lambda word: [word],
+                action=_Several,
+                finish=_one_or_all,
+                default=argparse.SUPPRESS,
+                metavar=command.positional.upper(),
+                help="the same as --" + command.positional,
             )
         hints = get_type_hints(command.config)
         for item in dataclasses.fields(command.config):
@@ -228,89 +258,61 @@ def _add_debug(parser: argparse.ArgumentParser) -> None:
 
 def _add_option(parser: argparse.ArgumentParser, item: dataclasses.Field[Any], hint: Any) -> None:
     flag = "--" + item.name.replace("_", "-")
-    text = _help(item)
+    common: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(item)}
+    several = {**common, "action": _Several, "nargs": "+"}
     parts = _parts(hint)
+    lists = [get_args(part)[0] for part in parts if get_origin(part) is tuple]
+    elements = [leaf for part in lists for leaf in _parts(part)]
     if bool in parts:
-        action = argparse.BooleanOptionalAction
-        parser.add_argument(flag, action=action, default=argparse.SUPPRESS, help=text)
-        return
-    several = [part for part in parts if get_origin(part) is tuple]
-    single = [part for part in parts if part not in several]
-    mapping = any(get_origin(part) is dict for part in parts)
-    elements = [leaf for part in several for leaf in _parts(get_args(part)[0])] or single
-    if mapping:
-        parser.add_argument(
-            flag,
-            action=_Pairs,
-            nargs="+",
-            default=argparse.SUPPRESS,
-            metavar="KEY=VALUE",
-            help=text,
-        )
-        return
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
+    elif any(get_origin(part) is dict for part in parts):
+        parser.add_argument(flag, type=_pair, finish=dict, metavar="KEY=VALUE", **several)
+    elif lists:
+        finish = _one_or_all if str in parts else tuple
+        convert, metavar = _words(elements), _metavar(elements)
+        parser.add_argument(flag, type=convert, finish=finish, metavar=metavar, **several)
+    else:
+        parser.add_argument(flag, type=_converter(parts), metavar=_metavar(parts), **common)
+
+
+class _Several(argparse.Action):
+    """Store what `finish` makes of the values of all words, each of which is a list of some."""
+
+    def __init__(self, *arguments: Any, finish: Callable[[list[Any]], Any], **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.finish = finish
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, self.finish(list(itertools.chain.from_iterable(values))))
+
+
+def _one_or_all(values: list[Any]) -> Any:
+    return tuple(values) if len(values) > 1 else values[0]
+
+
+def _pair(word: str) -> list[tuple[str, Any]]:
+    """Take `key=value` apart; the value is a Python literal or else text."""
+    key, equals, text = word.partition("=")
+    if not equals or not key:
+        raise argparse.ArgumentTypeError(f"{word!r} is not of the form key=value")
+    try:
+        return [(key, ast.literal_eval(text))]
+    except (ValueError, SyntaxError):
+        return [(key, text)]
+
+
+def _words(elements: Sequence[Any]) -> Callable[[str], list[Any]]:
+    """Make the function that converts a word of one value or of several with commas between them."""
     convert = _converter(elements)
-    if several and str not in elements:  # a text may hold commas of its own
-        convert = _separated(convert)
-    parser.add_argument(
-        flag,
-        action=_Tuple if several and str not in single else _Values,
-        nargs="+" if several else None,
-        type=convert,
-        default=argparse.SUPPRESS,
-        metavar=_metavar(elements),
-        help=text,
-    )
-
-
-class _Values(argparse.Action):
-    """Store one value as it is and several as a tuple."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        if isinstance(values, list):
-            values = tuple(values) if len(values) > 1 else values[0]
-        setattr(namespace, self.dest, values)
-
-
-class _Tuple(argparse.Action):
-    """Store values as a tuple, one value too; a word may have held several."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        lists = [value if isinstance(value, list) else [value] for value in values]
-        setattr(namespace, self.dest, tuple(itertools.chain.from_iterable(lists)))
-
-
-class _Pairs(argparse.Action):
-    """Store `key=value` words as a dict; values are Python literals or else text."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        pairs = {}
-        for word in values:
-            key, equals, text = word.partition("=")
-            if not equals or not key:
-                parser.error(f"argument {option_string}: {word!r} is not of the form key=value")
-            try:
-                pairs[key] = ast.literal_eval(text)
-            except (ValueError, SyntaxError):
-                pairs[key] = text
-        setattr(namespace, self.dest, pairs)
+    if str in elements:  # a text may hold commas of its own
+        return lambda word: [convert(word)]
+    return lambda words: [convert(word) for word in words.split(",") if word]
 
 
 def _parts(hint: Any) -> list[Any]:
@@ -342,11 +344,6 @@ def _converter(parts: Sequence[Any]) -> Callable[[str], Any]:
         raise argparse.ArgumentTypeError(f"{word!r} is not allowed; allowed: {_metavar(parts)}")
 
     return convert
-
-
-def _separated(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """Convert a word of one value or of several with commas between them."""
-    return lambda words: [convert(word) for word in words.split(",") if word]
 
 
 def _metavar(parts: Sequence[Any]) -> str:

@@ -55,9 +55,14 @@ class MCArcMargin(nn.Module):
         L = (1/|P|) sum over p in P of softplus(log Z - s cos(t_p + m))
 
     An image's own positives never act as negatives for each other. The MCIP paper (arXiv 2409.01936)
-    names this loss; its text was not at hand when this was written, so the closed form is this
-    project's. For |P| = 1 it is ArcMargin. `options` are the fields of `MarginOptions`: scale,
-    margin, continuation, compute, delta, … On a GPU a bank in half precision is used as it is.
+    names this loss; its text was not at hand when this was written, so this closed form is the
+    project's. With `positives="compete"` it is the form of the authors' scripts: a softmax over the
+    columns in which an image's own positives stay, each with its margin,
+
+        L = (1/|P|) sum over p in P of ( log(Z + sum over q in P of e^{s cos(t_q + m)}) - s cos(t_p + m) )
+
+    For |P| = 1 both are ArcMargin. `options` are the fields of `MarginOptions`: scale, margin,
+    continuation, positives, compute, delta, … On a GPU a bank in half precision is used as it is.
     """
 
     bank: Tensor
@@ -71,20 +76,30 @@ class MCArcMargin(nn.Module):
         self.options, self.backend = MarginOptions(**options), backend
 
     def forward(
-        self, x: Tensor, indptr: Tensor, indices: Tensor, weights: Tensor | None = None
+        self,
+        x: Tensor,
+        indptr: Tensor,
+        indices: Tensor,
+        weights: Tensor | None = None,
+        columns: Tensor | None = None,
     ) -> Tensor:
         """Per-image losses [B], fp32; 0 for an image without pseudo-captions.
 
         x: [B, D], any norm. indptr: int64 [B + 1] and indices: int64 [nnz], the positives in CSR form.
-        weights: [nnz], for example from the captions' cosines; default 1/|P|.
+        weights: [nnz], for example from the captions' cosines; default 1/|P|. columns: int64 [K] in
+        rising order, the rows of the bank that take part, all positives among them; default: all.
         """
+        bank, norms = self.bank, self.norms
+        if columns is not None:
+            bank, norms = bank[columns], norms[columns]
+            indices = torch.searchsorted(columns, indices)
         return margin_softmax(
             x,
-            self.bank,
+            bank,
             indptr,
             indices,
             weights=weights,
-            w_norms=self.norms,
+            w_norms=norms,
             backend=self.backend,
             **asdict(self.options),
         )

@@ -29,6 +29,7 @@ import pytest
 import safetensors.torch
 from PIL import Image
 
+from pymcip.configs import TrainSettings
 from pymcip.data import Captions, load_images
 from pymcip.embedding import EmbeddingFolder, embed_captions, embed_images
 from pymcip.model import ClipModel, load
@@ -295,6 +296,16 @@ def run_options(
         "log_steps": 1,
         "save_steps": 2,
     }
+
+
+def settings_for(**changes: Any) -> TrainSettings:
+    """The settings of a run of `mcip`, with nothing left to choose; its files are never opened."""
+    chosen = {
+        "model": "m", "train_data": "d", "captions": "c", "out": "o", "method": "mcip",
+        "epochs": 3, "batch_size": 64, "train_size": 32, "lr": 1e-5,
+        "warmup": 100, "lr_classes": 1e-4,
+    }  # fmt: skip
+    return TrainSettings(**{**chosen, **changes})
 
 
 def lines_of(out: Path) -> list[dict[str, Any]]:

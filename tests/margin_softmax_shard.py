@@ -1,6 +1,6 @@
-"""One process of test_margin_softmax_shards.py: a shard of a problem's columns, or all of them.
+"""One of the two processes of test_margin_softmax_shards.py: a shard of a problem's columns.
 
-python tests/margin_softmax_shard.py RANK PORT OUT OPTIONS    RANK 0 or 1 of two, or -1: alone
+python tests/margin_softmax_shard.py RANK PORT OUT OPTIONS    options: a list, results of each
 """
 
 from __future__ import annotations
@@ -38,17 +38,15 @@ def run(x: Tensor, w: Tensor, *positives: Tensor, **options: Any) -> list[Tensor
 
 
 def main() -> None:
-    rank, port, out, options = int(sys.argv[1]), *sys.argv[2:4], json.loads(sys.argv[4])
+    rank, port, out, ways = int(sys.argv[1]), *sys.argv[2:4], json.loads(sys.argv[4])
     torch.set_num_threads(1)
     x, w, *positives = problem()
-    if rank < 0:
-        torch.save(run(x, w, *positives, **options), out)
-        return
     distributed.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
     )
     part = slice(0, CUT) if rank == 0 else slice(CUT, COLUMNS)
-    torch.save(run(x, w[part], *positives, shard=Shard(part.start), **options), out)
+    shard = Shard(part.start)
+    torch.save([run(x, w[part], *positives, shard=shard, **options) for options in ways], out)
     distributed.barrier()
     distributed.destroy_process_group()
 

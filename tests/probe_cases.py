@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import numpy as np
@@ -28,17 +29,20 @@ def random_pixels(count: int, size: int = 32) -> torch.Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(7))
 
 
+@functools.cache
+def subsets(count: int, size: int) -> np.ndarray:
+    """Every set of `size` of the numbers below `count`: int64 [sets, size]."""
+    sets = list(itertools.combinations(range(count), size))
+    return np.array(sets, dtype=np.int64).reshape(len(sets), size)
+
+
 def drawn_accuracy(similarities: np.ndarray, right: np.ndarray, candidates: int) -> float:
     """The definition in fp64, all sets of candidates tried one by one."""
     shares = []
     for row, own in zip(similarities.astype(np.float64), right, strict=True):
-        wrong = np.flatnonzero(~own)
-        sets = list(itertools.combinations(wrong, min(candidates - 1, len(wrong))))
-        wins = [
-            all(row[one] > row[other] for other in others)
-            for one in np.flatnonzero(own)
-            for others in sets
-        ]
+        wrong = row[~own]
+        others = wrong[subsets(len(wrong), min(candidates - 1, len(wrong)))]
+        wins = [(one > others).all(axis=1) for one in row[own]]
         if wins:
             shares.append(np.mean(wins))
     return float(np.mean(shares))

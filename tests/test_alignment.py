@@ -99,7 +99,7 @@ def test_exported_weights_lie_between(
             "image_size": 32,
         }
         options |= {"model": f"local-dir:{hub_folder('timm', vision_cfg=vision)}"}
-        options |= {"lr": 2e-3, "alignment_budget": 0.2}
+        options |= {"lr": 2e-3, "alignment_budget": 0.2, "freeze_bn_stats": False}
     result = pymcip.train(**options)
     tuned = load_checkpoint(result.checkpoint)["model"]  # as trained: to be searched again
     assert result.alignment is not None

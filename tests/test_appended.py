@@ -55,6 +55,58 @@ def test_vectors_are_as_documented(trained: AppendedClip, tiny_clip: ClipModel) 
     assert not texts[:, tiny_clip.embed_dim :].any()
 
 
+def test_a_head_alone_has_no_second_tower(options: dict[str, Any], tiny_clip: ClipModel) -> None:
+    """`unlock_layers=0` trains no tower: the head is fitted to the joint embeddings themselves."""
+    result = pymcip.train(**{**options, "method": "appended", "unlock_layers": 0})
+    clip = pymcip.load(str(result.out), precision="fp32")
+    assert isinstance(clip, AppendedClip)
+    assert clip.tower is None
+    assert result.steps == 0
+    pixels = images()
+    joint = tiny_clip.encode_images(pixels).double().numpy()
+    appended = unit(joint @ clip.head.double().numpy().T)
+    expected = np.hstack([joint, clip.weight * appended]) / np.hypot(1, clip.weight)
+    np.testing.assert_allclose(clip.encode_images(pixels).numpy(), expected, atol=1e-5)
+
+
+def test_with_a_budget_the_joint_part_is_the_model_that_keeps_it(
+    options: dict[str, Any], captions_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The first D dimensions are those of a run without appended ones, drawn back by the same budget."""
+    captions = [f"{word} number {i}" for i in range(20) for word in "abc"]
+    both = {**options, "captions": str(captions_file(captions)), "alignment_budget": 0.05}
+    both["lr"] = 1e-2
+    plain = pymcip.train(**{**both, "appended_dims": 0, "out": str(tmp_path / "plain")})
+    result = pymcip.train(**{**both, "appended_dims": DIMS})
+    assert plain.alignment is not None
+    assert result.alignment is not None
+    assert result.alignment["coefficient"] == plain.alignment["coefficient"] < 1
+    clip = pymcip.load(str(result.out), precision="fp32")
+    drawn_back = pymcip.load(str(plain.out), precision="fp32")
+    pixels = images()
+    np.testing.assert_allclose(
+        clip.joint().encode_images(pixels), drawn_back.encode_images(pixels), atol=1e-5
+    )
+    with torch.inference_mode():
+        features = unit(clip.tower(pixels).double().numpy())  # type: ignore[attr-defined]
+    assert not np.allclose(features, drawn_back.encode_images(pixels), atol=1e-3)
+
+
+def test_nothing_within_a_budget_leaves_the_joint_part_as_it_was(
+    options: dict[str, Any], captions_file: Callable[..., Path], tiny_clip: ClipModel
+) -> None:
+    captions = [f"{word} number {i}" for i in range(20) for word in "abc"]
+    harsh = {"captions": str(captions_file(captions)), "alignment_budget": 0.0, "lr": 1.0}
+    result = pymcip.train(**{**options, **harsh})
+    assert result.alignment is not None
+    assert not result.alignment["respected"]
+    clip = pymcip.load(str(result.out), precision="fp32")
+    pixels = images()
+    np.testing.assert_array_equal(
+        clip.joint().encode_images(pixels), tiny_clip.encode_images(pixels)
+    )
+
+
 def test_text_search_ranks_as_before(trained: AppendedClip, tiny_clip: ClipModel) -> None:
     """Scores are the joint model's times a constant, up to fp32's rounding."""
     pixels = images(8)
@@ -164,7 +216,11 @@ def test_queries_of_the_same_images_are_measured() -> None:
     [
         ({"method": "2sft"}, "appended_dims leaves the text side as it was"),
         ({"projector": "discard"}, "appended_dims is not allowed with projector='discard'"),
-        ({"alignment_budget": 0.02}, "nothing for alignment_budget to keep"),
+        (
+            {"method": "rea", "alignment_budget": 0.02},
+            "appended_dims leaves the text side as it was",
+        ),
+        ({"method": "appended", "appended_dims": 0}, "0 is method='gpr'"),
         ({"appended_dims": -1}, "appended_dims=-1 is not allowed"),
     ],
 )

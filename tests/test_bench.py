@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from pymcip.ops import margin_softmax
+from tests.conftest import bench_module
 
-BENCH = Path(__file__).parents[1] / "bench"
 GIB = 2**30
 
 
 @pytest.fixture(scope="module")
-def bench() -> Any:
-    if not BENCH.is_dir():
-        pytest.skip("no bench/ here")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCH))
-        path = BENCH / "bench_margin_softmax.py"
-        spec = importlib.util.spec_from_file_location("bench_margin_softmax", path)
-        assert spec is not None
-        assert spec.loader is not None
-        module: ModuleType = importlib.util.module_from_spec(spec)
-        patch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
+def bench() -> Iterator[Any]:
+    with bench_module("bench_margin_softmax") as module:
+        yield module
+
+
+@pytest.fixture(scope="module")
+def rivals() -> Iterator[Any]:
+    with bench_module("margin_rivals") as module:
         yield module
 
 
@@ -51,7 +47,7 @@ def test_default_cases_on_a_gpu(bench: Any) -> None:
 
 
 @pytest.mark.parametrize(("kind", "margin"), [("several", 0.3), ("one", 0.3), ("plain", 0.0)])
-def test_reference(bench: Any, kind: str, margin: float) -> None:
+def test_reference(bench: Any, rivals: Any, kind: str, margin: float) -> None:
     options = bench.arguments(["--cluster", "64", "--positives", "3"])
     case = bench.Case(9, 700, 16, options)
     found = case.expected(kind, trainable=True)
@@ -61,9 +57,9 @@ def test_reference(bench: Any, kind: str, margin: float) -> None:
         x, w, positives.indptr, positives.indices, scale=30.0, margin=margin, backend="torch"
     )
     dx, dw = torch.autograd.grad(loss.sum(), [x, w])
-    assert bench.error(loss, found.loss) < 1e-10
-    result = bench.Result(loss, dx, dw)
-    assert max(bench.errors(case, result, found).values()) < 1e-10
+    assert rivals.error(loss, found.loss) < 1e-10
+    result = rivals.Result(loss, dx, dw)
+    assert max(rivals.errors(case, result, found).values()) < 1e-10
 
 
 def test_every_mode_runs_on_the_cpu(bench: Any) -> None:
@@ -124,11 +120,11 @@ def test_a_rival_that_breaks_the_gpu_is_named(bench: Any, monkeypatch: pytest.Mo
 
 
 def test_liger_cute_gets_the_shapes_that_it_takes(
-    bench: Any, monkeypatch: pytest.MonkeyPatch
+    bench: Any, rivals: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = bench.Case(256, 700, 16, bench.arguments(["--cluster", "64"]))
-    monkeypatch.setattr(bench, "chunk_rows", lambda rows, columns: 128)
-    rival = bench.cross_entropy_builder(bench.liger_cute(256, 700), 256)
+    monkeypatch.setattr(rivals, "chunk_rows", lambda rows, columns: 128)
+    rival = rivals.cross_entropy_builder(rivals.liger_cute(256, 700), 256)
     name = "liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90"
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match=r"pip install 'liger-kernel\[cutedsl\]>=0.8.5'"):
@@ -160,6 +156,6 @@ def test_liger_cute_gets_the_shapes_that_it_takes(
     ("rows", "columns", "chunk"),
     [(4096, 168_192, 4096), (4096, 1_000_320, 2048), (512, 12_000_000, 128), (200, 1000, 256)],
 )
-def test_chunk_rows(bench: Any, rows: int, columns: int, chunk: int) -> None:
-    assert bench.chunk_rows(rows, columns) == chunk
+def test_chunk_rows(rivals: Any, rows: int, columns: int, chunk: int) -> None:
+    assert rivals.chunk_rows(rows, columns) == chunk
     assert chunk * columns < 2**31

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from collections.abc import Callable
@@ -355,6 +356,11 @@ def test_the_registry_is_the_papers_table() -> None:
     assert set(benchmarks.SUITES) == {"paper", "authors"}
 
 
+OPEN_CLIP = (
+    Path(__file__).resolve().parents[2] / "shared/data/annotations/clip/open_clip_published.csv"
+)
+
+
 def test_reported_figures_have_the_papers_means() -> None:
     """The table's own last column, AVG; but for GPR-FT's, where it says 68.4: no mean of its row."""
     assert paper.BENCHMARKS == PAPER
@@ -373,7 +379,28 @@ def test_the_papers_figures_stand_beside_its_models(data_root: Path) -> None:
     results = [{"cub200": 76.5}, {"cub200": 88.0}]
     table = suite_table(headings, results, found, {}, reported_columns(models))
     assert "| runs/shop | difference | paper: ViT-L-14-336 (openai) |" in table
-    assert "| cub200 \\* | I2I R@1 | 76.50 | 88.00 | +11.50 | 77.0 |" in table
+    assert "| cub200 \\* | I2I R@1 | 76.50 | 88.00 | +11.50 | 77.0 |  |" in table
+
+
+def test_open_clips_figures_stand_beside_the_papers(data_root: Path) -> None:
+    chosen = [BENCHMARKS[name] for name in ("cub200", "t2i-flickr30k")]
+    found, _ = find_suite(chosen, data_root, {}, SuiteOptions(allow_partial=True))
+    models = [("ViT-SO400M-14-SigLIP-384", "webli")]
+    results = [{"cub200": 80.0, "t2i-flickr30k": 96.0}]
+    table = suite_table(model_headings(models), results, found, {}, reported_columns(models))
+    heading = "ViT-SO400M-14-SigLIP-384 (webli)"
+    assert f"| {heading} | paper: {heading} | open_clip: {heading} |" in table
+    assert "| t2i-flickr30k \\* | T2I R@5 | 96.00 | 93.5 | 96.1 |" in table
+    assert "| mean of these 2 of 14 |  | 88.00 | 88.0 |  |" in table  # (82.4 + 93.5) / 2
+
+
+@pytest.mark.skipif(not OPEN_CLIP.is_file(), reason=f"no real data at {OPEN_CLIP}")
+def test_open_clips_figures_are_those_of_its_tables() -> None:
+    with OPEN_CLIP.open(newline="") as handle:
+        for row in csv.DictReader(handle):
+            model, tag, *figures = row.values()
+            published = paper.published_by_open_clip(model, tag)
+            assert tuple(published.values()) == tuple(map(float, figures))
 
 
 def test_a_mean_needs_every_model(data_root: Path) -> None:

@@ -62,6 +62,26 @@ def test_flickr30k(tmp_path: Path) -> None:
     assert found.images.read(2).size == (40, 40)
 
 
+def test_flickr30k_as_clip_benchmark_lists_it(tmp_path: Path) -> None:
+    write_flickr30k(tmp_path)
+    reference = read(FLICKR30K, tmp_path)
+    listed = [Path(reference.images.key(int(owner))).name for owner in reference.owners]
+    lines = [
+        f"{name},{text.strip()}, it says\n"
+        for name, text in zip(listed, reference.captions, strict=True)
+    ]
+    (tmp_path / "dataset_flickr30k.json").unlink()
+    path = tmp_path / "flickr30k_test_karpathy.txt"
+    path.write_text("image,caption\n" + "".join(lines))
+    found = read(FLICKR30K, tmp_path)
+    assert found.captions == tuple(f"{text.strip()}, it says" for text in reference.captions)
+    assert found.owners.tolist() == reference.owners.tolist()
+    assert found.images.fingerprint() == reference.images.fingerprint()
+    path.write_text("image,caption\nno image here\n")
+    with pytest.raises(DataError, match="line 2: 'no image here'"):
+        read(FLICKR30K, tmp_path)
+
+
 def test_flickr30k_number_by_hand(tmp_path: Path) -> None:
     write_flickr30k(tmp_path)
     found = read(FLICKR30K, tmp_path)

@@ -99,6 +99,15 @@ def test_flat_val_with_kaggles_solution(tmp_path: Path, place: str) -> None:
     assert found.labels.tolist() == VAL_LABELS
 
 
+def test_a_solution_without_boxes(tmp_path: Path) -> None:
+    write_imagenet_val_flat(tmp_path / "val")
+    path = tmp_path / "LOC_val_solution.csv"
+    write_solution(path)
+    rows = [line.split(" ")[0] for line in path.read_text().splitlines()]
+    path.write_text("\n".join(rows))
+    assert read(IMAGENET_VAL, tmp_path).labels.tolist() == VAL_LABELS
+
+
 @pytest.mark.parametrize("kit", ["ILSVRC2012_devkit_t12/data", "data", "val/data"])
 def test_flat_val_with_the_development_kit(tmp_path: Path, kit: str) -> None:
     write_imagenet_val_flat(tmp_path / "val")

@@ -57,11 +57,11 @@ def test_objectnet(tmp_path: Path) -> None:
 
 def test_objectnets_border(tmp_path: Path) -> None:
     write_objectnet(tmp_path)
-    found = read(OBJECTNET, tmp_path)
+    found = read(OBJECTNET, tmp_path, dataclasses.replace(PARTIAL, objectnet_border=2))
     image = found.images.read(0)
     assert image.size == (40, 40)
     assert np.array_equal(np.asarray(image), np.asarray(picture(2, (40, 70, 210))))
-    whole = read(OBJECTNET, tmp_path, dataclasses.replace(PARTIAL, objectnet_border=0))
+    whole = read(OBJECTNET, tmp_path)
     assert whole.images.read(0).size == (44, 44)
     assert whole.images.read(0).getpixel((1, 1)) == (255, 0, 0)
     assert whole.images.fingerprint() != found.images.fingerprint()
@@ -248,7 +248,7 @@ def test_shards_of_objectnet(tmp_path: Path) -> None:
     assert found.labels.tolist() == [112, 0]
     assert found.names == tuple(words)
     assert found.templates == imagenet_templates()
-    assert found.images.read(0).size == (36, 36)  # the shards have the border: it is cut off
+    assert found.images.read(0).size == (40, 40)
 
 
 def test_shards_of_aircraft(tmp_path: Path) -> None:

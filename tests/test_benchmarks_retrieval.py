@@ -202,11 +202,12 @@ def test_cub_refuses_malformed_lists(tmp_path: Path) -> None:
     whole = images.read_text()
     images.write_text(whole + "8 again.jpg\n9\nnine x.jpg\n")
     message = refusal(CUB200, tmp_path)
-    assert "line 9: 8 is there already" in message
-    assert "line 10 is '9', needed: a number and a text" in message
-    assert "line 11 is 'nine x.jpg'" in message
+    assert "line 9: 8 for the second time" in message
+    assert "line 10: '9'" in message
+    assert "needed: a number and a text in each line" in message
+    assert "line 11: 'nine x.jpg'" in message
     images.write_text("\n")
-    assert "it is empty" in refusal(CUB200, tmp_path)
+    assert "no lines; needed: a number" in refusal(CUB200, tmp_path)
     images.write_bytes(b"1 \xff.jpg\n")
     assert "can't be read as UTF-8 text" in refusal(CUB200, tmp_path)
     images.unlink()

@@ -28,7 +28,7 @@ def write(folder: Path, classes: list[int] = CLASSES, **options: Any) -> Path:
 
 
 def write_captions(folder: Path) -> Path:
-    texts = ["a dog\na big dog  \nA dog, running.\n", r"two\nlines" + "\r\none", "only one"]
+    texts = ["a dog\na big dog  \nA dog, running.\\n\n", r"two\nlines" + "\r\none", "only one"]
     return write_webdataset(
         folder,
         [{"jpg": picture(row), "txt": text} for row, text in enumerate(texts)],

@@ -20,7 +20,7 @@ import pymcip
 from pymcip import cli
 from pymcip.cli import COMMANDS, build_parser, main, make_config
 from pymcip.configs import Config, EvaluateConfig, TrainConfig
-from pymcip.errors import ConfigError, DataError
+from pymcip.errors import ConfigError, DataError, PymcipError
 
 TRAIN = ["train", "--model", "m", "--train-data", "d", "--out", "o", "--captions", "c"]
 
@@ -78,11 +78,11 @@ def test_help_shows_choices_and_defaults(capsys: pytest.CaptureFixture[str]) -> 
         main(["train", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
     for text in (
-        "--method gpr|2sft|mcip|mcip+rea|rea|mcip+",
+        "--method appended|gpr|2sft|mcip|mcip+rea|rea|mcip+",
         "--threshold auto|FLOAT",
-        "--negatives mined|bank|INT",
+        "--negatives mined|batch|bank|INT",
         "--overwrite, --no-overwrite",
-        "--lr FLOAT peak learning rate of the image tower (default: 1e-05)",
+        "--lr auto|FLOAT peak learning rate of the image tower (default: auto)",
         "run folder to write (required)",
         "--aug-cfg KEY=VALUE",
     ):
@@ -151,9 +151,9 @@ def test_numbers_and_words_in_one_flag() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--epochs", "two"], "argument --epochs: 'two' is not allowed; allowed: INT"),
-        (["--epochs", "1.5"], "'1.5' is not allowed; allowed: INT"),
-        (["--method", "magic"], "allowed: gpr|2sft|mcip|mcip+rea|rea|mcip+"),
+        (["--epochs", "two"], "argument --epochs: 'two' is not allowed; allowed: auto|INT"),
+        (["--epochs", "1.5"], "'1.5' is not allowed; allowed: auto|INT"),
+        (["--method", "magic"], "allowed: appended|gpr|2sft|mcip|mcip+rea|rea|mcip+"),
         (["--threshold", "low"], "allowed: auto|FLOAT"),
         (["--aug-cfg", "scale"], "'scale' is not of the form key=value"),
         (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
@@ -281,7 +281,7 @@ def test_status_of_a_training(
         "hub": None,
     }
     assert "| image-to-image mAP | 36.50 | 40.00 | +3.50 |" in lines
-    assert stage.configs[0].lr == 1e-5
+    assert stage.configs[0].lr == "auto"
 
 
 def test_only_the_first_process_speaks(
@@ -383,9 +383,10 @@ def test_no_command_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_stage_has_a_command() -> None:
-    assert set(COMMANDS) == {"embed", "mine", "train", "evaluate", "export", "demo", "sweep"}
+    names = {"check", "embed", "mine", "train", "evaluate", "export", "demo", "sweep"}
+    assert set(COMMANDS) == names
     for command in COMMANDS.values():
         assert issubclass(command.config, Config)
     assert isinstance(build_parser(), argparse.ArgumentParser)
-    assert cli.ERROR_STATUS == 2
+    assert cli.STATUSES[PymcipError] == 2
     assert EvaluateConfig is COMMANDS["evaluate"].config

@@ -26,7 +26,9 @@ from pymcip.configs import (
 )
 from pymcip.errors import ConfigError, PymcipError
 
-TRAIN: dict[str, Any] = {"model": "m", "train_data": "d", "out": "o", "captions": "c"}
+TRAIN: dict[str, Any] = {"model": "m", "train_data": "d", "out": "o", "captions": "c"} | {
+    "method": "mcip"
+}
 EVALUATE: dict[str, Any] = {"model": "m", "data": "d"}
 MINE: dict[str, Any] = {"images": "i", "out": "o"}
 STAGES = [
@@ -71,7 +73,7 @@ def test_all_wrong_types_are_reported_at_once() -> None:
     found = problems(TrainConfig, {**TRAIN, "epochs": "3", "precision": "fp16", "lr": None})
     assert len(found) == 3
     assert "precision='fp16' is not allowed; allowed: one of 'fp32', 'amp_bf16'" in found
-    assert "epochs='3' is not allowed; allowed: int" in found
+    assert "epochs='3' is not allowed; allowed: int or one of 'auto'" in found
 
 
 def test_one_problem_is_told_plainly() -> None:

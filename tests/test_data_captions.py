@@ -139,7 +139,7 @@ def test_img2dataset_folder_is_read_from_its_parquet_files(
 def test_fingerprint(captions_file: Callable[..., Path], tmp_path: Path) -> None:
     path = captions_file(["a", "b", "a"])
     fingerprint = load_captions(path).fingerprint()
-    (tmp_path / "same.tsv").write_text("url\ta\nurl\tb\n")
+    (tmp_path / "same.tsv").write_text("http://x/1\ta\nhttp://x/2\tb\n")
     assert load_captions(tmp_path / "same.tsv").fingerprint() == fingerprint
     assert Captions(["a", "b"]).fingerprint() == fingerprint
     assert Captions(["b", "a"]).fingerprint() != fingerprint
@@ -201,7 +201,9 @@ def test_ragged_tsv(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"line 3: 3 cells; expected 2 as in the first line"):
         load_captions(path)
     path.write_text("a\tb\tc\n")
-    with pytest.raises(DataError, match=r"line 1: 3 cells; expected url<TAB>caption, or a header"):
+    with pytest.raises(
+        DataError, match=r"line 1: .*3 cells; expected url<TAB>caption, .*or a header"
+    ):
         load_captions(path)
 
 

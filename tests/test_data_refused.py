@@ -179,7 +179,7 @@ def test_keys_without_an_image_are_reported(
     ]
     with caplog.at_level(logging.WARNING):
         assert len(load_images(shards(samples)[0])) == 2
-    assert "1 keys have no image" in caplog.text
+    assert "1 left out, no image under its key: " in caplog.text
 
 
 def test_shards_without_images(shards: Callable[..., list[Path]]) -> None:
@@ -187,9 +187,14 @@ def test_shards_without_images(shards: Callable[..., list[Path]]) -> None:
         load_images(shards([{"txt": "only text"}])[0])
 
 
-@pytest.mark.parametrize(("member", "message"), [("json", "is not JSON"), ("cls", "not UTF-8")])
-def test_broken_member(member: str, message: str, shards: Callable[..., list[Path]]) -> None:
-    path = shards([{"jpg": picture(0), member: b"\xff\xfe{"}])[0]
+@pytest.mark.parametrize(
+    ("member", "content", "message"),
+    [("json", b"{", "is not JSON"), ("json", b"\xff{", "not UTF-8"), ("cls", b"\xff", "not UTF-8")],
+)
+def test_broken_member(
+    member: str, content: bytes, message: str, shards: Callable[..., list[Path]]
+) -> None:
+    path = shards([{"jpg": picture(0), member: content}])[0]
     with pytest.raises(DataError, match=message):
         load_images(path)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,14 +21,13 @@ from safetensors import safe_open
 from pymcip.cli import summary
 from pymcip.configs import DemoConfig, TrainConfig
 from pymcip.data import load_captions, load_images
-from pymcip.demo import DemoResult, run, run_demo, world
+from pymcip.demo import DemoResult, points, run_demo, world
 from pymcip.demo.captions import describe_all
 from pymcip.demo.recipe import BASE_FOLDER
 from pymcip.demo.report import METHODS, METRICS, Table, check_pattern, format_table, mean_table
 from pymcip.demo.scenes import COLOURS, Scenes, SceneStyle, compose, render
 from pymcip.demo.sprites import load_sprites, split_indices, split_of
 from pymcip.errors import ConfigError, OutputExistsError
-from pymcip.training import TrainResult
 
 SMALL = world.WorldConfig(
     train_classes=6, train_images=3, test_classes=5, test_images=4, captions=50, shard_size=7
@@ -173,7 +174,7 @@ def test_things_of_the_probe_are_neither_trained_on_nor_tested(config: world.Wor
     assert not {emoji[i].concept for i in classes} & {emoji[i].concept for i in tested}
 
 
-def test_scenes_of_the_probe(written: world.World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scenes_of_the_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
     inner = world.compose
 
@@ -182,44 +183,21 @@ def test_scenes_of_the_probe(written: world.World, monkeypatch: pytest.MonkeyPat
         return drawn[-1]
 
     monkeypatch.setattr(world, "compose", watched)
-    folder = written.captions.parent / "again"
-    folder.mkdir()
-    again = world.write_probe(SMALL, folder)
-    assert again == world.probe_paths(SMALL, folder)
-    for before, after in zip(written.shards("probe"), again, strict=True):
-        assert after.read_bytes() == before.read_bytes()
-    shown = set(drawn[0].main) | set(drawn[0].other[drawn[0].other >= 0])
-    assert shown <= set(world.probe_classes(SMALL))
-    probe = load_images(str(folder / "probe-*.tar"))
+    world.write_world(SMALL, tmp_path)
+    classes = set(world.probe_classes(SMALL))
+    (scenes,) = (one for one in drawn if set(one.main) <= classes)
+    assert set(scenes.other[scenes.other >= 0]) <= classes
+    probe = load_images(str(tmp_path / "probe-*.tar"))
     assert np.bincount(probe.labels).tolist() == [4, 4]
     assert all(len(probe.titles(i)) == 1 for i in range(len(probe)))
 
 
-@pytest.mark.parametrize("missing", ["shard", "names"])
-def test_a_world_without_a_probe_gets_one(missing: str, tmp_path: Path) -> None:
-    before = world.prepare_world(SMALL, tmp_path)
-    path = {"shard": before.shards("probe")[0], "names": before.names("probe")}[missing]
-    content = path.read_bytes()
-    times = [
-        one.stat().st_mtime_ns
-        for one in (*before.shards("train"), *before.shards("test"), before.captions)
-    ]
-    path.unlink()
-    after = world.prepare_world(SMALL, tmp_path)
-    assert after == before
-    assert path.read_bytes() == content
-    assert times == [
-        one.stat().st_mtime_ns
-        for one in (*after.shards("train"), *after.shards("test"), after.captions)
-    ]
-
-
 def test_a_test_of_all_emoji_leaves_none_for_the_probe(tmp_path: Path) -> None:
-    emoji = load_sprites().emoji
-    every = len(split_indices(emoji, "test", SMALL.tones))
-    config = dataclasses.replace(SMALL, test_classes=every)
-    assert world.write_probe(config, tmp_path) == world.probe_paths(config, tmp_path) == ()
-    assert not list(tmp_path.iterdir())
+    every = len(split_indices(load_sprites().emoji, "test", SMALL.tones))
+    config = dataclasses.replace(SMALL, test_classes=every, test_images=1)
+    written = world.write_world(config, tmp_path)
+    assert len(load_images(tuple(map(str, written.shards("test"))))) == every
+    assert not list(tmp_path.glob("probe*"))
 
 
 def test_more_classes_than_there_are(tmp_path: Path) -> None:
@@ -251,44 +229,53 @@ def test_the_base_model_loads_strictly_and_is_small() -> None:
     assert record["metrics"]["t2i_r5"] > 0
 
 
-def test_a_tiny_run_from_end_to_end(tmp_path: Path) -> None:
-    out = tmp_path / "demo"
-    result = run_demo(out=out, smoke=True)
-    assert list(result.table) == list(METHODS)
-    assert all(list(row) == list(METRICS) for row in result.table.values())
-    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    assert report["table"] == result.table
-    assert report["seeds"] == result.seeds == [0]
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> DemoResult:
+    """A tiny run from end to end."""
+    return run_demo(out=tmp_path_factory.mktemp("runs") / "demo", smoke=True)
+
+
+def test_a_tiny_run_from_end_to_end(smoke: DemoResult) -> None:
+    assert list(smoke.table) == list(METHODS)
+    assert all(list(row) == list(METRICS) for row in smoke.table.values())
+    report = json.loads((smoke.out / "report.json").read_text(encoding="utf-8"))
+    assert report["table"] == smoke.table
+    assert report["seeds"] == smoke.seeds == [0]
     (kept,) = report["alignment"]
     assert kept["respected"]
     assert kept["probe"]["source"] == "probe_data with their own classes"
     assert kept["probe"]["images"] == 7
-    text = (out / "report.md").read_text(encoding="utf-8")
+    text = (smoke.out / "report.md").read_text(encoding="utf-8")
     assert "CC-BY 4.0" in text
-    assert result.markdown in text
-    with Image.open(out / "retrieval.png") as picture:
+    assert smoke.markdown in text
+    with Image.open(smoke.out / "retrieval.png") as picture:
         assert picture.size[0] > 800
     with pytest.raises(OutputExistsError):
-        run_demo(DemoConfig(out=out, smoke=True))
+        run_demo(DemoConfig(out=smoke.out, smoke=True))
 
 
 def test_a_run_that_keeps_nothing_leaves_the_base(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    smoke: DemoResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def train(config: TrainConfig) -> TrainResult:
-        result = run_train(config)
-        return result if config.method != "mcip+" else dataclasses.replace(result, hub=None)
+    def train(config: TrainConfig) -> SimpleNamespace:
+        """The finished runs; that of mcip+ without its export."""
+        out = Path(config.out)
+        shutil.copytree(smoke.out / "seed0" / "runs" / out.name, out)
+        if out.name == "mcip+":
+            shutil.rmtree(out / "exported")
+        return SimpleNamespace(interrupted=None)
 
-    run_train = run.train
-    monkeypatch.setattr(run, "train", train)
+    monkeypatch.setattr(points, "train", train)
     result = run_demo(out=tmp_path / "demo", smoke=True)
     assert result.table["mcip+"] == result.table["base"] != result.table["mcip"]
+    assert result.table["mcip+"] != smoke.table["mcip+"]
 
 
 def test_the_mean_of_seeds_and_the_pattern() -> None:
     def table(shift: float) -> Table:
         rows = {
             "base": (20.0, 10.0, 30.0, 40.0),
+            "appended": (29.8, 20.0, 30.0, 40.0),
             "gpr": (30.0, 20.0, 20.0, 30.0),
             "2sft": (30.0, 20.0, 25.0, 36.0),
             "mcip": (29.0, 19.0, 30.0, 39.5),
@@ -308,12 +295,14 @@ def test_the_mean_of_seeds_and_the_pattern() -> None:
         "mcip: T2I R@5 at most 0.5 points under the base"
     ]
     mean["mcip"]["t2i_r5"] += 0.1
-    for metric, text in {
-        "i2i_map": "mcip+: at least 95 % of gpr's I2I gain",
-        "t2i_r5": "mcip+: T2I R@5 not under the base",
-        "zero_shot": "mcip+: zero-shot not under the base",
-    }.items():
-        changed = {**mean, "mcip+": {**mean["mcip+"], metric: mean["mcip+"][metric] - 0.01}}
+    for method, metric, text in (
+        ("appended", "i2i_map", "appended: at least 98 % of gpr's I2I gain"),
+        ("appended", "t2i_r5", "appended: zero-shot and T2I R@5 as the base's"),
+        ("mcip+", "i2i_map", "mcip+: at least 95 % of gpr's I2I gain"),
+        ("mcip+", "t2i_r5", "mcip+: T2I R@5 not under the base"),
+        ("mcip+", "zero_shot", "mcip+: zero-shot not under the base"),
+    ):
+        changed = {**mean, method: {**mean[method], metric: mean[method][metric] - 0.01}}
         assert [name for name, holds in check_pattern(changed).items() if not holds] == [text]
     assert "30.0 (-10.0)" not in format_table(mean)
     assert "31.0 (-10.0)" in format_table(mean)

@@ -12,7 +12,6 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import pymcip
-from pymcip.configs import TrainConfig
 from pymcip.data import load_images
 from pymcip.errors import ConfigError, DataError
 from pymcip.mining import CaptionTable
@@ -27,7 +26,7 @@ from pymcip.training.distillation import (
 )
 from pymcip.training.image_stage import ImageStage, caption_bank
 from pymcip.training.probe_sources import probe_rows
-from tests.conftest import lines_of, train_until_killed
+from tests.conftest import lines_of, settings_for, train_until_killed
 
 RESNET = {"vision_cfg": {"layers": [1, 1, 1, 1], "width": 8, "head_width": 16, "image_size": 32}}
 TIMM = {
@@ -47,10 +46,6 @@ def options(run_options: dict[str, Any], captions_file: Callable[..., Path]) -> 
 def unit(rows: int, columns: int, seed: int) -> np.ndarray:
     values = np.random.default_rng(seed).standard_normal((rows, columns))
     return values / np.linalg.norm(values, axis=1, keepdims=True)
-
-
-def config_for(**changes: Any) -> TrainConfig:
-    return TrainConfig(**{"model": "m", "train_data": "d", "captions": "c", "out": "o", **changes})
 
 
 # --- the divergence -----------------------------------------------------------------------------
@@ -150,10 +145,10 @@ def test_generic_images_stand_behind_each_batch(
         generic_vectors=vectors[1], temperature=temperature,
     )  # fmt: skip
     stage = ImageStage(
-        tiny_clip, data, config_for(batch_size=4, method="gpr"), class_rows=None,
+        tiny_clip, data, settings_for(batch_size=4, method="gpr"), class_rows=None,
         distillation=distillation,
     )  # fmt: skip
-    plain = ImageStage(tiny_clip, data, config_for(batch_size=4, method="gpr"), class_rows=None)
+    plain = ImageStage(tiny_clip, data, settings_for(batch_size=4, method="gpr"), class_rows=None)
     shown = [rows.numpy() for ((_, rows),) in stage.steps(0, 0)]
     assert [len(rows) for rows in shown] == [6, 6, 6]
     assert np.array_equal([r[:4] for r in shown], [r.numpy() for ((_, r),) in plain.steps(0, 0)])
@@ -195,7 +190,7 @@ def test_mixtures_are_taught_by_the_original(
     teacher = frozen_copy(tiny_clip)
     sample = CaptionSample([unit(30, 16, 0)], 20, 0)
     distillation = Distillation(teacher, sample, unit(12, 16, 1), weight=2.0, rate=0.5, seed=3)
-    config = config_for(method="gpr", batch_size=12)
+    config = settings_for(method="gpr", batch_size=12)
     stage = ImageStage(tiny_clip, data, config, class_rows=None, distillation=distillation)
     pixels, rows = next(stage.steps(0, 0))[0]
     before = teacher.encode_images(pixels)
@@ -237,7 +232,7 @@ def test_mixtures_leave_batch_statistics_alone(
             distillation = Distillation(
                 frozen_copy(clip), sample, unit(12, 16, 1), weight=1.0, rate=rate, seed=0
             )
-        config = config_for(method="gpr", batch_size=6)
+        config = settings_for(method="gpr", batch_size=6, freeze_bn_stats=False)
         stage = ImageStage(clip, data, config, class_rows=None, distillation=distillation)
         stage.train_mode()
         values = stage.backward(next(stage.steps(0, 0)))
@@ -268,7 +263,7 @@ def test_batches_too_small_for_a_mixture_are_told(
         distillation = Distillation(
             tiny_clip, sample, unit(12, 16, 1), weight=1.0, rate=rate, seed=0
         )
-        config = config_for(method="gpr", batch_size=4)
+        config = settings_for(method="gpr", batch_size=4)
         ImageStage(tiny_clip, data, config, class_rows=None, distillation=distillation)
         assert ("rounds to none" in caplog.text) == told
 
@@ -282,7 +277,7 @@ def test_accumulated_gradients_are_those_of_one_large_batch(
     table = CaptionTable(np.arange(0, 13), np.arange(12) % 5, np.full(12, 0.5, np.float32), 5)
     bank, positives = caption_bank(table, unit(5, 16, 4).astype(np.float16), "bank", 0)
     stage = ImageStage(
-        tiny_clip, data, config_for(), class_rows=None, bank=bank, positives=positives,
+        tiny_clip, data, settings_for(), class_rows=None, bank=bank, positives=positives,
         distillation=distillation,
     )  # fmt: skip
     stage.train_mode()
@@ -422,7 +417,7 @@ def test_workers_do_not_change_the_generic_images(
 )
 def test_options_that_do_not_go_together(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        config_for(**changes)
+        settings_for(**changes)
 
 
 # --- the captions of a run -----------------------------------------------------------------------

@@ -26,7 +26,7 @@ from pymcip.errors import (
     DecodeError,
 )
 from pymcip.model import ClipModel
-from tests.conftest import CAPTIONS, files
+from tests.conftest import CAPTIONS, files, picture
 
 FP16_STEP = 2.0**-11  # relative rounding error of float16
 
@@ -136,9 +136,10 @@ def test_data_set_can_be_sent_to_spawned_workers(tiny_clip: ClipModel, ten_image
     data = load_images(ten_images)
     items = DecodedImages(data, [4, 2], tiny_clip.preprocess_val)
     sent = pickle.loads(pickle.dumps(items))
-    assert torch.equal(sent[0][1], items[0][1])
+    assert torch.equal(sent[0].image, items[0].image)
+    assert sent[0].content == items[0].content
     assert sent[1] == items[1]
-    assert sent[1][1].index == 2
+    assert sent[1].index == 2
 
 
 # Undecodable images
@@ -158,6 +159,30 @@ def test_skipped_images_are_listed(
     lines = (tmp_path / "out" / "skipped.tsv").read_text().splitlines()
     assert lines[0] == "index\tkey\treason"
     assert len(lines) == 2
+
+
+def test_what_was_left_out_is_listed(tiny_clip: ClipModel, tmp_path: Path) -> None:
+    picture(0).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"broken")
+    (tmp_path / "c.svg").write_text("<svg/>")
+    data = load_images(tmp_path, labelled=False)
+    for _ in range(2):  # also where all is there already
+        folder = embed_images(tiny_clip, data, tmp_path / "out")
+        assert [item["index"] for item in folder.skipped] == [1]
+        lines = (tmp_path / "out" / "skipped.tsv").read_text().splitlines()
+        assert lines[1] == f"-1\t{tmp_path}/c.svg\tno kind of image that Pillow reads here"
+        assert len(lines) == 3
+    assert folder.contents() == [data.digest(0)]
+
+
+def test_captions_beyond_the_context_are_counted(
+    tiny_clip: ClipModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    captions = Captions(["short", "dog " * 20, "dog " * 20 + "cat", "end"])
+    for _ in range(2):
+        folder = embed_captions(tiny_clip, captions, tmp_path / "out", batch_size=2, part_size=3)
+        assert folder.captions_cut == 2
+    assert caplog.text.count("2 of 4 texts are longer than the model's context") == 2
 
 
 def test_nothing_can_be_decoded(

@@ -27,6 +27,7 @@ from pymcip.errors import (
     StaleEmbeddingsError,
 )
 from pymcip.model import ClipModel, load
+from pymcip.training.batches import train_transform
 from tests.conftest import CAPTIONS, files, picture, write_hub_folder
 
 FP16_STEP = 2.0**-11  # relative rounding error of float16
@@ -46,7 +47,7 @@ def test_interrupted_run_goes_on(
     whole = files(embed_images(tiny_clip, data, tmp_path / "whole", part_size=4).path)
     out = tmp_path / "out"
     read: list[int] = []
-    original = ImageData.read
+    original = ImageData.read_with_digest
 
     def counting_read(self: ImageData, index: int) -> Any:
         read.append(index)
@@ -54,7 +55,7 @@ def test_interrupted_run_goes_on(
             raise StoppedError
         return original(self, index)
 
-    monkeypatch.setattr(ImageData, "read", counting_read)
+    monkeypatch.setattr(ImageData, "read_with_digest", counting_read)
     with pytest.raises(StoppedError):
         embed_images(tiny_clip, data, out, part_size=4, batch_size=1)
     with pytest.raises(DataError, match=r"holds 1 of 3 parts of images; run pymcip\.embed again"):
@@ -146,7 +147,7 @@ def test_other_transform_is_refused(
     name = f"local-dir:{tiny_model_dir}"
     clip = load(name, device="cpu", precision="fp32")
     embed_images(clip, data, tmp_path / "out")
-    changed = dataclasses.replace(clip, preprocess_val=clip.preprocess_train)
+    changed = dataclasses.replace(clip, preprocess_val=train_transform(clip, 32, {}))
     with pytest.raises(StaleEmbeddingsError, match=r"another transform \(transform: Compose"):
         embed_images(changed, data, tmp_path / "out")
     with pytest.raises(StaleEmbeddingsError, match=r"another precision \(precision: fp32, now amp"):

@@ -86,13 +86,13 @@ def test_every_image_is_embedded_once(
 ) -> None:
     data = load_images(shards()[0].parent)
     seen: list[int] = []
-    read = ImageData.read
+    read = ImageData.read_with_digest
 
     def watch(self: ImageData, index: int) -> Any:
         seen.append(index)
         return read(self, index)
 
-    monkeypatch.setattr(ImageData, "read", watch)
+    monkeypatch.setattr(ImageData, "read_with_digest", watch)
     evaluate_model(tiny_clip, data)
     assert sorted(seen) == list(range(12))
 
@@ -105,7 +105,8 @@ def test_folders_of_images_need_nothing_else(
     assert result.baseline is None
     assert result.out is None
     assert result.counts == {
-        "images": 12, "labelled": 12, "classes": 3, "captions": 0, "skipped": 0,
+        "images": 12, "labelled": 12, "classes": 3, "captions": 0, "duplicates": 0, "skipped": 0,
+        "texts_cut": 0,
     }  # fmt: skip
 
 
@@ -155,7 +156,10 @@ def test_images_without_a_label_count_for_captions_only(
     got = evaluate_model(tiny_clip, data, counts=counts)
     x = embed_all(tiny_clip, data)
     kept = data.labels >= 0
-    assert counts == {"images": 8, "labelled": 5, "classes": 2, "captions": 8, "skipped": 0}
+    assert counts == {
+        "images": 8, "labelled": 5, "classes": 2, "captions": 8, "duplicates": 0, "skipped": 0,
+        "texts_cut": 0,
+    }  # fmt: skip
     assert got["i2i_map"] == pytest.approx(metrics.full_ranking_map(x[kept], data.labels[kept]))
     texts = embed_texts(tiny_clip, CAPTIONS)
     assert got["t2i_r1"] == metrics.cross_modal_recall(x, texts, np.arange(8))["t2i_r1"]
@@ -419,3 +423,66 @@ def test_problems_are_told_before_a_model_is_loaded(
     with pytest.raises(OutputExistsError, match="overwrite would remove"):
         pymcip.evaluate(model="any", data=images, out=tmp_path, overwrite=True)
     assert any(images.iterdir())
+
+
+# Twins: no picture is its own neighbour
+
+
+def test_copies_are_one_picture(
+    tiny_clip: ClipModel, tiny_images: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tiny_images()
+    plain = evaluate_model(tiny_clip, load_images(folder))
+    for label in range(3):
+        copy = folder / f"class{label}" / "copy.jpg"
+        copy.write_bytes((folder / f"class{label}" / "0.jpg").read_bytes())
+    data = load_images(folder)
+    counts: dict[str, int] = {}
+    assert evaluate_model(tiny_clip, data, counts=counts) == plain
+    assert (counts["images"], counts["duplicates"]) == (12, 3)
+    assert "3 of 15 images are copies of others, byte for byte" in caplog.text
+    kept = evaluate_model(tiny_clip, data, counts=counts, duplicates="keep")
+    assert (counts["images"], counts["duplicates"]) == (15, 0)
+    assert kept["i2i_r1"] >= 100 * 6 / 15  # each copy finds the other
+
+
+def test_captions_of_copies_are_joined(tiny_clip: ClipModel, shards: Shards) -> None:
+    samples = [{"jpg": picture(i % 6), "txt": CAPTIONS[i]} for i in range(8)]
+    counts: dict[str, int] = {}
+    data = load_images(shards(samples)[0].parent, labelled=False)
+    got = evaluate_model(tiny_clip, data, counts=counts)
+    assert (counts["images"], counts["captions"], counts["duplicates"]) == (6, 8, 2)
+    images = embed_all(tiny_clip, data)[:6]
+    texts = embed_texts(tiny_clip, CAPTIONS[:8])
+    best = (texts.astype(np.float64) @ images.astype(np.float64).T).argmax(axis=1)
+    assert got["t2i_r1"] == pytest.approx(100 * np.mean(best == np.arange(8) % 6))
+
+
+def test_voters_that_are_the_queries_do_not_vote_for_themselves(
+    tiny_clip: ClipModel, tiny_images: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    data = load_images(tiny_images())
+    alone = evaluate_model(tiny_clip, data, knn_k=3)["knn"]
+    assert evaluate_model(tiny_clip, data, knn_data=data, knn_k=3)["knn"] == alone
+    assert "knn_data holds 12 of the 12 images to classify" in caplog.text
+    half = data.select(np.arange(0, 12, 2))
+    x, labels = embed_all(tiny_clip, data).astype(np.float64), data.labels
+    right = 0
+    for query in range(12):
+        others = [row for row in range(0, 12, 2) if row != query]
+        right += labels[max(others, key=lambda row: x[row] @ x[query])] == labels[query]
+    assert evaluate_model(tiny_clip, data, knn_data=half, knn_k=1)["knn"] == pytest.approx(
+        100 * right / 12
+    )
+
+
+def test_classes_of_one_side_are_reported(
+    tiny_clip: ClipModel, tiny_images: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    data, others = load_images(tiny_images()), tiny_images("others")
+    (others / "class1").rename(others / "Class1")
+    evaluate_model(tiny_clip, data, knn_data=load_images(others))
+    assert (
+        "1 of the 3 classes of data only: 'class1'; 1 of the 3 classes of knn_data only: 'Class1'"
+        in caplog.text
+    )

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pymcip.losses import ArcMargin, MCArcMargin, info_nce
 from pymcip.ops import margin_softmax
 from pymcip.ops.margin_contract import margin_logit
-from pymcip.ops.margin_softmax import MarginOptions, margin_softmax_filtered
+from pymcip.ops.margin_softmax import POSITIVES, MarginOptions, margin_softmax_filtered
 
 EXACT = ("torch", "cpu")  # those that take fp32 operands
 
@@ -28,14 +28,16 @@ def oracle(
     margin: float,
     continuation: str = "linear",
     weights: list[list[float]] | None = None,
+    positives_are: str = "apart",
 ) -> np.ndarray:
-    """The formula of method.md, row by row, in fp64 with Python floats."""
+    """The formulas of the module's contract, row by row, in fp64 with Python floats."""
     x = x.astype(np.float64) / np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True)
     w = w.astype(np.float64) / np.linalg.norm(w.astype(np.float64), axis=1, keepdims=True)
     losses = np.zeros(len(x))
     for i, own in enumerate(positives):
         cosines = x[i] @ w.T
         others = np.delete(scale * cosines, own)
+        shares, values = [], []
         for n, p in enumerate(own):
             theta = math.acos(min(1.0, max(-1.0, cosines[p])))
             value = math.cos(theta + margin)
@@ -43,11 +45,14 @@ def oracle(
                 value = cosines[p] - margin * math.sin(margin)
             if continuation == "easy" and cosines[p] <= 0:
                 value = cosines[p]
-            share = 1 / len(own) if weights is None else weights[i][n]
-            if len(others):
-                top = others.max()
-                log_z = top + math.log(np.exp(others - top).sum())
-                losses[i] += share * np.logaddexp(log_z - scale * value, 0.0)
+            shares.append(1 / len(own) if weights is None else weights[i][n])
+            values.append(scale * value)
+        log_z = np.logaddexp.reduce(others) if len(others) else -math.inf
+        for share, value in zip(shares, values, strict=True):
+            below = np.logaddexp.reduce(
+                [log_z, *values] if positives_are == "compete" else [log_z, value]
+            )
+            losses[i] += share * (below - value)
     return losses
 
 
@@ -69,6 +74,7 @@ def problem(
 
 
 @pytest.mark.parametrize("backend", EXACT)
+@pytest.mark.parametrize("positives", POSITIVES)
 @pytest.mark.parametrize("continuation", ["linear", "none", "easy"])
 @pytest.mark.parametrize(
     ("rows", "columns", "dim", "per_row", "scale", "margin"),
@@ -84,6 +90,7 @@ def problem(
 )
 def test_matches_fp64(
     backend: str,
+    positives: str,
     continuation: str,
     rows: int,
     columns: int,
@@ -93,33 +100,37 @@ def test_matches_fp64(
     margin: float,
 ) -> None:
     x, w, own = problem(rows, columns, dim, per_row)
-    expected = oracle(x, w, own, scale, margin, continuation)
+    expected = oracle(x, w, own, scale, margin, continuation, positives_are=positives)
     options: dict[str, Any] = {"scale": scale, "margin": margin, "continuation": continuation}
+    options["positives"] = positives
     found = margin_softmax(
         torch.from_numpy(x), torch.from_numpy(w), *csr(own), chunk=37, backend=backend, **options
     )
     # A cosine's error is at most about (dim + 3) u with u = 2^-24 (dot product and two norms); near
     # |cos| = 1 the sine magnifies it by at most 1e3 (sin^2 >= 1e-6), elsewhere in these data by < 10.
-    # The loss is scale-Lipschitz in each cosine, and log-sum-exp adds (columns) u at most.
+    # The loss is 2 scale-Lipschitz in the cosines, and log-sum-exp adds (columns) u at most.
     bound = 2.0**-24 * (2 * 10 * scale * (dim + 3) + columns) + 1e-6
     assert np.abs(found.numpy() - expected).max() <= bound
 
 
 @pytest.mark.parametrize("backend", EXACT)
-def test_weights_of_positives(backend: str) -> None:
+@pytest.mark.parametrize("positives", POSITIVES)
+def test_weights_of_positives(positives: str, backend: str) -> None:
     x, w, own = problem(6, 40, 16, 3)
     weights = [[0.5, 0.25, 0.0] for _ in own]
     flat = torch.tensor(weights).flatten()
     found = margin_softmax(
-        torch.from_numpy(x), torch.from_numpy(w), *csr(own), weights=flat, backend=backend
-    )
-    expected = oracle(x, w, own, 30.0, 0.0, weights=weights)
+        torch.from_numpy(x), torch.from_numpy(w), *csr(own),
+        weights=flat, backend=backend, positives=positives,
+    )  # fmt: skip
+    expected = oracle(x, w, own, 30.0, 0.0, weights=weights, positives_are=positives)
     assert np.abs(found.numpy() - expected).max() < 1e-4
 
 
+@pytest.mark.parametrize("positives", POSITIVES)
 @pytest.mark.parametrize("continuation", ["linear", "none", "easy"])
 @pytest.mark.parametrize("per_row", [0, 1, 3, 9])
-def test_gradcheck(continuation: str, per_row: int) -> None:
+def test_gradcheck(positives: str, continuation: str, per_row: int) -> None:
     x, w, own = problem(4, 9, 5, per_row, seed=3)
     arguments = (
         torch.from_numpy(x).double().requires_grad_(),
@@ -128,8 +139,9 @@ def test_gradcheck(continuation: str, per_row: int) -> None:
 
     def run(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         return margin_softmax(
-            x, w, *csr(own), scale=8.0, margin=0.4, continuation=continuation, chunk=4
-        )
+            x, w, *csr(own), scale=8.0, margin=0.4, continuation=continuation, chunk=4,
+            positives=positives,
+        )  # fmt: skip
 
     assert torch.autograd.gradcheck(run, arguments)
 
@@ -169,6 +181,27 @@ def test_equals_cross_entropy_without_margin() -> None:
     expected = torch.nn.functional.cross_entropy(20 * unit_x @ unit_w.T, labels, reduction="none")
     found = margin_softmax(unit_x, unit_w, *csr(own), scale=20.0, chunk=10)
     assert torch.allclose(found, expected, rtol=0, atol=1e-12)
+
+
+def test_the_authors_form_in_fp64() -> None:
+    """Loss and gradients of the softmax that the authors' scripts take, by torch's own autograd."""
+    x, w, own = problem(9, 60, 16, 4, seed=5)
+    ours, theirs = (
+        [torch.from_numpy(value).double().requires_grad_() for value in (x, w)] for _ in range(2)
+    )
+    found = margin_softmax(*ours, *csr(own), scale=20.0, margin=0.1, positives="compete")
+    cosine = torch.nn.functional.normalize(theirs[0]) @ torch.nn.functional.normalize(theirs[1]).T
+    target = torch.zeros_like(cosine, dtype=torch.bool)
+    for row, columns in enumerate(own):
+        target[row, columns] = True
+    logits = 20 * torch.where(target, torch.cos(torch.acos(cosine) + 0.1), cosine)
+    expected = -(logits.log_softmax(1) * target).sum(1) / target.sum(1)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    drawn = torch.rand(9, dtype=torch.float64)
+    for loss in (found, expected):
+        (loss * drawn).sum().backward()
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-10, atol=1e-12)
 
 
 def test_duplicate_positives_columns_are_no_negatives_of_each_other() -> None:
@@ -242,6 +275,7 @@ def test_chunks_do_not_matter(
         ({"scale": 0.0}, "scale > 0"),
         ({"margin": 4.0}, "margin < pi"),
         ({"continuation": "hard"}, "allowed: linear"),
+        ({"positives": "both"}, "allowed: apart, compete"),
         ({"chunk": 0}, "at least 1"),
         ({"scratch": 0}, "at least 1"),
         ({"delta": 1.0}, "delta < 1"),

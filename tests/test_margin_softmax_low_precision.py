@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pymcip.ops import explain, margin_softmax
 from pymcip.ops.margin_contract import margin_logit
-from pymcip.ops.margin_softmax import margin_softmax_filtered, probe_triton
+from pymcip.ops.margin_softmax import Skipped, margin_softmax_filtered, probe_triton
 from tests.margin_softmax_cases import ANEW, KEEP, ON_GPU, Case, Way
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -114,12 +114,13 @@ GRADIENTS = pytest.mark.parametrize("need_w", [False, True])
 SCRATCH = pytest.mark.parametrize("scratch", [KEEP, ANEW])
 
 
+# The case is the slowest to change: its reference is kept.
 @needs_triton
-@pytest.mark.parametrize("case", SMALL, ids=str)
 @GRADIENTS
 @pytest.mark.parametrize(  # nothing is kept in float16
     ("compute", "scratch"), [("bfloat16", KEEP), ("bfloat16", ANEW), ("float16", ANEW)]
 )
+@pytest.mark.parametrize("case", SMALL, ids=str)
 def test_triton(case: Case, compute: str, need_w: bool, scratch: int) -> None:
     check(case, "triton", Way(compute, need_w, scratch))
 
@@ -165,9 +166,9 @@ def test_triton_reads_only_what_was_written(
     assert all(torch.isfinite(value).all() for value in found)
 
 
-@pytest.mark.parametrize("case", SMALL + LARGE, ids=str)
 @GRADIENTS
 @SCRATCH
+@pytest.mark.parametrize("case", SMALL + LARGE, ids=str)
 def test_cpu(case: Case, need_w: bool, scratch: int) -> None:
     if DEVICE != "cpu":
         pytest.skip("runs where there is no GPU")
@@ -238,8 +239,24 @@ def test_gpu_two_runs_give_the_same_bits(scratch: int) -> None:
 
 # --- the certified filter -----------------------------------------------------------------------
 
-CLUSTERED = Case(130, 2500, 72, positives=3, clustered=True)
-RANDOM = Case(130, 2500, 72, positives=3)
+CLUSTERED = Case(130, 1300, 72, positives=2, clustered=True)
+RANDOM = Case(130, 1300, 72, positives=2)
+NOTHING = 1e-30  # a bound that drops nothing, in the same way of computing
+
+
+@lru_cache
+def filtered_results(
+    backend: str, compute: str, case: Case, need_w: bool, delta: float
+) -> tuple[list[Tensor], Skipped]:
+    """Loss and gradients with a bound, and what was dropped."""
+    x, w, indptr, indices = case.make(DEVICE)
+    x = torch.nn.functional.normalize(x.double(), dim=1)
+    leaves = (x if backend == "torch" else x.float()).requires_grad_(), w.clone()
+    leaves[1].requires_grad_(need_w)
+    loss, skipped = margin_softmax_filtered(
+        *leaves, indptr, indices, delta=delta, backend=backend, compute=compute, scratch=ANEW
+    )
+    return results(loss, *leaves), skipped
 
 
 @pytest.mark.parametrize(
@@ -261,29 +278,11 @@ def test_filter_keeps_its_bound(
         pytest.skip("runs where there is no GPU")
     if backend == "triton" and MISSING is not None:
         pytest.skip(MISSING)
-    x, w, indptr, indices = case.make(DEVICE)
-    x = torch.nn.functional.normalize(x.double(), dim=1)
-    if backend != "torch":
-        x = x.float()
-    gradients, skipped = [], None
-    for bound in (1e-30, delta):  # the former drops nothing, in the same way of computing
-        own_x, own_w = x.clone().requires_grad_(), w.clone().requires_grad_(need_w)
-        loss, skipped = margin_softmax_filtered(
-            own_x,
-            own_w,
-            indptr,
-            indices,
-            delta=bound,
-            backend=backend,
-            compute=compute,
-            scratch=ANEW,
-        )
-        gradients.append(results(loss, own_x, own_w))
-    assert skipped is not None
+    exact, _ = filtered_results(backend, compute, case, need_w, NOTHING)
+    filtered, skipped = filtered_results(backend, compute, case, need_w, delta)
     assert float(skipped.mass.max()) <= delta
     if case.clustered:
         assert int(skipped.cells) > 0.5 * skipped.of
-    exact, filtered = gradients
     # Losses are not filtered; only the order of the sums differs.
     assert torch.allclose(exact[0], filtered[0], rtol=1e-5)
     # |error| <= s times the mass that was dropped, times the row's weight, which is at most 1.5; and
@@ -294,7 +293,7 @@ def test_filter_keeps_its_bound(
     rounding = unit_roundoff if backend == "triton" else 31 * unit_roundoff
     error = (exact[1] - filtered[1]).norm(dim=1)
     assert (error <= 1.5 * 30.0 * (skipped.mass.double().cpu() + 4 * rounding)).all()
-    if not case.clustered and delta > 0.1 and not need_w:  # ten cells of about a tenth each
+    if not case.clustered and delta > 0.1 and not need_w:  # cells of about a fifth each
         assert float(skipped.mass.max()) > 0.1
         assert float(error.max()) > 0.01
 

@@ -27,14 +27,24 @@ ROWS, COLUMNS, DIM, CUT = shard.ROWS, shard.COLUMNS, shard.DIM, shard.CUT
 problem, run = shard.problem, shard.run
 
 
-def in_two_processes(folder: Path, **options: Any) -> list[list[Tensor]]:
+WAYS: list[dict[str, Any]] = [
+    {"backend": "torch", "compute": "float64"},
+    {"backend": "cpu", "compute": "float32"},
+    {"backend": "torch", "compute": "float64", "delta": 0.2},
+]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> list[list[list[Tensor]]]:
+    """By way, the results of two processes with a shard each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    folder = tmp_path_factory.mktemp("shards")
     files = [folder / f"{rank}.pt" for rank in range(2)]
     processes = [
         subprocess.Popen(
-            [sys.executable, SCRIPT, str(rank), str(port), file, json.dumps(options)],
+            [sys.executable, SCRIPT, str(rank), str(port), file, json.dumps(WAYS)],
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -43,31 +53,29 @@ def in_two_processes(folder: Path, **options: Any) -> list[list[Tensor]]:
     for process in processes:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
-    return [torch.load(file, weights_only=True) for file in files]
+    return list(zip(*(torch.load(file, weights_only=True) for file in files), strict=True))
 
 
 @pytest.mark.parametrize(
-    ("backend", "compute", "tolerance"),
-    [("torch", "float64", 1e-12), ("cpu", "float32", 1e-5)],  # fp32: sums of 700 terms, a few u
+    ("way", "tolerance"),
+    [(0, 1e-12), (1, 1e-5)],  # fp32: sums of 700 terms, a few u
+    ids=["torch in fp64", "cpu in fp32"],
 )
 def test_two_shards_give_the_whole(
-    backend: str, compute: str, tolerance: float, tmp_path: Path
+    way: int, tolerance: float, shards: list[list[list[Tensor]]]
 ) -> None:
-    whole = run(*problem(), backend=backend, compute=compute)
-    for rank, (loss, grad_x, grad_w, _) in enumerate(
-        in_two_processes(tmp_path, backend=backend, compute=compute)
-    ):
+    whole = run(*problem(), **WAYS[way])
+    for rank, (loss, grad_x, grad_w, _) in enumerate(shards[way]):
         part = slice(0, CUT) if rank == 0 else slice(CUT, COLUMNS)
         for own, other in ((loss, whole[0]), (grad_x, whole[1]), (grad_w, whole[2][part])):
             assert torch.allclose(own, other, rtol=tolerance, atol=tolerance * float(other.max()))
 
 
-def test_the_filter_keeps_its_bound_over_shards(tmp_path: Path) -> None:
-    delta = 0.2
-    whole = run(*problem(), backend="torch", compute="float64")
-    first, second = in_two_processes(tmp_path, backend="torch", compute="float64", delta=delta)
+def test_the_filter_keeps_its_bound_over_shards(shards: list[list[list[Tensor]]]) -> None:
+    whole = run(*problem(), **WAYS[0])
+    first, second = shards[2]
     dropped = first[3] + second[3]
-    assert float(dropped.max()) <= delta
+    assert float(dropped.max()) <= WAYS[2]["delta"]
     x = problem()[0]
     error = (first[1] - whole[1]).norm(dim=1) * x.norm(dim=1)
     assert (error <= 20.0 * dropped * torch.arange(1, 1 + ROWS) + 1e-9).all()
@@ -85,6 +93,8 @@ def test_the_filter_keeps_its_bound_over_shards(tmp_path: Path) -> None:
 def test_compiled_it_is_the_same(backend: str, compute: str, frozen: bool, delta: float) -> None:
     torch.compiler.reset()  # else the cases count as recompilations of one function
     x, w, indptr, indices = problem()
+    if backend == "triton":  # the interpreter takes long for row 4's many positives
+        x, indptr, indices = x[:4], indptr[:5], indices[: indptr[4]]
     options = {"backend": backend, "compute": compute, "delta": delta, "margin": 0.3}
 
     def loss_of(x: Tensor, w: Tensor) -> Tensor:

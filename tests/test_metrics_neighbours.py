@@ -187,3 +187,19 @@ def test_knn_refuses(change: dict[str, Any], error: type[Exception], message: st
     options: dict[str, Any] = {"bank": np.eye(2), "bank_labels": [0, 1], "queries": np.eye(2)}
     with pytest.raises(error, match=message):
         metrics.knn_classify(**{**options, **change})
+
+
+def test_knn_of_queries_that_the_bank_holds() -> None:
+    bank = np.array([[1.0, 0], [0.9, 0.1], [0, 1], [0.6, 0.8]])
+    labels, queries = np.array([5, 6, 7, 6]), np.array([[1.0, 0], [0, 1], [0, 1]])
+    asked = {"k": 1, "own_rows": np.array([0, -1, 2])}
+    assert metrics.knn_classify(bank, labels, queries, **asked).tolist() == [6, 7, 6]
+    none = metrics.knn_classify(bank, labels, queries, 4, own_rows=np.full(3, -1))
+    assert none.tolist() == metrics.knn_classify(bank, labels, queries, 4).tolist()
+    every = metrics.knn_classify(bank, labels, bank, 3, own_rows=np.arange(4))
+    assert (
+        every.tolist() == metrics.knn_classify(bank, labels, bank, 3, leave_one_out=True).tolist()
+    )
+    for wrong in ([0, 1], [0, 1, 4], [0, 1, -2], [0.0, 1.0, 2.0]):
+        with pytest.raises(DataError, match="own_rows"):
+            metrics.knn_classify(bank, labels, queries, 1, own_rows=np.array(wrong))

@@ -140,7 +140,7 @@ def test_recall_with_ties(case: tuple[Floats, Ints], data: st.DataObject) -> Non
 
 
 def test_recall_refuses_captions_of_no_image() -> None:
-    with pytest.raises(DataError, match="image row 2"):
+    with pytest.raises(DataError, match="image_emb has 2 rows"):
         metrics.cross_modal_recall(np.eye(2), np.eye(2), np.array([0, 2]))
 
 

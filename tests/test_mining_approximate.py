@@ -24,6 +24,7 @@ from pymcip.mining import (
     mine_table,
     search,
 )
+from pymcip.ops import ApproximateIndex
 from tests.mining_cases import options, unit
 
 # Approximate search
@@ -42,6 +43,14 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
             rows = centres[generator.integers(0, 300, count)]
             rows = unit(rows + 0.5 * generator.standard_normal(rows.shape))
             np.save(folder / f"{kind}_emb" / f"{kind}_emb_{part}.npy", rows)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built(large: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an index over these captions."""
+    folder = tmp_path_factory.mktemp("built") / "index"
+    ApproximateIndex.build(EmbeddingFolder(large).parts("text")).save(folder)
     return folder
 
 
@@ -94,10 +103,10 @@ def test_approximate_search(
 
 
 def test_interrupted_approximate_search_goes_on(
-    large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    large: Path, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     named: dict[str, Any] = {"images": large, "threshold": 0.8, "k": 5, "recall": 0.9}
-    whole = pymcip.mine_captions(**named, out=tmp_path / "whole")
+    whole = pymcip.mine_captions(**named, index=built, out=tmp_path / "whole")
     monkeypatch.setattr(mine, "images_per_block", lambda *_: 200)
     original = search.ApproximateIndex.search
     counts: list[int] = []
@@ -117,22 +126,28 @@ def test_interrupted_approximate_search_goes_on(
     assert result.report == whole.report
 
 
-def test_approximate_search_of_few_images(large: Path) -> None:
+def test_approximate_search_of_few_images(large: Path, built: Path) -> None:
     folder = EmbeddingFolder(large)
     images = folder.vectors("img")[:3]
-    table, report = mine_table([images], folder.parts("text"), k=5, threshold=0.8, recall=0.99)
+    table, report = mine_table(
+        [images], folder.parts("text"), k=5, threshold=0.8, recall=0.99, index=built
+    )
     assert len(table) == 3
     assert report["approximate"]["recall_images"] == 1  # the others choose nprobe
 
 
-def test_recall_without_anything_to_measure(large: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_recall_without_anything_to_measure(
+    large: Path, built: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """One image of 600 has captions, and is not in the sample of the recall."""
     folder = EmbeddingFolder(large)
     captions = folder.parts("text")
     images = np.zeros((2000, 16), np.float16)
     images[0] = captions[0][0]
     with caplog.at_level(logging.WARNING):
-        table, report = mine_table([images], captions, k=1, threshold=0.99, recall=0.9, seed=3)
+        table, report = mine_table(
+            [images], captions, k=1, threshold=0.99, recall=0.9, index=built, seed=3
+        )
     assert table.ids.tolist() == [0]
     assert report["recall"] is None
     assert report["approximate"]["recall_interval"] == [0.0, 1.0]
@@ -140,7 +155,11 @@ def test_recall_without_anything_to_measure(large: Path, caplog: pytest.LogCaptu
 
 
 def test_approximate_search_refuses(
-    large: Path, embedded: EmbeddingFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    large: Path,
+    built: Path,
+    embedded: EmbeddingFolder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with pytest.raises(ConfigError, match=r"recall=1\.5 is not allowed; it must be <= 1"):
         pymcip.mine_captions(images=large, out=tmp_path / "out", recall=1.5)
@@ -148,9 +167,7 @@ def test_approximate_search_refuses(
         pymcip.mine_captions(images=large, out=tmp_path / "out", index=tmp_path / "index")
     with pytest.raises(DataError, match="8 rows is too small to train an approximate index"):
         pymcip.mine_captions(**options(embedded, tmp_path, recall=0.9))
-    index = tmp_path / "index"
-    named: dict[str, Any] = {"images": large, "threshold": 0.8, "recall": 0.9, "index": index}
-    pymcip.mine_captions(**named, out=tmp_path / "whole")
+    named: dict[str, Any] = {"images": large, "threshold": 0.8, "recall": 0.9, "index": built}
     with pytest.raises(DataError, match="the index was built from another bank"):
         mine_table(
             [np.eye(3, 16, dtype=np.float16)],
@@ -158,7 +175,7 @@ def test_approximate_search_refuses(
             k=1,
             threshold=0.0,
             recall=0.9,
-            index=index,
+            index=built,
         )
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(MissingDependencyError, match=r"faiss can't be imported.*pip install"):

@@ -20,7 +20,6 @@ from pymcip.errors import (
     StaleEmbeddingsError,
 )
 from pymcip.mining import (
-    blocks,
     images_per_block,
     mine,
     mine_table,
@@ -217,7 +216,7 @@ def test_bar_moves_within_blocks_and_goes_on(
             raise KeyboardInterrupt
         return original(*arguments, **named)
 
-    monkeypatch.setattr(blocks, "progress", new_bar)
+    monkeypatch.setattr(search, "progress", new_bar)
     monkeypatch.setattr(search, "topk", telling_topk)
     monkeypatch.setattr(mine, "images_per_block", lambda *_: 6)
     with pytest.raises(KeyboardInterrupt):

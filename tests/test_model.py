@@ -185,3 +185,17 @@ def test_fingerprint_is_the_same_in_every_process(tiny_clip: ClipModel) -> None:
         prints.append((tiny_clip.fingerprint("image"), tiny_clip.transform, convert))
     assert prints[0][0] == prints[1][0] != before
     assert "0x" not in prints[0][1]
+
+
+def test_texts_beyond_the_context_are_counted(
+    tiny_clip: ClipModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    fits = " ".join(["dog"] * 14)  # 16 tokens with start and end
+    texts = ["dog", fits, f"{fits} dog", f"{fits} cat cat"]
+    _, cut = tiny_clip.encode_and_count(texts)
+    assert cut.tolist() == [False, False, True, True]
+    tiny_clip.encode_texts(texts, batch_size=3)
+    assert "2 of 4 texts are longer than the model's context of 16 tokens" in caplog.text
+    caplog.clear()
+    tiny_clip.encode_texts(texts[:2])
+    assert not caplog.text

@@ -8,16 +8,13 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import open_clip
 import pytest
 import safetensors.torch
 import torch
-from PIL import Image
 
 from pymcip.errors import CheckpointError, ConfigError
 from pymcip.model import (
-    ClipModel,
     is_convolutional,
     load,
     weights_fingerprint,
@@ -243,41 +240,3 @@ def test_timm_at_another_size(tmp_path: Path) -> None:
     assert is_convolutional(clip.model)
     kernel = next(value for value in clip.model.visual.parameters() if value.ndim == 4)  # type: ignore[union-attr]
     assert kernel.is_contiguous(memory_format=torch.channels_last)
-
-
-# Augmentation
-
-
-def test_augmentation_reaches_the_training_transform(tiny_model_dir: Path) -> None:
-    name = f"local-dir:{tiny_model_dir}"
-    whole = load(name, device="cpu", aug_cfg={"scale": (1.0, 1.0)})
-    crops = load(name, device="cpu", aug_cfg={"scale": (0.1, 0.2)})
-    ramp = Image.fromarray(np.tile(np.arange(256, dtype=np.uint8), (256, 1))).convert("RGB")
-
-    def spread(clip: ClipModel) -> float:
-        pixels = clip.preprocess_train(ramp)
-        return float(pixels.max() - pixels.min())
-
-    assert spread(crops) < 0.7 * spread(whole)
-    torch.testing.assert_close(whole.preprocess_val(ramp), crops.preprocess_val(ramp))
-
-
-@pytest.mark.parametrize(
-    ("aug_cfg", "word"),
-    [
-        ({"zoom": 2}, "zoom"),
-        ({"color_jitter": 0.2}, "use_timm=True"),
-        ({"re_prob": 0.2}, "use_timm=True"),
-    ],
-)
-def test_augmentation_that_would_not_be_applied(
-    tiny_model_dir: Path, aug_cfg: dict[str, Any], word: str
-) -> None:
-    with pytest.raises(ConfigError, match=word):
-        load(f"local-dir:{tiny_model_dir}", device="cpu", aug_cfg=aug_cfg)
-
-
-def test_timm_augmentation_is_taken(tiny_model_dir: Path) -> None:
-    aug_cfg = {"use_timm": True, "scale": (0.5, 1.0), "color_jitter": 0.2}
-    clip = load(f"local-dir:{tiny_model_dir}", device="cpu", aug_cfg=aug_cfg)
-    assert clip.preprocess_train(picture(0)).shape == (3, 32, 32)

@@ -16,6 +16,7 @@ from PIL import Image
 import pymcip
 from pymcip.cli import main
 from pymcip.configs import TrainConfig
+from pymcip.demo import points
 from pymcip.demo.recipe import SMOKE
 from pymcip.demo.world import WorldConfig, prepare_world
 from pymcip.errors import (
@@ -25,7 +26,7 @@ from pymcip.errors import (
     OutputExistsError,
     PymcipError,
 )
-from pymcip.studies import pareto_front, run, sweep
+from pymcip.studies import pareto_front, sweep
 from pymcip.training import train
 
 
@@ -52,6 +53,7 @@ def own(
         "model": f"local-dir:{tiny_model_dir}",
         "train_data": [str(tiny_images("train"))],
         "captions": str(captions_file()),
+        "method": "mcip",
         "threshold": -1.0,
         "k": 2,
         "out": str(tmp_path / "elsewhere"),
@@ -77,7 +79,7 @@ class Trainings:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.configs: list[TrainConfig] = []
         self.instead: Callable[[TrainConfig], Any] = lambda config: None
-        monkeypatch.setattr(run, "train", self)
+        monkeypatch.setattr(points, "train", self)
 
     def __call__(self, config: TrainConfig) -> Any:
         self.configs.append(config)
@@ -95,7 +97,7 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> Trainings:
 
 def test_a_sweep_on_data_of_ones_own(own: dict[str, Any], trainings: Trainings) -> None:
     values = {"method": ("gpr", "2sft", "mcip"), "caption_noise": (0.0, 0.5)}
-    result = sweep(**own, **values, seeds=2)
+    result = sweep(**own, set=values, seeds=2)
     per_seed = ["gpr", "2sft", "mcip", "mcip_caption_noise=0.5"]
     assert trainings.names == [f"seed{s}/runs/{name}" for s in (5, 6) for name in per_seed]
     assert [config.seed for config in trainings.configs] == [5] * 4 + [6] * 4
@@ -155,45 +157,48 @@ def test_going_on_trains_and_measures_what_is_missing(
 
     trainings.instead = interrupted
     with pytest.raises(KeyboardInterrupt):
-        sweep(**own, k=(1, 2, 3))
+        sweep(**own, set={"k": (1, 2, 3)})
     assert not (own["out"] / "sweep.json").exists()
     trainings.instead = lambda config: None
     with pytest.raises(OutputExistsError):
-        sweep(**own, k=(1, 2, 3))
+        sweep(**own, set={"k": (1, 2, 3)})
     trainings.configs.clear()
-    result = sweep(**own, k=(1, 2, 3), resume="latest")
+    result = sweep(**own, set={"k": (1, 2, 3)}, resume="latest")
     assert trainings.names == ["seed5/runs/mcip", "seed5/runs/mcip_k=3"]
     plots = {path: path.read_bytes() for path in own["out"].glob("*.svg")}
     trainings.configs.clear()
-    monkeypatch.setattr(run, "evaluate", None)
-    again = sweep(**own, k=(1, 2, 3), resume="latest")
+    monkeypatch.setattr(points, "evaluate", None)
+    again = sweep(**own, set={"k": (1, 2, 3)}, resume="latest")
     assert trainings.configs == []
     assert again.table == result.table
     assert again.markdown == result.markdown
     assert plots == {path: path.read_bytes() for path in own["out"].glob("*.svg")}
     monkeypatch.undo()
-    more = sweep(**own, k=(3, 4), resume="latest")
+    more = sweep(**own, set={"k": (3, 4)}, resume="latest")
     assert [row["point"] for row in more.table] == ["base", "3", "4"]
     assert more.table[1]["retrieval"] == result.table[3]["retrieval"]
 
 
 def test_going_on_refuses_another_recipe_and_other_folders(own: dict[str, Any]) -> None:
-    sweep(**own, k=(1,))
+    sweep(**own, set={"k": (1,)})
     options = json.loads(own["train"].read_text())
     own["train"].write_text(json.dumps({**options, "batch_size": 3}))
     with pytest.raises(ConfigError, match=r"other settings \(train\.batch_size\)"):
-        sweep(**own, k=(1,), resume="latest")
+        sweep(**own, set={"k": (1,)}, resume="latest")
     (own["out"] / "config.json").unlink()
     with pytest.raises(ConfigError, match="so it is no sweep"):
-        sweep(**own, k=(1,), resume="latest")
+        sweep(**own, set={"k": (1,)}, resume="latest")
     with pytest.raises(OutputExistsError, match="is read from the output folder"):
-        sweep(**{**own, "out": own["train"].parent}, k=(1,), overwrite=True)
+        sweep(**{**own, "out": own["train"].parent}, set={"k": (1,)}, overwrite=True)
     assert own["train"].exists()
 
 
 def test_a_point_that_fails_is_a_row(own: dict[str, Any], trainings: Trainings) -> None:
     result = sweep(
-        **own, threshold=(-1.0, 1.0), method=("mcip", "mcip+rea"), grid="product", seeds=1
+        **own,
+        set={"method": ("mcip", "mcip+rea"), "threshold": (-1.0, 1.0)},
+        grid="product",
+        seeds=1,
     )
     assert list(result.failed) == ["mcip, threshold 1", "mcip+rea, threshold 1"]
     assert "no caption of any image" in result.failed["mcip, threshold 1"]
@@ -211,7 +216,7 @@ def test_a_point_that_fails_is_a_row(own: dict[str, Any], trainings: Trainings) 
 
 def test_no_point_succeeds(own: dict[str, Any]) -> None:
     with pytest.raises(PymcipError, match=r"none of the 1 points .* 1: seed 5: no caption"):
-        sweep(**own, threshold=(1.0,))
+        sweep(**own, set={"threshold": (1.0,)})
     assert (own["out"] / "sweep.json").exists()
 
 
@@ -224,13 +229,13 @@ def test_a_signal_stops_the_sweep(
 
     trainings.instead = stopped
     with pytest.raises(KeyboardInterrupt, match="SIGTERM"):
-        sweep(**own, k=(1, 2))
+        sweep(**own, set={"k": (1, 2)})
     assert len(trainings.configs) == 1
     assert "resume='latest' goes on" in caplog.text
 
 
 def test_metrics_that_are_chosen(own: dict[str, Any]) -> None:
-    result = sweep(**own, k=(1,), retrieval="i2i_r1", alignment=("zero_shot",))
+    result = sweep(**own, set={"k": (1,)}, retrieval="i2i_r1", alignment=("zero_shot",))
     written = json.loads((own["out"] / "sweep.json").read_text())
     assert written["qualities"] == {"retrieval": ["i2i_r1"], "alignment": ["zero_shot"]}
     found = written["per_seed"][0]["points"][0]["metrics"]
@@ -246,7 +251,7 @@ def test_data_without_the_metric(
 ) -> None:
     images = str(tiny_images("other", classes=2))
     with pytest.raises(DataError, match="alignment can't be measured by t2i_r5: the data need"):
-        sweep(**own, data=images, k=(1,), alignment=("zero_shot", "t2i_r5"))
+        sweep(**own, data=images, set={"k": (1,)}, alignment=("zero_shot", "t2i_r5"))
     assert trainings.configs == []
 
 
@@ -265,7 +270,7 @@ def test_training_options_that_are_wrong(content: str | None, message: str, tmp_
     if content is not None:
         path.write_text(content)
     with pytest.raises(ConfigError, match=message):
-        sweep(train=path, k=(1,), out=tmp_path / "out")
+        sweep(train=path, set={"k": (1,)}, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -274,7 +279,7 @@ def test_matplotlib_is_asked_for_before_any_work(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingDependencyError, match=r'pip install "pymcip\[plots\]"'):
-        sweep(**own, k=(1,))
+        sweep(**own, set={"k": (1,)})
     assert not own["out"].exists()
 
 
@@ -290,7 +295,7 @@ def test_a_world_is_composed_once(tmp_path: Path) -> None:
 
 
 def test_alignment_is_kept_on_the_demos_probe(tmp_path: Path) -> None:
-    result = sweep(smoke=True, method=("mcip+",), seeds=1, out=tmp_path / "sweep")
+    result = sweep(smoke=True, set={"method": ("mcip+",)}, seeds=1, out=tmp_path / "sweep")
     row = result.table[1]
     assert row["point"] == "mcip+"
     assert 0 < row["coefficient"] <= 1
@@ -301,7 +306,7 @@ def test_alignment_is_kept_on_the_demos_probe(tmp_path: Path) -> None:
 
 
 def test_a_sweep_on_the_demos_world(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["sweep", "--smoke", "--threshold=-1,auto", "--out", str(tmp_path / "sweep")]
+    words = ["sweep", "--smoke", "--set", "threshold=-1,auto", "--out", str(tmp_path / "sweep")]
     assert main(words) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == (

@@ -13,13 +13,20 @@ from hypothesis import strategies as st
 
 from pymcip.cli import COMMANDS, build_parser, make_config
 from pymcip.configs import SweepConfig, TrainConfig
-from pymcip.demo.recipe import second_stage
+from pymcip.demo.points import label, make_point, second_stage
 from pymcip.errors import ConfigError
 from pymcip.studies import pareto_front, sweep
-from pymcip.studies.points import label, make_point, study_points
+from pymcip.studies.run import study_points
 
 BASE = TrainConfig(
-    model="m", train_data="d", captions="c", out="", lambda_class=0.4, lambda_caption=0.6
+    model="m",
+    train_data="d",
+    captions="c",
+    out="",
+    method="mcip",
+    threshold=0.27,
+    lambda_class=0.4,
+    lambda_caption=0.6,
 )
 
 
@@ -49,7 +56,8 @@ def test_the_front_by_hand() -> None:
 
 def points_of(base: TrainConfig = BASE, **options: Any) -> dict[str, str]:
     """Label and run of every point."""
-    config = SweepConfig(**options)
+    grid = options.pop("grid", "axes")
+    config = SweepConfig(set=options, grid=grid)
     return {label(p.settings, len(config.axes)): p.run for p in study_points(config, base)}
 
 
@@ -75,7 +83,7 @@ def test_a_product_leaves_out_what_a_method_does_not_use() -> None:
 
 
 def test_the_weights_of_the_losses_sum_to_one() -> None:
-    config = SweepConfig(lambda_caption=(0.3, 0.6))
+    config = SweepConfig(set={"lambda_caption": (0.3, 0.6)})
     points = study_points(config, BASE)
     assert [(p.config.lambda_class, p.config.lambda_caption) for p in points] == [
         (0.7, 0.3),
@@ -108,7 +116,7 @@ def test_two_stages_share_the_first_one() -> None:
 
 def test_a_method_with_options_of_its_own() -> None:
     changes = {"mcip+": {"alignment_budget": 0.0, "margin": 0.9, "probe_data": "probe"}}
-    config = SweepConfig(method=("mcip", "mcip+"), margin=(0.5, 0.9), grid="product")
+    config = SweepConfig(set={"method": ["mcip", "mcip+"], "margin": [0.5, 0.9]}, grid="product")
     points = study_points(config, dataclasses.replace(BASE, margin=0.5), changes)
     assert [(p.run, p.config.margin, p.config.probe_data) for p in points] == [
         ("mcip", 0.5, None),
@@ -134,19 +142,22 @@ def test_an_option_that_no_method_uses() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "nothing is swept; give values for at least one of method, threshold, lambda-caption"),
-        ({"k": (0, 1)}, "k=0 is not allowed"),
-        ({"threshold": (2.0,)}, "threshold=2.0 is not allowed; it must be <= 1"),
-        ({"lambda_caption": (1.5,)}, "lambda_caption=1.5 is not allowed; it must be <= 1"),
-        ({"caption_noise": (0.1, 1.1)}, "caption_noise=1.1 is not allowed; it must be <= 1"),
-        ({"method": ("magic",)}, "one of 'gpr'"),
-        ({"k": (1,), "data": "d"}, "data is for your own data: give `train` too"),
-        ({"k": (1,), "train": "t", "smoke": True}, "it excludes `train`"),
-        ({"k": (1,), "train": "t", "class_names": "n"}, "give `data` too"),
-        ({"k": (1,), "overwrite": True, "resume": "latest"}, "exclude each other"),
-        ({"k": (1,), "templates": ("a photo",)}, "must hold {}"),
-        ({"k": (1,), "seeds": 0}, "seeds=0 is not allowed"),
-        ({"k": (1,), "retrieval": "t2i_r5"}, "retrieval='t2i_r5' is not allowed"),
+        ({"set": {}}, "nothing is swept; give set="),
+        ({"set": {"k": ""}}, "nothing is swept"),
+        ({"set": {"k": (0, 1)}}, "k=0 is not allowed"),
+        ({"set": {"threshold": (2.0,)}}, "threshold=2.0 is not allowed; it must be <= 1"),
+        ({"set": {"lambda_caption": (1.5,)}}, "lambda_class=-0.5 is not allowed; it must be >= 0"),
+        ({"set": {"caption_noise": "0.1,1.1"}}, "caption_noise=1.1 is not allowed"),
+        ({"set": {"method": "magic"}}, "one of 'appended'"),
+        ({"set": {"thresold": 0.2}}, "unknown option 'thresold'"),
+        ({"set": {"seed": (1, 2)}}, "seed can't be swept"),
+        ({"set": {"k": 1}, "data": "d"}, "data is for your own data: give `train` too"),
+        ({"set": {"k": 1}, "train": "t", "smoke": True}, "it excludes `train`"),
+        ({"set": {"k": 1}, "train": "t", "class_names": "n"}, "give `data` too"),
+        ({"set": {"k": 1}, "overwrite": True, "resume": "latest"}, "exclude each other"),
+        ({"set": {"k": 1}, "templates": ("a photo",)}, "must hold {}"),
+        ({"set": {"k": 1}, "seeds": 0}, "seeds=0 is not allowed"),
+        ({"set": {"k": 1}, "retrieval": "t2i_r5"}, "retrieval='t2i_r5' is not allowed"),
     ],
 )
 def test_options_that_are_wrong(options: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -163,30 +174,23 @@ def parse(*words: str) -> Any:
 
 def test_values_on_the_command_line() -> None:
     found = parse(
-        *[
-            "--threshold",
-            "0.20,0.27",
-            "0.30,",
-            "auto",
-            "--k",
-            "1,5",
-            "--alignment",
-            "t2i_r1,t2i_r5",
-        ],
-        *["--method", "gpr,mcip+rea", "--templates", "a {}, drawn", "{}", "--data", "a,b"],
+        *["--set", "threshold=0.20,0.27,auto", "k=1,5", "method=gpr,mcip+rea", "margin=0.3"],
+        *["--alignment", "t2i_r1,t2i_r5", "--templates", "a {}, drawn", "{}", "--data", "a,b"],
         *["--train", "t.json", "--grid", "product"],
     )
-    assert found.threshold == (0.2, 0.27, 0.3, "auto")
-    assert found.k == (1, 5)
-    assert found.method == ("gpr", "mcip+rea")
+    assert found.axes == {
+        "threshold": (0.2, 0.27, "auto"),
+        "k": (1, 5),
+        "method": ("gpr", "mcip+rea"),
+        "margin": (0.3,),
+    }
     assert found.alignment == ("t2i_r1", "t2i_r5")
     assert found.templates == ("a {}, drawn", "{}"), "a text keeps its commas"
     assert found.data == "a,b"
-    assert parse("--threshold=-0.1,0.2").threshold == (-0.1, 0.2)
+    assert parse("--set", "threshold=-0.1,0.2").axes == {"threshold": (-0.1, 0.2)}
 
 
-@pytest.mark.parametrize("word", ["0.2,low", "0.2;0.3"])
-def test_values_that_are_wrong(word: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parse("--threshold", word)
-    assert "is not allowed; allowed: auto|FLOAT" in capsys.readouterr().err
+@pytest.mark.parametrize("word", ["threshold=0.2,low", "threshold=0.2;0.3"])
+def test_values_that_are_wrong(word: str) -> None:
+    with pytest.raises(ConfigError, match=r"threshold=.* is not allowed; allowed: float or one of"):
+        parse("--set", word)

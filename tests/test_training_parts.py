@@ -13,8 +13,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from pymcip.configs import TrainConfig
 from pymcip.data import load_images
 from pymcip.errors import ConfigError
 from pymcip.mining import CaptionLists, CaptionTable
@@ -28,13 +28,20 @@ from pymcip.model.towers import (
     unlock_image_tower,
     unlock_text_tower,
 )
+from pymcip.ops import margin_softmax
 from pymcip.training import train
-from pymcip.training.batches import AugmentedImages, image_batches, random_state
+from pymcip.training.batches import (
+    AugmentedImages,
+    image_batches,
+    random_state,
+    train_transform,
+)
 from pymcip.training.checkpoints import random_states
 from pymcip.training.image_stage import ImageStage, caption_bank, order_caption_bank
 from pymcip.training.optim import cosine_with_warmup, parameter_groups
 from pymcip.training.sampling import Stream, epoch_order, random_generator
 from pymcip.training.text_stage import Pairs, TextStage
+from tests.conftest import settings_for
 
 
 def table_of(rows: list[list[int]]) -> CaptionTable:
@@ -104,14 +111,43 @@ def test_schedule() -> None:
     assert shares[12] == pytest.approx(0.5)
     assert sorted(shares[4:], reverse=True) == shares[4:]
     assert shares[-1] == pytest.approx(0.5 * (1 + math.cos(math.pi * 15 / 16)))
+    floored = [cosine_with_warmup(step, warmup=4, total=20, floor=0.1) for step in range(4, 20)]
+    assert floored == pytest.approx([0.1 + 0.9 * share for share in shares[4:]])
     assert cosine_with_warmup(0, warmup=0, total=1) == 1.0
     assert cosine_with_warmup(0, warmup=100, total=1) == 1.0
+
+
+def test_augmentation_is_open_clips(tiny_clip: ClipModel) -> None:
+    ramp = Image.fromarray(np.tile(np.arange(256, dtype=np.uint8), (256, 1))).convert("RGB")
+
+    def spread(aug_cfg: dict[str, Any]) -> float:
+        pixels = train_transform(tiny_clip, 24, aug_cfg)(ramp)
+        assert pixels.shape == (3, 24, 24)
+        return float(pixels.max() - pixels.min())
+
+    assert spread({"scale": (0.1, 0.2)}) < 0.7 * spread({"scale": (1.0, 1.0)})
+    spread({"use_timm": True, "scale": (0.5, 1.0), "color_jitter": 0.2})
+
+
+@pytest.mark.parametrize(
+    ("aug_cfg", "word"),
+    [
+        ({"zoom": 2}, "zoom"),
+        ({"color_jitter": 0.2}, "use_timm=True"),
+        ({"re_prob": 0.2}, "use_timm=True"),
+    ],
+)
+def test_augmentation_that_would_not_be_applied(
+    tiny_clip: ClipModel, aug_cfg: dict[str, Any], word: str
+) -> None:
+    with pytest.raises(ConfigError, match=word):
+        train_transform(tiny_clip, 32, aug_cfg)
 
 
 def test_batches_do_not_depend_on_workers_or_on_where_they_start(
     tiny_images: Callable[..., Path], tiny_clip: ClipModel
 ) -> None:
-    images = AugmentedImages(load_images(tiny_images()), tiny_clip.preprocess_train, seed=5)
+    images = AugmentedImages(load_images(tiny_images()), train_transform(tiny_clip, 32, {}), seed=5)
     order = np.random.default_rng(0).permutation(12)
 
     def run(first: int, workers: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -161,6 +197,8 @@ def test_parameter_groups_exempt_vectors(tiny_clip: ClipModel) -> None:
     assert all(p.ndim >= 2 for p in decay[0.2])  # type: ignore[attr-defined]
     count = sum(len(group["params"]) for group in groups)  # type: ignore[arg-type]
     assert count == sum(1 for _ in image_parameters(tiny_clip.model))
+    every = parameter_groups(image_parameters(tiny_clip.model), lr=0.1, wd=0.2, exempt=False)
+    assert [group["weight_decay"] for group in every] == [0.2]
 
 
 def test_towers_split_the_model_without_rest(tiny_clip: ClipModel) -> None:
@@ -232,13 +270,31 @@ def test_an_ordered_bank_has_the_same_positives() -> None:
     assert np.array_equal(np.sort(ordered, axis=0), np.sort(bank, axis=0))
 
 
-def config_for(**changes: object) -> TrainConfig:
-    options = {"model": "m", "train_data": "d", "captions": "c", "out": "o", **changes}
-    return TrainConfig(**options)  # type: ignore[arg-type]
+@pytest.mark.parametrize("form", ["apart", "compete"])
+def test_negatives_of_the_step_are_the_captions_of_its_images(
+    form: str, tiny_images: Callable[..., Path], tiny_clip: ClipModel
+) -> None:
+    """Five images whose captions are 0 to 3; one has none, and two have caption 1."""
+    data = load_images(tiny_images())
+    table = table_of([[0, 1], [1], [], [2], [3, 0], *[[i] for i in range(3, 10)]])
+    vectors = np.random.default_rng(0).standard_normal((12, 16)).astype(np.float16)
+    bank, positives = caption_bank(table, vectors, "batch", 0)
+    settings = settings_for(negatives="batch", positives=form)
+    stage = ImageStage(tiny_clip, data, settings, class_rows=None, bank=bank, positives=positives)
+    pixels, rows = torch.randn(5, 3, 32, 32), torch.arange(5)
+    found = stage.backward([(pixels, rows)])["caption_margin"]
+    expected = margin_softmax(
+        tiny_clip.image_features(pixels), torch.from_numpy(vectors[:4]).float(),
+        torch.tensor([0, 2, 3, 3, 4, 6]), torch.tensor([0, 1, 1, 2, 3, 0]), positives=form,
+    )  # fmt: skip
+    assert float(found) == pytest.approx(float(expected.detach().sum()) / 4, rel=1e-5)
+    alone = stage.backward([(pixels[2:3], rows[2:3])])
+    assert float(alone["caption_margin"]) == 0
 
 
+@pytest.mark.parametrize("changes", [{}, {"negatives": "batch"}, {"positives": "compete"}])
 def test_accumulated_gradients_are_those_of_one_large_batch(
-    tiny_images: Callable[..., Path], tiny_clip: ClipModel
+    changes: dict[str, Any], tiny_images: Callable[..., Path], tiny_clip: ClipModel
 ) -> None:
     """12 images as one batch or as 4 + 5 + 3: the same mean losses, gradients equal to rounding."""
     data = load_images(tiny_images())
@@ -246,7 +302,7 @@ def test_accumulated_gradients_are_those_of_one_large_batch(
     vectors = np.random.default_rng(0).standard_normal((10, 16)).astype(np.float16)
     bank, positives = caption_bank(table, vectors, "bank", 0)
     stage = ImageStage(
-        tiny_clip, data, config_for(), class_rows=None, bank=bank, positives=positives
+        tiny_clip, data, settings_for(**changes), class_rows=None, bank=bank, positives=positives
     )
     pixels = torch.randn(12, 3, 32, 32)
     rows = torch.arange(12)
@@ -274,7 +330,7 @@ def test_accumulated_text_gradients_are_those_of_one_large_batch(tiny_clip: Clip
     pairs = Pairs(
         vectors, CaptionLists(np.arange(9), np.arange(8) % 6), [f"caption {i}" for i in range(6)]
     )
-    stage = TextStage(tiny_clip, pairs, config_for())
+    stage = TextStage(tiny_clip, pairs, settings_for())
     stage.train_mode()
     gradients = []
     rows, captions = np.arange(8), np.arange(8) % 6
@@ -288,10 +344,26 @@ def test_accumulated_text_gradients_are_those_of_one_large_batch(tiny_clip: Clip
         assert torch.allclose(whole, parts, rtol=0, atol=1e-5 * max(1.0, whole.abs().max()))
 
 
+def test_copies_are_no_negatives_in_the_text_stage(tiny_clip: ClipModel) -> None:
+    vectors = torch.eye(4, 16)
+    vectors[1] = vectors[0]
+    texts = [f"caption {i}" for i in range(4)]
+    pairs = Pairs(
+        vectors, CaptionLists(np.arange(5), np.arange(4)), texts, pictures=np.array([0, 0, 1, 2])
+    )
+    stage = TextStage(tiny_clip, pairs, settings_for())
+    rows = np.arange(4)
+    got = stage.backward([(rows, rows)])["loss"].item()
+    logits = tiny_clip.logit_scale * vectors @ tiny_clip.encode_texts(texts).T
+    logits[0, 1] = logits[1, 0] = float("-inf")
+    wanted = -sum(torch.log_softmax(logits, dim)[range(4), range(4)].mean() / 2 for dim in (0, 1))
+    assert got == pytest.approx(float(wanted), rel=1e-5)
+
+
 def test_text_stage_shows_each_image_once_with_one_of_its_captions(tiny_clip: ClipModel) -> None:
     indptr, ids = np.array([0, 2, 2, 3, 6]), np.array([0, 1, 2, 3, 4, 5])
     pairs = Pairs(torch.eye(4, 16), CaptionLists(indptr, ids), [f"caption {i}" for i in range(6)])
-    config = config_for(rea_batch_size=2, rea_epochs=2)
+    config = settings_for(rea_batch_size=2, rea_epochs=2)
     stage = TextStage(tiny_clip, pairs, config)
     assert stage.steps_per_epoch == 1  # three images have captions; a step takes two
     drawn = set()
@@ -311,7 +383,7 @@ def test_text_stage_shows_class_names_half_of_the_time(tiny_clip: ClipModel) -> 
     pairs = Pairs(
         torch.eye(4, 16), CaptionLists(indptr, ids), [f"text {i}" for i in range(7)], names
     )
-    stage = TextStage(tiny_clip, pairs, config_for(rea_batch_size=4))
+    stage = TextStage(tiny_clip, pairs, settings_for(rea_batch_size=4))
     counts: dict[int, list[int]] = {row: [0] * 7 for row in range(4)}
     epochs = 400
     for epoch in range(epochs):

@@ -4,8 +4,9 @@
 
 `--data` is a folder with `grocery/grocery-{train,test}-*.tar`, `grocery/classes.tsv`,
 `clothing/*.tar`, `clothing/classes.tsv` and `captions/*.txt.gz` under `data/`, and the base model
-under `models/lite0`. `base` evaluates the untrained model. The base, the seed and the schedule (3
-epochs, 160 px, lr 3e-4) are the same for every method. `2sft` and `mcip+rea` re-align the text
+under `models/lite0`. `base` evaluates the untrained model. `appended` is the default of
+`pymcip.train`, with the model, the images and the seed given and nothing else. The base, the seed and
+the schedule (3 epochs, 160 px, lr 3e-4) are the same for every other method. `2sft` and `mcip+rea` re-align the text
 tower of the runs `gpr` and `mcip` in `--out` (trained first if they are not there): what
 `pymcip.train` does for these methods in one go; `mcip+` re-aligns with the products' names too.
 Training is at 160 px, evaluation at 224 px. With `--coefficients` the tuned weights are measured at
@@ -49,6 +50,7 @@ SCHEDULE: dict[str, Any] = {
     "scale": 30.0,
     "margin": 0.3,
     "freeze_bn_stats": True,
+    "holdout": 0.0,
     "threshold": 0.27,
     "k": 10,
     "rea_epochs": 2,
@@ -69,6 +71,7 @@ GENERIC: dict[str, Any] = {
 }
 STAGES = {
     "base": [],
+    "appended": ["appended"],
     "gpr": ["gpr"],
     "2sft": ["gpr", "rea"],
     "mcip": ["mcip"],
@@ -112,7 +115,7 @@ def main() -> None:
             "--coefficients are places between the base and tuned weights; give a --method"
         )
     changes = {name: json.loads(value) for name, value in (x.split("=", 1) for x in arguments.set)}
-    options: dict[str, Any] = {**SCHEDULE}
+    options: dict[str, Any] = {} if arguments.method == "appended" else {**SCHEDULE}
     if arguments.generic:
         images, probe = write_generic_images(arguments.out / "generic", arguments.generic)
         options |= {**GENERIC, "distill_data": str(images), "probe_data": str(probe)}

@@ -11,7 +11,7 @@ import numpy as np
 from pymcip.benchmarks import webdataset
 from pymcip.benchmarks.contract import AbsentError, DataSet, Labelled, SuiteOptions, check_counts
 from pymcip.benchmarks.folders import count_labels
-from pymcip.benchmarks.readers import read_lines
+from pymcip.benchmarks.readers import read_keyed, read_lines
 from pymcip.data import list_images
 from pymcip.data.sources import some
 from pymcip.errors import DataError
@@ -86,26 +86,16 @@ def _aircraft_folder(folder: Path, data: DataSet) -> Path:
 
 def _aircraft_list(place: Path, split: str, variants: Sequence[str], title: str) -> dict[str, int]:
     """Read a split's lines, an image's number and its variant: labels by number, in their order."""
-    path = place / f"images_variant_{split}.txt"
     label_of = {variant: label for label, variant in enumerate(variants)}
-    listed: dict[str, int] = {}
-    problems = []
-    for line, text in enumerate(read_lines(path, title), start=1):
-        number, _, variant = text.strip().partition(" ")
-        if not number and not variant:
-            continue
+
+    def parse(line: str) -> tuple[str, int] | None:
+        number, _, variant = line.partition(" ")
         if re.fullmatch(r"\d{7}", number) is None or variant not in label_of:
-            problems.append(f"line {line}: {text.strip()[:60]!r}")
-        elif number in listed:
-            problems.append(f"line {line}: {number} for the second time")
-        else:
-            listed[number] = label_of[variant]
-    if problems or not listed:
-        raise DataError(
-            f"{title}: {path}: {some(problems) or 'no lines'}; needed: an image's seven digits, a "
-            "space, and a variant of variants.txt, each image once"
-        )
-    return listed
+            return None
+        return number, label_of[variant]
+
+    needed = "an image's seven digits, a space, and a variant of variants.txt, each image once"
+    return read_keyed(place / f"images_variant_{split}.txt", title, parse, needed)
 
 
 _FOLDERS = (

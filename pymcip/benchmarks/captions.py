@@ -4,7 +4,8 @@ Both are read in the split of Karpathy & Li (CVPR 2015), "test", from dataset_fl
 dataset_coco.json: `images[]` of `split`, `filename`, for COCO `filepath` ("val2014"), and
 `sentences[]`, of which `raw` is the caption. COCO's own annotations, `images[]` of `id` and
 `file_name` and `annotations[]` of `image_id` and `caption`, are read too: of val2017, which are other
-images, and of the Karpathy test split (coco_test_karpathy.json, as CLIP_benchmark has it).
+images, and of the Karpathy test split (coco_test_karpathy.json, as CLIP_benchmark has it). Of Flickr30k
+CLIP_benchmark's list is read too (flickr30k_test_karpathy.txt).
 
 Images are in the order of the file, and an image's captions in theirs. Captions are taken as they
 are written, neither stripped nor in lower case nor without punctuation: evaluations of CLIP do so
@@ -16,6 +17,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -28,7 +30,7 @@ from pymcip.benchmarks.contract import (
     SuiteOptions,
     check_counts,
 )
-from pymcip.benchmarks.readers import read_json
+from pymcip.benchmarks.readers import read_json, read_lines
 from pymcip.benchmarks.webdataset import is_layout, read_captioned
 from pymcip.data import list_images
 from pymcip.data.sources import some
@@ -83,7 +85,8 @@ def read_flickr30k(folder: Path, options: SuiteOptions) -> Captioned:
     """
     if is_layout(folder):
         return read_captioned(folder, SPLIT, "Flickr30k", _FLICKR30K_NUMBERS, options)
-    return _read("Flickr30k", folder, _FLICKR30K_FOLDERS, (_FLICKR30K_KARPATHY,), options)
+    layouts = (_FLICKR30K_KARPATHY, _FLICKR30K_CLIP_BENCHMARK)
+    return _read("Flickr30k", folder, _FLICKR30K_FOLDERS, layouts, options)
 
 
 def read_coco(folder: Path, options: SuiteOptions) -> Captioned:
@@ -214,12 +217,23 @@ def _parse_coco(path: Path, title: str, place: str) -> _Listing:
     return listing
 
 
-def _parse_coco_val2014(path: Path, title: str) -> _Listing:
-    return _parse_coco(path, title, "val2014")
+def _parse_clip_benchmark(path: Path, title: str) -> _Listing:
+    """Read CLIP_benchmark's list: a header, then `NAME.jpg,CAPTION`; captions may hold commas.
 
-
-def _parse_coco_val2017(path: Path, title: str) -> _Listing:
-    return _parse_coco(path, title, "val2017")
+    They are taken as CLIP_benchmark takes them, quotes included.
+    """
+    listing: _Listing = {}
+    problems = []
+    for row, line in enumerate(read_lines(path, title)[1:], start=2):
+        name, comma, caption = line.strip().partition(".jpg,")
+        if not line.strip():
+            continue
+        if not (name and comma and caption.strip()):
+            problems.append(f"line {row}: {line[:60]!r}")
+            continue
+        listing.setdefault(f"{name}.jpg", []).append(caption.strip())
+    _refuse(problems, path, title)
+    return listing
 
 
 def _add(
@@ -270,15 +284,26 @@ _FLICKR30K_KARPATHY = _Layout(
     "",
     _FLICKR30K_NUMBERS,
 )
+_FLICKR30K_CLIP_BENCHMARK = _Layout(
+    "flickr30k_test_karpathy.txt",
+    _parse_clip_benchmark,
+    _FLICKR30K_KARPATHY.bases,
+    "",
+    _FLICKR30K_NUMBERS,
+)
 _COCO_KARPATHY = _Layout(
     "dataset_coco.json", _parse_karpathy, ("", "images"), "val2014", _COCO_NUMBERS
 )
 _COCO_TEST_KARPATHY = _Layout(
-    "coco_test_karpathy.json", _parse_coco_val2014, ("", "images"), "val2014", _COCO_NUMBERS
+    "coco_test_karpathy.json",
+    partial(_parse_coco, place="val2014"),
+    ("", "images"),
+    "val2014",
+    _COCO_NUMBERS,
 )
 _COCO_VAL2017 = _Layout(
     "captions_val2017.json",
-    _parse_coco_val2017,
+    partial(_parse_coco, place="val2017"),
     ("", "images"),
     "val2017",
     {"images": 5_000, "captions": 25_014},
@@ -294,7 +319,7 @@ FLICKR30K = DataSet(
         "shards from https://huggingface.co/datasets/clip-benchmark/wds_flickr30k"
     ),
     layout="""
-dataset_flickr30k.json       (or in caption_datasets/)
+dataset_flickr30k.json       (or in caption_datasets/; or flickr30k_test_karpathy.txt)
 flickr30k-images/            (or flickr30k_images/, images/)
   1007129816.jpg             all that the split "test" lists: 1,000
 """,

@@ -45,7 +45,8 @@ class SuiteOptions:
         instre_crop: crop INSTRE's queries to their boxes.
         revisited_crop: crop ROxford's and RParis's queries to their boxes.
         revisited_difficulty: which mAP is the benchmark's figure.
-        objectnet_border: pixels cut off each side of an ObjectNet picture (it has a red border).
+        objectnet_border: pixels cut off each side of an ObjectNet picture: 2 take its red border off.
+            Published figures (open_clip's, the paper's) are with it.
         allow_partial: take data sets that are not complete; the table marks them.
     """
 
@@ -58,7 +59,7 @@ class SuiteOptions:
     instre_crop: bool = False
     revisited_crop: bool = True
     revisited_difficulty: Literal["easy", "medium", "hard"] = "medium"
-    objectnet_border: int = 2
+    objectnet_border: int = 0
     allow_partial: bool = False
 
 
@@ -76,6 +77,8 @@ class Labelled:
         notes: what a reader of the table must know, such as "partial: 10 of 12,000 images".
         rows: int64 [N], those of `images` that are measured; None: all.
         voters: the images that vote in k-NN, with labels of the same classes; None: the others of N.
+        own_voters: int64 [N], which of the voters is the image itself, and doesn't vote for it; -1:
+            none. None: no voter is.
     """
 
     images: ImageData
@@ -86,6 +89,7 @@ class Labelled:
     notes: tuple[str, ...] = ()
     rows: Int64 | None = None
     voters: Labelled | None = None
+    own_voters: Int64 | None = None
 
 
 @dataclass(frozen=True)

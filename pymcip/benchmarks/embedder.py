@@ -23,10 +23,14 @@ class CachedEmbedder:
     """Unit vectors from an embedding cache: what is in it already is not embedded again.
 
     Vectors went through float16, as all embedding folders hold it, whether just made or read.
+
+    Attributes:
+        texts_cut: how many of the texts so far were longer than the model's context.
     """
 
     def __init__(self, cache: EmbeddingCache) -> None:
         self.cache = cache
+        self.texts_cut = 0
         self._folders: dict[ImageData, EmbeddingFolder] = {}
         self._classifiers: dict[tuple[tuple[str, ...], tuple[str, ...]], Tensor] = {}
 
@@ -40,6 +44,10 @@ class CachedEmbedder:
         for item in skipped:
             _log.warning("left out: %s", item["reason"])
         return _other_rows(data, [item["index"] for item in skipped])
+
+    def contents(self, data: ImageData) -> list[str]:
+        """Return what identifies the content of each image that can be decoded: M digests."""
+        return self._folder(data).contents()
 
     def images(self, data: ImageData, rows: Int64 | None = None) -> Tensor:
         """Return float32 [N, D] of all images, or of `rows` [N], on the model's device.
@@ -69,7 +77,9 @@ class CachedEmbedder:
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Return float32 [M, D] on the model's device; equal texts are encoded once."""
         distinct = list(dict.fromkeys(texts))
-        vectors = self._tensor(self.cache.captions(Captions(distinct)).vectors("text"))
+        folder = self.cache.captions(Captions(distinct))
+        self.texts_cut += folder.captions_cut
+        vectors = self._tensor(folder.vectors("text"))
         row = {text: number for number, text in enumerate(distinct)}
         return vectors[[row[text] for text in texts]]
 

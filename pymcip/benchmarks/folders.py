@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from pymcip.benchmarks.contract import Int64
-from pymcip.data.images import IMAGE_SUFFIXES
+from pymcip.data.decode import image_suffixes
 from pymcip.data.sources import some
 from pymcip.errors import DataError
 from pymcip.progress import progress
@@ -22,7 +22,7 @@ def list_entries(place: Path) -> tuple[list[str], list[str]]:
         for entry in entries:
             if entry.name.startswith("."):
                 continue  # .DS_Store and the like
-            if os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:  # noqa: PTH122  a million
+            if os.path.splitext(entry.name)[1].lower() in image_suffixes():  # noqa: PTH122  a million
                 files.append(entry.name)
             elif entry.is_dir():
                 folders.append(entry.name)

@@ -12,7 +12,7 @@ import numpy as np
 
 from pymcip.benchmarks.contract import Int64, SuiteOptions
 from pymcip.benchmarks.imagenet_names import synsets
-from pymcip.benchmarks.readers import load_mat, read_lines
+from pymcip.benchmarks.readers import load_mat, read_keyed, read_lines
 from pymcip.data.sources import some
 from pymcip.errors import DataError
 
@@ -97,28 +97,25 @@ def _find_truth(folder: Path, place: Path) -> tuple[str, dict[int, str]]:
 
 
 def _read_solution(path: Path) -> dict[int, str]:
-    """Read Kaggle's solution: an image's id, then a synset and four edges for each of its boxes."""
-    truth: dict[int, str] = {}
-    problems = []
-    for line, row in enumerate(csv.reader(read_lines(path, TITLE)), start=1):
-        if row == ["ImageId", "PredictionString"] or not row:
-            continue
+    """Read Kaggle's solution: an image's id, then a synset and four edges for each of its boxes.
+
+    Copies without the boxes have the synset alone.
+    """
+
+    def parse(line: str) -> tuple[int, str] | None:
+        row = next(csv.reader([line]))
         match = _VAL_NAME.fullmatch(row[0])
         words = row[1].split() if len(row) == 2 else []
         classes = set(words[::5])
-        if match is None or len(words) % 5 or len(classes) != 1:
-            problems.append(f"line {line}: {','.join(row)[:60]!r}")
-        elif int(match[1]) in truth:
-            problems.append(f"line {line}: {row[0]} for the second time")
-        else:
-            truth[int(match[1])] = classes.pop()
-    if problems or not truth:
-        raise DataError(
-            f"{TITLE}: {path}: {some(problems) or 'no lines'}; needed: "
-            "ILSVRC2012_val_NNNNNNNN,SYNSET LEFT TOP RIGHT BOTTOM, the last five once per box and all "
-            "of one synset"
-        )
-    return truth
+        if match is None or (len(words) % 5 and len(words) > 1) or len(classes) != 1:
+            return None
+        return int(match[1]), classes.pop()
+
+    needed = (
+        "ILSVRC2012_val_NNNNNNNN,SYNSET LEFT TOP RIGHT BOTTOM, the last five once per box and all of "
+        "one synset, or the synset alone; each image once"
+    )
+    return read_keyed(path, TITLE, parse, needed, header="ImageId,PredictionString")
 
 
 def _read_development_kit(folder: Path) -> dict[int, str]:

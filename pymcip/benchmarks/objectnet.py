@@ -22,8 +22,8 @@ def read_objectnet(folder: Path, options: SuiteOptions) -> Labelled:
     The classes are in the order of ObjectNet's folder names. Prompts call them by ObjectNet's own
     labels in lower case ("t-shirt", "drill") and are ImageNet's 80, as in wise-ft and CLIP_benchmark;
     CLIP has no list of prompts for ObjectNet. `options.objectnet_border` pixels are cut off each
-    side: the red border that marks the pictures is 2 pixels wide. CLIP_benchmark leaves it on, in
-    its shards too; wise-ft cuts it off.
+    side: the red border that marks the pictures is 2 pixels wide. By default it stays on, as in the
+    figures that open_clip and the paper publish, and in CLIP_benchmark's shards; wise-ft cuts it off.
 
     Raises:
         AbsentError: there are no images.

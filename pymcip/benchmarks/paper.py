@@ -1,4 +1,4 @@
-"""What the paper reports: Table 1 of arXiv 2409.01936, in percent, to compare with."""
+"""What others report, in percent, to compare with: Table 1 of arXiv 2409.01936, and open_clip's tables."""
 
 from __future__ import annotations
 
@@ -39,6 +39,17 @@ TABLE: dict[str, tuple[float, ...]] = {
     ),
 }  # fmt: skip
 
+# open_clip's docs/openclip_results.csv and openclip_retrieval_results.csv (R@5), of the same models.
+OPEN_CLIP_BENCHMARKS = (
+    "zeroshot-imagenet1k", "zeroshot-imagenet-sketch", "zeroshot-imagenet-a", "zeroshot-objectnet",
+    "t2i-flickr30k", "t2i-coco",
+)  # fmt: skip
+OPEN_CLIP: dict[str, tuple[float, ...]] = {
+    "OpenAI L/14-336": (76.56, 61.00, 77.48, 71.83, 89.00, 61.62),
+    "LAION (DataComp) L/14": (79.21, 67.95, 69.59, 74.25, 91.74, 70.03),
+    "SigLIP SO400M-384": (83.08, 74.54, 82.47, 76.95, 96.10, 76.78),
+}
+
 # The paper's base models as open_clip names them.
 MODELS = {
     ("ViT-L-14-336", "openai"): "OpenAI L/14-336",
@@ -52,3 +63,9 @@ def reported(model: str, pretrained: str | None) -> dict[str, float]:
     """Return the paper's figures of one of its base models, by benchmark; else none."""
     row = MODELS.get((model, pretrained or ""))
     return {} if row is None else dict(zip(BENCHMARKS, TABLE[row], strict=True))
+
+
+def published_by_open_clip(model: str, pretrained: str | None) -> dict[str, float]:
+    """Return open_clip's own figures of one of these models, by benchmark; else none."""
+    row = MODELS.get((model, pretrained or ""))
+    return {} if row is None else dict(zip(OPEN_CLIP_BENCHMARKS, OPEN_CLIP[row], strict=True))

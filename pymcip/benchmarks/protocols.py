@@ -95,6 +95,7 @@ def knn(data: Data, embed: Embedder, options: SuiteOptions) -> Scores:
         options.knn_vote,
         temperature=options.knn_temperature,
         leave_one_out=data.voters is None,
+        own_rows=data.own_voters,
     )
     return {"top1": 100 * float(np.mean(answers == data.labels))}
 

@@ -6,12 +6,15 @@ Pickles are read by `pymcip.benchmarks.unpickling`. `title` is the data set's, f
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pymcip.data.sources import some
 from pymcip.errors import DataError, MissingDependencyError
+
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
 
 
 def read_text(path: Path, title: str) -> str:
@@ -38,27 +41,47 @@ def read_lines(path: Path, title: str) -> list[str]:
     return read_text(path, title).splitlines()
 
 
-def read_numbered(path: Path, title: str) -> dict[int, str]:
-    """Read lines `number text`, in the order of the file.
+def read_keyed(
+    path: Path,
+    title: str,
+    parse: Callable[[str], tuple[Key, Value] | None],
+    needed: str,
+    *,
+    header: str = "",
+) -> dict[Key, Value]:
+    """Read lines of a key and a value, in the order of the file; blank ones and `header` are skipped.
+
+    `parse` makes key and value of a line, and None of one that is not of the form `needed`.
 
     Raises:
-        DataError: lines are of another form, numbers repeat, or the file is no UTF-8 text.
+        DataError: lines of another form, a key twice, no lines, or the file is no UTF-8 text.
     """
-    found: dict[int, str] = {}
+    found: dict[Key, Value] = {}
     problems = []
-    for row, line in enumerate(read_lines(path, title), start=1):
-        number, _, text = line.strip().partition(" ")
-        if not line.strip():
+    for number, text in enumerate(read_lines(path, title), start=1):
+        line = text.strip()
+        if line in ("", header):
             continue
-        if not number.isdecimal() or not text.strip():
-            problems.append(f"line {row} is {line!r:.60}, needed: a number and a text")
-        elif int(number) in found:
-            problems.append(f"line {row}: {number} is there already")
+        pair = parse(line)
+        if pair is None:
+            problems.append(f"line {number}: {line[:60]!r}")
+        elif pair[0] in found:
+            problems.append(f"line {number}: {pair[0]} for the second time")
         else:
-            found[int(number)] = text.strip()
+            found[pair[0]] = pair[1]
     if problems or not found:
-        raise DataError(f"{title}: {path}: {some(problems) or 'it is empty'}; get it again")
+        raise DataError(f"{title}: {path}: {some(problems) or 'no lines'}; needed: {needed}")
     return found
+
+
+def read_numbered(path: Path, title: str) -> dict[int, str]:
+    """Read lines `number text` as `read_keyed` does, which says what is raised."""
+
+    def parse(line: str) -> tuple[int, str] | None:
+        number, _, text = line.partition(" ")
+        return (int(number), text.strip()) if number.isdecimal() and text.strip() else None
+
+    return read_keyed(path, title, parse, "a number and a text in each line, each number once")
 
 
 def read_json(path: Path, title: str) -> dict[str, Any]:

@@ -128,9 +128,9 @@ def read_captioned(
 ) -> Captioned:
     """Read a split of a captioned data set.
 
-    The captions are the lines of each image's .txt, in order; blank lines are none. White space
-    around them is dropped, as CLIP's tokenizers do; a backslash with an n becomes the newline again
-    that the export replaced by it.
+    The captions are the lines of each image's .txt, in order, as `pymcip.data` reads them: blank lines
+    are none, and a backslash with an n becomes the newline again that the export replaced by it, but
+    not at a caption's ends, where white space is dropped, as CLIP's tokenizers do.
 
     Args:
         folder: holds the split's folder.
@@ -150,8 +150,7 @@ def read_captioned(
     owners: list[int] = []
     without = []
     for row in range(len(data)):
-        text = next(iter(data.titles(row)), "")
-        lines = [line.strip().replace(r"\n", "\n") for line in text.split("\n") if line.strip()]
+        lines = data.titles(row)
         captions += lines
         owners += [row] * len(lines)
         if not lines:

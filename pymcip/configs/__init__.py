@@ -2,6 +2,7 @@
 
 from pymcip.configs.options import Config, Source, Sources, option, read_options, required
 from pymcip.configs.stages import (
+    CheckConfig,
     DemoConfig,
     EmbedConfig,
     EvaluateConfig,
@@ -10,10 +11,10 @@ from pymcip.configs.stages import (
     ModelOptions,
 )
 from pymcip.configs.sweep import SweepConfig
-from pymcip.configs.train import TrainConfig
+from pymcip.configs.train import TrainConfig, TrainSettings
 
 __all__ = [
-    "Config", "DemoConfig", "EmbedConfig", "EvaluateConfig", "ExportConfig", "MineConfig",
-    "ModelOptions", "Source", "Sources", "SweepConfig", "TrainConfig", "option", "read_options",
-    "required",
+    "CheckConfig", "Config", "DemoConfig", "EmbedConfig", "EvaluateConfig", "ExportConfig", "MineConfig",
+    "ModelOptions", "Source", "Sources", "SweepConfig", "TrainConfig", "TrainSettings",
+    "option", "read_options", "required",
 ]  # fmt: skip

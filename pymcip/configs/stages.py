@@ -1,4 +1,4 @@
-"""Options of the stages around training: which model runs, embed, mine, evaluate, export, demo."""
+"""Options of the stages around training: which model runs, embed, mine, evaluate, export, check, demo."""
 
 from __future__ import annotations
 
@@ -107,6 +107,10 @@ class EvaluateConfig(ModelOptions):
     knn_data: Sources | None = option(
         None, "labelled images to vote in k-NN; default: the other images of `data`"
     )
+    duplicates: Literal["join", "keep"] = option(
+        "join",
+        "image files of equal content are one picture with all their captions, or each its own",
+    )
     knn_k: int = option(21, "neighbours that vote", at_least=1)
     knn_vote: Literal["weighted", "majority"] = option(
         "weighted", "votes weigh exp(cos / knn_temperature), or one each"
@@ -125,7 +129,11 @@ class EvaluateConfig(ModelOptions):
     revisited_difficulty: Literal["easy", "medium", "hard"] = option(
         "medium", "which mAP of ROxford and RParis is their figure; all are in metrics.json"
     )
-    objectnet_border: int = option(2, "pixels cut off ObjectNet's pictures' sides", at_least=0)
+    objectnet_border: int = option(
+        0,
+        "pixels cut off the sides of ObjectNet's pictures; 2 takes their red border off",
+        at_least=0,
+    )
     allow_partial: bool = option(False, "measure incomplete benchmarks too, marked in the table")
     cache: Source | None = option(
         None, "a suite's embeddings, shared with train; default: embeddings/ in `out`, if given"
@@ -160,6 +168,17 @@ class ExportConfig(ModelOptions):
     out: Source = required("folder to write: state_dict.pt, hub/, and index.faiss if asked for")
     index: Source | None = option(
         None, "embedding folder whose images go into a faiss index (needs pymcip[faiss])"
+    )
+    overwrite: bool = option(False, "replace what is in `out`")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig(Config):
+    """Options of `pymcip.check`: what pymcip sees in a data source."""
+
+    data: Sources = required("sources of images or of captions, as the other stages take them")
+    out: Source | None = option(
+        None, "folder for check.txt, skipped.tsv and thumbnails.png; default: don't write"
     )
     overwrite: bool = option(False, "replace what is in `out`")
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import ast
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pymcip.configs.options import Config, Source, Sources, option
-from pymcip.configs.train import Method, TrainConfig
+from pymcip.configs.train import TrainConfig
 from pymcip.errors import ConfigError
 
 ImageMetric = Literal["i2i_map", "i2i_r1", "knn"]
@@ -17,35 +18,18 @@ TextMetric = Literal[
 ]  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
-class SweptOptions(Config):
-    """The options of `pymcip.sweep` that hold values to try."""
-
-    method: tuple[Method, ...] = option((), "methods to try")
-    threshold: tuple[float | Literal["auto"], ...] = option((), "lowest cosines to try, or auto")
-    lambda_caption: tuple[float, ...] = option(
-        (), "weights of MCArcMargin to try, 0 to 1; lambda_class is the rest to 1", at_most=1
-    )
-    margin: tuple[float, ...] = option((), "m of ArcMargin to try, radians")
-    scale: tuple[float, ...] = option((), "s of ArcMargin to try")
-    caption_margin: tuple[float, ...] = option((), "m of MCArcMargin to try, radians")
-    caption_scale: tuple[float, ...] = option((), "s of MCArcMargin to try")
-    k: tuple[int, ...] = option((), "pseudo-captions per image to try")
-    caption_noise: tuple[float, ...] = option((), "shares of random pseudo-captions to try")
-    lr: tuple[float, ...] = option((), "learning rates of the image tower to try")
-    epochs: tuple[int, ...] = option((), "passes over the training images to try")
-
-    @property
-    def axes(self) -> dict[str, tuple[Any, ...]]:
-        """The options that are swept, each with its distinct values in the order given."""
-        each = {item.name: getattr(self, item.name) for item in fields(SweptOptions)}
-        return {name: tuple(dict.fromkeys(values)) for name, values in each.items() if values}
+FIXED = ("model", "pretrained", "out", "seed", "resume", "overwrite")  # of the runs of a sweep
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepConfig(SweptOptions):
+class SweepConfig(Config):
     """Options of `pymcip.sweep`."""
 
+    set: dict[str, Any] = option(
+        {},
+        "options of train and the values to try, such as method=gpr,mcip margin=0.1,0.3; with "
+        "lambda_caption, lambda_class is the rest to 1",
+    )
     grid: Literal["axes", "product"] = option(
         "axes", "each option alone, the others as they are; or all combinations"
     )
@@ -73,15 +57,27 @@ class SweepConfig(SweptOptions):
     )
     overwrite: bool = option(False, "replace what is in `out`")
 
+    @property
+    def axes(self) -> dict[str, tuple[Any, ...]]:
+        """The options that are swept, each with its distinct values in the order given."""
+        each = {name: _values(given) for name, given in self.set.items()}
+        return {
+            name: tuple(value for i, value in enumerate(values) if value not in values[:i])
+            for name, values in each.items()
+        }
+
     def problems(self) -> list[str]:
         problems = super().problems()
-        if not self.axes:
-            flags = ", ".join(item.name.replace("_", "-") for item in fields(SweptOptions))
-            problems.append(f"nothing is swept; give values for at least one of {flags}")
+        if not any(self.axes.values()):
+            problems.append("nothing is swept; give set=, such as {'method': ['gpr', 'mcip']}")
         for name, values in self.axes.items():
+            if name in FIXED:
+                problems.append(f"{name} can't be swept: all runs of a sweep share it")
+                continue
             for value in values:
+                own = {"model": "", "train_data": "", "out": "", "captions": "", "method": "mcip"}
                 try:
-                    TrainConfig(model="", train_data="", out="", captions="", **{name: value})
+                    TrainConfig.make(None, {**own, **with_both_weights({name: value})})
                 except ConfigError as error:
                     problems += error.problems
         if self.train is None:
@@ -95,3 +91,25 @@ class SweepConfig(SweptOptions):
         if self.class_names is not None and self.data is None:
             problems.append("class_names are those of `data`; give `data` too")
         return problems
+
+
+def with_both_weights(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of `train` for swept ones: the weights of the two losses sum to 1."""
+    share = options.get("lambda_caption")
+    if not isinstance(share, (int, float)):
+        return options
+    return {**options, "lambda_class": round(1 - share, 12)}
+
+
+def _values(given: Any) -> list[Any]:
+    """Take apart a text of values with commas between them; numbers among them become numbers."""
+    if not isinstance(given, str):
+        return list(given) if isinstance(given, (list, tuple)) else [given]
+    return [_value(word) for word in given.split(",") if word]
+
+
+def _value(word: str) -> Any:
+    try:
+        return ast.literal_eval(word)
+    except (ValueError, SyntaxError):
+        return word

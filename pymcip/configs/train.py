@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pymcip.configs.options import Source, Sources, option, required
+from pymcip.configs.recipes import read_recipe
 from pymcip.configs.stages import ModelOptions
 
-Method = Literal["gpr", "2sft", "mcip", "mcip+rea", "rea", "mcip+"]
+Method = Literal["appended", "gpr", "2sft", "mcip", "mcip+rea", "rea", "mcip+"]
+Auto = Literal["auto"]  # chosen when the model and the data are known: `training.settings`
 BUDGET = 0.02  # alignment_budget of mcip+, where no other is given
+APPENDED_DIMS = 64  # of the method appended, likewise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,9 +22,13 @@ class TrainConfig(ModelOptions):
     # What is read and written, and by which method
     train_data: Sources = required("labelled image sources; each source's labels are its own")
     out: Source = required("run folder to write")
-    method: Method = option("mcip", "gpr, 2sft, mcip, mcip+rea, rea or mcip+")
+    method: Method = option("appended", "appended, gpr, 2sft, mcip, mcip+rea, rea or mcip+")
     captions: Sources | None = option(None, "caption corpus to mine pseudo-captions from")
-    val_data: Sources | None = option(None, "labelled images, evaluated after every epoch")
+    val_data: Sources | None = option(
+        None,
+        "labelled images, evaluated before training and after every epoch; default: a share of the "
+        "classes (holdout)",
+    )
     val_class_names: Source | None = option(
         None, "TSV label<TAB>name[<TAB>description] of val_data's classes, as for evaluate"
     )
@@ -30,22 +37,40 @@ class TrainConfig(ModelOptions):
     )
     class_balanced: bool = option(False, "draw classes uniformly instead of images")
 
-    appended_dims: int = option(
-        0,
-        "dimensions for image search, appended to the joint embedding, which stays as it was; 0: the "
-        "joint embedding itself is tuned",
+    holdout: float = option(
+        0.1,
+        "share of the classes that is kept out of training to measure the model where there is no "
+        "val_data; 0: none",
+        at_least=0,
+        below=1,
+    )
+
+    appended_dims: int | Auto = option(
+        "auto",
+        "dimensions for image search, appended to the joint embedding, which stays as it was (with "
+        "alignment_budget: keeps the budget); 0: the joint embedding alone. Default: "
+        f"{APPENDED_DIMS} of method appended, else 0",
         at_least=0,
     )
 
-    # The image stage, and what both stages share
-    epochs: int = option(3, "passes over the training images (image stage)", at_least=1)
-    batch_size: int = option(64, "images per step and device", at_least=1)
-    lr: float = option(1e-5, "peak learning rate of the image tower", more_than=0)
-    wd: float = option(0.05, "weight decay (not on norms, biases and scalars)", at_least=0)
+    # The image stage, and what both stages share. For each "auto" the log says what was taken and why
+    epochs: int | Auto = option("auto", "passes over the training images (image stage)", at_least=1)
+    batch_size: int | Auto = option("auto", "images per step and device", at_least=1)
+    train_size: int | Auto = option(
+        "auto", "pixels of the training crops; search is at the model's own size", at_least=1
+    )
+    lr: float | Auto = option("auto", "peak learning rate of the image tower", more_than=0)
+    wd: float = option(0.05, "weight decay", at_least=0)
+    wd_exempt: bool = option(True, "no weight decay on norms, biases and scalars")
     beta1: float = option(0.9, "AdamW beta1", at_least=0, below=1)
     beta2: float = option(0.98, "AdamW beta2", at_least=0, below=1)
     eps: float = option(1e-6, "AdamW epsilon", more_than=0)
-    warmup: int = option(100, "steps of linear warm-up; cosine decay to 0 follows", at_least=0)
+    warmup: int | Auto = option(
+        "auto", "steps of linear warm-up; cosine decay to lr_floor follows", at_least=0
+    )
+    lr_floor: float = option(
+        0.0, "share of the peak learning rates that the cosine ends at", at_least=0, at_most=1
+    )
     grad_clip_norm: float | None = option(1.0, "clip the gradient's norm; None: don't", more_than=0)
     accum_freq: int = option(1, "micro-batches per optimizer step", at_least=1)
     grad_checkpointing: bool = option(False, "recompute activations to save memory")
@@ -60,9 +85,12 @@ class TrainConfig(ModelOptions):
         "keep", "image projector: keep (train it), lock, or discard (gpr, 2sft: drop it)"
     )
     unlock_layers: int | None = option(
-        None, "train only the last n layer groups of the image tower; default: all", at_least=0
+        None,
+        "train only the last n layer groups of the image tower (with appended dimensions the others run "
+        "once for both parts; 0: no second pass); default: all",
+        at_least=0,
     )
-    freeze_bn_stats: bool = option(False, "keep batch-norm statistics as they are")
+    freeze_bn_stats: bool = option(True, "keep batch-norm statistics as they are")
 
     # Losses of the image stage and their pseudo-captions
     scale: float = option(30.0, "s of ArcMargin", more_than=0)
@@ -72,16 +100,15 @@ class TrainConfig(ModelOptions):
     continuation: Literal["linear", "none", "easy"] = option("linear", "where theta + m > pi")
     lambda_class: float = option(0.5, "weight of ArcMargin in mcip", at_least=0)
     lambda_caption: float = option(0.5, "weight of MCArcMargin in mcip", at_least=0)
-    lr_classes: float | None = option(
-        None,
-        "of the class matrix; default: 10 x lr; of a short run at a low lr: 0.01 to 0.03",
-        at_least=0,
-    )
+    lr_classes: float | Auto = option("auto", "learning rate of the class matrix", at_least=0)
     class_init: Literal["mean", "random"] = option(
         "mean", "class rows start at the class's mean embedding, or at random"
     )
-    threshold: float | Literal["auto"] = option(
-        0.27, "lowest cosine of a pseudo-caption, or auto", at_least=-1, at_most=1
+    threshold: float | Auto = option(
+        "auto",
+        "lowest cosine of a pseudo-caption; auto: from the model's cosines",
+        at_least=-1,
+        at_most=1,
     )
     k: int = option(10, "pseudo-captions per image, at most", at_least=1)
     caption_noise: float = option(
@@ -90,9 +117,13 @@ class TrainConfig(ModelOptions):
         at_least=0,
         at_most=1,
     )
-    negatives: Literal["mined", "bank"] | int = option(
+    positives: Literal["apart", "compete"] = option(
+        "apart", "an image's pseudo-captions: apart, or compete with each other (the authors' form)"
+    )
+    negatives: Literal["mined", "batch", "bank"] | int = option(
         "mined",
-        "caption rows beside an image's own: of all images, of the corpus, or a sample",
+        "caption rows beside an image's own: of all images, of the step's images, of the corpus, or a "
+        "sample",
         at_least=1,
     )
     mine_model: str | None = option(
@@ -167,6 +198,13 @@ class TrainConfig(ModelOptions):
         (), "also log to these (imported only then)"
     )
 
+    @classmethod
+    def make(cls, config: TrainConfig | None, options: dict[str, Any]) -> TrainConfig:  # type: ignore[override]
+        """As for every stage; `recipe` among the options names settings that the others override."""
+        own = dict(options)
+        settings = read_recipe(own.pop("recipe"))["settings"] if "recipe" in own else {}
+        return super().make(config, {**settings, **own})
+
     @property
     def budget(self) -> float | None:
         """The share of its alignment that may be lost; None: any."""
@@ -174,9 +212,19 @@ class TrainConfig(ModelOptions):
         return of_method if self.alignment_budget is None else self.alignment_budget
 
     @property
+    def extra_dims(self) -> int:
+        """How many dimensions are appended for image search, r; 0: none."""
+        if self.appended_dims == "auto":
+            return APPENDED_DIMS if self.method == "appended" else 0
+        return self.appended_dims
+
+    @property
     def trains_images(self) -> bool:
-        """Whether there is an image stage."""
-        return self.method != "rea"
+        """Whether there is an image stage.
+
+        `appended` with `unlock_layers=0` has none: its head is fitted to the untrained tower.
+        """
+        return self.method != "rea" and not (self.method == "appended" and self.unlock_layers == 0)
 
     @property
     def uses_captions_for_images(self) -> bool:
@@ -207,7 +255,7 @@ class TrainConfig(ModelOptions):
             problems.append(
                 f"method={self.method!r} needs captions=: a text file, TSV, parquet or tar shards{pairs}"
             )
-        if self.projector == "discard" and self.method not in ("gpr", "2sft"):
+        if self.projector == "discard" and self.method not in ("appended", "gpr", "2sft"):
             problems.append(
                 f"projector='discard' is not allowed with method={self.method!r}, whose captions "
                 "live in the joint space; allowed: keep, lock; or method gpr or 2sft"
@@ -248,22 +296,20 @@ class TrainConfig(ModelOptions):
         return problems
 
     def _appended_problems(self) -> list[str]:
-        if not self.appended_dims:
-            return []
         problems = []
-        if self.method not in ("gpr", "mcip"):
+        if self.method == "appended" and self.appended_dims == 0:
+            problems.append("method='appended' needs appended_dims of 1 or more; 0 is method='gpr'")
+        if not self.extra_dims:
+            return problems
+        if self.realigns and (self.method == "rea" or self.budget is None):
             problems.append(
                 f"appended_dims leaves the text side as it was, and method={self.method!r} trains it; "
-                "allowed: gpr, mcip"
+                "allowed: appended, mcip, mcip+"
+                + ("" if self.method == "rea" else ", or this method with alignment_budget=")
             )
         if self.projector == "discard":
             problems.append(
                 "appended_dims is not allowed with projector='discard'; allowed: keep, lock"
-            )
-        if self.alignment_budget is not None:
-            problems.append(
-                "appended_dims leaves alignment as it was, so there is nothing for alignment_budget to "
-                "keep; give one of them"
             )
         return problems
 
@@ -287,3 +333,15 @@ class TrainConfig(ModelOptions):
                 "or probe_class_names=, or probe_data= with captions"
             )
         return problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(TrainConfig):
+    """A `TrainConfig` with nothing left to choose, but for `threshold`, which mining may find."""
+
+    epochs: int = required("passes over the training images")
+    batch_size: int = required("images per step")
+    train_size: int = required("pixels of the training crops")
+    lr: float = required("of the image tower")
+    warmup: int = required("steps")
+    lr_classes: float = required("of the class matrix")

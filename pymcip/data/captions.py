@@ -1,36 +1,36 @@
-"""Caption corpora on disk: text, TSV, CSV, parquet and tar shards, each distinct caption once."""
+"""Caption corpora on disk: text, TSV, CSV, parquet, JSON and tar shards, each distinct caption once."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute
 
 from pymcip.configs import Source, Sources
 from pymcip.data import shards
-from pymcip.data.sources import (
-    DELIMITERS,
-    as_list,
-    find,
-    folder_files,
-    open_text,
-    parquet_columns,
-    read_table,
-    some,
-    suffix,
-)
+from pymcip.data.annotations import TABLES, has_captions, read_annotations
+from pymcip.data.json_annotations import captions_of, parse
+from pymcip.data.sources import as_list, find, folder_files, some, suffix
+from pymcip.data.tally import LeftOut, Tally
 from pymcip.errors import DataError
 from pymcip.progress import progress
 
-CAPTION_COLUMNS = ("caption", "title", "text")
-SUFFIXES = (".txt", *DELIMITERS, ".parquet", ".tar")
+SUFFIXES = (*TABLES, ".tar")
+_JSON = (".json", ".jsonl")
 _LINES_AT_A_TIME = 100_000
+# What stands beside captions in a folder and is none, by the names of the files.
+_DOCUMENTS = re.compile(
+    r"(read.?me|licen[cs]e|copying|notice|changelog|changes|authors|citation|contributing|sources"
+    r"|requirements|nshards|dataset_type|classnames|zeroshot_classification_templates)([-_. ].*)?",
+    re.IGNORECASE,
+)
 
 _log = logging.getLogger("pymcip.data")
 
@@ -40,12 +40,19 @@ class Captions:
 
     Attributes:
         duplicates: how many rows were left out because the same text was there before.
+        left_out: what else was left out, and why.
     """
 
-    def __init__(self, texts: Iterable[str] | pa.Array, duplicates: int = 0) -> None:
+    def __init__(
+        self,
+        texts: Iterable[str] | pa.Array,
+        duplicates: int = 0,
+        left_out: Iterable[LeftOut] = (),
+    ) -> None:
         column = texts if isinstance(texts, pa.Array) else pa.array(texts, pa.large_string())
         self._column = column
         self.duplicates = duplicates
+        self.left_out = list(left_out)
 
     def __len__(self) -> int:
         return len(self._column)
@@ -83,51 +90,49 @@ def load_captions(sources: Sources | list[Source]) -> Captions:
 
     A source is a file, a pattern (`{000000..000078}.tar`, `*.tsv`) or a folder of such files:
 
-    - text, a caption per line;
-    - TSV: without a header, a caption per line or CC12M's `url<TAB>caption`, taken as it stands;
-      with a header that names a column `caption`, `title` or `text`, read with CSV quoting;
-    - CSV or parquet with such a column;
-    - tar shards with `txt` members (else the json's caption). In a folder, a shard that has a
-      parquet file of the same name beside it (img2dataset's output) is not opened: the parquet
-      file holds its captions, those of images that could not be downloaded included.
+    - text, TSV, CSV, parquet or JSON; `docs/data.md` says which layouts are recognised and how. The
+      log says what each file was taken for;
+    - tar shards with `txt` members, a caption per line (else the json's caption). In a folder, a shard
+      that has a parquet file of the same name beside it (img2dataset's output) is not opened: the
+      parquet file holds its captions, those of images that could not be downloaded included.
 
-    Text files may be compressed (`.gz`, `.zst`, `.bz2`). White space around a caption is dropped,
-    and so are blank captions.
+    In a folder, JSON is read only where there is nothing else, and files named as documents
+    (README, LICENSE) are left out. Text files may be compressed (`.gz`, `.zst`, `.bz2`). White space
+    around a caption is dropped, and so are blank captions.
 
     Raises:
-        DataError: nothing is there, a file can't be read or has no such column, or there is no
-            caption at all.
+        DataError: nothing is there, a file can't be read or has no such column, it can't be said for
+            sure what it holds, or there is no caption at all.
     """
     listed = as_list(sources)
-    files = [path for source in listed for path in _files(source)]
-    columns = [_read(path) for path in progress(files, description="reading captions", unit="file")]
+    tally = Tally()
+    files = [path for source in listed for path in _files(source, tally)]
+    columns = [
+        chunk
+        for path in progress(files, description="reading captions", unit="file")
+        for chunk in _read(path, tally)
+    ]
     merged = pa.chunked_array(columns, pa.large_string())
     trimmed = pa.compute.utf8_trim_whitespace(merged)
     kept = trimmed.filter(pa.compute.greater(pa.compute.binary_length(trimmed), 0))
     distinct = pa.compute.unique(kept)
+    tally.report(some(listed))
     if not len(distinct):
         raise DataError(f"{some(listed)}: there is not one caption; expected text, a line each")
-    duplicates = len(kept) - len(distinct)
-    if duplicates:
+    duplicates, blank = len(kept) - len(distinct), len(merged) - len(kept)
+    if duplicates or blank:
         _log.info(
-            "%s: %d captions, %d duplicates left out", some(listed), len(distinct), duplicates
-        )
-    return Captions(distinct, duplicates)
+            "%s: %d captions, %d duplicates and %d blank ones left out",
+            some(listed), len(distinct), duplicates, blank,
+        )  # fmt: skip
+    return Captions(distinct, duplicates, tally.items)
 
 
-def _files(source: Source) -> list[Path]:
+def _files(source: Source, tally: Tally) -> list[Path]:
     files: list[Path] = []
     for path in find(source):
         if path.is_dir():
-            found = folder_files(path, SUFFIXES)
-            tables = {file.stem for file in found if _has_captions(file)}
-            found = [file for file in found if suffix(file) != ".tar" or file.stem not in tables]
-            if not found:
-                raise DataError(
-                    f"the folder {path} holds no captions; expected files of the kinds "
-                    f"{', '.join(SUFFIXES)}"
-                )
-            files += found
+            files += _of_folder(path, tally)
         elif suffix(path) in SUFFIXES:
             files.append(path)
         else:
@@ -138,106 +143,69 @@ def _files(source: Source) -> list[Path]:
     return files
 
 
-def _has_captions(path: Path) -> bool:
-    if suffix(path) != ".parquet":
-        return False
-    return _caption_column(parquet_columns(path)) is not None
-
-
-def _caption_column(names: Iterable[str]) -> str | None:
-    lowered = {name.strip().lower(): name for name in names}
-    return next((lowered[name] for name in CAPTION_COLUMNS if name in lowered), None)
-
-
-def _read(path: Path) -> pa.Array:
-    kind = suffix(path)
-    if kind == ".tar":
-        return pa.array(_shard_captions(path), pa.large_string())
-    if kind == ".txt":
-        return _concatenate(_lines(path))
-    if kind == ".tsv":
-        first = next(_lines(path), [])
-        cells = first[0].split("\t") if first else []
-        if _caption_column(cells) is None:
-            return _concatenate(_raw_cells(path))
-    return _table_captions(path)
-
-
-def _table_captions(path: Path) -> pa.Array:
-    if suffix(path) == ".parquet":
-        names = parquet_columns(path)
-    else:
-        first = next(_lines(path), [""])
-        delimiter = DELIMITERS[suffix(path)]
-        names = [cell.strip().strip('"') for cell in first[0].split(delimiter)]
-    column = _caption_column(names)
-    if column is None:
+def _of_folder(folder: Path, tally: Tally) -> list[Path]:
+    """List the files of a folder that hold captions; count the others that could."""
+    found = []
+    for path in folder_files(folder, SUFFIXES):
+        if _DOCUMENTS.fullmatch(path.name.split(".")[0]):
+            tally.add(str(path), "a document by its name, no captions")
+        else:
+            found.append(path)
+    if any(suffix(path) not in _JSON for path in found):
+        for path in found:
+            if suffix(path) in _JSON and not path.stem.endswith("_stats"):
+                tally.add(str(path), "JSON beside other files of captions; give it by its name")
+        found = [path for path in found if suffix(path) not in _JSON]
+    tables = {path.stem for path in found if suffix(path) == ".parquet" and has_captions(path)}
+    found = [path for path in found if suffix(path) != ".tar" or path.stem not in tables]
+    if not found:
         raise DataError(
-            f"{path} has no column {', '.join(CAPTION_COLUMNS[:-1])} or {CAPTION_COLUMNS[-1]}; it "
-            f"starts with {some(names)}. Give the caption column one of these names"
+            f"the folder {folder} holds no captions; expected files of the kinds "
+            f"{', '.join(SUFFIXES)}"
         )
-    values = read_table(path, [column])[column]
-    return values.cast(pa.large_string()).drop_null().combine_chunks()
+    return found
 
 
-def _lines(path: Path) -> Iterator[list[str]]:
-    """Yield the lines of a text file in blocks, without their ends."""
-    try:
-        with open_text(path) as stream:
-            rest = b""
-            while block := stream.read(1 << 24):
-                *lines, rest = (rest + block).split(b"\n")
-                if lines:
-                    yield [line.decode("utf-8-sig") for line in lines]
-            if rest:
-                yield [rest.decode("utf-8-sig")]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text ({error}); convert it first") from error
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} can't be read: {error}") from error
+def _read(path: Path, tally: Tally) -> list[pa.Array]:
+    if suffix(path) == ".tar":
+        return [pa.array(_shard_captions(path, tally), pa.large_string())]
+    annotations = read_annotations(path)
+    tally.items += annotations.left_out
+    return [chunk.flatten() for chunk in annotations.captions.chunks]
 
 
-def _raw_cells(path: Path) -> Iterator[list[str]]:
-    """Yield the last cells of a TSV without header, as they stand; blank lines are dropped."""
-    width = None
-    number = 0
-    for lines in _lines(path):
-        captions = []
-        for line in lines:
-            number += 1
-            cells = line.rstrip("\r").split("\t")
-            if not line.strip():
-                continue
-            width = width or len(cells)
-            if len(cells) != width or width > 2:
-                raise DataError(
-                    f"{path}, line {number}: {len(cells)} cells; expected "
-                    + (f"{width} as in the first line" if width <= 2 else "url<TAB>caption")
-                    + ", or a header that names a column caption, title or text"
-                )
-            captions.append(cells[-1])
-        yield captions
-
-
-def _concatenate(blocks: Iterable[list[str]]) -> pa.Array:
-    arrays = [pa.array(block, pa.large_string()) for block in blocks]
-    return pa.concat_arrays(arrays) if arrays else pa.array([], pa.large_string())
-
-
-def _shard_captions(path: Path) -> Iterator[str]:
+def _shard_captions(path: Path, tally: Tally) -> Iterator[str]:
+    keys = without = 0
     with path.open("rb") as handle:
-        for _, sample in shards.read_index(path):
-            if "txt" in sample:
-                yield shards.read_text(path, handle, sample["txt"])
-            elif "json" in sample:
-                yield from _json_caption(path, shards.read_text(path, handle, sample["json"]))
+        for _, sample in shards.read_index(path, tally):
+            captions = sample_captions(path, handle, sample)
+            keys, without = keys + 1, without + (not captions)
+            yield from captions
+    if without:
+        tally.notes.append(f"{path}: {without} of {keys} keys have no caption")
 
 
-def _json_caption(path: Path, text: str) -> Iterator[str]:
-    try:
-        value: Any = json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{path} holds a json member that is not JSON: {error}") from error
-    column = _caption_column(value) if isinstance(value, dict) else None
-    if column is not None and isinstance(value[column], str):
-        yield value[column]
+def sample_captions(path: Path, handle: io.BufferedReader, sample: shards.Sample) -> list[str]:
+    """Return the captions of a sample of a shard: the lines of its txt, or else those of its json."""
+    described = {}
+    if "json" in sample:
+        where = f"{path}/{sample['json'].name}"
+        value = parse(shards.read_text(path, handle, sample["json"]), where)
+        described = value if isinstance(value, dict) else {}
+    if "txt" in sample:
+        return caption_lines(
+            shards.read_text(path, handle, sample["txt"]), described.get("caption")
+        )
+    return captions_of(described, f"{path}/{sample['json'].name}") if described else []
+
+
+def caption_lines(text: str, whole: object = None) -> list[str]:
+    """Take a txt beside an image apart: a caption per line, as CLIP_benchmark writes them.
+
+    A line break within a caption is spelt as a backslash and n there. img2dataset writes one caption,
+    whose lines are not apart: it stands in the json too (`whole`).
+    """
+    if isinstance(whole, str) and whole.strip() == text.strip():
+        return [text.strip()] if text.strip() else []
+    lines = (line.replace("\\n", "\n").strip() for line in text.split("\n"))
+    return [line for line in lines if line]

@@ -11,7 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pymcip.data.images import ImageData
+from pymcip.data.labels import class_name, difference
 from pymcip.data.sources import some
+from pymcip.data.tables import read_lines
 from pymcip.errors import DataError
 
 
@@ -33,10 +35,10 @@ class ClassTexts:
 
 
 def read_class_names(path: str | os.PathLike[str]) -> ClassNames:
-    r"""Read a UTF-8 TSV file of class names: `label<TAB>name[<TAB>description]`, a class per row.
+    r"""Read a TSV file of class names: `label<TAB>name[<TAB>description]`, a class per row.
 
     `label` is the label as the data have it: folder name, label column, or the number in a shard's
-    cls member. With a header (a first row that holds the words "label" and "name") columns are
+    cls member; both are compared in Unicode's form NFC. With a header (a first row that holds the words "label" and "name") columns are
     found by name and others are ignored; without one they are taken by position. There is no
     quoting. The order of the rows means nothing.
 
@@ -44,11 +46,9 @@ def read_class_names(path: str | os.PathLike[str]) -> ClassNames:
         DataError: the file is missing, not UTF-8, or has missing, empty or repeated entries.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise DataError(f"class_names: can't read {path} ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"class_names: {path} is not UTF-8 ({error}); save it as UTF-8") from error
+        lines = [line for block in read_lines(Path(path)) for line in block]
+    except DataError as error:
+        raise DataError(f"class_names: {error}") from error
     table = [
         (number, [cell.strip() for cell in line.split("\t")])
         for number, line in enumerate(lines, start=1)
@@ -69,6 +69,8 @@ def read_class_names(path: str | os.PathLike[str]) -> ClassNames:
         problems.append(f"line {table[0][0]} has one column; needed: label<TAB>name")
     for number, cells in table if not problems else []:
         row = dict(zip(columns, cells, strict=False))
+        if row.get("label"):
+            row["label"] = class_name(row["label"])
         empty = [name for name in wanted if not row.get(name)]
         if empty:
             problems.append(f"line {number}: no {' and no '.join(empty)}")
@@ -104,10 +106,11 @@ def rows_of_classes(data: ImageData, class_names: ClassNames) -> list[int]:
     missing = [repr(label) for label in data.class_names if label not in of_label]
     if missing:
         known = ", ".join(repr(label) for label in class_names.labels[:5])
+        sides = difference("the data", data.class_names, "class_names", class_names.labels)
         raise DataError(
             f"class_names has no row for {len(missing)} of the data's {data.num_classes} labels: "
-            f"{some(missing)}; it has labels such as {known}. Give each label of the data a row "
-            "label<TAB>name"
+            f"{some(missing)}; it has labels such as {known} ({sides}). Give each label of the data a "
+            "row label<TAB>name"
         )
     return [of_label[label] for label in data.class_names]
 

@@ -1,8 +1,14 @@
-"""From the bytes of an image file to an RGB image, and to a box of it."""
+"""Which files are images, and from the bytes of one to an RGB image and to a box of it."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import io
+import logging
+import mimetypes
+import os
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -10,15 +16,68 @@ from PIL import Image, UnidentifiedImageError
 
 from pymcip.errors import DecodeError
 
+with contextlib.suppress(ImportError):  # reads .heic and .heif where it is installed
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+
+# Formats that Pillow opens without reading pixels, and EPS, which is a program that it would run.
+_NO_PIXELS = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "WMF"}
+# What cameras write: Pillow takes some of them for a TIFF, and gives the thumbnail in it.
+_RAW = {".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".pef", ".raf", ".rw2", ".srw"}
+
+_log = logging.getLogger("pymcip.data")
+said: set[str] = set()  # what this process has warned of once
+
+
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    """Return the extensions, such as ".jpg", of the image formats that Pillow reads here."""
+    return frozenset(
+        extension
+        for extension, name in Image.registered_extensions().items()
+        if name in Image.OPEN and name not in _NO_PIXELS
+    )
+
+
+def looks_like_image(path: str | os.PathLike[str]) -> bool:
+    """Return whether a file's first bytes are those of an image that Pillow reads."""
+    try:
+        with Image.open(path) as image:
+            return image.format not in _NO_PIXELS
+    except Exception:  # Pillow's decoders raise errors of many types
+        return False
+
+
+@functools.lru_cache(maxsize=10_000)
+def kind_of_suffix(suffix: str) -> Literal["image", "other image", "other", "unknown"]:
+    """Say what a lower-case extension promises: an image, one that can't be read, no image."""
+    if suffix in image_suffixes():
+        return "image"
+    if suffix in _RAW or suffix == ".svg":
+        return "other image"
+    kind = mimetypes.guess_type(f"x{suffix}")[0] or ""
+    if kind.startswith(("image/", "video/")):
+        return "unknown"  # the name may be wrong: the content decides
+    return "other" if kind or suffix in _SIDECARS else "unknown"
+
+
+_SIDECARS = {
+    ".cls", ".db", ".ini", ".jsonl", ".lock", ".log", ".md", ".npy", ".npz", ".parquet", ".pkl",
+    ".toml", ".tsv", ".yaml", ".yml",
+}  # fmt: skip
+
 
 def decode(content: bytes, key: str) -> Image.Image:
     """Decode an image file to RGB, as open_clip's loaders do.
 
     The first frame is taken, an alpha channel is dropped, the EXIF orientation is left as it is;
-    16-bit grey is scaled to 8 bits (Pillow alone would clip it).
+    16-bit grey is scaled by the range of its format, whatever values it holds, and float grey from
+    0 to 1 (Pillow alone would clip both).
 
     Raises:
-        DecodeError: it is cut short, no image, or has more than `PIL.Image.MAX_IMAGE_PIXELS`
+        DecodeError: it is cut short, no image, of 32-bit integers or of floats beyond 0 to 1, which
+            have no range to scale by, or has more than `PIL.Image.MAX_IMAGE_PIXELS`
             pixels (a decompression bomb; Pillow itself only warns up to twice as many).
     """
     try:
@@ -59,11 +118,31 @@ def crop(image: Image.Image, box: npt.NDArray[np.float32], key: str) -> Image.Im
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
-    if image.mode.startswith("I"):  # 16 bits, in one of Pillow's several modes for them
-        values = np.asarray(image).astype(np.int64)
-        if values.max(initial=0) > 255:
-            values >>= 8
-        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = Image.fromarray(_eight_bits(image))
     elif image.mode in ("P", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """Scale grey of more than 8 bits: uint8 [H, W]."""
+    values = np.asarray(image)
+    if image.mode == "F":
+        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+            raise ValueError("its float pixels are not all from 0 to 1; write it with 8 or 16 bits")
+        return np.round(255 * values).astype(np.uint8)
+    if image.mode == "I" and image.format not in ("PNG", "PPM"):  # of those Pillow means 16 bits
+        raise ValueError("32-bit integers have no range to scale by; write it with 8 or 16 bits")
+    bits = 16
+    if image.format == "TIFF":
+        bits = int(getattr(image, "tag_v2", {}).get(258, (16,))[0])  # BitsPerSample
+    brightest = int(values.max(initial=0))
+    if 0 < brightest < 1 << (bits - 4) and "dark" not in said:
+        said.add("dark")
+        _log.warning(
+            "a picture of %d bits uses the values up to %d only and comes out dark; if a camera of "
+            "fewer bits made it, write its values times %d (said once)",
+            bits, brightest, 1 << (bits - brightest.bit_length()),
+        )  # fmt: skip
+    return (values.astype(np.int64) >> (bits - 8)).clip(0, 255).astype(np.uint8)

@@ -13,11 +13,9 @@ from PIL import Image
 
 from pymcip.data.decode import crop, decode
 from pymcip.data.stores import Int64, Store
+from pymcip.data.tally import LeftOut
 from pymcip.errors import DataError
 
-IMAGE_SUFFIXES = (
-    ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff",
-)  # fmt: skip
 UNLABELLED = -1
 
 
@@ -33,6 +31,7 @@ class ImageData:
         class_names: C texts, the label as the source spells it (folder name, table cell, cls).
         class_sources: int64 [C], the source each class belongs to.
         crops: float32 [N, 4], the box each image is cut to (see `cropped`), or None.
+        left_out: what the sources hold beside these images and could be one, and why it is none.
     """
 
     stores: list[Store]
@@ -42,6 +41,7 @@ class ImageData:
     class_names: list[str]
     class_sources: Int64
     crops: npt.NDArray[np.float32] | None = None
+    left_out: tuple[LeftOut, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -82,8 +82,37 @@ class ImageData:
             DataError: its file is gone or has shrunk.
         """
         store, row = self._place(index)
-        image = decode(store.read(row), store.key(row))
-        return image if self.crops is None else crop(image, self.crops[index], store.key(row))
+        return self._decoded(index, store.read(row))
+
+    def read_with_digest(self, index: int) -> tuple[Image.Image, str]:
+        """Decode one image, and digest (hex) its file's bytes and its crop; raises as `read`.
+
+        Images of equal digests are the same picture.
+        """
+        store, row = self._place(index)
+        content = store.read(row)
+        return self._decoded(index, content), self._digest(index, content)
+
+    def digest(self, index: int) -> str:
+        """Return the digest of `read_with_digest` without decoding; raises DataError as `read`."""
+        store, row = self._place(index)
+        return self._digest(index, store.read(row))
+
+    def size(self, index: int) -> int:
+        """Return how many bytes the image's file has."""
+        store, row = self._place(index)
+        return store.size(row)
+
+    def _decoded(self, index: int, content: bytes) -> Image.Image:
+        key = self.key(index)
+        image = decode(content, key)
+        return image if self.crops is None else crop(image, self.crops[index], key)
+
+    def _digest(self, index: int, content: bytes) -> str:
+        digest = hashlib.blake2b(content, digest_size=16)
+        if self.crops is not None:
+            digest.update(np.ascontiguousarray(self.crops[index]).data)
+        return digest.hexdigest()
 
     def select(self, indices: npt.ArrayLike) -> ImageData:
         """Return the images at `indices` (int [M]), in that order; the classes stay the same."""
@@ -94,6 +123,19 @@ class ImageData:
             source_ids=self.source_ids[chosen],
             labels=self.labels[chosen],
             crops=None if self.crops is None else self.crops[chosen],
+        )
+
+    def of_classes(self, classes: npt.ArrayLike) -> ImageData:
+        """Return the images of `classes` (int [K]) alone, which become the classes 0 to K-1."""
+        chosen = np.asarray(classes, np.int64)
+        label = np.full(self.num_classes + 1, UNLABELLED)  # the last one: of unlabelled images
+        label[chosen] = np.arange(len(chosen))
+        kept = self.select(np.flatnonzero(label[self.labels] != UNLABELLED))
+        return replace(
+            kept,
+            labels=label[kept.labels],
+            class_names=[self.class_names[i] for i in chosen],
+            class_sources=self.class_sources[chosen],
         )
 
     def cropped(self, boxes: npt.ArrayLike) -> ImageData:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
-import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +14,29 @@ import pyarrow as pa
 
 from pymcip.configs import Source, Sources
 from pymcip.data import shards
-from pymcip.data.images import IMAGE_SUFFIXES, UNLABELLED, ImageData
-from pymcip.data.sources import (
-    TABLES,
-    as_list,
-    find,
-    folder_files,
-    parquet_columns,
-    read_table,
-    some,
-    suffix,
+from pymcip.data.annotations import TABLES, read_annotations
+from pymcip.data.captions import caption_lines
+from pymcip.data.columns import TEXTS
+from pymcip.data.decode import kind_of_suffix
+from pymcip.data.images import UNLABELLED, ImageData
+from pymcip.data.indexed import Indexed, joined
+from pymcip.data.json_annotations import captions_of, first_text, parse
+from pymcip.data.labels import (
+    are_shards,
+    class_name,
+    is_ignored,
+    label_of,
+    plain,
+    splits_among,
 )
-from pymcip.data.stores import FileStore, Int64, ShardIndex, ShardStore, Store
+from pymcip.data.sources import as_list, find, folder_files, some, suffix
+from pymcip.data.stores import FileStore, Int64, ShardIndex, ShardStore, statuses_of
+from pymcip.data.tally import Tally
+from pymcip.data.walk import Folder, class_folder
 from pymcip.errors import DataError
 from pymcip.progress import progress
 
-TITLE_COLUMNS = ("title", "caption")
-LABEL_KEYS = ("cls", "label", "class", "class_name")  # of a shard's json, if there is no .cls
-TITLES = pa.large_list(pa.large_string())
+LABEL_KEYS = ("cls", "label", "class", "class_name")  # of a json beside an image, without a .cls
 
 _log = logging.getLogger("pymcip.data")
 
@@ -43,16 +46,19 @@ def load_images(sources: Sources | list[Source], *, labelled: bool = True) -> Im
 
     A source is one of:
 
-    - an ImageFolder: `folder/class/…/image.jpg`;
-    - a CSV, TSV or parquet table with columns `filepath` (relative to the table's folder, or
-      absolute), `label`, and optionally `title`;
-    - webdataset tar shards with `jpg|jpeg|png|webp`, `cls`, `txt`, `json` members: one tar, a
-      pattern such as `{000000..000078}.tar` or `*.tar`, or a folder of tars (img2dataset's output
-      too). Without `cls`, the json's `label`, `class` or `class_name` is the label; its `caption`
-      or `title` is a title, as is `txt`.
+    - an ImageFolder: `folder/class/…/image.jpg`, of all formats that Pillow reads; a txt beside an
+      image, of the same name, holds its captions, one per line;
+    - a table (CSV, TSV, parquet, JSON, Flickr's and COCO's lists; see `docs/data.md`) with a column
+      `filepath` (relative to the table's folder, or absolute), `label`, and optionally `title`;
+    - webdataset tar shards with images and `cls`, `txt`, `json` members: one tar, a pattern such as
+      `{000000..000078}.tar` or `*.tar`, or a folder of tars (img2dataset's output too). Without
+      `cls`, the json's `label`, `class` or `class_name` is the label; its `caption` or `title` is a
+      title, as is each line of `txt`.
 
-    Classes are in the order of their labels' text, or of their values if all of a source's labels
-    are integers.
+    One file is one image, however often and by whatever names it is listed: its captions are those of
+    all its rows. Classes are joined by their names in Unicode's form NFC, and are in the order of
+    their labels' text, or of their values if all of a source's labels are integers. What is left out
+    is logged by reason and kept in `ImageData.left_out`.
 
     Args:
         sources: paths or patterns.
@@ -60,23 +66,24 @@ def load_images(sources: Sources | list[Source], *, labelled: bool = True) -> Im
             folder may hold images directly.
 
     Raises:
-        DataError: nothing is there, an image has no class, there is only one class, a table or
-            shard can't be read, or a shard holds a member whose name points outside of it.
+        DataError: nothing is there, an image has no class or several, there is only one class, a
+            folder holds splits (train, val) instead of classes, a table or shard can't be read, or a
+            shard holds a member whose name points outside of it.
     """
     listed = as_list(sources)
     if not listed:
         raise DataError("no image source was given; give a folder, a table or tar shards")
-    stores: list[Store] = []
+    found: list[Indexed] = []
     source_ids, rows, labels = [], [], []
     class_names: list[str] = []
     class_sources: list[int] = []
     for number, source in enumerate(listed):
-        store, texts = _index(source, labelled)
-        if labelled:
-            _check_labels(source, store, texts)
-        codes, names = _number_classes(texts)
+        indexed = _index(source)
+        indexed.tally.report(source)
+        _check_labels(source, indexed, labelled)
+        codes, names = _number_classes(indexed.labels)
         _report_gaps(source, names)
-        stores.append(store)
+        found.append(indexed)
         source_ids.append(np.full(len(codes), number, np.int64))
         rows.append(np.arange(len(codes), dtype=np.int64))
         labels.append(np.where(codes == UNLABELLED, UNLABELLED, codes + len(class_names)))
@@ -88,12 +95,13 @@ def load_images(sources: Sources | list[Source], *, labelled: bool = True) -> Im
             "at least, as folder/class/image.jpg, a label column, or cls members"
         )
     return ImageData(
-        stores,
+        [indexed.store for indexed in found],
         np.concatenate(rows),
         np.concatenate(source_ids),
         np.concatenate(labels),
         class_names,
         np.array(class_sources, np.int64),
+        left_out=tuple(item for indexed in found for item in indexed.tally.items),
     )
 
 
@@ -137,8 +145,8 @@ def list_images(
     )
 
 
-def _index(source: Source, labelled: bool) -> tuple[Store, list[str | None]]:
-    """Index a source of any kind: the store, and each image's label or None."""
+def _index(source: Source) -> Indexed:
+    """Index a source of any kind."""
     paths = find(source)
     if len(paths) == 1 and paths[0].is_dir():
         tars = folder_files(paths[0], (".tar",))
@@ -149,105 +157,162 @@ def _index(source: Source, labelled: bool) -> tuple[Store, list[str | None]]:
     if tars:  # img2dataset's parquet and json files beside the shards say nothing more
         return _index_shards(tars)
     if paths and all(path.is_file() and suffix(path) in TABLES for path in paths):
-        return _index_tables(paths, labelled)
+        return _index_tables(paths)
     raise DataError(
         f"{source} is no image source; allowed: a folder (one), tables ({', '.join(TABLES)}), or "
         f"tar shards, not {some(paths)}. Give several sources as a list"
     )
 
 
-def _index_folder(folder: Path) -> tuple[Store, list[str | None]]:
-    names: list[str] = []
-    labels: list[str | None] = []
-    empty = []
-    with os.scandir(folder) as entries:
-        visible = [entry for entry in entries if not entry.name.startswith(".")]
-    for entry in sorted(visible, key=lambda entry: entry.name):
-        if entry.is_dir():
-            found = list(_walk(Path(entry.path)))
-            names += [os.path.relpath(path, folder) for path in found]
-            labels += [entry.name] * len(found)
-            if not found:
-                empty.append(entry.name)
-        elif Path(entry.name).suffix.lower() in IMAGE_SUFFIXES:
-            names.append(entry.name)
-            labels.append(None)
+# Folders
+
+
+def _index_folder(folder: Path) -> Indexed:
+    tally = Tally()
+    found = Folder(str(folder), tally)
+    names = [image.name for image in found.images]
     if not names:
+        tally.report(folder)
         raise DataError(
-            f"the folder {folder} holds no images; expected {folder}/class/image.jpg (any of "
-            f"{', '.join(IMAGE_SUFFIXES)}) or tar shards"
+            f"the folder {folder} holds no images; expected {folder}/class/image.jpg (any kind of "
+            "image that Pillow reads) or tar shards"
         )
+    folders = [class_folder(name) for name in names]
+    classes = list(dict.fromkeys(name for name in folders if name is not None))
+    _report_empty(folder, classes)
+    splits = splits_among(classes)
+    if splits and any(os.path.dirname(os.path.dirname(name)) for name in names):  # noqa: PTH120
+        raise DataError(
+            f"{folder} holds splits ({some(splits)}), which are no classes; give one of them, such as "
+            f"{folder / splits[0]}, or several as a list of sources"
+        )
+    with os.scandir(folder) as entries:
+        beside = [entry.name for entry in entries if entry.is_file()]
+    stems = (os.path.splitext(name)[0] for name in names)  # noqa: PTH122
+    described = bool(found.sidecars) and all(f"{stem}.json" in found.sidecars for stem in stems)
+    sharded = are_shards(classes, beside, described=described)
+    if sharded or splits:
+        what = "shards of img2dataset" if sharded else "splits"
+        tally.remarks.append(f"the folders {some(classes)} are {what}, not classes")
+        folders = [None] * len(names)
+    named = {each: class_name(each) for each in classes}
+    labels = [None if each is None else named[each] for each in folders]
+    titles: list[list[str]] | None = None
+    if found.sidecars:
+        titles = [[] for _ in names]
+        for row, name in enumerate(names):
+            label, titles[row] = _beside(folder, name, found.sidecars, tally, with_json=sharded)
+            labels[row] = labels[row] or label
+    return joined(
+        "folder", folder, names, labels, titles, [image.status for image in found.images], tally
+    )
+
+
+def _beside(
+    folder: Path, name: str, sidecars: set[str], tally: Tally, *, with_json: bool
+) -> tuple[str | None, list[str]]:
+    """Read label and captions from the txt and json beside an image."""
+    stem = os.path.splitext(name)[0]  # noqa: PTH122
+    texts = {}
+    for extension in ("txt", "json") if with_json else ("txt",):
+        path = folder / f"{stem}.{extension}"
+        if f"{stem}.{extension}" in sidecars:
+            try:
+                texts[extension] = path.read_bytes().decode("utf-8-sig")
+            except (OSError, UnicodeDecodeError) as error:
+                raise DataError(f"{path} can't be read as UTF-8 text: {error}") from error
+    only_numbers = not any(character.isalpha() for character in texts.get("txt", "a"))
+    if only_numbers and texts.pop("txt").strip():
+        tally.add(f"{folder}/{stem}.txt", "numbers beside an image, no captions")
+    return _described(f"{folder}/{plain(stem)}", texts)
+
+
+def _report_empty(folder: Path, classes: Iterable[str]) -> None:
+    known = set(classes)
+    with os.scandir(folder) as entries:
+        empty = [
+            entry.name
+            for entry in sorted(entries, key=lambda entry: entry.name)
+            if entry.name not in known and entry.is_dir() and not is_ignored(entry.name)
+        ]
     if empty:
-        _log.warning("%s: folders without images are no classes: %s", folder, some(empty))
-    return FileStore("folder", folder, names, None), labels
+        _log.warning(
+            "%s: folders without images are no classes: %s", folder, some(map(plain, empty))
+        )
 
 
-def _walk(folder: Path) -> Iterator[str]:
-    for parent, children, files in os.walk(folder, followlinks=True):
-        children[:] = sorted(name for name in children if not name.startswith("."))
-        for name in sorted(files):
-            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES:
-                yield f"{parent}/{name}"
+# Tables
 
 
-def _index_tables(paths: list[Path], labelled: bool) -> tuple[Store, list[str | None]]:
-    base = Path(os.path.commonpath([path.parent for path in paths]))
+def _index_tables(paths: list[Path]) -> Indexed:
+    base = Path(os.path.commonpath([path.absolute().parent for path in paths]))
     names: list[str] = []
     labels: list[str | None] = []
     titles: list[list[str]] = []
+    where: list[str] = []
+    tally = Tally()
     for path in paths:
-        table = read_table(path, ("filepath", "label", *TITLE_COLUMNS))
-        wanted = ("filepath", "label") if labelled else ("filepath",)
-        absent = [name for name in wanted if name not in table.column_names]
-        if absent:
-            names = parquet_columns(path) if suffix(path) == ".parquet" else table.column_names
+        found = read_annotations(path, images=True)
+        if found.files is None:
             raise DataError(
-                f"{path} has no column {' and no column '.join(absent)}; it has "
-                f"{', '.join(names) or 'none'}. Expected a header with filepath, "
-                "label and optionally title"
+                f"{path} has no column filepath; it has {', '.join(found.names) or 'none'}. Expected a "
+                "header with filepath, label and optionally title"
             )
-        files = _texts(table, "filepath")
-        if None in files:
-            raise DataError(f"{path}: row {files.index(None) + 1} has no filepath")
-        folder = os.path.relpath(path.parent, base)
-        names += [os.path.normpath(os.path.join(folder, str(name))) for name in files]  # noqa: PTH118
-        labels += _texts(table, "label")
-        columns = [_texts(table, name) for name in TITLE_COLUMNS if name in table.column_names]
-        titles += (
-            [[text for text in row if text] for row in zip(*columns, strict=True)]
-            if columns
-            else [[] for _ in files]
-        )
+        if None in found.files:
+            row = found.files.index(None)
+            raise DataError(f"{path}: row {row + 1} has no filepath ({found.where(row)})")
+        files = [str(name) for name in found.files]
+        folder = _folder_of(path.absolute().parent, files)
+        below = os.path.relpath(folder, base)
+        names += [os.path.normpath(os.path.join(below, name)) for name in files]  # noqa: PTH118
+        labels += found.labels
+        titles += found.captions.to_pylist()
+        where += [f"{path}, {found.where(row)}" for row in range(len(files))]
+        tally.items += found.left_out
     if not names:
         raise DataError(f"{some(paths)}: the table has no rows")
-    return FileStore("table", base, names, pa.array(titles, TITLES)), labels
+    return joined(
+        "table", base, names, labels, titles, statuses_of("table", base, names), tally, where
+    )
 
 
-def _texts(table: pa.Table, column: str) -> list[str | None]:
-    """Take a column as stripped text; None for what is missing or blank."""
-    if column not in table.column_names:
-        return [None] * len(table)
-    values = table[column].cast(pa.string()).to_pylist()
-    return [(value.strip() or None) if value is not None else None for value in values]
+def _folder_of(folder: Path, names: Sequence[str]) -> Path:
+    """Return the folder that a table's names are relative to: its own, or one that lies in it."""
+    if not names or os.path.lexists(folder / names[0]):
+        return folder
+    places = [each for each in sorted(folder.iterdir()) if each.is_dir()]
+    there = [each for each in places if (each / names[0]).is_file()]
+    if len(there) != 1:
+        return folder
+    _log.info("%s: the images of its tables lie in %s", folder, there[0])
+    return there[0]
 
 
-def _index_shards(paths: list[Path]) -> tuple[Store, list[str | None]]:
+# Shards
+
+
+def _index_shards(paths: list[Path]) -> Indexed:
     indices: list[ShardIndex] = []
     labels: list[str | None] = []
     seen: dict[str | None, str | None] = {}  # so that equal labels are one string in memory
-    without = 0
+    tally = Tally()
     for path in progress(paths, description="indexing shards", unit="shard"):
         images: list[shards.Member] = []
         titles: list[list[str]] = []
         with path.open("rb") as handle:
-            for _, sample in shards.read_index(path):
-                image = next(
-                    (sample[name] for name in shards.IMAGE_EXTENSIONS if name in sample), None
-                )
+            for _, sample in shards.read_index(path, tally):
+                image = shards.image_of(sample)
                 if image is None:
-                    without += 1
+                    tally.add(*_without_image(path, sample))
                     continue
-                label, texts = _describe(path, handle, sample)
+                label, texts = _described(
+                    f"{path}/{plain(image.name)}",
+                    {
+                        extension: shards.read_text(path, handle, sample[extension])
+                        for extension in ("cls", "txt", "json")
+                        if extension in sample
+                    },
+                )
                 images.append(image)
                 labels.append(seen.setdefault(label, label))
                 titles.append(texts)
@@ -255,51 +320,59 @@ def _index_shards(paths: list[Path]) -> tuple[Store, list[str | None]]:
             ShardIndex(
                 np.array([image.offset for image in images], np.int64),
                 np.array([image.size for image in images], np.int64),
-                pa.array([image.name for image in images], pa.large_string()),
-                pa.array(titles, TITLES),
+                pa.array([plain(image.name) for image in images], pa.large_string()),
+                pa.array(titles, TEXTS),
             )
         )
     if not labels:
+        tally.report(some(paths))
         raise DataError(
             f"{some(paths)}: no images; expected members named key.jpg (or "
-            f"{', '.join(shards.IMAGE_EXTENSIONS[1:])}) with key.cls beside them"
+            f"{', '.join(shards.IMAGE_EXTENSIONS[1:])}, …) with key.cls beside them"
         )
-    if without:
-        _log.warning("%s: %d keys have no image and are left out", some(paths), without)
-    return ShardStore(paths, indices), labels
+    return Indexed(ShardStore(paths, indices), labels, tally)
 
 
-def _describe(
-    path: Path, handle: io.BufferedReader, sample: shards.Sample
-) -> tuple[str | None, list[str]]:
-    """Read label and titles of one sample from its cls, txt and json members."""
+def _without_image(path: Path, sample: shards.Sample) -> tuple[str, str]:
+    """Name a sample without an image, and say why it has none."""
+    for extension, member in sample.items():
+        if "." not in extension and kind_of_suffix(f".{extension}") in ("other image", "unknown"):
+            return f"{path}/{plain(member.name)}", "no kind of image that Pillow reads here"
+    return f"{path}/{plain(next(iter(sample.values())).name)}", "no image under its key"
+
+
+def _described(where: str, texts: dict[str, str]) -> tuple[str | None, list[str]]:
+    """Read label and captions of one image from its cls, txt and json."""
     described: dict[str, Any] = {}
-    if "json" in sample:
-        try:
-            value = json.loads(shards.read_text(path, handle, sample["json"]))
-        except ValueError as error:
-            raise DataError(f"{path}/{sample['json'].name} is not JSON: {error}") from error
+    if "json" in texts:
+        value = parse(texts["json"], f"{where}: its json")
         described = value if isinstance(value, dict) else {}
-    label = shards.read_text(path, handle, sample["cls"]).strip() if "cls" in sample else ""
-    if not label:
-        label = next((_plain(described[name]) for name in LABEL_KEYS if name in described), "")
-    texts = [shards.read_text(path, handle, sample["txt"])] if "txt" in sample else []
-    texts += [described[name] for name in TITLE_COLUMNS if isinstance(described.get(name), str)]
-    return label or None, list(dict.fromkeys(text.strip() for text in texts if text.strip()))
+    label = label_of(texts.get("cls")) or label_of(first_text(described, LABEL_KEYS))
+    titles = caption_lines(texts.get("txt", ""), described.get("caption"))
+    for name in ("title", "caption"):
+        if described.get(name) is not None:
+            more = captions_of({"caption": described[name]}, where)
+            titles += [text.strip() for text in more if text.strip() and text.strip() not in titles]
+    return label, titles
 
 
-def _plain(value: Any) -> str:
-    return str(value).strip() if isinstance(value, (str, int)) else ""
+# Labels
 
 
-def _check_labels(source: Source, store: Store, labels: list[str | None]) -> None:
-    without = [row for row, label in enumerate(labels) if label is None]
-    if without:
+def _check_labels(source: Source, indexed: Indexed, labelled: bool) -> None:
+    without = [row for row, label in enumerate(indexed.labels) if label is None]
+    if not without or (not labelled and len(without) == len(indexed.labels)):
+        return
+    told = (
+        f"{source}: {len(without)} of {len(indexed.labels)} images have no class: "
+        f"{some((indexed.place(row) for row in without[:6]), len(without))}"
+    )
+    if labelled:
         raise DataError(
-            f"{source}: {len(without)} of {len(labels)} images have no class: "
-            f"{some((store.key(row) for row in without[:6]), len(without))}. Each needs one: a "
-            "folder of its own, a label in the table, or a cls member beside it"
+            f"{told}. Each needs one: a folder of its own, a label in the table, or a cls member "
+            "beside it"
         )
+    _log.warning("%s", told)
 
 
 def _number_classes(labels: Iterable[str | None]) -> tuple[Int64, list[str]]:
@@ -316,7 +389,8 @@ def _number_classes(labels: Iterable[str | None]) -> tuple[Int64, list[str]]:
 
 
 def _is_integer(text: str) -> bool:
-    return text.isdecimal() or (text[:1] == "-" and text[1:].isdecimal())
+    digits = text.removeprefix("-")
+    return digits.isdecimal() and len(digits) < 1000  # Python refuses to read thousands of digits
 
 
 def _report_gaps(source: Source, names: list[str]) -> None:

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.transforms import Resize
 
 from pymcip.data.images import ImageData
 from pymcip.errors import DecodeError
@@ -27,14 +29,31 @@ class Skipped:
 
 
 class Batch(NamedTuple):
-    """Indices int64 [B] into the data, their images float32 [B, 3, H, W], and what was skipped."""
+    """Images that could be decoded, and those that could not.
+
+    Attributes:
+        indices: int64 [B] into the data.
+        images: float32 [B, 3, H, W].
+        contents: B digests (hex) of the image files' bytes and crops: equal ones are one picture.
+        skipped: what could not be decoded.
+    """
 
     indices: npt.NDArray[np.int64]
     images: Tensor
+    contents: list[str]
     skipped: list[Skipped]
 
 
-class DecodedImages(Dataset[tuple[int, Tensor | Skipped]]):
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """One image: its index in the data, its pixels, and the digest of its content."""
+
+    index: int
+    image: Tensor
+    content: str
+
+
+class DecodedImages(Dataset[Decoded | Skipped]):
     """The images at `indices`, transformed; a `Skipped` in place of one that can't be decoded.
 
     It is picklable if the transform is, so worker processes may be forked or spawned.
@@ -46,27 +65,57 @@ class DecodedImages(Dataset[tuple[int, Tensor | Skipped]]):
         self.data = data
         self.indices = np.asarray(indices, np.int64)
         self.transform = transform
+        self._side = _shortest_side(transform)
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, position: int) -> tuple[int, Tensor | Skipped]:
+    def __getitem__(self, position: int) -> Decoded | Skipped:
         index = int(self.indices[position])
         try:
-            image = self.data.read(index)
+            image, content = self.data.read_with_digest(index)
+            _check_cost(image, self._side)
         except DecodeError as error:
-            return index, Skipped(index, self.data.key(index), str(error))
-        return index, self.transform(image)
+            return Skipped(index, self.data.key(index), str(error))
+        try:
+            return Decoded(index, self.transform(image), content)
+        except Exception as error:  # a transform may raise anything on a picture of odd size
+            reason = (
+                f"{self.data.key(index)}: the transform fails ({type(error).__name__}: {error})"
+            )
+            return Skipped(index, self.data.key(index), reason)
 
 
-def collate(items: Sequence[tuple[int, Tensor | Skipped]]) -> Batch:
+def _shortest_side(transform: Any) -> int | None:
+    """Return to how many pixels a transform resizes the shorter side; None if it doesn't."""
+    for step in getattr(transform, "transforms", [transform]):
+        if isinstance(step, Resize) and isinstance(step.size, int):
+            return step.size
+    return None
+
+
+def _check_cost(image: Image.Image, side: int | None) -> None:
+    """Refuse a picture so long that it has more pixels after the transform's resize than Pillow allows."""
+    most = Image.MAX_IMAGE_PIXELS
+    if side is None or most is None:
+        return
+    shorter, longer = sorted(image.size)
+    if side * side * longer > most * shorter:
+        raise DecodeError(
+            f"{image.width} x {image.height} pixels become {side * side * longer // shorter} where the "
+            f"shorter side is resized to {side}; more than {most} are refused (PIL.Image.MAX_IMAGE_PIXELS)"
+        )
+
+
+def collate(items: Sequence[Decoded | Skipped]) -> Batch:
     """Make one batch of the items of `DecodedImages`."""
-    kept = [(index, image) for index, image in items if isinstance(image, Tensor)]
-    images = torch.stack([image for _, image in kept]) if kept else torch.empty(0, 3, 0, 0)
+    kept = [item for item in items if isinstance(item, Decoded)]
+    images = torch.stack([item.image for item in kept]) if kept else torch.empty(0, 3, 0, 0)
     return Batch(
-        np.array([index for index, _ in kept], np.int64),
+        np.array([item.index for item in kept], np.int64),
         images,
-        [item for _, item in items if isinstance(item, Skipped)],
+        [item.content for item in kept],
+        [item for item in items if isinstance(item, Skipped)],
     )
 
 

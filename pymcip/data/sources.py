@@ -1,4 +1,4 @@
-"""From a source (a path, a pattern, a folder) to the files it means, and tables as Arrow.
+"""From a source (a path, a pattern, a folder) to the files that it means.
 
 Nothing here knows about images or captions: `images` and `captions` build on it.
 """
@@ -6,23 +6,20 @@ Nothing here knows about images or captions: `images` and `captions` build on it
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import re
+import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
 
 from pymcip.configs import Source, Sources
 from pymcip.errors import DataError
 
 COMPRESSIONS = (".gz", ".zst", ".bz2")
-DELIMITERS = {".csv": ",", ".tsv": "\t"}
-TABLES = (*DELIMITERS, ".parquet")
 _NAMED = 5  # how many offenders an error names
 _MOST_EXPANDED = 1_000_000
+_log = logging.getLogger("pymcip.data")
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{},]*(?:,[^{},]*)+)\}")
 
 
@@ -78,8 +75,11 @@ def expand_braces(pattern: str) -> list[str]:
 def find(source: Source) -> list[Path]:
     """List the files or folders that a path, brace pattern or glob pattern names; all exist.
 
+    A file that several names lead to (a link, another spelling) is listed once.
+
     Raises:
-        DataError: one of them is missing, or the source is not on a local disk.
+        DataError: one of them is missing or no regular file (a pipe would never end), or the
+            source is not on a local disk.
     """
     text = os.fspath(source)
     if "://" in text or text.startswith("pipe:"):
@@ -88,8 +88,8 @@ def find(source: Source) -> list[Path]:
             "data/{000000..000078}.tar. Download the data first"
         )
     path = Path(text).expanduser()
-    if path.exists():
-        return [path]
+    if os.path.lexists(path):
+        return _regular([path])
     found: list[Path] = []
     missing = []
     for pattern in expand_braces(str(path)):
@@ -105,7 +105,25 @@ def find(source: Source) -> list[Path]:
             f"there is nothing at {some(missing)}; the path is relative to {Path.cwd()}. "
             "Give an existing file, folder or pattern"
         )
-    return found
+    return _regular(found)
+
+
+def _regular(paths: list[Path]) -> list[Path]:
+    """Refuse what is neither a file nor a folder; list each file once."""
+    found: dict[tuple[int, ...], Path] = {}
+    for number, path in enumerate(paths):
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise DataError(f"{path} can't be opened: {error.strerror}") from error
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+            raise DataError(f"{path} is neither a file nor a folder; write its content to a file")
+        # Some file systems have no inodes: each file is itself there.
+        place = (status.st_dev, status.st_ino) if status.st_ino else (-1, number)
+        first = found.setdefault(place, path)
+        if first is not path:
+            _log.warning("%s is the same file as %s and is read once", path, first)
+    return list(found.values())
 
 
 def folder_files(folder: Path, extensions: Sequence[str]) -> list[Path]:
@@ -116,49 +134,3 @@ def folder_files(folder: Path, extensions: Sequence[str]) -> list[Path]:
         if suffix(path) in extensions and not path.name.startswith(".") and path.is_file()
     ]
     return sorted(files, key=natural)
-
-
-def open_text(path: Path) -> pa.NativeFile:
-    """Open a file for reading bytes, decompressed if its name ends in .gz, .zst or .bz2."""
-    return pa.input_stream(str(path), compression="detect", buffer_size=1 << 20)
-
-
-def parquet_columns(path: Path) -> list[str]:
-    """Return the names of a parquet file's columns.
-
-    Raises:
-        DataError: it is no parquet file.
-    """
-    try:
-        names: list[str] = pyarrow.parquet.read_schema(path).names
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} can't be read as PARQUET: {error}") from error
-    return names
-
-
-def read_table(path: Path, text_columns: Iterable[str]) -> pa.Table:
-    """Read a CSV or TSV file (with a header and CSV quoting) or a parquet file.
-
-    Of a parquet file only the columns named in `text_columns` are read; of a CSV or TSV file all,
-    and those columns stay text ("007" is not turned into 7).
-
-    Raises:
-        DataError: the file can't be parsed.
-    """
-    text_columns = list(text_columns)
-    try:
-        if suffix(path) == ".parquet":
-            wanted = [name for name in parquet_columns(path) if name in text_columns]
-            return pyarrow.parquet.read_table(path, columns=wanted)
-        with open_text(path) as stream:
-            return pyarrow.csv.read_csv(
-                stream,
-                parse_options=pyarrow.csv.ParseOptions(
-                    delimiter=DELIMITERS[suffix(path)], newlines_in_values=True
-                ),
-                convert_options=pyarrow.csv.ConvertOptions(
-                    column_types=dict.fromkeys(text_columns, pa.string())
-                ),
-            )
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
-        raise DataError(f"{path} can't be read as {suffix(path)[1:].upper()}: {error}") from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -16,8 +17,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pymcip.contents import file_digests
+from pymcip.data.labels import plain
 from pymcip.data.sources import some
-from pymcip.errors import DataError
+from pymcip.data.walk import status_of
+from pymcip.errors import DataError, DecodeError
 from pymcip.progress import progress
 
 Int64: TypeAlias = npt.NDArray[np.int64]
@@ -33,7 +36,15 @@ class Store(Protocol):
         """Captions that come with the image; may be none."""
 
     def read(self, row: int) -> bytes:
-        """The image file's bytes; raises DataError if it is gone or has shrunk."""
+        """The image file's bytes.
+
+        Raises:
+            DataError: it is gone or has shrunk since it was indexed.
+            DecodeError: it can't be opened or read (no permission, a damaged disk).
+        """
+
+    def size(self, row: int) -> int:
+        """How many bytes the image file has."""
 
     def files(self) -> list[Path]:
         """The files that hold the images."""
@@ -43,46 +54,90 @@ class Store(Protocol):
 
 
 class FileStore:
-    """Images as files below a folder."""
+    """Images as files below a folder.
+
+    Args:
+        kind: goes into the fingerprint.
+        base: the folder.
+        names: of the files, below it or absolute.
+        titles: the captions of each, or None.
+        statuses: of the files, where the caller has them; default: they are asked for.
+    """
 
     _digest = ""  # of all files, once it is known
 
-    def __init__(self, kind: str, base: Path, names: list[str], titles: pa.Array | None) -> None:
+    def __init__(
+        self,
+        kind: str,
+        base: Path,
+        names: list[str],
+        titles: pa.Array | None,
+        statuses: Sequence[os.stat_result] | None = None,
+    ) -> None:
         self._kind = kind
         self._base = base
-        self._names = pa.array(names, pa.large_string())
+        self._names = pa.array([os.fsencode(name) for name in names], pa.large_binary())
         self._titles = titles
-        checked = progress(names, description="checking image files", unit="file")
-        missing = [base / name for name in checked if not (base / name).exists()]
-        if missing:
-            raise DataError(
-                f"{len(missing)} of {len(names)} images of {base} are not there: {some(missing)}"
-                + (
-                    ". A table's filepath is relative to the table's folder, or absolute"
-                    if kind == "table"
-                    else ""
-                )
-            )
+        statuses = statuses_of(kind, base, names) if statuses is None else statuses
+        count = len(names)
+        self._sizes = np.fromiter((status.st_size for status in statuses), np.int64, count)
+        self._times = np.fromiter((status.st_mtime_ns for status in statuses), np.int64, count)
+
+    def _path(self, row: int) -> str:
+        return os.path.join(self._base, os.fsdecode(self._names[row].as_py()))  # noqa: PTH118
 
     def key(self, row: int) -> str:
-        return str(self._base / self._names[row].as_py())
+        return plain(self._path(row))
 
     def titles(self, row: int) -> tuple[str, ...]:
         return () if self._titles is None else tuple(self._titles[row].as_py())
 
+    def size(self, row: int) -> int:
+        return int(self._sizes[row])
+
     def read(self, row: int) -> bytes:
         try:
-            return Path(self.key(row)).read_bytes()
-        except OSError as error:
+            return Path(self._path(row)).read_bytes()
+        except FileNotFoundError as error:
             raise DataError(f"{self.key(row)} can't be read any more: {error}") from error
+        except OSError as error:
+            raise DecodeError(f"{self.key(row)} can't be opened: {error.strerror}") from error
 
     def files(self) -> list[Path]:
-        return [self._base / name for name in self._names.to_pylist()]
+        return [Path(self._path(row)) for row in range(len(self._names))]
 
     def fingerprint(self) -> list[Any]:
         titles = None if self._titles is None else self._titles.to_pylist()
+        names = [os.fsdecode(name) for name in self._names.to_pylist()]
         self._digest = self._digest or file_digests(self.files())
-        return [self._kind, self._names.to_pylist(), titles, self._digest]
+        return [self._kind, names, titles, self._digest]
+
+
+def statuses_of(kind: str, base: Path, names: Sequence[str]) -> list[os.stat_result]:
+    """Return the status of every file.
+
+    Raises:
+        DataError: some are missing or no regular files.
+    """
+    statuses: list[os.stat_result] = []
+    missing = []
+    folder = str(base)
+    for name in progress(names, description="checking image files", unit="file"):
+        path = os.path.join(folder, name)  # noqa: PTH118  a million times
+        try:
+            statuses.append(status_of(path))
+        except (OSError, ValueError):  # ValueError: a null byte in the name
+            missing.append(plain(path))
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(names)} images of {base} are not there: {some(missing)}"
+            + (
+                ". A table's filepath is relative to the table's folder, or absolute"
+                if kind == "table"
+                else ""
+            )
+        )
+    return statuses
 
 
 class _Descriptor:
@@ -144,12 +199,17 @@ class ShardStore:
     def titles(self, row: int) -> tuple[str, ...]:
         return tuple(self._titles[row].as_py())
 
+    def size(self, row: int) -> int:
+        return int(self._sizes[row])
+
     def read(self, row: int) -> bytes:
         size, offset = int(self._sizes[row]), int(self._offsets[row])
         try:
             content = os.pread(self._descriptor(int(self._shard_ids[row])).number, size, offset)
-        except OSError as error:
+        except FileNotFoundError as error:
             raise DataError(f"{self.key(row)} can't be read any more: {error}") from error
+        except OSError as error:
+            raise DecodeError(f"{self.key(row)} can't be read: {error.strerror}") from error
         if len(content) < size:
             raise DataError(f"{self.key(row)}: the shard has been cut short since it was indexed")
         return content

@@ -1,8 +1,4 @@
-"""What the demo and `pymcip sweep` train: sizes, hyper-parameters, stages that share a run.
-
-A two-stage method goes on from the finished run of its first stage, which is a method too; so `gpr`
-is trained once for itself and for `2sft`, and `mcip` for itself and for `mcip+rea`.
-"""
+"""What the demo and `pymcip sweep` train: sizes and hyper-parameters."""
 
 from __future__ import annotations
 
@@ -16,14 +12,14 @@ from pymcip.demo.world import World, WorldConfig
 
 BASE_FOLDER = Path(__file__).parent / "base"  # the model of `bench/studies/pretrain_demo.py`
 BASE = f"local-dir:{BASE_FOLDER}"
-FIRST_STAGE = {"2sft": "gpr", "mcip+rea": "mcip"}
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Sizes and hyper-parameters of a demo run; those of `train` have its names.
 
-    `train` is for every method, `rea` for re-alignment, `plus` for `mcip+`, over both.
+    `train` is for every method, `rea` for re-alignment; over both, `appended` and `plus` (`mcip+`) are for
+    one method.
     """
 
     world: WorldConfig = dataclasses.field(default_factory=WorldConfig)
@@ -33,6 +29,7 @@ class Recipe:
             "batch_size": 128,
             "lr": 8e-4,
             "wd": 0.02,
+            "lr_classes": 8e-3,
             "warmup": 14,
             "scale": 50.0,
             "margin": 0.6,
@@ -45,6 +42,18 @@ class Recipe:
     )
     rea: dict[str, Any] = dataclasses.field(
         default_factory=lambda: {"rea_epochs": 4, "rea_lr": 1e-3, "rea_warmup": 20}
+    )
+    appended: dict[str, Any] = dataclasses.field(  # the defaults of `train`
+        default_factory=lambda: {
+            "epochs": "auto",
+            "batch_size": "auto",
+            "lr": "auto",
+            "lr_classes": "auto",
+            "warmup": "auto",
+            "scale": 30.0,
+            "margin": 0.3,
+            "freeze_bn_stats": True,
+        }
     )
     plus: dict[str, Any] = dataclasses.field(
         default_factory=lambda: {
@@ -63,47 +72,37 @@ class Recipe:
 
     def config(self, world: World, **options: Any) -> TrainConfig:
         """The training of every method on a world's scenes, but for `changes`; `out` is empty."""
-        return TrainConfig(
-            model=BASE,
-            out="",
-            save_steps=1_000_000,  # runs are short: a checkpoint an epoch is enough
-            **world.training,
-            **self.train,
-            **self.rea,
-            **options,
-        )
+        fixed: dict[str, Any] = {
+            "model": BASE,
+            "out": "",
+            "method": "mcip",
+            "holdout": 0.0,
+            "freeze_bn_stats": False,
+            "save_steps": 1_000_000,  # runs are short: a checkpoint an epoch is enough
+        }
+        return TrainConfig(**fixed, **world.training, **self.train, **self.rea, **options)
 
     def changes(self, world: World) -> dict[str, dict[str, Any]]:
         """By method: options in place of those of `config`."""
         names = {"rea_class_names": str(world.names("train"))}
-        return {"mcip+": {**self.plus, **world.probing, **names}}
+        return {"appended": self.appended, "mcip+": {**self.plus, **world.probing, **names}}
 
 
 SMOKE = Recipe(
     world=WorldConfig(
         train_classes=8, train_images=4, test_classes=6, test_images=3, captions=200, shard_size=20
     ),
-    train={"epochs": 1, "batch_size": 16, "lr": 1e-4, "warmup": 1, "k": 3, "threshold": -1.0},
+    train={
+        "epochs": 1,
+        "batch_size": 16,
+        "lr": 1e-4,
+        "lr_classes": 1e-3,
+        "warmup": 1,
+        "k": 3,
+        "threshold": -1.0,
+    },
+    appended={},
     rea={"rea_epochs": 1, "rea_batch_size": 16, "rea_lr": 1e-4, "rea_warmup": 1},
     plus={"alignment_budget": 0.999},
     queries=2,
 )
-
-
-def second_stage(config: TrainConfig, model: str) -> TrainConfig:
-    """The second stage of a two-stage method as a run of its own, on top of `model`.
-
-    Pseudo-captions are those of the first stage: mined by the model that it started from.
-    """
-    miner = (config.mine_model, config.mine_pretrained)
-    if config.mine_model is None:
-        miner = (config.model, config.pretrained)
-    return dataclasses.replace(
-        config,
-        method="rea",
-        model=model,
-        pretrained=None,
-        mine_model=miner[0],
-        mine_pretrained=miner[1],
-        projector="lock",  # rea leaves the image tower as it is; discard is none of its options
-    )

@@ -10,7 +10,7 @@ import numpy as np
 from pymcip.demo.sprites import CREDIT
 from pymcip.evaluation import markdown_table
 
-METHODS = ("base", "gpr", "2sft", "mcip", "mcip+rea", "mcip+")
+METHODS = ("base", "appended", "gpr", "2sft", "mcip", "mcip+rea", "mcip+")
 METRICS = {
     "i2i_map": "I2I mAP",
     "knn": "k-NN",
@@ -19,6 +19,7 @@ METRICS = {
 }
 PAPER_NAMES = {
     "base": "base",
+    "appended": "+ appended dimensions",
     "gpr": "+ GPR-FT",
     "2sft": "+ GPR-FT + Re-A",
     "mcip": "+ MCIP",
@@ -52,7 +53,14 @@ def check_pattern(table: Table) -> dict[str, bool]:
 
     lost = -gain("gpr", "t2i_r5")
     won_back = table["2sft"]["t2i_r5"] - table["gpr"]["t2i_r5"]
+    text_search = ("zero_shot", "t2i_r5")
     return {
+        "appended: at least 98 % of gpr's I2I gain": (
+            gain("appended", "i2i_map") >= 0.98 * gain("gpr", "i2i_map")
+        ),
+        "appended: zero-shot and T2I R@5 as the base's": not any(
+            gain("appended", metric) for metric in text_search
+        ),
         "gpr: I2I mAP at least 8 points over the base": gain("gpr", "i2i_map") >= 8,
         "gpr: T2I R@5 at least 3 points under the base": lost >= 3,
         "mcip: at least 80 % of gpr's I2I gain": (
@@ -108,7 +116,7 @@ I2I mAP: full ranking of the test scenes, a scene is right if its main emoji is 
 k-NN: k = 21, weighted vote of the other scenes. Zero-shot: the scene's emoji among the names of
 the {world["test_classes"]} test classes. T2I R@5: a scene's caption finds it among the first five.
 
-## The pattern: the paper's, and what `mcip+` promises
+## The pattern: the paper's, and what `appended` and `mcip+` promise
 
 {pattern}
 ## What was run

@@ -1,4 +1,4 @@
-"""`pymcip demo`: compose a world, mine, fine-tune in five ways, and measure each against the base.
+"""`pymcip demo`: compose a world, mine, fine-tune in six ways, and measure each against the base.
 
 Everything goes through the package's public functions, as a user would call them.
 """
@@ -9,21 +9,14 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pymcip.configs import DemoConfig
 from pymcip.demo.neighbours import draw_neighbours
-from pymcip.demo.recipe import (
-    BASE,
-    BASE_FOLDER,
-    FIRST_STAGE,
-    SMOKE,
-    Recipe,
-    second_stage,
-)
+from pymcip.demo.points import make_point, measured, trained
+from pymcip.demo.recipe import BASE, BASE_FOLDER, SMOKE, Recipe
 from pymcip.demo.report import (
     METHODS,
     METRICS,
@@ -35,11 +28,10 @@ from pymcip.demo.report import (
     mean_table,
 )
 from pymcip.demo.sprites import CREDIT, load_sprites
-from pymcip.demo.world import World, prepare_world
-from pymcip.evaluation import evaluate
+from pymcip.demo.world import prepare_world
 from pymcip.files import read_json, write_json, write_text
+from pymcip.model.loading import HUB_FOLDER
 from pymcip.outputs import output_folder
-from pymcip.training import train
 
 _log = logging.getLogger("pymcip.demo")
 
@@ -107,50 +99,24 @@ def _run(config: DemoConfig, recipe: Recipe, out: Path, started: float) -> DemoR
 
 def _run_seed(seed: int, folder: Path, recipe: Recipe, draw_to: Path) -> Table:
     """One seed's scenes, trainings and evaluations; the first seed also draws the picture."""
-    log = _stopwatch()
     world = prepare_world(dataclasses.replace(recipe.world, seed=seed), folder / "world")
-    log("composed the scenes and the caption corpus")
-    models, table = {"base": BASE}, {"base": _measure(BASE, world)}
-    log("base: " + in_words(table["base"]))
-    common = recipe.config(world, cache=folder / "embeddings", seed=seed)
-    changes = recipe.changes(world)
-    for method in METHODS[1:]:
-        own = {"method": method, "out": folder / "runs" / method, **changes.get(method, {})}
-        config = dataclasses.replace(common, **own)
-        if method in FIRST_STAGE:
-            config = second_stage(config, models[FIRST_STAGE[method]])
-        result = train(config)
-        if result.interrupted:
-            raise KeyboardInterrupt(result.interrupted)
-        models[method] = str(result.out)
-        log(f"{method}: trained")
-        if result.hub is None:
-            _log.warning(
-                "%s exports nothing, as no weights keep its budget: the base stays", method
-            )
-            models[method] = BASE
-        table[method] = _measure(models[method], world)
-        log(f"{method}: {in_words(table[method])}")
+    _log.info("composed the scenes and the caption corpus")
+    base = recipe.config(world, cache=folder / "embeddings", seed=seed)
+    models, table = {}, {}
+    for method in METHODS:
+        models[method] = BASE
+        if method != "base":
+            point = make_point(base, {"method": method}, recipe.changes(world))
+            run = trained(point, folder / "runs", {})
+            if (run / HUB_FOLDER).is_dir():
+                models[method] = str(run)
+            else:
+                _log.warning("%s exports nothing, as no weights keep its budget", method)
+        model = dataclasses.replace(base, model=models[method])
+        found = measured(model, world.testing, folder / "metrics" / f"{method}.json")
+        table[method] = {name: round(found[name], 2) for name in METRICS}
+        _log.info("%s: %s", method, in_words(table[method]))
     if seed == 0:
         shown = {"before": BASE, "after MCIP": models["mcip"]}
         draw_neighbours(shown, world, folder / "test", recipe.queries, draw_to)
-        log(f"drew {draw_to.name}")
     return table
-
-
-def _stopwatch() -> Callable[[str], None]:
-    """A function that logs a text with the seconds since its last call."""
-    clock = time.perf_counter()
-
-    def log(text: str) -> None:
-        nonlocal clock
-        now = time.perf_counter()
-        _log.info("%s (%.0f s)", text, now - clock)
-        clock = now
-
-    return log
-
-
-def _measure(model: str, world: World) -> dict[str, float]:
-    found = evaluate(model=model, **world.testing).metrics
-    return {name: round(found[name], 2) for name in METRICS}

@@ -30,24 +30,9 @@ TEST_SHARE = 0.15  # of the things
 LARGE, SMALL = 48, 24  # sides of the pictures, pixels: of main emoji and of clutter
 
 _TONE = re.compile(r" (medium-light|medium-dark|light|medium|dark) skin tone")
-# The words before which a name's head noun ends.
-_CUT = frozenset(
-    [
-        "with",
-        "in",
-        "of",
-        "on",
-        "at",
-        "for",
-        "and",
-        "from",
-        "behind",
-        "over",
-        "under",
-        "without",
-        "into",
-        "out",
-    ]
+# Before these words a name's head noun ends.
+_CUT = re.compile(
+    r" (?:with|in|of|on|at|for|and|from|behind|over|under|without|into|out|\S{2,}ing)(?= |$)"
 )
 
 
@@ -78,12 +63,7 @@ class Sprites:
 
 
 def _head_noun(concept: str) -> str:
-    words = concept.split()
-    for i, word in enumerate(words):
-        if i and (word in _CUT or (word.endswith("ing") and len(word) > 4)):
-            words = words[:i]
-            break
-    return words[-1]
+    return _CUT.split(concept)[0].split()[-1]
 
 
 def _names(english: str, code: str) -> tuple[str, str, str]:

@@ -108,13 +108,9 @@ def prepare_world(config: WorldConfig, folder: Path) -> World:
     settings = json.loads(json.dumps(asdict(config)))
     if not described.is_file() or read_json(described) != settings:
         described.unlink(missing_ok=True)
-        world = write_world(config, folder)
+        write_world(config, folder)
         write_json(described, settings)
-        return world
-    world, probe = World(folder), probe_paths(config, folder)
-    if probe and not all(path.is_file() for path in (*probe, world.names("probe"))):
-        write_probe(config, folder)  # a world of an earlier version has none
-    return world
+    return World(folder)
 
 
 def write_world(config: WorldConfig, out: str | os.PathLike[str]) -> World:
@@ -134,16 +130,16 @@ def write_world(config: WorldConfig, out: str | os.PathLike[str]) -> World:
             raise ConfigError(
                 f"{split}_classes={classes} is not allowed; allowed: 2 to {len(splits[split])}"
             )
-    world = World(Path(out))
+    world, probe = World(Path(out)), probe_classes(config)
     world.folder.mkdir(parents=True, exist_ok=True)
+    # Clutter comes from the split's own emoji, so that neither training nor the probe shows a test class.
     for split, (classes, images) in sizes.items():
         members = splits[split][:classes]
-        _write_names(world.names(split), members)
-        # Clutter comes from the split's own emoji: fine-tuning never meets a test class.
-        _write_split(world.folder, split, config, members, classes * images, splits[split])
+        _write_split(world, split, config, members, classes * images, splits[split])
+    if len(probe):
+        _write_split(world, "probe", config, probe, _probe_count(config), probe)
     lines = corpus(config.seed, config.captions, emoji)
     write_text(world.captions, "".join(f"{line}\n" for line in lines))
-    write_probe(config, world.folder)
     return world
 
 
@@ -161,47 +157,22 @@ def probe_classes(config: WorldConfig) -> npt.NDArray[np.int64]:
     return np.asarray(free[:most] if len(free) > 1 else [], dtype=np.int64)
 
 
-def probe_paths(config: WorldConfig, folder: Path) -> tuple[Path, ...]:
-    """The shards that `write_probe` writes into `folder`, after the names."""
-    if not len(probe_classes(config)):
-        return ()
-    shards = -(-_probe_count(config) // config.shard_size)
-    return tuple(folder / f"probe-{number:06d}.tar" for number in range(shards))
-
-
-def write_probe(config: WorldConfig, out: str | os.PathLike[str]) -> tuple[Path, ...]:
-    """Write the probe's captioned scenes of a world and the names of what they show.
-
-    Returns the shards: () if no emoji is left for the probe.
-    """
-    classes = probe_classes(config)
-    if not len(classes):
-        return ()
-    _write_names(World(Path(out)).names("probe"), classes)
-    # Their clutter is their own: no probe scene shows a test class.
-    return _write_split(Path(out), "probe", config, classes, _probe_count(config), classes)
-
-
 def _probe_count(config: WorldConfig) -> int:
     return max(4, round(PROBE_SHARE * config.test_classes * config.test_images))
 
 
-def _write_names(path: Path, classes: npt.NDArray[np.int64]) -> None:
-    emoji = load_sprites().emoji
-    lines = [f"{label}\t{emoji[index].name}\n" for label, index in enumerate(classes)]
-    write_text(path, "".join(lines))
-
-
 def _write_split(
-    folder: Path,
+    world: World,
     split: str,
     config: WorldConfig,
     classes: npt.NDArray[np.int64],
     count: int,
     clutter: npt.NDArray[np.int64],
-) -> tuple[Path, ...]:
+) -> None:
     """Draw `count` scenes, equally of each class, and write them in shards, in shuffled order."""
     sprites = load_sprites()
+    names = [f"{label}\t{sprites.emoji[row].name}\n" for label, row in enumerate(classes)]
+    write_text(world.names(split), "".join(names))
     key = {"train": 4, "test": 5, "probe": 6}[split]
     generator = np.random.default_rng([config.seed, key])
     labels = generator.permutation(np.sort(np.resize(np.arange(len(classes)), count)))
@@ -222,12 +193,9 @@ def _write_split(
                 yield f"{name}.txt", captions[row].encode()
             yield f"{name}.json", json.dumps({"emoji": one.code, "name": one.name}).encode()
 
-    paths = []
     for number, first in enumerate(range(0, len(labels), config.shard_size)):
-        path = folder / f"{split}-{number:06d}.tar"
+        path = world.folder / f"{split}-{number:06d}.tar"
         _write_shard(path, members(range(first, min(first + config.shard_size, len(labels)))))
-        paths.append(path)
-    return tuple(paths)
 
 
 def _write_shard(path: Path, members: Iterable[tuple[str, bytes]]) -> None:

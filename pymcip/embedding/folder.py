@@ -1,9 +1,9 @@
 """An embedding folder on disk.
 
     img_emb/img_emb_0.npy            float16 [n, D], unit rows
-    metadata/metadata_0.parquet      index, image_path, label, caption: one line per row of img_emb
+    metadata/metadata_0.parquet      index, image_path, label, caption, content (digest of the file)
     text_emb/text_emb_0.npy          float16 [m, D], unit rows
-    text_metadata/metadata_0.parquet index, caption: one line per row of text_emb
+    text_metadata/metadata_0.parquet index, caption, cut (longer than the model's context)
     img_fingerprint.json, text_fingerprint.json, skipped.tsv
 
 clip-retrieval pairs images and captions row by row; here they are two corpora of different length,
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -22,12 +23,14 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet
 
 from pymcip.configs import Source
 from pymcip.contents import file_digests
 from pymcip.data.loading import Skipped
 from pymcip.data.sources import natural, some
+from pymcip.data.tally import LeftOut
 from pymcip.embedding.foreign import check_rows, normalised
 from pymcip.errors import DataError, reason_of
 from pymcip.files import damaged, read_json, write_text
@@ -218,6 +221,26 @@ class EmbeddingFolder:
         )  # fmt: skip
         return positions
 
+    def contents(self) -> list[str]:
+        """Return what identifies the content of each embedded image, in row order.
+
+        It is the digest of the image file's bytes, or the image's path, where another program wrote
+        the folder.
+        """
+        table = self.metadata("img")
+        name = "content" if "content" in table.column_names else "image_path"
+        if name not in table.column_names:
+            return [str(row) for row in range(len(table))]
+        return list(table[name].to_pylist())
+
+    @property
+    def captions_cut(self) -> int:
+        """How many of the captions are longer than the model's context, and cut there."""
+        files = self._metadata_files("text")
+        known = [path for path in files if "cut" in pyarrow.parquet.read_schema(path).names]
+        tables = (pyarrow.parquet.read_table(path, columns=["cut"]) for path in known)
+        return sum(int(pa.compute.sum(table["cut"]).as_py() or 0) for table in tables)
+
     def captions(self) -> list[str]:
         """Return the embedded captions' texts, in row order."""
         table = self.metadata("text")
@@ -228,7 +251,7 @@ class EmbeddingFolder:
     @property
     def skipped(self) -> list[dict[str, Any]]:
         """Images that could not be decoded: index (in the data), key, reason."""
-        return [asdict(item) for item in read_skipped(self.path)]
+        return [asdict(item) for item in read_skipped(self.path) if item.index >= 0]
 
 
 def _open_part(path: Path) -> Matrix:
@@ -268,7 +291,10 @@ def read_fingerprint(path: Path) -> dict[str, Any]:
 
 
 def read_skipped(folder: Path) -> list[Skipped]:
-    """What skipped.tsv lists: images of all parts that could not be decoded, by index."""
+    """What skipped.tsv lists: images of all parts that could not be decoded, by index.
+
+    Before them, with the index -1, what was left out when the sources were indexed.
+    """
     path = folder / "skipped.tsv"
     if not path.is_file():
         return []
@@ -280,7 +306,7 @@ def read_skipped(folder: Path) -> list[Skipped]:
         raise damaged(path, error, AGAIN) from error
 
 
-def replace_skipped(folder: Path, first: int, last: int, skipped: list[Skipped]) -> None:
+def replace_skipped(folder: Path, first: int, last: int, skipped: Sequence[Skipped]) -> None:
     """Replace skipped.tsv's lines of images `first` to `last`; without any there is no file."""
     before = read_skipped(folder)
     others = [item for item in before if not first <= item.index <= last]
@@ -291,3 +317,8 @@ def replace_skipped(folder: Path, first: int, last: int, skipped: list[Skipped])
         cells = (" ".join(text.split()) for text in (item.key, item.reason))
         lines.append("\t".join([str(item.index), *cells]) + "\n")
     write_text(folder / "skipped.tsv", "".join(lines))
+
+
+def replace_left_out(folder: Path, left_out: Sequence[LeftOut]) -> None:
+    """Replace skipped.tsv's lines of what was left out when the sources were indexed."""
+    replace_skipped(folder, -1, -1, [Skipped(-1, item.key, item.reason) for item in left_out])

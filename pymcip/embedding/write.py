@@ -29,12 +29,14 @@ from pymcip.embedding.folder import (
     Kind,
     Matrix,
     read_fingerprint,
+    replace_left_out,
     replace_skipped,
 )
 from pymcip.errors import DataError, StaleEmbeddingsError
 from pymcip.files import atomic_path, write_json
 from pymcip.folders import hold
 from pymcip.model import ClipModel, load_configured
+from pymcip.model.clip import warn_of_cut
 from pymcip.outputs import output_folder
 from pymcip.progress import progress
 
@@ -94,6 +96,8 @@ def embed_images(
 ) -> EmbeddingFolder:
     """Embed all images of `data` that can be decoded; the others are listed in skipped.tsv.
 
+    What was left out when the sources were indexed is listed there too, with the index -1.
+
     Args:
         clip: the model; its `preprocess_val` is the transform.
         data: N images.
@@ -111,6 +115,7 @@ def embed_images(
     def make_part(indices: npt.NDArray[np.int64], advance: Callable[[int], Any]) -> Part:
         vectors = np.empty((len(indices), clip.embed_dim), np.float16)
         rows: list[int] = []
+        contents: list[str] = []
         skipped: list[Skipped] = []
         for batch in iterate_batches(
             data, indices, clip.preprocess_val, batch_size=batch_size, workers=workers
@@ -120,6 +125,7 @@ def embed_images(
                 _check_finite(features, lambda row: data.key(int(batch.indices[row])))  # noqa: B023
                 vectors[len(rows) : len(rows) + len(features)] = features
                 rows += batch.indices.tolist()
+                contents += batch.contents
             skipped += batch.skipped
             advance(len(batch.indices) + len(batch.skipped))
         labels = [data.class_names[label] if label >= 0 else None for label in data.labels[rows]]
@@ -128,10 +134,14 @@ def embed_images(
             "image_path": pa.array([data.key(row) for row in rows], pa.string()),
             "label": pa.array(labels, pa.string()),
             "caption": pa.array([next(iter(data.titles(row)), None) for row in rows], pa.string()),
+            "content": pa.array(contents, pa.string()),
         }
         return vectors[: len(rows)], pa.table(described), skipped
 
     folder = _write_parts("img", clip, data, Path(out), part_size, make_part, fingerprint_of_model)
+    if data.left_out:
+        with hold(folder.path, wait=True):
+            replace_left_out(folder.path, data.left_out)
     skipped, listed = folder.skipped, folder.path / "skipped.tsv"
     if len(skipped) == len(data):
         reasons = some((item["reason"] for item in skipped[:6]), len(skipped))
@@ -171,18 +181,22 @@ def embed_captions(
     def make_part(indices: npt.NDArray[np.int64], advance: Callable[[int], Any]) -> Part:
         texts = captions.slice(int(indices[0]), int(indices[-1]) + 1)
         vectors = np.empty((len(texts), clip.embed_dim), np.float16)
+        cut = np.zeros(len(texts), bool)
         for start in range(0, len(texts), batch_size):
             chunk = texts[start : start + batch_size]
-            features = clip.encode_texts(chunk, batch_size=batch_size).numpy()
+            encoded, cut[start : start + len(chunk)] = clip.encode_and_count(chunk)
+            features = encoded.numpy()
             _check_finite(features, lambda row: repr(chunk[row]))  # noqa: B023
             vectors[start : start + len(chunk)] = features
             advance(len(chunk))
-        metadata = pa.table({"index": indices, "caption": pa.array(texts, pa.string())})
-        return vectors, metadata, []
+        described = {"index": indices, "caption": pa.array(texts, pa.string()), "cut": cut}
+        return vectors, pa.table(described), []
 
-    return _write_parts(
+    folder = _write_parts(
         "text", clip, captions, Path(out), part_size, make_part, fingerprint_of_model
     )
+    warn_of_cut(folder.captions_cut, len(captions), clip.context_length)
+    return folder
 
 
 def _check_finite(features: Matrix, describe: Callable[[int], str]) -> None:

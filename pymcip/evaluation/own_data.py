@@ -6,21 +6,24 @@ import logging
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from pymcip.benchmarks import SuiteOptions, protocols
 from pymcip.benchmarks.contract import Captioned, Int64, Labelled
 from pymcip.benchmarks.embedder import CachedEmbedder
 from pymcip.data import ImageData
 from pymcip.data.class_names import ClassNames, ClassTexts, class_texts, rows_of_classes
+from pymcip.data.labels import difference
 from pymcip.data.sources import some
 from pymcip.embedding import EmbeddingCache
 from pymcip.errors import DataError
 from pymcip.metrics import KNN_TEMPERATURE
 from pymcip.model import ClipModel
 
+Duplicates: TypeAlias = Literal["join", "keep"]
 TEMPLATES = ("a photo of a {}.", "{}")
 
 _log = logging.getLogger("pymcip.evaluation")
@@ -36,12 +39,14 @@ class OwnData:
         descriptions: the queries of text-to-image mAP; None: there are none.
         voters: images that vote in k-NN, and the label of each (int64), which for a class of
             `images` is the same; None: the other images of `images` vote.
+        duplicates: "join" makes one picture of files with the same content, "keep" doesn't.
     """
 
     images: ImageData
     names: ClassTexts | None = None
     descriptions: ClassTexts | None = None
     voters: tuple[ImageData, Int64] | None = None
+    duplicates: Duplicates = "join"
 
 
 def evaluate_model(
@@ -58,11 +63,13 @@ def evaluate_model(
     batch_size: int = 64,
     workers: int = 0,
     counts: dict[str, int] | None = None,
+    duplicates: Duplicates = "join",
 ) -> dict[str, float]:
     """Measure a model on what the data allow; `pymcip.metrics` defines each metric.
 
     - `i2i_map`, `i2i_r1`, `knn` from labels of two or more classes; images without a label are
-      left out. k-NN takes the vote of `knn_data`, or of the other images of `data`.
+      left out. k-NN takes the vote of `knn_data`, or of the other images of `data`; no picture votes
+      for itself.
     - `zero_shot`, `zero_shot_top5` from labels and class names. All names of `class_names` are
       candidates, also those without an image here; a name that several classes share is one
       candidate. Without `class_names` the data's own class names serve, unless they are numbers.
@@ -85,7 +92,11 @@ def evaluate_model(
         recall_at: the k of R@k.
         batch_size: images per forward pass; captions go in batches four times as large.
         workers: decoding processes.
-        counts: filled with the numbers of images, labelled, classes, captions and skipped.
+        counts: filled with the numbers of images (distinct pictures), labelled, classes, captions,
+            duplicates (copies that were joined to a picture), skipped, and texts_cut at the model's
+            context.
+        duplicates: "join" makes one picture, with all their captions, of image files that are equal
+            byte for byte; "keep" takes each file by itself.
 
     Returns:
         Percentages by name, only those that the data allow.
@@ -93,7 +104,7 @@ def evaluate_model(
     Raises:
         DataError: no image can be decoded; class names or k-NN data don't go with the data.
     """
-    own = check_own(data, knn_data, class_names)
+    own = check_own(data, knn_data, class_names, duplicates)
     options = SuiteOptions(knn_k=knn_k, knn_vote=knn_vote, knn_temperature=knn_temperature)
     with tempfile.TemporaryDirectory(prefix="pymcip-") as folder:
         cache = EmbeddingCache(clip, folder, batch_size=batch_size, workers=workers)
@@ -104,7 +115,10 @@ def evaluate_model(
 
 
 def check_own(
-    data: ImageData, knn_data: ImageData | None, class_names: ClassNames | None
+    data: ImageData,
+    knn_data: ImageData | None,
+    class_names: ClassNames | None,
+    duplicates: Duplicates = "join",
 ) -> OwnData:
     """Join the parts of a user's data before any model runs.
 
@@ -125,8 +139,8 @@ def check_own(
         ]
         if given:
             raise DataError(f"{' and '.join(given)} need labelled images; data has no labels")
-        return OwnData(data)
-    own = OwnData(data)
+        return OwnData(data, duplicates=duplicates)
+    own = OwnData(data, duplicates=duplicates)
     if knn_data is not None:
         voter_labels = np.append(_shared_labels(data, knn_data), -1)[knn_data.labels]
         own = replace(own, voters=(knn_data, voter_labels))
@@ -162,19 +176,27 @@ def measure_own(
     """
     embed = CachedEmbedder(cache)
     images = own.images
-    decodable = embed.decodable(images)
-    classes = _labelled(images, images.labels, decodable)
+    pictures = _pictures(images, images.labels, embed, own.duplicates)
+    classes = _labelled(images, pictures)
     several = len(np.unique(classes.labels)) > 1  # any order of one class alone is a perfect one
-    captions = [(text, row) for row, i in enumerate(decodable) for text in images.titles(int(i))]
+    captions = [
+        (text, place) for place, texts in enumerate(pictures.titles(images)) for text in texts
+    ]
     found: dict[str, float] = {}
     if several:
         found["i2i_map"] = protocols.full_ranking(classes, embed, options)["map"]
         found["i2i_r1"] = protocols.nearest_other(classes, embed, options)["r1"]
-    voters = None
+    voters = own_voters = None
     if own.voters is not None:
-        voters = _labelled(*own.voters, embed.decodable(own.voters[0]))
+        known = _pictures(*own.voters, embed, own.duplicates)
+        voters = _labelled(own.voters[0], known)
+        place = {content: row for row, content in enumerate(known.of(known.labels >= 0))}
+        asked = pictures.of(pictures.labels >= 0)
+        own_voters = np.array([place.get(content, -1) for content in asked], np.int64)
+        _report_own(own_voters)
     if several or (voters and len(classes.labels)):
-        found["knn"] = protocols.knn(replace(classes, voters=voters), embed, options)["top1"]
+        voting = replace(classes, voters=voters, own_voters=own_voters)
+        found["knn"] = protocols.knn(voting, embed, options)["top1"]
     if len(classes.labels) and own.names is not None:
         named = replace(_by_texts(own.names, classes), templates=tuple(templates))
         top = protocols.zero_shot(named, embed, options)
@@ -183,10 +205,10 @@ def measure_own(
         described = _by_texts(own.descriptions, classes)
         found["t2i_map"] = protocols.descriptions(described, embed, options)["map"]
     if captions:
-        owners = np.array([row for _, row in captions], np.int64)
+        owners = np.array([place for _, place in captions], np.int64)
         texts = tuple(text for text, _ in captions)
         found |= protocols.cross_modal(
-            Captioned(images, texts, owners, rows=decodable), embed, tuple(recall_at)
+            Captioned(images, texts, owners, rows=pictures.rows), embed, tuple(recall_at)
         )
     if not found:
         raise DataError(
@@ -194,18 +216,97 @@ def measure_own(
             f"only ({images.class_names[classes.labels[0]]!r}); give images of two classes or more"
         )
     return found, {
-        "images": len(decodable),
+        "images": len(pictures.rows),
         "labelled": len(classes.labels),
         "classes": len(np.unique(classes.labels)),
         "captions": len(captions),
-        "skipped": len(images) - len(decodable),
+        "duplicates": sum(map(len, pictures.members)) - len(pictures.rows),
+        "skipped": len(images) - sum(map(len, pictures.members)),
+        "texts_cut": embed.texts_cut,
     }
 
 
-def _labelled(images: ImageData, labels: Int64, decodable: Int64) -> Labelled:
-    """Make a data set of the decodable images that have a label."""
-    rows = decodable[labels[decodable] >= 0]
-    return Labelled(images, labels[rows], rows=rows)
+@dataclass(frozen=True)
+class _Pictures:
+    """The distinct pictures among images that can be decoded, P of them.
+
+    Attributes:
+        rows: int64 [P], the first image of each.
+        labels: int64 [P], its label, or that of its first copy that has one; -1: none has.
+        contents: P texts that identify them.
+        members: of each, the rows of all its copies, its own among them.
+    """
+
+    rows: Int64
+    labels: Int64
+    contents: list[str]
+    members: list[list[int]]
+
+    def of(self, chosen: npt.NDArray[np.bool_]) -> list[str]:
+        """Return what identifies the chosen ones."""
+        return [self.contents[row] for row in np.flatnonzero(chosen)]
+
+    def titles(self, images: ImageData) -> list[list[str]]:
+        """Return the captions of each picture: those of all its copies, each once."""
+        return [
+            list(dict.fromkeys(text for row in rows for text in images.titles(row)))
+            for rows in self.members
+        ]
+
+
+def _pictures(
+    images: ImageData, labels: Int64, embed: CachedEmbedder, duplicates: Duplicates
+) -> _Pictures:
+    """Find the pictures that are the same: by their files' content, or to keep copies by their names."""
+    rows = embed.decodable(images).tolist()
+    contents = embed.contents(images) if duplicates == "join" else map(images.key, rows)
+    members: dict[str, list[int]] = {}
+    for row, content in zip(rows, contents, strict=True):
+        members.setdefault(content, []).append(row)
+    found = []
+    disputed = []
+    for copies in members.values():
+        known = [row for row in copies if labels[row] >= 0]
+        found.append(int(labels[known[0]]) if known else -1)
+        disputed += [
+            f"{images.key(known[0])} and {images.key(row)}"
+            for row in known[1:]
+            if labels[row] != labels[known[0]]
+        ]
+    copies_left_out = len(rows) - len(members)
+    if copies_left_out:
+        _log.warning(
+            "%d of %d images are copies of others, byte for byte; each picture is measured once "
+            '(duplicates="keep" for all of them): %s',
+            copies_left_out, len(rows),
+            some((images.key(c[1]) for c in members.values() if len(c) > 1), copies_left_out),
+        )  # fmt: skip
+    if disputed:
+        _log.warning(
+            "%d copies have other labels than the first; the first one's counts: %s",
+            len(disputed), some(disputed),
+        )  # fmt: skip
+    return _Pictures(
+        np.array([copies[0] for copies in members.values()], np.int64),
+        np.array(found, np.int64),
+        list(members),
+        list(members.values()),
+    )
+
+
+def _report_own(own_voters: Int64) -> None:
+    held = int((own_voters >= 0).sum())
+    if held:
+        _log.warning(
+            "knn_data holds %d of the %d images to classify; none of them votes for itself",
+            held, len(own_voters),
+        )  # fmt: skip
+
+
+def _labelled(images: ImageData, pictures: _Pictures) -> Labelled:
+    """Make a data set of the pictures that have a label."""
+    chosen = pictures.labels >= 0
+    return Labelled(images, pictures.labels[chosen], rows=pictures.rows[chosen])
 
 
 def _by_texts(texts: ClassTexts, classes: Labelled) -> Labelled:
@@ -232,6 +333,9 @@ def _shared_labels(data: ImageData, other: ImageData) -> Int64:
             f"{some(map(repr, other.class_names[:3]))} and "
             f"{some(map(repr, data.class_names[:3]))}; label both alike"
         )
+    mismatch = difference("data", data.class_names, "knn_data", other.class_names)
+    if mismatch:
+        _log.warning("k-NN: %s", mismatch)
     for key in keys(other):
         label_of.setdefault(key, len(label_of))
     return np.array([label_of[key] for key in keys(other)], dtype=np.int64)

@@ -48,7 +48,8 @@ class EvaluateResult:
     """What `evaluate` measured, in percent.
 
     On the user's data: keys as in `evaluate_model`; `counts` says on how much: images, labelled,
-    classes, captions, skipped (images that could not be decoded). Of a suite: `metrics` and
+    classes, captions, duplicates (copies that were joined to a picture), skipped (images that could
+    not be decoded), texts_cut (at the model's context). Of a suite: `metrics` and
     `baseline` hold each benchmark's figure by its name, `details` all figures of each for the model,
     `counts` the images of each, `missing` why the others were not measured.
 
@@ -102,7 +103,7 @@ def _evaluate_own(config: EvaluateConfig) -> EvaluateResult:
     data = load_images(config.data, labelled=False)
     knn_data = None if config.knn_data is None else load_images(config.knn_data)
     names = None if config.class_names is None else read_class_names(config.class_names)
-    own = check_own(data, knn_data, names)
+    own = check_own(data, knn_data, names, config.duplicates)
     options = protocol_options(config)
     read = data.files() + ([] if knn_data is None else knn_data.files())
     with _prepare(config, read) as out:
@@ -276,6 +277,10 @@ def _notes(counts: dict[str, int], config: EvaluateConfig) -> str:
         parts.append(f"k-NN: k = {config.knn_k}, {config.knn_vote} vote of {voters}")
     if counts["captions"]:
         parts.append(f"{counts['captions']:,} captions")
+    if counts["duplicates"]:
+        parts.append(f"{counts['duplicates']:,} copies of other images joined to them")
+    if counts["texts_cut"]:
+        parts.append(f"{counts['texts_cut']:,} texts cut at the model's context")
     if counts["skipped"]:
         parts.append(f"{counts['skipped']:,} undecodable images left out")
     return "; ".join(parts) + "."

@@ -58,8 +58,8 @@ def suite_table(
     """Format the figures of one or two models as markdown: a row per benchmark, then the means.
 
     Means are over the benchmarks of the paper's table that every model has; a mean over fewer than
-    the fourteen says so, and is not to be compared with the paper's. `reported` has columns of the
-    paper's own figures, by their headings.
+    the fourteen says so, and is not to be compared with the paper's. `reported` has columns of figures
+    that others publish, by their headings; a column without one of them has no mean.
     """
     columns = [*results, *(reported or {}).values()]
     heads = ["benchmark", "", *headings]
@@ -82,11 +82,16 @@ def suite_table(
         if item.notes:
             remarks.append(f"\\* {benchmark.name}: {'; '.join(item.notes)}\n")
             mark = " \\*"
-        if benchmark.name in paper.BENCHMARKS and None not in values:
+        if benchmark.name in paper.BENCHMARKS and None not in values[: len(results)]:
             complete.append(benchmark.name)
         add(benchmark.name + mark, f"{benchmark.group} {benchmark.metric}", values)
     if complete:
-        means = [float(np.mean([column[name] for name in complete])) for column in columns]
+        means = [
+            float(np.mean([column[name] for name in complete]))
+            if all(name in column for name in complete)
+            else None
+            for column in columns
+        ]
         whole = len(complete) == BENCHMARKS_OF_THE_MEAN
         title = "mean" if whole else f"mean of these {len(complete)} of {BENCHMARKS_OF_THE_MEAN}"
         add(title, "", means)
@@ -101,10 +106,14 @@ def model_headings(models: Sequence[tuple[str, str | None]]) -> list[str]:
 
 
 def reported_columns(models: Sequence[tuple[str, str | None]]) -> dict[str, dict[str, float]]:
-    """Find the paper's own figures of these models, under headings for `suite_table`."""
+    """Find the figures of these models that others publish, under headings for `suite_table`."""
     found = {
-        f"paper: {heading}": paper.reported(*model)
+        f"{who}: {heading}": figures(*model)
         for heading, model in zip(model_headings(models), models, strict=True)
+        for who, figures in (
+            ("paper", paper.reported),
+            ("open_clip", paper.published_by_open_clip),
+        )
     }
     return {heading: figures for heading, figures in found.items() if figures}
 

@@ -62,15 +62,27 @@ def unit_pair(first: Any, name: str, second: Any, other_name: str) -> tuple[Tens
     return asked, known
 
 
-def as_labels(values: Any, name: str, like: Tensor) -> Tensor:
-    """Make labels int64 [N] on the device of `like`; raises DataError unless integers >= 0."""
+def as_labels(
+    values: Any, name: str, rows: Tensor, rows_name: str, of: tuple[Tensor, str] | None = None
+) -> Tensor:
+    """Make labels int64 [N], one for each of `rows` [N, D] and on their device.
+
+    Raises:
+        DataError: no integers >= 0, another number of them, or one that is no row of the matrix `of`.
+    """
     tensor = as_tensor(values)
     if tensor.ndim != 1 or tensor.dtype.is_floating_point or tensor.dtype.is_complex:
         raise DataError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}; needed: integers [rows]")
-    tensor = tensor.to(device=like.device, dtype=torch.int64)
+    tensor = tensor.to(device=rows.device, dtype=torch.int64)
     if len(tensor) and int(tensor.min()) < 0:
         raise DataError(
             f"{name} has negative values (unlabelled rows?); leave those rows out first"
+        )
+    check_rows(rows, rows_name, tensor, name)
+    if of is not None and int(tensor.max()) >= len(of[0]):
+        raise DataError(
+            f"{name} has values up to {int(tensor.max())}, but {of[1]} has {len(of[0])} rows; give "
+            "row numbers from 0"
         )
     return tensor
 

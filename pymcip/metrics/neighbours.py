@@ -15,8 +15,9 @@ from pymcip.metrics.inputs import (
     Int64,
     as_labels,
     as_ranks,
+    as_tensor,
     check_rows,
-    check_widths,
+    unit_pair,
     unit_rows,
 )
 from pymcip.ops import topk
@@ -63,24 +64,24 @@ def recall_at_k(
     others = leave_one_out or queries is None  # each image ranks the others
     if others != (query_labels is None):
         raise ConfigError("queries and query_labels belong together; give both, or neither")
-    known = unit_rows(embeddings, "embeddings")
-    classes = as_labels(labels, "labels", known)
-    check_rows(known, "embeddings", classes, "labels")
+    if queries is None:
+        asked = known = unit_rows(embeddings, "embeddings")
+    else:
+        asked, known = unit_pair(queries, "queries", embeddings, "embeddings")
+    classes = targets = as_labels(labels, "labels", known, "embeddings")
     if others and len(known) < 2:
         raise DataError(
             "R@k needs at least 2 images (each ranks the others), got 1; give more images"
         )
-    asked, targets = known, classes
-    if queries is not None:
-        asked = unit_rows(queries, "queries").to(known.device)
-        targets = classes if others else as_labels(query_labels, "query_labels", known)
-        check_rows(asked, "queries", targets, "labels" if others else "query_labels")
-        check_widths(known, "embeddings", asked, "queries")
+    if query_labels is not None:
+        targets = as_labels(query_labels, "query_labels", asked, "queries")
+    check_rows(asked, "queries", targets, "labels")
     most = min(max(counts), len(known) - others)
     hits = dict.fromkeys(counts, 0)
     for rows in _chunks(len(asked), most):
         if others:
-            found, _ = _nearest_others(asked, known, most, rows)
+            own = torch.arange(rows.start, rows.stop, device=known.device)
+            found, _ = _nearest_others(asked[rows], known, most, own)
         else:
             found, _ = topk(asked[rows], known, most)
         hit = classes[found] == targets[rows, None]
@@ -114,6 +115,7 @@ def knn_classify(
     *,
     temperature: float = KNN_TEMPERATURE,
     leave_one_out: bool = False,
+    own_rows: Array | None = None,
 ) -> Int64:
     """Label each query by the vote of its k nearest bank rows.
 
@@ -127,6 +129,8 @@ def knn_classify(
         temperature: of the weighted vote.
         leave_one_out: the queries are those of the bank's own images, in order, and no image votes
             for itself.
+        own_rows: int [N], the bank row of each query's own image, which doesn't vote for it; -1: the
+            bank doesn't hold it. `leave_one_out` says the same of a bank that is the queries.
 
     Returns:
         int64 [N], values of `bank_labels`.
@@ -143,11 +147,8 @@ def knn_classify(
         raise ConfigError(
             f"temperature={temperature} is not allowed; it must be finite and above 0"
         )
-    known = unit_rows(bank, "bank")
-    asked = unit_rows(queries, "queries").to(known.device)
-    classes = as_labels(bank_labels, "bank_labels", known)
-    check_rows(known, "bank", classes, "bank_labels")
-    check_widths(known, "bank", asked, "queries")
+    asked, known = unit_pair(queries, "queries", bank, "bank")
+    classes = as_labels(bank_labels, "bank_labels", known, "bank")
     if leave_one_out and len(asked) != len(known):
         raise DataError(
             f"leave_one_out needs the bank's own rows as queries, got {len(asked)} queries for "
@@ -155,10 +156,15 @@ def knn_classify(
         )
     if leave_one_out and len(known) < 2:
         raise DataError("leave_one_out with one image leaves nobody to vote; give more images")
-    count = min(k, len(known) - leave_one_out)
-    values, compact = torch.unique(classes, return_inverse=True)
+    own = _own_rows(own_rows, len(known), asked) if own_rows is not None else None
     if leave_one_out:
-        neighbours, cosines = _nearest_others(asked, known, count)
+        own = torch.arange(len(known), device=known.device)
+    if own is not None and len(known) < 2:
+        raise DataError("the bank holds one image, a query's own; give more images to vote")
+    count = min(k, len(known) - (own is not None))
+    values, compact = torch.unique(classes, return_inverse=True)
+    if own is not None:
+        neighbours, cosines = _nearest_others(asked, known, count, own)
     else:
         neighbours, cosines = topk(asked, known, count)
     answers = torch.empty(len(asked), dtype=torch.int64, device=known.device)
@@ -179,12 +185,26 @@ def knn_classify(
     return answers.cpu().numpy()
 
 
-def _nearest_others(
-    queries: Tensor, vectors: Tensor, k: int, rows: slice = slice(None)
-) -> tuple[Tensor, Tensor]:
-    """Find the k nearest rows [N, D] of each query [N, D] but its own, and scores; 1 <= k < N."""
-    found, scores = topk(queries[rows], vectors, k + 1)
-    itself = found == torch.arange(len(vectors), device=vectors.device)[rows, None]
+def _own_rows(values: Array, rows: int, queries: Tensor) -> Tensor | None:
+    """Check the rows of the queries' own images; None if there are none."""
+    own = as_tensor(values)
+    if own.shape != queries.shape[:1] or own.is_floating_point() or own.is_complex():
+        raise DataError(
+            f"own_rows is {own.dtype} {list(own.shape)}; needed: integers, one per query, -1 for none"
+        )
+    own = own.to(queries.device, torch.int64)
+    if len(own) and not -1 <= int(own.min()) <= int(own.max()) < rows:
+        raise DataError(f"own_rows names rows beyond the bank's {rows}; needed: -1 to {rows - 1}")
+    return own if bool((own >= 0).any()) else None
+
+
+def _nearest_others(queries: Tensor, vectors: Tensor, k: int, own: Tensor) -> tuple[Tensor, Tensor]:
+    """Find the k nearest rows [Q, D] of each query [Q, D] but its own (-1: none), and scores.
+
+    1 <= k < the number of rows.
+    """
+    found, scores = topk(queries, vectors, k + 1)
+    itself = found == own[:, None]
     itself[:, k] |= ~itself.any(dim=1)  # k + 1 rows that are its equals may all come before it
     return found[~itself].view(-1, k), scores[~itself].view(-1, k)
 

@@ -67,13 +67,12 @@ def full_ranking_ap(embeddings: Array, labels: Array, *, queries: Array | None =
 
     Source: Schall et al., GPR1200 (MMM 2022).
     """
-    vectors = unit_rows(embeddings, "embeddings")
-    classes = as_labels(labels, "labels", vectors)
-    check_rows(vectors, "embeddings", classes, "labels")
-    asked = vectors
-    if queries is not None:
-        asked, _ = unit_pair(queries, "queries", vectors, "embeddings")
+    if queries is None:
+        asked = vectors = unit_rows(embeddings, "embeddings")
+    else:
+        asked, vectors = unit_pair(queries, "queries", embeddings, "embeddings")
         check_rows(asked, "queries", vectors, "embeddings")
+    classes = as_labels(labels, "labels", vectors, "embeddings")
     return 100 * step_precisions(asked, classes, vectors, classes)
 
 

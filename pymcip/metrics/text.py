@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from pymcip.errors import ConfigError, DataError
-from pymcip.metrics.inputs import Array, as_labels, check_rows, check_widths, unit_rows
+from pymcip.errors import ConfigError
+from pymcip.metrics.inputs import Array, as_labels, unit_pair
 from pymcip.metrics.rankings import step_precisions
 from pymcip.ops import topk
 
@@ -90,16 +90,8 @@ def zero_shot_accuracy(
     Raises:
         DataError: wrong shapes, labels out of range, values that are not finite.
     """
-    vectors = unit_rows(images, "images")
-    classes = unit_rows(classifier, "classifier").to(vectors.device)
-    targets = as_labels(labels, "labels", vectors)
-    check_rows(vectors, "images", targets, "labels")
-    check_widths(vectors, "images", classes, "classifier")
-    if int(targets.max()) >= len(classes):
-        raise DataError(
-            f"labels go up to {int(targets.max())}, but the classifier has {len(classes)} rows; "
-            "give one row per class, in the order of the labels"
-        )
+    classes, vectors = unit_pair(classifier, "classifier", images, "images")
+    targets = as_labels(labels, "labels", vectors, "images", of=(classes, "classifier"))
     first, _ = topk(vectors, classes, max([1, *top]))
     hits = first == targets[:, None]
     return {k: 100 * int(hits[:, : max(0, k)].sum()) / len(vectors) for k in top}
@@ -129,15 +121,8 @@ def cross_modal_recall(
 
     Source: the COCO (Karpathy test) and Flickr30k retrieval protocol.
     """
-    images = unit_rows(image_emb, "image_emb")
-    texts = unit_rows(text_emb, "text_emb").to(images.device)
-    owners = as_labels(text_to_image, "text_to_image", images)
-    check_rows(texts, "text_emb", owners, "text_to_image")
-    check_widths(images, "image_emb", texts, "text_emb")
-    if int(owners.max()) >= len(images):
-        raise DataError(
-            f"text_to_image names image row {int(owners.max())} of {len(images)} images"
-        )
+    texts, images = unit_pair(text_emb, "text_emb", image_emb, "image_emb")
+    owners = as_labels(text_to_image, "text_to_image", texts, "text_emb", of=(images, "image_emb"))
     described = torch.unique(owners)
     most = max([1, *ks])
     first, _ = topk(texts, images, most)
@@ -168,15 +153,7 @@ def class_text_map(image_emb: Array, labels: Array, class_text_emb: Array) -> fl
     Raises:
         DataError: wrong shapes, labels out of range, values that are not finite.
     """
-    images = unit_rows(image_emb, "image_emb")
-    texts = unit_rows(class_text_emb, "class_text_emb").to(images.device)
-    classes = as_labels(labels, "labels", images)
-    check_rows(images, "image_emb", classes, "labels")
-    check_widths(images, "image_emb", texts, "class_text_emb")
-    if int(classes.max()) >= len(texts):
-        raise DataError(
-            f"labels go up to {int(classes.max())}, but there are {len(texts)} class texts; give "
-            "one per class, in the order of the labels"
-        )
+    texts, images = unit_pair(class_text_emb, "class_text_emb", image_emb, "image_emb")
+    classes = as_labels(labels, "labels", images, "image_emb", of=(texts, "class_text_emb"))
     present = torch.unique(classes)
     return 100 * float(step_precisions(texts[present], present, images, classes).mean())

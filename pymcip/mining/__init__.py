@@ -1,9 +1,9 @@
 """Pseudo-captions: the captions of a corpus that lie nearest to each image."""
 
 from pymcip.mining.mine import MineResult, mine_captions, mine_table
+from pymcip.mining.report import AutoThreshold, auto_threshold
 from pymcip.mining.search import images_per_block, search_device
 from pymcip.mining.table import CaptionLists, CaptionTable, bounds_of
-from pymcip.mining.threshold import AutoThreshold, auto_threshold
 
 __all__ = [
     "AutoThreshold",

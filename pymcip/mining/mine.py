@@ -24,17 +24,22 @@ from pymcip.configs import MineConfig, Source
 from pymcip.embedding import EmbeddingFolder, Matrix
 from pymcip.errors import DataError, StaleEmbeddingsError
 from pymcip.files import damaged, read_json, write_json, write_text
-from pymcip.mining.blocks import mine_blocks
-from pymcip.mining.report import describe_table, explain_nothing, sample_lines
+from pymcip.mining.report import (
+    auto_threshold,
+    describe_table,
+    explain_nothing,
+    sample_lines,
+    sample_rows,
+)
 from pymcip.mining.search import (
     RECALL_ROWS,
     approximate_search,
     exact_search,
     images_per_block,
+    mine_blocks,
     search_device,
 )
 from pymcip.mining.table import CaptionTable
-from pymcip.mining.threshold import auto_threshold, sample_rows
 from pymcip.ops.arrays import MatrixParts, dtype_name
 from pymcip.ops.faiss_import import import_faiss
 from pymcip.outputs import output_folder
@@ -129,6 +134,7 @@ def _mine(
     table, report = mine_table(
         image_parts, caption_parts, **chosen, blocks=blocks, block_rows=block_rows
     )
+    report["captions_cut"] = captions.captions_cut  # at the model's context
     table.save(out)
     write_text(out / "sample.tsv", sample_lines(table, images, captions, config.seed))
     write_json(out / "report.json", report)

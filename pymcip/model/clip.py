@@ -5,18 +5,23 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from pymcip.files import fingerprint
 
 MAX_LOGIT_SCALE = 100.0
+
+_log = logging.getLogger("pymcip.model")
 
 
 @dataclass
@@ -29,7 +34,6 @@ class ClipModel:
 
     name: str
     model: nn.Module
-    preprocess_train: Callable[[Any], Tensor]
     preprocess_val: Callable[[Any], Tensor]
     tokenizer: Callable[[list[str]], Tensor]
     model_cfg: dict[str, Any]
@@ -54,6 +58,12 @@ class ClipModel:
     def as_queries(self, vectors: Tensor, strength: float | None = None) -> Tensor:
         """Vectors to search with, of stored ones [N, D]: these, where nothing is appended."""
         return vectors
+
+    @property
+    def image_size(self) -> int:
+        """Pixels of a side of the images that the model takes."""
+        size = self.preprocess_cfg["size"]
+        return int(size[0] if isinstance(size, (tuple, list)) else size)
 
     @property
     def transform(self) -> str:
@@ -98,15 +108,48 @@ class ClipModel:
                 images = images.contiguous(memory_format=torch.channels_last)
             return self.image_features(images).cpu()
 
-    @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
-        """Unit fp32 embeddings [len(texts), D] on the CPU."""
+        """Unit fp32 embeddings [len(texts), D] on the CPU; warns if texts are cut at the context."""
+        parts, cut = [], 0
+        for start in range(0, len(texts), batch_size):
+            features, were_cut = self.encode_and_count(texts[start : start + batch_size])
+            parts.append(features)
+            cut += int(were_cut.sum())
+        warn_of_cut(cut, len(texts), self.context_length)
+        return torch.cat(parts) if parts else torch.empty(0, self.embed_dim)
+
+    @torch.inference_mode()
+    def encode_and_count(self, texts: Sequence[str]) -> tuple[Tensor, npt.NDArray[np.bool_]]:
+        """Unit fp32 embeddings [n, D] on the CPU of one batch, and which texts were cut, bool [n].
+
+        What is cut are tokens beyond the context of the text tower.
+        """
+        tokens = self.tokenizer(list(texts))
         with evaluation_mode(self.model):
-            parts = [
-                self.text_features(self.tokenizer(list(texts[i : i + batch_size])).to(self.device))
-                for i in range(0, len(texts), batch_size)
-            ]
-        return torch.cat(parts).cpu() if parts else torch.empty(0, self.embed_dim)
+            features = self.text_features(tokens.to(self.device)).cpu()
+        return features, self._cut(texts, tokens)
+
+    @property
+    def context_length(self) -> int:
+        """How many tokens of a text the model sees, those that the tokenizer adds included."""
+        return int(getattr(self.tokenizer, "context_length", 0) or 0)
+
+    def _cut(self, texts: Sequence[str], tokens: Tensor) -> npt.NDArray[np.bool_]:
+        """Which texts have more tokens than the context: those that get more in a longer one."""
+        cut = np.zeros(len(texts), bool)
+        length = tokens.shape[1]
+        if self.context_length != length:  # a tokenizer that is not open_clip's
+            return cut
+        inner = getattr(self.tokenizer, "tokenizer", None)
+        pad = getattr(inner, "pad_token_id", None) or 0
+        counts = (tokens != pad).sum(dim=1)
+        full = (
+            torch.nonzero(counts >= length - 1).flatten().tolist()
+        )  # an end may be spelt as padding
+        if full:
+            longer = self.tokenizer([texts[row] for row in full], context_length=length + 1)  # type: ignore[call-arg]
+            cut[full] = ((longer != pad).sum(dim=1) > counts[full]).numpy()
+        return cut
 
     def fingerprint(self, part: str = "model") -> str:
         """SHA-256 of weights and of what decides an embedding beside them.
@@ -128,6 +171,16 @@ class ClipModel:
         if part != "image":
             described["text"] = self.model_cfg["text_cfg"]
         return fingerprint(json.loads(json.dumps(described, default=str)))
+
+
+def warn_of_cut(cut: int, texts: int, context_length: int) -> None:
+    """Log that texts were cut, if any were."""
+    if cut:
+        _log.warning(
+            "%d of %d texts are longer than the model's context of %d tokens; what is behind it is cut "
+            "off and changes nothing",
+            cut, texts, context_length,
+        )  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import logging
 from pathlib import Path
-from typing import Any
 
 import open_clip
 import torch
@@ -117,7 +115,6 @@ def load(
     image_size: int | None = None,
     device: str | None = None,
     precision: str = "amp_bf16",
-    aug_cfg: dict[str, Any] | None = None,
 ) -> ClipModel:
     """Load a model the way open_clip does, and refuse what open_clip would let pass in silence.
 
@@ -129,33 +126,30 @@ def load(
         device: torch's name of a device; default: a GPU if there is one.
         precision: `"amp_bf16"` (bf16 autocast; fp32 on a CPU that would emulate bf16, see
             `has_bf16`) or `"fp32"`. Weights are fp32 in both.
-        aug_cfg: open_clip's `AugmentationCfg` as a dict, for `preprocess_train`.
 
     Returns:
         A `ClipModel`, in evaluation mode.
 
     Raises:
-        ConfigError: unknown model, tag or augmentation; no weights named; the config of a folder
-            names files that are not on this machine.
+        ConfigError: unknown model or tag; no weights named; the config of a folder names files that
+            are not on this machine.
         MissingDependencyError: the model's text side needs transformers.
         CheckpointError: the checkpoint is damaged or of another model.
     """
     name = _resolve_name(model)
-    _check_augmentation(aug_cfg or {})
     chosen = _device(device)
     try:
         quick_gelu = _check_source(name, pretrained)
         config = open_clip.get_model_config(name)
         check_config(name, config)
         with without_requests(name, config):
-            module, preprocess_train, preprocess_val = open_clip.create_model_and_transforms(
+            module, _, preprocess_val = open_clip.create_model_and_transforms(
                 name,
                 pretrained=None if pretrained == "random" else pretrained,
                 precision="fp32",
                 device=chosen,
                 force_quick_gelu=quick_gelu,
                 force_image_size=image_size,
-                aug_cfg=aug_cfg or None,
                 pretrained_text=False,
                 require_pretrained=pretrained != "random",
                 weights_only=True,
@@ -184,7 +178,7 @@ def load(
     if is_convolutional(module):
         module.visual.to(memory_format=torch.channels_last)
     clip = ClipModel(
-        name, module, preprocess_train, preprocess_val, tokenizer,
+        name, module, preprocess_val, tokenizer,
         model_cfg=config, preprocess_cfg=dict(module.visual.preprocess_cfg),
         device=chosen, precision=precision,
     )  # fmt: skip
@@ -192,26 +186,7 @@ def load(
     return with_appended(clip, Path(folder)) if schema == "local-dir" else clip
 
 
-def load_configured(config: ModelOptions, aug_cfg: dict[str, Any] | None = None) -> ClipModel:
+def load_configured(config: ModelOptions) -> ClipModel:
     """Load the model that a stage's config names; raises what `load` raises."""
     names = ("model", "pretrained", "image_size", "device", "precision")
-    return load(**{name: getattr(config, name) for name in names}, aug_cfg=aug_cfg)
-
-
-def _check_augmentation(aug_cfg: dict[str, Any]) -> None:
-    allowed = {item.name for item in dataclasses.fields(open_clip.AugmentationCfg)}
-    unknown = sorted(set(aug_cfg) - allowed)
-    if unknown:
-        raise ConfigError(
-            f"aug_cfg has unknown keys {unknown}; allowed (open_clip's AugmentationCfg): "
-            f"{', '.join(sorted(allowed))}"
-        )
-    # without timm, open_clip takes these in with no more than a warning and does not apply them
-    ignored: list[str] = [name for name in ("ratio", "re_prob", "re_count") if name in aug_cfg]
-    if "color_jitter" in aug_cfg and not aug_cfg.get("color_jitter_prob"):
-        ignored.append("color_jitter")
-    if ignored and not aug_cfg.get("use_timm"):
-        raise ConfigError(
-            f"aug_cfg: open_clip applies {', '.join(ignored)} only with use_timm=True; add it"
-            + (", or color_jitter_prob" if "color_jitter" in ignored else "")
-        )
+    return load(**{name: getattr(config, name) for name in names})

@@ -181,3 +181,13 @@ def extension(queries: Array, bank: Array) -> Any:
     except ImportError:
         return None
     return _core
+
+
+def joined_best(
+    ids: torch.Tensor, scores: torch.Tensor, more_ids: torch.Tensor, more_scores: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k best of two rankings [N, k], of which the second has the higher ids."""
+    # A stable sort keeps ties in the order of their ids.
+    found, order = torch.cat([scores, more_scores], 1).sort(dim=1, descending=True, stable=True)
+    k = ids.shape[1]
+    return torch.cat([ids, more_ids], 1).gather(1, order[:, :k]), found[:, :k]

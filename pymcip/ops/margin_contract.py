@@ -109,6 +109,29 @@ def row_sums(values: Tensor, indptr: Tensor) -> Tensor:
     return torch.segment_reduce(values, "sum", offsets=indptr, initial=0, unsafe=True)
 
 
+def softplus(
+    log_z: Tensor, logits: Tensor, weights: Tensor, indptr: Tensor, rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The positives' losses [nnz] where they are apart, and their pulls [nnz], -dL/dlogits.
+
+    A row's pulls add up to dL/dlog_z, in this form and in the other.
+    """
+    gap = log_z[rows] - logits
+    return weights * torch.logaddexp(gap, torch.zeros_like(gap)), weights * torch.sigmoid(gap)
+
+
+def negative_log_softmax(
+    log_z: Tensor, logits: Tensor, weights: Tensor, indptr: Tensor, rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same where a row's positives compete: the denominator holds them too."""
+    highest = torch.segment_reduce(logits, "max", offsets=indptr, initial=-math.inf, unsafe=True)
+    highest = finite(torch.maximum(log_z, highest))
+    total = (log_z - highest).exp() + row_sums((logits - highest[rows]).exp(), indptr)
+    below = highest[rows] + total.log()[rows] - logits  # -log p
+    of_row = row_sums(weights, indptr)[rows]
+    return weights * below, weights - of_row * (-below).exp()
+
+
 def through_norm(grad: Tensor, unit: Tensor, norms: Tensor) -> Tensor:
     """Gradient with respect to v of a function of v/|v|: project out v's direction, divide by |v|."""
     return (grad - (grad * unit).sum(1, keepdim=True) * unit) / norms

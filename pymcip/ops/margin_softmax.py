@@ -9,7 +9,14 @@ of row i (column indices, given in CSR form), scale s, margin m (radians) and we
 A row's positives never act as negatives for each other. Weights default to 1/|P_i|; a row without
 positives has loss 0 and gradient 0; Z_i = 0 (every column is a positive) gives loss 0.
 With one positive per row this is ArcMargin (ArcFace, arXiv 1801.07698); with several it is
-MCArcMargin (arXiv 2409.01936; the closed form is this project's, see `pymcip.losses`).
+MCArcMargin (arXiv 2409.01936), in the form of `positives="apart"`, which is this project's. The form
+of the paper's authors is `positives="compete"`: a softmax in whose denominator a row's own positives
+stay, each with its margin, so that they compete with each other:
+
+    L_i = sum over p in P_i of a_ip (log D_i - s psi(cos_ip)),
+          D_i = Z_i + sum over q in P_i of exp(s psi(cos_iq))
+
+With one positive per row both are the same.
 
 Where t + m > pi, cos(t + m) would rise again; `continuation` says what stands there instead:
 "linear": cos t - m sin m; "none": cos(t + m) all the same; "easy": margin only where cos t > 0.
@@ -38,13 +45,16 @@ from pymcip.ops.margin_contract import (
     choose_cells,
     margin_logit,
     mass_outside,
+    negative_log_softmax,
     over_shards,
     row_sums,
+    softplus,
     through_norm,
 )
 from pymcip.ops.margin_operators import GRADIENTS, SUMS
 
 CONTINUATIONS = ("linear", "none", "easy")
+POSITIVES = ("apart", "compete")
 COMPUTE = ("auto", "float64", "float32", "bfloat16", "float16")
 LEAST_SCRATCH, MOST_SCRATCH = 1 << 28, 1 << 31  # bytes, by default
 
@@ -57,6 +67,7 @@ class MarginOptions:
         scale: s > 0.
         margin: m, radians, 0 <= m < pi.
         continuation: "linear", "none" or "easy".
+        positives: "apart", or "compete": a row's positives are in each other's denominator.
         compute: dtype of the operands of the matrix products; they are summed in fp32 (fp64 for
             float64). "auto": float64 for fp64 rows; on a GPU float16 for a float16 bank and
             bfloat16 otherwise; elsewhere float32.
@@ -71,6 +82,7 @@ class MarginOptions:
     scale: float = 30.0
     margin: float = 0.0
     continuation: str = "linear"
+    positives: str = "apart"
     compute: str = "auto"
     chunk: int = 8192
     scratch: int | None = None
@@ -81,7 +93,9 @@ class MarginOptions:
             raise ValueError(
                 f"scale={self.scale}, margin={self.margin}: need scale > 0 and 0 <= margin < pi"
             )
-        for name, allowed in (("continuation", CONTINUATIONS), ("compute", COMPUTE)):
+        for name, allowed in (
+            ("continuation", CONTINUATIONS), ("positives", POSITIVES), ("compute", COMPUTE)
+        ):  # fmt: skip
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name}={value!r}; allowed: {', '.join(allowed)}")
         if self.chunk < 1 or (self.scratch is not None and self.scratch < 1):
@@ -306,10 +320,9 @@ class _MarginSoftmax(torch.autograd.Function):
             if filters:
                 shares = shares * (local_log_z - log_z).exp().nan_to_num(0.0)[:, None]
         value, slope = margin_logit(cosine, options.margin, options.continuation)
-        gap = log_z[rows] - options.scale * value
-        softplus = torch.logaddexp(gap, torch.zeros_like(gap))
-        loss = row_sums(weights * softplus, indptr)
-        pull = weights * torch.sigmoid(gap)
+        of_positives = negative_log_softmax if options.positives == "compete" else softplus
+        losses, pull = of_positives(log_z, options.scale * value, weights, indptr, rows)
+        loss = row_sums(losses, indptr)
         if filters:
             shares = shares * (indptr.diff() > 0)[:, None]
             active, mass = choose_cells(shares, options.delta / processes)

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from pymcip.ops.arrays import Array, to_fp32
 from pymcip.ops.canonical import canonical_pairs, canonical_scores
-from pymcip.ops.topk_torch import fp32_products, product_error, row_lengths
+from pymcip.ops.topk_torch import falling_order, fp32_products, product_error, row_lengths
 
 QUERIES = 1024
 ROWS = 4096
@@ -156,11 +156,7 @@ def _ordered(
         scores[part] = _scores(block, bank, sizes[first:last], ids[part])
     owners = torch.repeat_interleave(torch.arange(len(queries), device=device), sizes)
     order = ids.sort(stable=True).indices
-    # One key: the query, then the score falling. Its bits are monotone in it but for the sign.
-    bits = scores[order].view(torch.int32)
-    bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
-    order = order[((owners[order] << 32) - bits).sort(stable=True).indices]
-    del bits
+    order = order[falling_order(owners[order], scores[order])]
     ids, scores = ids[order], scores[order]
     counts = torch.zeros_like(ids)
 

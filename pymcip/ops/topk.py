@@ -37,6 +37,7 @@ from pymcip.ops.arrays import (
     device_of,
     dtype_name,
 )
+from pymcip.ops.canonical import joined_best
 from pymcip.ops.dispatch import Backend, select
 from pymcip.ops.packed_bank import PackedBank, plain_parts, plain_rows
 from pymcip.ops.topk_cpu import KERNELS, probe
@@ -141,11 +142,7 @@ def _over_parts(
         if ids is None or scores is None:
             ids, scores = part_ids, part_scores
             continue
-        # Earlier parts have lower ids and stand first, so a stable sort keeps ties in id order.
-        scores, order = torch.cat([scores, part_scores], 1).sort(
-            dim=1, descending=True, stable=True
-        )
-        ids, scores = torch.cat([ids, part_ids], 1).gather(1, order)[:, :k], scores[:, :k]
+        ids, scores = joined_best(ids, scores, part_ids, part_scores)
     assert ids is not None
     assert scores is not None
     return ids, scores

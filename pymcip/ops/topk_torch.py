@@ -147,15 +147,19 @@ def _merge(
     owner = torch.cat([own.repeat_interleave(k), query])
     all_scores = torch.cat([scores.flatten(), new_scores])
     all_ids = torch.cat([ids.flatten(), new_ids])
-    # One key: the owner, then the score falling. Its bits are monotone in it but for the sign.
-    bits = all_scores.view(torch.int32)
-    bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
-    order = ((owner << 32) - bits).sort(stable=True).indices
+    order = falling_order(owner, all_scores)
     # n (k of them, and the new ones) in order of their owners: the first k of each.
     sizes = k + torch.bincount(query, minlength=n)
     starts = sizes.cumsum(0) - sizes
     best = order[starts[:, None] + torch.arange(k, device=ids.device)]
     return all_ids[best], all_scores[best]
+
+
+def falling_order(owners: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """The order int64 [n] by owner (int64), then by falling score (fp32); equals stay as they are."""
+    bits = scores.view(torch.int32)  # monotone in the score but for the sign
+    bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+    return ((owners << 32) - bits).sort(stable=True).indices
 
 
 def product_error(columns: int) -> float:

@@ -43,6 +43,7 @@ import torch
 from torch import Tensor
 
 from pymcip.ops.arrays import Array, Progress, device_of
+from pymcip.ops.canonical import joined_best
 
 QUERIES = 16384  # at a time, at most
 _QUERY_BYTES = 1 << 28
@@ -96,11 +97,10 @@ def topk_triton(
                 found_ids, found_scores = search.result()
                 found_ids += start * (found_ids >= 0)
                 part = slice(first, first + step)
-                if start:  # ties in order of their ids: those of the segments before come first
-                    both = torch.cat([scores[part], found_scores], dim=1)
-                    found_scores, order = both.sort(dim=1, descending=True, stable=True)
-                    found_ids = torch.cat([ids[part], found_ids], dim=1).gather(1, order)
-                ids[part], scores[part] = found_ids[:, :k], found_scores[:, :k]
+                if start:
+                    found = joined_best(ids[part], scores[part], found_ids, found_scores)
+                    found_ids, found_scores = found
+                ids[part], scores[part] = found_ids, found_scores
     return (ids, scores) if isinstance(queries, Tensor) else (ids.numpy(), scores.numpy())
 
 

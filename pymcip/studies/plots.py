@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pymcip.demo.points import label
 from pymcip.errors import MissingDependencyError
 from pymcip.files import atomic_path
-from pymcip.studies.points import label
 
 
 def require_matplotlib() -> None:

@@ -6,7 +6,7 @@ world and with its recipe.
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import json
 import logging
 import time
@@ -17,16 +17,23 @@ from typing import Any
 from pymcip.configs import SweepConfig, TrainConfig, read_options
 from pymcip.contents import file_digests
 from pymcip.data import load_images
-from pymcip.demo.recipe import SMOKE, Recipe, second_stage
+from pymcip.demo.points import (
+    NO_CHANGES,
+    Changes,
+    Point,
+    label,
+    make_point,
+    measured,
+    trained,
+)
+from pymcip.demo.recipe import SMOKE, Recipe
 from pymcip.demo.sprites import load_sprites
 from pymcip.demo.world import World, prepare_world
 from pymcip.errors import ConfigError, PymcipError
-from pymcip.evaluation import evaluate
 from pymcip.files import read_json, write_json, write_text
 from pymcip.folders import holds_files
 from pymcip.outputs import output_folder
 from pymcip.studies.plots import draw_curves, draw_front, require_matplotlib
-from pymcip.studies.points import Changes, Point, label, study_points
 from pymcip.studies.tables import (
     KEPT,
     qualities,
@@ -35,8 +42,6 @@ from pymcip.studies.tables import (
     titles,
     with_alignment,
 )
-from pymcip.training import train
-from pymcip.training.checkpoints import checkpoint_files
 from pymcip.training.inputs import open_inputs
 
 _log = logging.getLogger("pymcip.studies")
@@ -136,6 +141,38 @@ def _run(
     return SweepResult(out, seeds, table, front, failed, seconds, markdown)
 
 
+def study_points(
+    config: SweepConfig, base: TrainConfig, changes: Changes = NO_CHANGES
+) -> list[Point]:
+    """The points of a sweep around `base`, in the order of the options and of their values.
+
+    Options that a point's method doesn't use are left out of it, and points that become equal by
+    that are one: `gpr` is trained once, whatever thresholds a product tries.
+
+    Raises:
+        ConfigError: a combination is not allowed, or a swept option is used by no method.
+    """
+    axes = config.axes
+    tried = [{name: value} for name, values in axes.items() for value in values]
+    if config.grid == "product":
+        products = itertools.product(*axes.values())
+        tried = [dict(zip(axes, values, strict=True)) for values in products]
+    points: dict[str, Point] = {}
+    for settings in tried:
+        point = make_point(base, settings, changes)
+        if point.settings:
+            points.setdefault(str(point.settings), point)
+    methods = (config.grid == "product" and axes.get("method")) or (base.method,)
+    problems = [
+        f"{name} is swept, but method {', '.join(dict.fromkeys(methods))} doesn't use it"
+        for name in axes
+        if all(name not in point.settings for point in points.values())
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return list(points.values())
+
+
 @dataclass(frozen=True)
 class _Study:
     """What the swept options are changes of, and what the runs are measured on."""
@@ -164,7 +201,9 @@ def _study(config: SweepConfig, seed: int | None = None) -> _Study:
         data, names = config.data, config.class_names
     problems = [] if data is not None else ["give `data`, labelled images to measure the runs on"]
     try:
-        base = TrainConfig.make(None, {**options, "out": "", "resume": None, "overwrite": False})
+        base = TrainConfig.make(
+            None, {**options, "out": "", "resume": None, "overwrite": False, "holdout": 0.0}
+        )
     except ConfigError as error:
         problems += [f"{config.train}: {problem}" for problem in error.problems]
     if problems:
@@ -225,16 +264,16 @@ def _run_seed(config: SweepConfig, seed: int) -> dict[str, Any]:
     study, folder = _study(config, seed), Path(config.out) / f"seed{seed}"
     metrics = folder / "metrics"
     base_file = folder.parent / "base.json" if config.train else metrics / "base.json"
-    base = _measured(study, study.base, base_file)
+    base = measured(study.base, study.evaluation, base_file)
     config = with_alignment(config, base)
     failed: dict[str, PymcipError] = {}
     records = []
     for point in study_points(config, study.base, study.changes):
         record: dict[str, Any] = {"settings": point.settings, "run": point.run}
         try:
-            run = _trained(point, folder / "runs", failed)
+            run = trained(point, folder / "runs", failed)
             model = replace(point.config, model=str(run), pretrained=None)
-            record["metrics"] = _measured(study, model, metrics / f"{point.run}.json")
+            record["metrics"] = measured(model, study.evaluation, metrics / f"{point.run}.json")
             record |= _figures(run, point)
             found: Any = qualities(config, record["metrics"])
         except PymcipError as error:
@@ -242,39 +281,6 @@ def _run_seed(config: SweepConfig, seed: int) -> dict[str, Any]:
         _log.info("seed %d: %s: %s", seed, label(point.settings, 0), found)
         records.append(record)
     return {"seed": seed, "base": base, "points": records}
-
-
-def _trained(point: Point, runs: Path, failed: dict[str, PymcipError]) -> Path:
-    """The finished run folder of a point, trained now if there is none; `failed` by run name."""
-    out = runs / point.run
-    if not (out / "result.json").is_file():  # written last
-        if point.run in failed:
-            raise failed[point.run]
-        config = replace(point.config, out=out, resume="latest")
-        try:
-            if point.first:
-                config = second_stage(config, str(_trained(point.first, runs, failed)))
-            result = train(config)
-        except PymcipError as error:
-            failed[point.run] = error
-            raise
-        if result.interrupted:
-            raise KeyboardInterrupt(result.interrupted)
-    for file in (*checkpoint_files(out / "checkpoints"), out / "checkpoints" / "best.pt"):
-        file.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # it is gone, or holds something else
-        (out / "checkpoints").rmdir()
-    return out
-
-
-def _measured(study: _Study, config: TrainConfig, file: Path) -> dict[str, float]:
-    """Metrics of a config's model; from `file`, if they are there."""
-    if not file.is_file():
-        names = ("model", "pretrained", "image_size", "device", "precision")
-        model = {name: getattr(config, name) for name in names}
-        write_json(file, evaluate(**model, **study.evaluation).metrics)
-    found: dict[str, float] = read_json(file, {})
-    return found
 
 
 def _figures(run: Path, point: Point) -> dict[str, float]:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from pymcip.configs import TrainConfig
-from pymcip.embedding import EmbeddingFolder
+from pymcip.configs import TrainSettings
+from pymcip.data import ImageData
+from pymcip.embedding import EmbeddingCache
 from pymcip.losses import ArcMargin
-from pymcip.model import AppendedClip, ClipModel
-from pymcip.model.appended import Gate, appended_clip
+from pymcip.model.appended import Gate
 from pymcip.ops.arrays import MatrixParts
 from pymcip.training.image_stage import class_means
+from pymcip.training.optim import cosine_with_warmup
 from pymcip.training.sampling import Stream, random_generator
 
 WEIGHT = 1.5  # of the appended dimensions beside the joint embedding
@@ -30,37 +31,36 @@ QUANTILES = 0.01, 0.25
 _log = logging.getLogger("pymcip.training")
 
 
-def append_dimensions(
-    config: TrainConfig,
-    clip: ClipModel,
-    original: dict[str, Tensor],
-    labels: npt.NDArray[np.int64],
-    joint: EmbeddingFolder,
-    tuned: EmbeddingFolder,
-) -> AppendedClip:
-    """Give the original model dimensions of image search, made by the tuned image tower.
+def fit_appended(
+    config: TrainSettings, joint: EmbeddingCache, tuned: EmbeddingCache, data: Sequence[ImageData]
+) -> tuple[Tensor, Gate]:
+    """Make the head of the tuned tower's dimensions, and the gate of queries.
 
     Args:
-        config: the options of the run; `appended_dims` is r.
-        clip: the tuned model; its image tower becomes the original's again.
-        original: the state of the image tower before training.
-        labels: int64 [N], the classes of the training images.
-        joint: their embeddings by the original model, float16 [N, D].
-        tuned: the same by the tuned model.
+        config: the options of the run; `extra_dims` is r.
+        joint: embeds by the model whose D dimensions come first.
+        tuned: embeds by the tuned image tower.
+        data: labelled training images; the classes of each are its own.
+
+    Returns:
+        The head, float32 [r, D], and the gate.
     """
-    head = fit_head(
-        MatrixParts(tuned.parts("img")), labels, config.appended_dims, config.seed, clip.device
-    )
-    gate = fit_gate(joint.vectors("img"), labels, config.seed)
-    tower = copy.deepcopy(clip.model.visual)
-    clip.model.visual.load_state_dict(original)  # type: ignore[union-attr,operator]
-    result = appended_clip(clip, tower, head, WEIGHT, gate)  # type: ignore[arg-type]
+    labels, folders, classes = [], [], 0
+    for images in data:
+        folders.append((joint.images(images), tuned.images(images)))
+        labels.append(images.labels[folders[-1][0].rows("img")] + classes)
+        classes += images.num_classes
+    of_all = np.concatenate(labels)
+    features = MatrixParts([part for _, folder in folders for part in folder.parts("img")])
+    head = fit_head(features, of_all, config.extra_dims, config.seed, tuned.clip.device)
+    vectors = np.concatenate([folder.vectors("img") for folder, _ in folders])
+    gate = fit_gate(vectors, of_all, config.seed)
     _log.info(
-        "%d dimensions appended, weight %g; a picture query uses half of them at a cosine of %.3f to "
-        "the nearest class",
-        config.appended_dims, WEIGHT, gate.centre,
+        "%d dimensions appended, of %d images in %d classes; weight %g; a picture query uses half of "
+        "them at a cosine of %.3f to the nearest class",
+        config.extra_dims, len(of_all), classes, WEIGHT, gate.centre,
     )  # fmt: skip
-    return result
+    return head, gate
 
 
 def fit_head(
@@ -89,9 +89,9 @@ def fit_head(
     steps = max(STEPS, -(-3 * len(labels) // BATCH))
     optimizer = torch.optim.AdamW([head, margin.weight], lr=RATE, weight_decay=0.05)
     for step in range(steps):
-        decay = 0.5 * (1 + math.cos(math.pi * step / steps))
-        optimizer.param_groups[0]["lr"] = RATE * min(1, (step + 1) / WARMUP) * decay
-        rows = drawing.integers(0, len(labels), min(BATCH, 4 * len(labels)))
+        share = cosine_with_warmup(step, warmup=WARMUP, total=steps)
+        optimizer.param_groups[0]["lr"] = RATE * share
+        rows = drawing.integers(0, len(labels), BATCH)
         noise = drawing.standard_normal((len(rows), columns)) * (NOISE / math.sqrt(columns))
         x = torch.from_numpy(features[rows].astype(np.float32) + noise.astype(np.float32))
         targets = torch.from_numpy(labels[rows]).to(device)

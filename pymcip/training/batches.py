@@ -7,16 +7,20 @@ generators are left as they were.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import open_clip
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from pymcip.data import ImageData
+from pymcip.errors import ConfigError
+from pymcip.model import ClipModel
 from pymcip.training.sampling import Indices
 from pymcip.workers import load_batches
 
@@ -34,6 +38,41 @@ def random_state(seed: int) -> Iterator[None]:
         torch.set_rng_state(before[0])
         random.setstate(before[1])
         np.random.set_state(before[2])  # noqa: NPY002
+
+
+def train_transform(clip: ClipModel, size: int, aug_cfg: dict[str, Any]) -> Callable[[Any], Tensor]:
+    """open_clip's transform of training images, to crops of `size` pixels.
+
+    Args:
+        clip: the model.
+        size: pixels of a side.
+        aug_cfg: open_clip's `AugmentationCfg` as a dict.
+
+    Raises:
+        ConfigError: open_clip doesn't know `aug_cfg`, or would ignore a part of it.
+    """
+    transform = open_clip.transform
+    allowed = {item.name for item in dataclasses.fields(transform.AugmentationCfg)}
+    unknown = sorted(set(aug_cfg) - allowed)
+    if unknown:
+        raise ConfigError(
+            f"aug_cfg has unknown keys {unknown}; allowed (open_clip's AugmentationCfg): "
+            f"{', '.join(sorted(allowed))}"
+        )
+    # without timm, open_clip takes these in with no more than a warning and does not apply them
+    ignored: list[str] = [name for name in ("ratio", "re_prob", "re_count") if name in aug_cfg]
+    if "color_jitter" in aug_cfg and not aug_cfg.get("color_jitter_prob"):
+        ignored.append("color_jitter")
+    if ignored and not aug_cfg.get("use_timm"):
+        raise ConfigError(
+            f"aug_cfg: open_clip applies {', '.join(ignored)} only with use_timm=True; add it"
+            + (", or color_jitter_prob" if "color_jitter" in ignored else "")
+        )
+    described = transform.PreprocessCfg(**{**clip.preprocess_cfg, "size": size})
+    made: Callable[[Any], Tensor] = transform.image_transform_v2(
+        described, is_train=True, aug_cfg=aug_cfg or None
+    )
+    return made
 
 
 class AugmentedImages(Dataset[tuple[Tensor, int]]):

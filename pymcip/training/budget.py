@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 
-from pymcip.configs import TrainConfig
+from pymcip.configs import TrainSettings
 from pymcip.data import ImageData
 from pymcip.embedding import EmbeddingFolder
 from pymcip.files import write_json
 from pymcip.model import ClipModel, plain_state
 from pymcip.ops.arrays import MatrixParts
 from pymcip.training.interpolation import interpolated, largest_coefficient
-from pymcip.training.logs import read_metrics
 from pymcip.training.loop import Run, Stage
 from pymcip.training.probe import AlignmentProbe, Kept
 from pymcip.training.probe_sources import (
@@ -51,7 +50,7 @@ class AlignmentBudget:
 
     def __init__(
         self,
-        config: TrainConfig,
+        config: TrainSettings,
         sources: ProbeSources,
         clip: ClipModel,
         data: ImageData,
@@ -98,13 +97,13 @@ class AlignmentBudget:
             )  # fmt: skip
         else:
             _log.warning(
-                "nothing is exported: no model between the original and the tuned one keeps the "
+                "%s: no model between the original and the tuned one keeps the "
                 "alignment_budget of %g (tuned: %.4f kept; coefficient %.4f: %.4f). Lower lr, train "
                 "fewer epochs, raise distill, or allow a larger budget",
+                "the joint embedding stays as it was" if config.extra_dims else "nothing is exported",
                 config.budget, search.tried[0][1], *search.tried[-1],
             )  # fmt: skip
-        records = read_metrics(run.out / "metrics.jsonl")
-        epochs = [record["alignment"] for record in records if "alignment" in record]
+        epochs = [record["alignment"] for record in run.log.records() if "alignment" in record]
         alignment = {
             "budget": config.budget,
             "respected": found is not None,
@@ -131,7 +130,7 @@ class AlignmentBudget:
 
 
 def _make_probe(
-    config: TrainConfig,
+    config: TrainSettings,
     sources: ProbeSources,
     clip: ClipModel,
     data: ImageData,

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from pymcip.configs import TrainConfig
+from pymcip.configs import TrainSettings
 from pymcip.data import ImageData
 from pymcip.embedding import EmbeddingCache, EmbeddingFolder
 from pymcip.errors import DataError
@@ -144,7 +144,7 @@ class Distillation:
     @classmethod
     def start(
         cls,
-        config: TrainConfig,
+        config: TrainSettings,
         cache: EmbeddingCache,
         images: EmbeddingFolder,
         captions: EmbeddingFolder,

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pymcip.configs import TrainConfig
+from pymcip.configs import TrainSettings
 from pymcip.data import ImageData
 from pymcip.losses import ArcMargin, MCArcMargin
 from pymcip.mining import CaptionLists, CaptionTable
@@ -29,7 +29,7 @@ from pymcip.model.towers import (
 )
 from pymcip.ops import order_bank
 from pymcip.ops.arrays import MatrixParts
-from pymcip.training.batches import AugmentedImages, image_batches
+from pymcip.training.batches import AugmentedImages, image_batches, train_transform
 from pymcip.training.distillation import Distillation
 from pymcip.training.optim import make_optimizer, parameter_groups
 from pymcip.training.sampling import Stream, epoch_order, random_generator
@@ -42,8 +42,8 @@ def caption_bank(
 ) -> tuple[np.ndarray, CaptionLists]:
     """The caption rows that MCArcMargin runs over, and every image's positives among them.
 
-    `negatives`: "mined" (rows that are a pseudo-caption of some image), "bank" (all of `vectors`), or
-    n: the mined rows and a sample of the others, n rows in all (or more, if more are mined).
+    `negatives`: "mined" or "batch" (rows that are a pseudo-caption of some image), "bank" (all of
+    `vectors`), or n: the mined rows and a sample of the others, n rows in all (or more, if more are mined).
     """
     if negatives == "bank":
         return vectors[:], CaptionLists(table.indptr, table.ids)
@@ -93,7 +93,7 @@ class ImageStage:
         self,
         clip: ClipModel,
         data: ImageData,
-        config: TrainConfig,
+        config: TrainSettings,
         *,
         class_rows: Tensor | None,
         bank: np.ndarray | None = None,
@@ -135,13 +135,17 @@ class ImageStage:
                 scale=config.caption_scale,
                 margin=config.caption_margin,
                 continuation=config.continuation,
+                positives=config.positives,
                 chunk=config.loss_chunk,
                 compute=compute,
                 delta=config.loss_delta,
             )
-        tower = parameter_groups(image_parameters(clip.model), lr=config.lr, wd=config.wd)
-        lr_classes = 10 * config.lr if config.lr_classes is None else config.lr_classes
-        matrix = {"params": [self.classes.weight], "weight_decay": 0.0, "peak_lr": lr_classes}
+        tower = parameter_groups(
+            image_parameters(clip.model), lr=config.lr, wd=config.wd, exempt=config.wd_exempt
+        )
+        matrix = {
+            "params": [self.classes.weight], "weight_decay": 0.0, "peak_lr": config.lr_classes
+        }  # fmt: skip
         self.optimizer: torch.optim.Optimizer = make_optimizer([*tower, matrix], config)
         self.convolutional = is_convolutional(clip.model)
         if clip.device.type == "cpu" and clip.precision == "amp_bf16":
@@ -161,7 +165,8 @@ class ImageStage:
                     "none; raise mixtures or batch_size to have any",
                     distillation.rate, config.batch_size,
                 )  # fmt: skip
-        self.images = AugmentedImages(data, clip.preprocess_train, config.seed, generic)
+        transform = train_transform(clip, config.train_size, config.aug_cfg)
+        self.images = AugmentedImages(data, transform, config.seed, generic)
 
     def train_mode(self) -> None:
         """Put the image tower into train mode, the rest of the model into evaluation mode."""
@@ -221,9 +226,12 @@ class ImageStage:
         all_rows = [rows.numpy() for _, rows in micro_batches]
         trained = [rows[rows < len(self.data)] for rows in all_rows]
         images_in_step = sum(map(len, trained))
-        captioned = 0
+        captioned, columns = 0, None
         if self.positives is not None:
             captioned = max(1, sum(int((self.positives.counts(r) > 0).sum()) for r in trained))
+            if self.config.negatives == "batch":
+                own = np.unique(self.positives.take(np.concatenate(trained)).ids)
+                columns = torch.from_numpy(own).to(device)
         extra_in_step = 0
         if distillation is not None:
             extra_in_step = max(1, sum(distillation.extra(len(rows)) for rows in trained))
@@ -248,7 +256,10 @@ class ImageStage:
                 lists = self.positives.take(own)
                 indptr = torch.from_numpy(lists.indptr).to(device)
                 indices = torch.from_numpy(lists.ids).to(device)
-                parts["caption_margin"] = self.captions(features, indptr, indices).sum() / captioned
+                parts["caption_margin"] = features.new_zeros(())
+                if columns is None or len(columns):  # some image of the step has a pseudo-caption
+                    losses = self.captions(features, indptr, indices, columns=columns)
+                    parts["caption_margin"] = losses.sum() / captioned
             if distillation is not None:
                 known = distillation.cached(rows, device)
                 total = distillation.sum(features, known[: len(own)], drawn)

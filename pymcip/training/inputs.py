@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,23 @@ from pymcip.files import fingerprint
 from pymcip.model import ClipModel
 from pymcip.model.clip import weights_fingerprint
 from pymcip.training.probe_sources import ProbeSources, load_probe_sources
+from pymcip.training.sampling import Indices, Stream, random_generator
+
+FEWEST_CLASSES = 8  # of data that spare two of them
+MOST_HELD_OUT = 5000  # images
+
+_log = logging.getLogger("pymcip.training")
 
 
 @dataclass(frozen=True)
 class Inputs:
     """What the options of a run name; None where they name nothing."""
 
-    images: ImageData  # train_data, images that can't be decoded included
+    images: ImageData  # of train_data what is trained on, images that can't be decoded included
     captions: Captions | None  # the corpus
-    validation: ImageData | None  # val_data
+    validation: ImageData | None  # val_data, or classes of train_data that are held out
     validation_names: ClassNames | None  # of its classes
+    held_out: bool  # whether validation is of train_data
     pairs: ImageData | None  # rea_data, images with captions
     class_texts: ClassTexts | None  # names of the classes of `images`, for re-alignment
     generic: ImageData | None  # distill_data
@@ -72,7 +80,7 @@ class Inputs:
         return [
             ("train_data", self.images),
             ("captions", self.captions),
-            ("val_data", self.validation),
+            ("held-out train_data" if self.held_out else "val_data", self.validation),
             ("val_class_names", self.validation_names),
             ("rea_data", self.pairs),
             ("rea_class_names", self.class_texts),
@@ -81,6 +89,23 @@ class Inputs:
             ("probe_captions", None if probe.from_corpus else probe.captions),
             ("probe_class_names", names),
         ]
+
+    def log_what_is_measured(self, holdout: float) -> None:
+        """Log which images measure the run, and warn if there are none."""
+        if self.validation is None:
+            _log.warning(
+                "the run is not measured: there is no val_data, and of %d classes none is held out "
+                "(holdout=%g). Give val_data, labelled images that are not trained on, to see whether "
+                "search gets better",
+                self.images.num_classes, holdout,
+            )  # fmt: skip
+        elif self.held_out:
+            _log.info(
+                "held out to measure the run: %d classes with %d images (holdout=%g); trained on: %d "
+                "classes with %d images",
+                self.validation.num_classes, len(self.validation), holdout,
+                self.images.num_classes, len(self.images),
+            )  # fmt: skip
 
 
 def _plain(value: Any) -> Any:
@@ -102,6 +127,12 @@ def open_inputs(config: TrainConfig) -> Inputs:
     captions = optional("captions", load_captions)
     validation = optional("val_data", load_images)
     validation_names = optional("val_class_names", read_class_names)
+    held_out = validation is None and len(chosen := held_out_classes(images, config)) > 0
+    if held_out:
+        validation = images.of_classes(chosen)
+        images = images.of_classes(np.setdiff1d(np.arange(images.num_classes), chosen))
+        if validation_names is None:
+            validation_names = optional("rea_class_names", read_class_names)
     pairs = optional("rea_data", load_images, labelled=False)
     if config.realigns and pairs is not None and not any(map(pairs.titles, range(len(pairs)))):
         raise DataError(
@@ -116,8 +147,28 @@ def open_inputs(config: TrainConfig) -> Inputs:
         captions=captions,
         validation=validation,
         validation_names=validation_names,
+        held_out=held_out,
         pairs=pairs,
         class_texts=class_texts,
         generic=optional("distill_data", load_images, labelled=False),
         probe=load_probe_sources(config, captions),
     )
+
+
+def held_out_classes(images: ImageData, config: TrainConfig) -> Indices:
+    """Draw the classes that are kept out of training, int64 [K] in rising order; there may be none.
+
+    They have two images or more each, and at least one class of every source stays.
+    """
+    wanted = max(2, round(config.holdout * images.num_classes))
+    if config.holdout == 0:
+        return np.empty(0, np.int64)
+    order = random_generator(config.seed, Stream.HELD_OUT).permutation(images.num_classes)
+    sizes = np.bincount(images.labels, minlength=images.num_classes)
+    _, firsts = np.unique(images.class_sources[order], return_index=True)
+    order = np.delete(order, firsts)
+    order = order[sizes[order] > 1]
+    order = order[np.cumsum(sizes[order]) <= MOST_HELD_OUT][:wanted]
+    if images.num_classes < FEWEST_CLASSES or len(order) < 2:
+        return np.empty(0, np.int64)
+    return np.sort(order)

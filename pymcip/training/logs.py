@@ -68,6 +68,10 @@ class MetricsLog:
         for log, _ in self.trackers:
             log(numbers, record["global_step"])
 
+    def records(self) -> list[dict[str, Any]]:
+        """Return all lines that the run has written so far."""
+        return read_metrics(self.path)
+
 
 def forget_after(path: Path, position: Position) -> dict[str, float]:
     """Drop the lines of metrics.jsonl that a killed run wrote after its last checkpoint.
@@ -96,9 +100,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Raises:
         DamagedFileError: another line is not what was written.
     """
-    lines = path.read_bytes().split(
-        b"\n"
-    )  # behind the last end of line there is nothing, or a part
+    lines = path.read_bytes().split(b"\n")  # the last of these is empty, or a part of a line
     records: list[dict[str, Any]] = []
     for number, line in enumerate(lines[:-1], start=1):
         try:

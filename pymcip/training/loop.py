@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from pymcip.configs import TrainConfig
+from pymcip.configs import TrainSettings
 from pymcip.errors import CheckpointError, TrainingDivergedError
 from pymcip.model import ClipModel
 from pymcip.model.towers import training_batch_norms
@@ -104,7 +104,7 @@ class Run:
     """What `fit` shares between the stages of one run."""
 
     clip: ClipModel
-    config: TrainConfig
+    config: TrainSettings
     out: Path
     log: MetricsLog
     interruption: Interruption
@@ -182,7 +182,9 @@ def run_epoch(run: Run, stage: Stage) -> None:
     with bar:
         for micro_batches in stage.steps(position.epoch, position.step):
             done = position.epoch * stage.steps_per_epoch + position.step
-            share = cosine_with_warmup(done, warmup=stage.warmup, total=total)
+            share = cosine_with_warmup(
+                done, warmup=stage.warmup, total=total, floor=config.lr_floor
+            )
             for group in stage.optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * share
             values = optimizer_step(run, stage, micro_batches)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,9 @@ _log = logging.getLogger("pymcip.training")
 class TrainResult:
     """What `train` returns, and writes as `result.json`.
 
-    `metrics`: last evaluation on `val_data` in percent, of the exported model if there is one;
-    `before`: the same before training (both {} without `val_data`). `interrupted`: "SIGINT" or
+    `metrics`: last evaluation on `val_data`, or on the classes that were held out (`holdout`), in
+    percent, of the exported model if there is one; `before`: the same before training (both {} without
+    either). Of appended dimensions the head is fitted again after it, to the held-out classes too. `interrupted`: "SIGINT" or
     "SIGTERM" if the run stopped early with a checkpoint, else None; `hub` and `state_dict` are None
     then. `best_checkpoint`: of the epoch with the best metrics on `val_data`.
 
@@ -75,6 +76,14 @@ class TrainResult:
             for name, value in asdict(self).items()
         }
         write_json(self.out / RESULT, plain)
+
+
+def as_begun(config: TrainConfig) -> TrainConfig:
+    """The config with what its run in `config.out`, if there is one, took where it says "auto"."""
+    path = Path(config.out) / "config.json"
+    taken = read_json(path, {}, _AGAIN) if path.is_file() else {}
+    open_ones = [item.name for item in fields(config) if getattr(config, item.name) == "auto"]
+    return replace(config, **{name: taken[name] for name in open_ones if name in taken})
 
 
 def finished_result(config: TrainConfig, made_from: dict[str, str]) -> TrainResult | None:

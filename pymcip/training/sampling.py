@@ -35,6 +35,7 @@ class Stream(Enum):
     GENERIC_IMAGES = (9,)
     APPENDED_HEAD = (10, 0)
     APPENDED_GATE = (10, 1)
+    HELD_OUT = (11,)
 
 
 def random_generator(seed: int, stream: Stream, *place: int) -> np.random.Generator:

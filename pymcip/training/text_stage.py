@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pymcip.configs import TrainConfig
+from pymcip.configs import TrainSettings
 from pymcip.data import Captions, ImageData
 from pymcip.data.class_names import ClassTexts
 from pymcip.embedding import EmbeddingFolder
@@ -35,16 +35,19 @@ class Pairs:
         captions: of the N images, as numbers in `texts`.
         texts: captions and prompts, each once.
         names: int64 [N, T], the numbers in `texts` of each image's class name in T prompts.
+        pictures: int64 [N], a number per picture: images of equal content have the same, and are no
+            negatives of each other. None: all are different.
     """
 
     vectors: Tensor
     captions: CaptionLists
     texts: list[str]
     names: np.ndarray | None = None
+    pictures: np.ndarray | None = None
 
 
 def image_text_pairs(
-    config: TrainConfig,
+    config: TrainSettings,
     data: ImageData,
     embedded: EmbeddingFolder,
     *,
@@ -89,6 +92,7 @@ def image_text_pairs(
         captions=CaptionLists(bounds_of(counts), np.array(ids, dtype=np.int64)),
         texts=list(number),
         names=names,
+        pictures=np.unique(embedded.contents(), return_inverse=True)[1],
     )
 
 
@@ -101,14 +105,16 @@ class TextStage:
 
     name = "text"
 
-    def __init__(self, clip: ClipModel, pairs: Pairs, config: TrainConfig) -> None:
+    def __init__(self, clip: ClipModel, pairs: Pairs, config: TrainSettings) -> None:
         self.clip, self.config, self.pairs = clip, config, pairs
         self.epochs, self.warmup = config.rea_epochs, config.rea_warmup
         self.samples_per_step = config.rea_batch_size * config.accum_freq
         self.rows = np.flatnonzero((pairs.captions.counts() > 0) | (pairs.names is not None))
         self.steps_per_epoch = max(1, len(self.rows) // self.samples_per_step)
         unlock_text_tower(clip)
-        groups = parameter_groups(text_parameters(clip.model), lr=config.rea_lr, wd=config.wd)
+        groups = parameter_groups(
+            text_parameters(clip.model), lr=config.rea_lr, wd=config.wd, exempt=config.wd_exempt
+        )
         self.optimizer: torch.optim.Optimizer = make_optimizer(groups, config)
         self.heads = nn.ModuleDict()
         self.scale = clip.logit_scale
@@ -155,7 +161,8 @@ class TextStage:
         rows = np.concatenate([rows for rows, _ in micro_batches])
         captions = np.concatenate([captions for _, captions in micro_batches])
         images = self.pairs.vectors[torch.from_numpy(rows)].to(device, torch.float32)
-        ids = torch.from_numpy(rows).to(device), torch.from_numpy(captions).to(device)
+        pictures = rows if self.pairs.pictures is None else self.pairs.pictures[rows]
+        ids = torch.from_numpy(pictures).to(device), torch.from_numpy(captions).to(device)
         if len(micro_batches) == 1:
             loss = info_nce(images, self._features(captions), self.scale, *ids)
             loss.backward()  # type: ignore[no-untyped-call]

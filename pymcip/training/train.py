@@ -2,6 +2,7 @@
 
 | method     | trains                                | loss                             |
 |------------|---------------------------------------|----------------------------------|
+| `appended` | image tower, for dimensions of its own| ArcMargin on class labels        |
 | `gpr`      | image tower                           | ArcMargin on class labels        |
 | `mcip`     | image tower                           | + MCArcMargin on pseudo-captions |
 | `rea`      | text tower, on cached image embeddings| InfoNCE, both directions         |
@@ -14,6 +15,7 @@ With `distill`, every stage on images also stays near the untrained model's dist
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Callable
@@ -23,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from pymcip.configs import TrainConfig
+from pymcip.configs import TrainConfig, TrainSettings
 from pymcip.data import ImageData
 from pymcip.embedding import EmbeddingCache, EmbeddingFolder
 from pymcip.errors import DataError
@@ -31,10 +33,11 @@ from pymcip.exporting import write_export
 from pymcip.files import write_json
 from pymcip.mining import CaptionTable, mine_captions
 from pymcip.model import ClipModel, load_configured, plain_state
+from pymcip.model.appended import appended_clip
 from pymcip.model.towers import discard_projector
 from pymcip.ops.arrays import MatrixParts
 from pymcip.outputs import output_folder
-from pymcip.training.appended import append_dimensions
+from pymcip.training.appended import WEIGHT, fit_appended
 from pymcip.training.budget import AlignmentBudget
 from pymcip.training.checkpoints import (
     Position,
@@ -50,7 +53,8 @@ from pymcip.training.inputs import Inputs, open_inputs
 from pymcip.training.logs import MetricsLog, forget_after, log_file
 from pymcip.training.loop import Interruption, Run, Stage, fit, restore
 from pymcip.training.noise import noisy_captions
-from pymcip.training.result import INPUTS, TrainResult, finished_result
+from pymcip.training.result import INPUTS, TrainResult, as_begun, finished_result
+from pymcip.training.settings import fit_settings
 from pymcip.training.text_stage import TextStage, image_text_pairs
 from pymcip.training.validation import Validation
 
@@ -67,8 +71,13 @@ def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
     With `alignment_budget` the tuned weights are drawn back towards the original ones as far as the
     budget asks for (`TrainResult.alignment`); if nothing keeps it, nothing is exported.
 
-    With `appended_dims` the exported open_clip weights are the untrained model's, and beside them
-    `exported/hub/appended.safetensors` holds the tuned image tower's dimensions; `pymcip.load` reads both.
+    With `appended_dims` the exported open_clip weights are the untrained model's (with a budget: those
+    that keep it), and beside them `exported/hub/appended.safetensors` holds the tuned image tower's
+    dimensions; `pymcip.load` reads both.
+
+    Options that are "auto" are chosen by the model and the number of images; `config.json` and the log
+    have what was taken. Where there is no `val_data`, some classes are held out to measure the model
+    before and after. The last lines of the log say what it was and is, and warn where it isn't better.
 
     With `resume="latest"` a run that was killed continues from its last checkpoint, on the CPU to the
     same bits as if it had not been.
@@ -85,8 +94,11 @@ def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
             not finite or have grown a thousandfold. Nothing was exported.
     """
     config = TrainConfig.make(config, options)
+    if config.resume:
+        config = as_begun(config)
     inputs = open_inputs(config)
-    clip = load_configured(config, config.aug_cfg).joint()
+    clip = load_configured(config).joint()
+    settings, reasons = fit_settings(config, clip, inputs.images)
     made_from = inputs.fingerprints(config, clip)
     if config.resume:
         finished = finished_result(config, made_from)
@@ -94,14 +106,17 @@ def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
             return finished
     with output_folder(config, resume=config.resume is not None, read=inputs.files()) as out:
         write_json(out / INPUTS, made_from)
-        write_json(out / "config.json", config.to_dict())
+        write_json(out / "config.json", settings.to_dict())
         (out / "checkpoints").mkdir(exist_ok=True)
         with Interruption().installed() as interruption, log_file(out / "out.log"):
-            return _run(config, out, clip, inputs, interruption)
+            for name, reason in reasons.items():
+                _log.info("%s: %s (%s)", name, getattr(settings, name), reason)
+            inputs.log_what_is_measured(settings.holdout)
+            return _run(settings, out, clip, inputs, interruption)
 
 
 def _run(
-    config: TrainConfig, out: Path, clip: ClipModel, inputs: Inputs, interruption: Interruption
+    config: TrainSettings, out: Path, clip: ClipModel, inputs: Inputs, interruption: Interruption
 ) -> TrainResult:
     """Embed, mine, run the stages in order, keep the budget, export."""
     started = time.perf_counter()
@@ -113,13 +128,11 @@ def _run(
 
     # `clip` is the untrained model up to here: take from it what training will need of it.
     captions = class_rows = distillation = budget = None
-    original = plain_state(clip.model.visual) if config.appended_dims else {}  # type: ignore[arg-type]
+    original = plain_state(clip.model.visual) if config.extra_dims else {}  # type: ignore[arg-type]
     if config.compares_with_captions:
         assert inputs.captions is not None  # `TrainConfig.problems` sees to it
         captions = cache.captions(inputs.captions)
-    if config.trains_images and (
-        config.distill > 0 or config.class_init == "mean" or config.appended_dims
-    ):
+    if config.trains_images and (config.distill > 0 or config.class_init == "mean"):
         if config.mine_model is not None or config.projector == "discard":
             embedded = cache.images(data)
         if config.class_init == "mean":
@@ -153,7 +166,7 @@ def _run(
     if inputs.validation is not None:
         validation = Validation(
             clip, inputs.validation, inputs.validation_names,
-            workers=config.workers, metrics=metrics,
+            held_out=inputs.held_out, workers=config.workers, metrics=metrics,
         )  # fmt: skip
 
     def image_stage() -> Stage:
@@ -207,21 +220,32 @@ def _run(
                 position.stage, position.epoch, position.step = position.stage + 1, 0, 0
                 run.save(None)
 
+    if run.checkpoint is None:  # nothing to train but the head of the appended dimensions
+        run.save(None)
     assert run.checkpoint is not None
-    exported = alignment = None
+    exported = alignment = final = None
     if not interruption.requested:
         refuse_diverged(clip.model, norms, position)
+        tuned = clip
+        if config.extra_dims and stages:
+            tuned = replace(clip, model=copy.deepcopy(clip.model))
         if budget is not None:
             alignment = budget.keep(run)
-            if validation is not None and 0 < alignment["coefficient"] < 1:
-                validation.update()
-        if config.appended_dims:
-            tuned = _cache(config, out, clip).images(data)
-            clip = append_dimensions(config, clip, original, data.labels, embedded, tuned)
+        elif config.extra_dims:
+            clip.model.visual.load_state_dict(original)  # type: ignore[union-attr,operator]
+        if config.extra_dims:
+            caches = _cache(config, out, clip), _cache(config, out, tuned)
+            head, gate = fit_appended(config, *caches, [data])
+            if inputs.held_out and inputs.validation is not None:
+                final = fit_appended(config, *caches, [data, inputs.validation])
+            tower: Any = None if tuned is clip else tuned.model.visual
+            clip = appended_clip(clip, tower, head, WEIGHT, gate)
+        if config.extra_dims or alignment is None or alignment["respected"]:
+            drawn_back = alignment is not None and alignment["coefficient"] < 1
             if validation is not None:
-                validation.clip = clip
-                validation.update()
-        if alignment is None or alignment["respected"]:
+                validation.finish(run, clip, changed=config.extra_dims > 0 or drawn_back)
+            if final is not None:  # has seen the classes that were held out to measure the model
+                clip = replace(clip, head=final[0], gate=final[1])  # type: ignore[call-arg]
             exported = write_export(clip, out / "exported")
     best = out / "checkpoints" / "best.pt"
     result = TrainResult(
@@ -244,14 +268,14 @@ def _run(
     return result
 
 
-def _cache(config: TrainConfig, out: Path, clip: ClipModel) -> EmbeddingCache:
+def _cache(config: TrainSettings, out: Path, clip: ClipModel) -> EmbeddingCache:
     """The run's embeddings by a model whose weights stay as they are while the cache is in use."""
     folder = config.cache if config.cache is not None else out / "embeddings"
     return EmbeddingCache(clip, folder, workers=config.workers)
 
 
 def _embed_and_mine(
-    config: TrainConfig, out: Path, cache: EmbeddingCache, inputs: Inputs
+    config: TrainSettings, out: Path, cache: EmbeddingCache, inputs: Inputs
 ) -> tuple[ImageData, EmbeddingFolder, CaptionTable | None]:
     """The images that can be decoded, their embeddings by the model that mines, what it mined."""
     if config.mine_model is not None:

@@ -1,4 +1,4 @@
-"""Evaluation on `val_data` while training: before it, after every epoch, and at the end."""
+"""Evaluation of a run on images it isn't trained on: before it, after every epoch, at the end."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 
 import numpy as np
 
+from pymcip.configs import TrainSettings
 from pymcip.data import ImageData
 from pymcip.data.class_names import ClassNames
 from pymcip.evaluation import evaluate_model
@@ -15,6 +16,10 @@ from pymcip.training.checkpoints import mark_best
 from pymcip.training.loop import Run, Stage
 
 EMBED_BATCH = 64
+IMAGE_SEARCH = "i2i_map"
+TEXT_SEARCH = ("zero_shot", "t2i", "i2t")  # how their names begin
+SAME = 0.1  # points by which a figure of text search may fall in rounding
+LEARNT = 0.9  # of the first loss: a run that ends above it hardly learnt
 
 _log = logging.getLogger("pymcip.training")
 
@@ -33,10 +38,12 @@ class Validation:
         data: ImageData,
         class_names: ClassNames | None,
         *,
+        held_out: bool,
         workers: int,
         metrics: dict[str, float],
     ) -> None:
         self.clip, self.data, self.class_names, self.workers = clip, data, class_names, workers
+        self.held_out = held_out  # whether `data` are classes of train_data
         self.before: dict[str, float] = {}
         self.metrics = metrics
 
@@ -55,10 +62,13 @@ class Validation:
     def after_epoch(self, run: Run, stage: Stage) -> None:
         """Evaluate, log, and mark the run's last checkpoint if it is the best so far."""
         self.update()
+        if run.config.extra_dims:  # the tower in training serves image search alone
+            for name in [name for name in self.metrics if name.startswith(TEXT_SEARCH)]:
+                del self.metrics[name]
         run.log_epoch(stage, "evaluation", self.metrics)
         position = run.position
         names = ("i2i_map", "zero_shot", "t2i_r5")  # the mean of those that were measured
-        score = float(np.mean([self.metrics[name] for name in names if name in self.metrics]))
+        score = float(np.mean([self.metrics[name] for name in names if name in self.metrics] or 0))
         _log.info("epoch %d: %s (score %.2f)", position.epoch + 1, self.metrics, score)
         if score > position.best_score and run.checkpoint is not None:
             position.best_score = score
@@ -70,3 +80,71 @@ class Validation:
             self.clip, self.data,
             class_names=self.class_names, batch_size=EMBED_BATCH, workers=self.workers,
         )  # fmt: skip
+
+    def finish(self, run: Run, clip: ClipModel, *, changed: bool) -> None:
+        """Evaluate the model to export, and log the figures before and after, and what is not better.
+
+        `changed`: whether it is another model than at the end of the last epoch.
+        """
+        self.clip = clip
+        if changed:
+            self.update()
+        if not self.before:
+            return
+        changes = [
+            f"{name} {self.before[name]:.1f} -> {value:.1f}"
+            for name, value in self.metrics.items()
+            if name in self.before
+        ]
+        source = "classes that were held out" if self.held_out else "val_data"
+        _log.info("on %d images of %s: %s", len(self.data), source, ", ".join(changes))
+        steps = [
+            line for line in run.log.records() if line.get("stage") == "image" and "loss" in line
+        ]
+        for line in shortcomings(
+            run.config, self.before, self.metrics, [line["loss"] for line in steps]
+        ):
+            _log.warning("%s", line)
+
+
+def shortcomings(
+    config: TrainSettings, before: dict[str, float], after: dict[str, float], losses: list[float]
+) -> list[str]:
+    """What of a trained model is not better than before, each with a likely cause and a next step.
+
+    Args:
+        config: the options of the run.
+        before, after: metrics in percent.
+        losses: of the image stage, in order.
+    """
+    found = []
+    if (
+        (config.trains_images or config.extra_dims)
+        and IMAGE_SEARCH in before
+        and after[IMAGE_SEARCH] <= before[IMAGE_SEARCH]
+    ):
+        change = f"image search is not better than before ({IMAGE_SEARCH} {before[IMAGE_SEARCH]:.1f} -> {after[IMAGE_SEARCH]:.1f})"
+        if losses and losses[-1] > LEARNT * losses[0]:
+            cause = (
+                f"the loss only went from {losses[0]:.2f} to {losses[-1]:.2f}, so the model hardly "
+                f"learnt: raise lr (now {config.lr:g}) or epochs (now {config.epochs})"
+            )
+        else:
+            cause = (
+                "the training classes were learnt, but others did not gain: lower lr (now "
+                f"{config.lr:g}) or epochs (now {config.epochs}), or train on more classes; with "
+                "few images to measure by (holdout, val_data) it may be chance"
+            )
+        found.append(f"{change}: {cause}")
+    fallen = [
+        f"{name} {before[name]:.1f} -> {value:.1f}"
+        for name, value in after.items()
+        if name.startswith(TEXT_SEARCH) and value < before.get(name, 0) - SAME
+    ]
+    if fallen:
+        found.append(
+            f"text search is worse than before ({', '.join(fallen)}): training moved the images away "
+            "from the texts. method='appended' leaves text search as it is; alignment_budget= bounds "
+            "what is lost"
+        )
+    return found

@@ -1,0 +1,46 @@
+"""Recipes: named settings of `train`, in `pymcip/recipes/NAME.json`, with their sources."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from pymcip.errors import ConfigError
+
+FOLDER = Path(__file__).parents[1] / "recipes"
+
+
+def recipe_names() -> list[str]:
+    """Return the names of all recipes."""
+    return sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """Read a recipe: "about", "source", "date", "settings" and "not reproduced" (by name, why).
+
+    Raises:
+        ConfigError: there is no recipe of this name.
+    """
+    names = recipe_names()
+    if name not in names:
+        close = difflib.get_close_matches(str(name), names, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(f"recipe={name!r} is not known; allowed: {', '.join(names)}{hint}")
+    values: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    return values
+
+
+def describe_recipes() -> str:
+    """Describe all recipes for people: where each is from, what it sets, and what it can't."""
+    parts = []
+    for name in recipe_names():
+        recipe = read_recipe(name)
+        settings = " ".join(f"{key}={value}" for key, value in recipe["settings"].items())
+        missing = "".join(f"\n    {key}: {why}" for key, why in recipe["not reproduced"].items())
+        parts.append(
+            f"{name}: {recipe['about']}\n  from {recipe['source']} ({recipe['date']})\n  sets {settings}\n"
+            f"  not reproduced:{missing}\n"
+        )
+    return "\n".join(parts)

@@ -1,0 +1,406 @@
+"""Files that describe images or hold captions: one reader that recognises what lies there.
+
+`docs/data.md` lists the formats. What a file was taken for is said in the log; what can't be sure is
+refused, with its first suspicious line.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+
+from pymcip.data.columns import TEXTS, parquet_columns, read_parquet, text_lists, texts
+from pymcip.data.json_annotations import read_json
+from pymcip.data.labels import label_of
+from pymcip.data.sources import some, suffix
+from pymcip.data.tables import Table, first_lines, read_delimited, read_lines, split_line
+from pymcip.data.tally import LeftOut
+from pymcip.errors import DataError
+
+TABLES = (".txt", ".csv", ".tsv", ".parquet", ".json", ".jsonl")
+FILE_COLUMNS = (
+    "filepath", "file_path", "file_name", "filename", "image_path", "image_name", "img_path", "path",
+    "image", "img",
+)  # fmt: skip
+LABEL_COLUMNS = ("label", "cls", "class", "class_name")
+CAPTION_COLUMNS = ("caption", "title", "text", "comment", "sentence", "raw")
+_NUMBERED = re.compile(r"(.*?)s?(_raw|_?\d+)?")
+_SAMPLE = 200  # lines that a text is recognised by
+_DELIMITERS = ("\t", ",", ";", "|")
+_OWN = {".csv": ",", ".tsv": "\t"}
+_ENDINGS = "jpe?g|jfif|png|webp|bmp|gif|tiff?|avif|heic"
+_IMAGE_CELL = re.compile(rf"[^\t,;|]*\.(?:{_ENDINGS})(?:#\d+)?", re.IGNORECASE)
+_STARTS_WITH_IMAGE = re.compile(rf"\S+\.(?:{_ENDINGS})(?:#\d+)?[\t,;| ]\s*\S", re.IGNORECASE)
+_URL_CELL = re.compile(r"(?:https?|ftp|s3|data):\S+", re.IGNORECASE)
+_NUMBER_CELL = re.compile(r"\d+")
+_LOST_BAR = re.compile(
+    r"(\d+)\s+(.*\S)"
+)  # Flickr30k's results.csv has one row without its second bar
+
+_log = logging.getLogger("pymcip.data")
+
+
+@dataclass
+class Annotations:
+    """What a file says about images, row by row.
+
+    Attributes:
+        path: the file.
+        kind: what it was taken for, in words.
+        captions: large_list<large_string> [N]: the captions of each row.
+        files: the image of each row, None where a row has none; or None: no row has one.
+        labels: the class of each row, or None where there is none.
+        where: says where a row is in the file.
+        left_out: rows that are no rows.
+        names: of all columns, of a table.
+    """
+
+    path: Path
+    kind: str
+    captions: pa.ChunkedArray
+    files: list[str | None] | None
+    labels: list[str | None]
+    where: Callable[[int], str]
+    left_out: list[LeftOut] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Layout:
+    """How a text file is to be read: as a table, or None as lines."""
+
+    kind: str
+    delimiter: str | None = None
+    header: list[str] = field(default_factory=list)  # default: the first line
+    rest: bool = False
+
+
+_CELLS = {"url": _URL_CELL, "image": _IMAGE_CELL, "number": _NUMBER_CELL}
+_FEW = 3  # rows by which it can't be said whether all have the same number of cells
+
+
+def read_annotations(path: Path, *, images: bool = False) -> Annotations:
+    """Read a file of captions or of images with labels and captions, whatever its layout.
+
+    Args:
+        path: a text, CSV, TSV, parquet or JSON file; texts may be compressed.
+        images: columns of images and labels are read too, and every caption; else only the first kind
+            of captions (caption before title before text).
+
+    Raises:
+        DataError: the file can't be read, or what it is can't be said for sure.
+    """
+    kind = suffix(path)
+    if kind in (".json", ".jsonl"):
+        found = read_json(path)
+        rows = len(found.captions)
+        result = Annotations(
+            path,
+            found.kind,
+            pa.chunked_array([pa.array(found.captions, TEXTS)]),
+            found.files,
+            found.labels or [None] * rows,
+            lambda row: found.where[row],
+        )
+    elif kind == ".parquet":
+        result = _from_table(read_parquet(path, lambda names: _wanted(path, names, images)), images)
+    else:
+        layout = _recognise(path, kind)
+        result = _text(path, layout, images)
+    _log.info("%s: read as %s", path, result.kind)
+    return result
+
+
+def has_captions(path: Path) -> bool:
+    """Return whether a parquet file has a column of captions; raises DataError if it is none."""
+    return bool(_caption_columns(parquet_columns(path), every=False))
+
+
+# Which columns
+
+
+def _key(name: str) -> str:
+    return name.strip().strip("\ufeff").lower()
+
+
+def _first(names: Sequence[str], known: Sequence[str]) -> str | None:
+    lowered = {_key(name): name for name in reversed(names)}
+    return next((lowered[name] for name in known if name in lowered), None)
+
+
+def _caption_columns(names: Sequence[str], *, every: bool) -> list[str]:
+    """Return the columns of captions: those of the first kind, or with `every` title and caption."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        match = _NUMBERED.fullmatch(_key(name))
+        if match and match[1] in CAPTION_COLUMNS:
+            found.setdefault(match[1], []).append(name)
+    both = [*found.get("title", []), *found.get("caption", [])] if every else []
+    return both or next((found[kind] for kind in CAPTION_COLUMNS if kind in found), [])
+
+
+def _wanted(path: Path, names: Sequence[str], images: bool) -> list[str]:
+    captions = _caption_columns(names, every=images)
+    if not images and not captions:
+        raise DataError(
+            f"{path} has no column caption, title or text; it starts with {some(names)}. Give the "
+            "caption column one of these names"
+        )
+    others = [_first(names, FILE_COLUMNS), _first(names, LABEL_COLUMNS)] if images else []
+    wanted = list(dict.fromkeys(name for name in (*others, *captions) if name is not None))
+    keys = [_key(name) for name in names]
+    for name in wanted:
+        if keys.count(_key(name)) > 1:
+            raise DataError(
+                f"{path} has {keys.count(_key(name))} columns {name}; give each a name of its own"
+            )
+    return wanted
+
+
+def _from_table(table: Table, images: bool) -> Annotations:
+    names = table.names
+    columns = [name for name in _caption_columns(names, every=images) if name in table.columns]
+    lists = [text_lists(table, name) for name in columns]
+    file = _first(names, FILE_COLUMNS) if images else None
+    label = _first(names, LABEL_COLUMNS) if images else None
+    if file is not None:
+        _refuse_content(table, file)
+    described = [f"captions from {', '.join(columns)}"] if columns else []
+    described += [f"images from {file}"] if file else []
+    described += [f"labels from {label}"] if label else []
+    rows = len(table)
+    return Annotations(
+        path=table.path,
+        kind=f"{table.kind}: {', '.join(described) or 'no column that is known'}",
+        captions=_joined(lists, rows),
+        files=None if file is None else texts(table, file),
+        labels=[None] * rows if label is None else [label_of(text) for text in texts(table, label)],
+        where=table.where,
+        left_out=[
+            LeftOut(f"{table.path}, line {line}", "a header between the rows")
+            for line in table.repeated
+        ],
+        names=names,
+    )
+
+
+def _refuse_content(table: Table, name: str) -> None:
+    """Refuse a column that holds the images themselves."""
+    kind = table.columns[name].type
+    struct = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+    content = table.columns[name]
+    if struct:
+        content = pa.compute.struct_field(content, "bytes")
+    if (struct or pa.types.is_binary(kind)) and content.null_count < len(content):
+        raise DataError(
+            f"{table.path}: column {name} holds the images themselves ({kind}); write them to files, or "
+            "with their labels and captions to tar shards, and give those"
+        )
+
+
+def _joined(lists: Sequence[pa.ChunkedArray], rows: int) -> pa.ChunkedArray:
+    """Join several columns of lists into one: a row's captions are those of all columns."""
+    if not lists:
+        return pa.chunked_array([pa.array([[]] * rows, TEXTS)])
+    if len(lists) == 1:
+        return lists[0]
+    columns = zip(*(column.to_pylist() for column in lists), strict=True)
+    return pa.chunked_array([pa.array([list(chain(*cells)) for cells in columns], TEXTS)])
+
+
+# What a text is
+
+
+def _text(path: Path, layout: _Layout, images: bool) -> Annotations:
+    if layout.delimiter is None:
+        return _lines(path, layout.kind)
+
+    def choose(names: Sequence[str]) -> list[str]:
+        return _wanted(path, names, images)
+
+    try:
+        table = read_delimited(
+            path,
+            layout.delimiter,
+            choose,
+            layout.header,
+            how=("rest" if layout.rest else "lines") if layout.header else "any",
+            cells={name: _CELLS[name] for name in layout.header if name in _CELLS},
+        )
+    except DataError as error:
+        names = layout.header or split_line(first_lines(path, 1)[0], layout.delimiter)
+        if not ("Expected" in str(error) and _files_and_captions(names)):
+            raise
+        # CLIP_benchmark's lists and Flickr30k's results.csv: the caption is all behind the image.
+        table = _repaired(path, layout.delimiter, names)
+        _check_files(table, names)
+    result = _from_table(table, images)
+    result.kind = f"{layout.kind} ({result.kind})" if layout.kind else result.kind
+    if images and result.files is not None:
+        result.files = [None if f is None else re.sub(r"#\d+$", "", f) for f in result.files]
+    return result
+
+
+def _files_and_captions(names: Sequence[str]) -> bool:
+    """Return whether the first column is the image, the last the caption, a number between them."""
+    first, last = _first(names[:1], FILE_COLUMNS), _caption_columns(names[-1:], every=False)
+    return first is not None and bool(last) and len(names) in (2, 3)
+
+
+def _repaired(path: Path, delimiter: str, names: list[str]) -> Table:
+    """Read a table of images and captions whose captions hold the delimiter."""
+    table = read_delimited(
+        path, delimiter, lambda _: [names[0], names[-1]], [names[0], names[-1]], how="rest"
+    )
+    skipped = _key(table.columns[names[0]][0].as_py()) == _key(names[0])  # the header is a row here
+    files, captions = (table.columns[name].to_pylist() for name in (names[0], names[-1]))
+    if len(names) == 3:
+        for row, text in enumerate(captions):
+            number, bar, caption = text.partition(delimiter)
+            lost = _LOST_BAR.fullmatch(text.strip())
+            if bar and _NUMBER_CELL.fullmatch(number.strip()):
+                captions[row] = caption.strip()
+            elif lost:
+                captions[row] = lost[2]
+            elif not (skipped and row == 0):
+                raise DataError(f"{path}, {table.where(row)}: no number between image and caption")
+    if skipped:
+        files, captions, table.lines = files[1:], captions[1:], table.lines[1:]
+    table.columns = {
+        names[0]: pa.chunked_array([pa.array(files, pa.large_string())]),
+        names[-1]: pa.chunked_array([pa.array(captions, pa.large_string())]),
+    }
+    return table
+
+
+def _check_files(table: Table, names: Sequence[str]) -> None:
+    for row, name in enumerate(table.columns[names[0]].to_pylist()):
+        if not _IMAGE_CELL.fullmatch(name or ""):
+            raise DataError(
+                f"{table.path}, {table.where(row)}: {name!r:.60} is no image's name, as in the other "
+                "rows; put cells that hold the delimiter into quotes"
+            )
+
+
+def _recognise(path: Path, kind: str) -> _Layout:
+    """Say how to read a text file, from its name and its first lines."""
+    head = first_lines(path, _SAMPLE)
+    if not head:
+        return _Layout("an empty text")
+    if all(line.lstrip().startswith("{") and line.rstrip().endswith("}") for line in head):
+        raise DataError(f"{path} holds JSON in each line; name it .jsonl")
+    with_header = _with_header(head, kind)
+    if with_header is not None:
+        return with_header
+    if kind == ".csv":
+        raise DataError(
+            f"{path} has no column caption, title or text; it starts with "
+            f"{some(split_line(head[0], ','))}. Give the caption column one of these names"
+        )
+    bare = _without_header(path, head, kind)
+    if bare is not None:
+        return bare
+    if kind == ".tsv" and any("\t" in line for line in head):
+        width = head[0].count("\t") + 1
+        for number, line in enumerate(head, start=1):
+            if line.count("\t") + 1 != width:
+                raise DataError(
+                    f"{path}, line {number}: {line.count(chr(9)) + 1} cells; expected {width} as in the "
+                    "first line"
+                )
+        raise DataError(
+            f"{path}, line 1: {head[0]!r:.80}: {width} cells; expected url<TAB>caption, "
+            "caption<TAB>url, image<TAB>caption, or a header that names a column caption, title or text"
+        )
+    _refuse_suspicious(path, head)
+    return _Layout("text, a caption per line")
+
+
+def _with_header(head: Sequence[str], kind: str) -> _Layout | None:
+    """Recognise a header: the delimiter that gives the most names that are known."""
+    best: tuple[int, str] = (0, "")
+    order = [_OWN[kind]] if kind in _OWN else []
+    for delimiter in dict.fromkeys([*order, *_DELIMITERS]):
+        names = split_line(head[0], delimiter)
+        known = [_first(names, FILE_COLUMNS), _first(names, LABEL_COLUMNS)]
+        score = sum(name is not None for name in known) + len(_caption_columns(names, every=True))
+        if kind == ".txt" and (known[0] is None or score < 2 or len(names) < 2):
+            continue
+        if score > best[0]:
+            best = score, delimiter
+    if best[0] == 0:
+        alone = kind == ".txt" and _key(head[0]) in ("caption", "captions")
+        return _Layout("", "\t") if alone else None
+    return _Layout("", best[1])
+
+
+def _without_header(path: Path, head: Sequence[str], kind: str) -> _Layout | None:
+    """Recognise columns by their cells: addresses, image files, numbers, and one of captions."""
+    for delimiter in ("\t",) if kind == ".tsv" else _DELIMITERS:
+        rows = [[cell.strip() for cell in line.split(delimiter)] for line in head]
+        widths = {len(row) for row in rows}
+        files = all(_IMAGE_CELL.fullmatch(row[0]) for row in rows)
+        if min(widths) < 2 or not (files or delimiter == "\t"):
+            continue
+        kinds = [_kind_of_cells([row[i] for row in rows]) for i in range(min(widths))]
+        if files and kinds[1] == "number" and min(widths) > 2:
+            kinds = ["image", "number", "caption"]
+        elif files and (len(widths) > 1 or len(rows) < _FEW):
+            kinds = ["image", "caption"]  # whose captions hold delimiters
+        elif len(widths) > 1:
+            continue
+        if kinds.count("caption") != 1 or len(set(kinds)) < len(kinds):
+            continue
+        described = f"no header, columns of {' and '.join(kinds)}"
+        return _Layout(described, delimiter, kinds, rest=kinds[-1] == "caption" and files)
+    return None
+
+
+def _kind_of_cells(cells: Sequence[str]) -> str:
+    for name, pattern in _CELLS.items():
+        if all(pattern.fullmatch(cell) for cell in cells):
+            return name
+    return "caption"
+
+
+def _refuse_suspicious(path: Path, head: Sequence[str]) -> None:
+    """Refuse text whose lines are more than captions, or none."""
+    for what, pattern in (
+        ("begins with an image's name", _STARTS_WITH_IMAGE),
+        ("is a web address", _URL_CELL),
+        ("begins with a web address", re.compile(r"(?:https?|ftp)://\S+[\t,;|]")),
+    ):
+        found = [number for number, line in enumerate(head, start=1) if pattern.match(line.strip())]
+        if 2 * len(found) >= len(head) and found:
+            line = head[found[0] - 1]
+            raise DataError(
+                f"{path}, line {found[0]}: {line!r:.80} {what}; expected a caption per line, or a table "
+                "with a header (image, caption) or with the same columns in every line"
+            )
+
+
+def _lines(path: Path, kind: str) -> Annotations:
+    """Read a caption per line."""
+    pieces = [pa.array(lines, pa.large_string()) for lines in read_lines(path)]
+    ones = [pa.array(np.arange(len(piece) + 1), pa.int64()) for piece in pieces]
+    lists = [
+        pa.LargeListArray.from_arrays(offsets, piece)
+        for offsets, piece in zip(ones, pieces, strict=True)
+    ]
+    rows = sum(map(len, pieces))
+    return Annotations(
+        path,
+        kind,
+        pa.chunked_array(lists, TEXTS),
+        None,
+        [None] * rows,
+        lambda row: f"line {row + 1}",
+    )
