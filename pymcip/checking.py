@@ -17,7 +17,8 @@ from pymcip.data import Captions, ImageData, load_captions, load_images
 from pymcip.data.sources import some
 from pymcip.data.tally import LeftOut
 from pymcip.errors import DataError, DecodeError
-from pymcip.files import atomic_path, prepare_output, write_text
+from pymcip.files import atomic_path, write_text
+from pymcip.outputs import output_folder
 from pymcip.progress import progress
 
 THUMBNAILS = 10  # of a class, and rows of them
@@ -74,12 +75,13 @@ def check(config: CheckConfig | Any = None, /, **options: Any) -> CheckResult:
     table = _table(counts, left_out, suspicious, sizes)
     out = None
     if chosen.out is not None:
-        out = prepare_output(chosen.out, overwrite=chosen.overwrite, inputs=(chosen.data,))
-        write_text(out / "check.txt", table)
-        write_text(out / "skipped.tsv", _listed(data.left_out))
-        if isinstance(data, ImageData):
-            with atomic_path(out / "thumbnails.png") as temporary:
-                _thumbnails(data).save(temporary, "PNG")
+        read = data.files() if isinstance(data, ImageData) else []
+        with output_folder(chosen, read=read) as out:
+            write_text(out / "check.txt", table)
+            write_text(out / "skipped.tsv", _listed(data.left_out))
+            if isinstance(data, ImageData):
+                with atomic_path(out / "thumbnails.png") as temporary:
+                    _thumbnails(data).save(temporary, "PNG")
     return CheckResult(counts, left_out, suspicious, table, out)
 
 

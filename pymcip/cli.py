@@ -32,7 +32,7 @@ from pymcip.configs import (
     read_options,
 )
 from pymcip.configs.recipes import describe_recipes
-from pymcip.errors import PymcipError
+from pymcip.errors import PymcipError, ResourceError, reason_of
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ COMMANDS = {
     ),
 }
 STATUSES: dict[type[BaseException], int] = {  # of what ends a command with one message
+    ResourceError: 1,  # memory, shared memory, a worker that was ended
     PymcipError: 2,
     OSError: 1,  # a full disk, a folder that may not be written
     KeyboardInterrupt: 128 + signal.SIGINT,
@@ -117,6 +118,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = "interrupted" if isinstance(error, KeyboardInterrupt) else error
         print(f"pymcip {command}: {message}", file=sys.stderr)
         return next(status for kind, status in STATUSES.items() if isinstance(error, kind))
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, MemoryError) or "out of memory" in str(error)
+        if debug or not (known or "allocate memory" in str(error)):
+            raise
+        print(
+            f"pymcip {command}: out of memory; use a smaller batch_size (or accum_freq, "
+            f"grad_checkpointing=True, fewer workers). {reason_of(error)}",
+            file=sys.stderr,
+        )
+        return 1
 
 
 def build_parser() -> argparse.ArgumentParser:

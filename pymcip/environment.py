@@ -7,11 +7,11 @@ import platform
 import re
 import sys
 from importlib import import_module, metadata
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from pymcip.files import read_system_file
 from pymcip.ops.dispatch import backends, ops
 
 PACKAGES = (
@@ -152,11 +152,3 @@ def _gpu() -> dict[str, Any]:
         for device in properties
     ]
     return section
-
-
-def read_system_file(path: str) -> str:
-    """The text of a file such as /proc/cpuinfo; "" where there is none."""
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""

@@ -3,6 +3,21 @@ the next step."""
 
 from __future__ import annotations
 
+import re
+
+_UNSAFE = re.compile(r"weights_only|allow_pickle|pickle\.load|safe_globals|trust_remote_code", re.I)
+
+
+def reason_of(error: BaseException | str, most: int = 300) -> str:
+    """What another library says of an error, without its advice to load a file unsafely."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = text.rpartition("WeightsUnpickler error: ")[2]  # what torch puts its advice before
+    sentences = re.split(r"(?<=[.!?])\s+", text)
+    safe = " ".join(part for part in sentences if not _UNSAFE.search(part))
+    if not safe:
+        safe = "it holds more than plain tensors and arrays, which could run code when it is read"
+    return (safe if len(safe) <= most else f"{safe[:most]} […]").rstrip(".")
+
 
 class PymcipError(Exception):
     """Base of every error that pymcip raises on purpose."""
@@ -30,11 +45,23 @@ class DecodeError(DataError):
 
 
 class StaleEmbeddingsError(DataError):
-    """An embedding folder was made from another model, transform or data than asked for."""
+    """Embeddings or a run were made from another model, transform or data than asked for."""
 
 
 class OutputExistsError(PymcipError, FileExistsError):
     """An output folder is not empty, and neither `overwrite` nor `resume` was given."""
+
+
+class FolderInUseError(PymcipError, RuntimeError):
+    """Another process writes to an output folder."""
+
+
+class DamagedFileError(DataError):
+    """A file that pymcip wrote is damaged."""
+
+
+class ResourceError(PymcipError, OSError):
+    """The machine is at its limits: disk, memory, open files, or a process that was ended."""
 
 
 class BackendError(PymcipError, RuntimeError):

@@ -17,12 +17,13 @@ import torch
 
 from pymcip.configs import ExportConfig
 from pymcip.embedding import EmbeddingFolder
-from pymcip.errors import DataError, StaleEmbeddingsError
-from pymcip.files import atomic_path, prepare_output, write_json
+from pymcip.errors import CheckpointError, DataError, StaleEmbeddingsError
+from pymcip.files import atomic_path, write_json
 from pymcip.model import AppendedClip, ClipModel, load_configured, plain_state
-from pymcip.model.appended import write_appended
-from pymcip.ops.arrays import MatrixParts
+from pymcip.model.appended import APPENDED, write_appended
+from pymcip.ops.arrays import MatrixParts, check_finite
 from pymcip.ops.faiss_import import import_faiss
+from pymcip.outputs import output_folder
 
 STATE_DICT = "state_dict.pt"
 HUB = "hub"
@@ -50,7 +51,7 @@ def export(config: ExportConfig | None = None, /, **options: Any) -> ExportResul
 
     Raises:
         ConfigError: the options or the model's name are wrong.
-        CheckpointError: the model's weights can't be loaded.
+        CheckpointError: the model's weights can't be loaded, or are not finite.
         OutputExistsError: `out` is not empty, and `overwrite` was not given.
         DataError: the embedding folder is missing or holds no images.
         StaleEmbeddingsError: the embedding folder was made with another model.
@@ -64,16 +65,13 @@ def export(config: ExportConfig | None = None, /, **options: Any) -> ExportResul
     if config.index is not None:
         folder = EmbeddingFolder(config.index)
         _check_index(folder, clip)
-    out = prepare_output(
-        config.out,
-        overwrite=config.overwrite,
-        inputs=(config.model, config.pretrained, config.index),
-    )
-    result = write_export(clip, out)
-    if folder is None:
-        return result
-    index = write_index(folder, out / INDEX)
-    return ExportResult(result.out, result.state_dict, result.hub, index)
+    check_finite_weights(clip)
+    with output_folder(config) as out:
+        result = write_export(clip, out)
+        if folder is None:
+            return result
+        index = write_index(folder, out / INDEX)
+        return ExportResult(result.out, result.state_dict, result.hub, index)
 
 
 def write_export(clip: ClipModel, out: str | os.PathLike[str]) -> ExportResult:
@@ -94,18 +92,22 @@ def write_export(clip: ClipModel, out: str | os.PathLike[str]) -> ExportResult:
 
     Returns:
         The paths, with `index=None`.
+
+    Raises:
+        CheckpointError: weights are not finite; nothing was written.
     """
+    check_finite_weights(clip)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     state = plain_state(clip.model)
-    with atomic_path(out / STATE_DICT) as temporary:
-        torch.save(state, temporary)
+    with atomic_path(out / STATE_DICT) as temporary, temporary.open("wb") as handle:
+        torch.save(state, handle)  # a file's name would be part of what it holds
     model_cfg = {**clip.model_cfg, "text_cfg": dict(clip.model_cfg["text_cfg"])}
     save_tokenizer = getattr(clip.tokenizer, "save_pretrained", None)
     if save_tokenizer is not None and not model_cfg["text_cfg"].get("hf_tokenizer_name"):
         # open_clip reads the tokenizer beside the weights only where a name, any name, is given
         model_cfg["text_cfg"]["hf_tokenizer_name"] = clip.name
-    with atomic_path(out / HUB) as temporary:
+    with atomic_path(out / HUB, owned=(APPENDED,)) as temporary:
         temporary.mkdir()
         safetensors.torch.save_file(
             state, temporary / "open_clip_model.safetensors", metadata={"format": "pt"}
@@ -133,7 +135,7 @@ def write_index(folder: EmbeddingFolder, path: str | os.PathLike[str]) -> Path:
         The path, as `Path`.
 
     Raises:
-        DataError: the folder holds no image embeddings.
+        DataError: the folder holds no image embeddings, or one that is not finite.
         MissingDependencyError: faiss is not installed.
     """
     faiss = import_faiss()
@@ -145,12 +147,33 @@ def write_index(folder: EmbeddingFolder, path: str | os.PathLike[str]) -> Path:
     rows = folder.rows("img")
     index = faiss.IndexIDMap2(faiss.IndexFlatIP(bank.shape[1]))
     for start, block in bank.blocks(BLOCK):
+        check_finite("export", f"the images of {folder.path}", block, start)
         vectors = np.array(block, dtype=np.float32)
         faiss.normalize_L2(vectors)
         index.add_with_ids(vectors, rows[start : start + len(block)])
     with atomic_path(path) as temporary:
         faiss.write_index(index, str(temporary))
     return Path(path)
+
+
+def check_finite_weights(clip: ClipModel) -> None:
+    """Refuse a model with a weight that is no finite number.
+
+    Raises:
+        CheckpointError: see above.
+    """
+    state = clip.model.state_dict()
+    if isinstance(clip, AppendedClip):
+        tower = {} if clip.tower is None else clip.tower.state_dict()
+        state = {**state, **{f"tower.{name}": value for name, value in tower.items()}}
+        state |= {"head": clip.head, "gate.prototypes": clip.gate.prototypes}
+    for name, value in state.items():
+        # open_clip's text towers hold -inf in the mask of their attention
+        if value.is_floating_point() and "attn_mask" not in name and not value.isfinite().all():
+            raise CheckpointError(
+                f"the weights of {clip.name} are damaged: {name} holds NaN or infinity. Nothing was "
+                "written; train again with a lower lr or precision='fp32', or export another model"
+            )
 
 
 def _check_index(folder: EmbeddingFolder, clip: ClipModel) -> None:

@@ -90,6 +90,7 @@ def test_layout_is_clip_retrievals(
         precision="fp32",
     )
     assert sorted(files(folder.path)) == [
+        ".pymcip-files",
         "img_emb/img_emb_0.npy",
         "img_fingerprint.json",
         "metadata/metadata_0.parquet",
@@ -213,7 +214,8 @@ def test_folder_that_clip_retrieval_wrote(tmp_path: Path) -> None:
     paths, texts = [f"{i}.jpg" for i in range(5)], [f"text {i}" for i in range(5)]
     for name in ("img_emb", "text_emb", "metadata"):
         (tmp_path / name).mkdir()
-    vectors = generator.standard_normal((5, 8)).astype(np.float16)
+    vectors = generator.standard_normal((5, 8))
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
     for number, rows in enumerate((slice(0, 3), slice(3, 5))):
         np.save(tmp_path / "img_emb" / f"img_emb_{number}.npy", vectors[rows])
         np.save(tmp_path / "text_emb" / f"text_emb_{number}.npy", -vectors[rows])

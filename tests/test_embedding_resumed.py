@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,12 @@ import torch
 
 import pymcip
 from pymcip.data import Captions, ImageData, load_images
+from pymcip.data.loading import iterate_batches
 from pymcip.embedding import EmbeddingFolder, embed_captions, embed_images
 from pymcip.errors import (
     DataError,
     OutputExistsError,
+    ResourceError,
     StaleEmbeddingsError,
 )
 from pymcip.model import ClipModel, load
@@ -196,3 +200,24 @@ def test_embeddings_of_unknown_origin_are_refused(tiny_clip: ClipModel, tmp_path
     (tmp_path / "text_fingerprint.json").unlink()
     with pytest.raises(StaleEmbeddingsError, match="what they were made from is not known"):
         embed_captions(tiny_clip, Captions(CAPTIONS), tmp_path)
+
+
+class Ending:
+    """A transform that ends a worker process, or asks for a picture that is gone."""
+
+    def __init__(self, gone: bool = False) -> None:
+        self.main, self.gone = os.getpid(), gone
+
+    def __call__(self, image: Any) -> torch.Tensor:
+        if os.getpid() != self.main and not self.gone:
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise DataError("the picture is gone")
+
+
+def test_what_happens_in_a_worker_ends_the_work_with_its_reason(ten_images: Path) -> None:
+    data = load_images(ten_images)
+    with pytest.raises(ResourceError, match=r"A decoding process \(\d+\).*use fewer workers"):
+        list(iterate_batches(data, [0, 1], Ending(), batch_size=1, workers=1))
+    with pytest.raises(DataError) as caught:
+        list(iterate_batches(data, [0, 1], Ending(gone=True), batch_size=1, workers=1))
+    assert str(caught.value) == "the picture is gone"

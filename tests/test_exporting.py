@@ -219,7 +219,7 @@ def test_existing_files_are_replaced_whole(
     assert (tmp_path / "hub" / "open_clip_model.safetensors").is_file()
     assert len((tmp_path / "state_dict.pt").read_bytes()) == len(before)
     write_export(tiny_clip, tmp_path)
-    assert not (tmp_path / "hub" / "leftover.txt").exists()
+    assert (tmp_path / "hub" / "leftover.txt").read_text() == "old"  # not ours
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hub", "state_dict.pt"]
 
 

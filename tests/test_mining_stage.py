@@ -40,6 +40,7 @@ def test_stage(embedded: EmbeddingFolder, tmp_path: Path) -> None:
     images, captions = embedded.vectors("img"), embedded.vectors("text")
     check_against_oracle(result.table, images, captions, 3, -1.0)
     assert sorted(path.name for path in result.out.iterdir()) == [
+        ".pymcip-files",
         "caption_table.npz",
         "caption_table.parquet",
         "mine.json",

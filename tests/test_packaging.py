@@ -31,18 +31,20 @@ OPTIONAL = (
 # Data flows one way. Every module of the package stands on one floor, and imports only modules that are
 # named before it, here and on the floors above this one in the list; functions do, too.
 FLOORS = {
-    "what everything stands on": "errors progress files",
+    "what everything stands on": "errors progress folders files contents",
     "options": "configs.options configs.recipes configs.stages configs.train configs.sweep configs",
     "ops": """ops.margin_contract ops.arrays ops.recall ops.dispatch ops.faiss_import
         ops.margin_softmax_cpu ops.margin_softmax_torch ops.canonical ops.margin_operators ops.ordering
         ops.packed_bank ops.ranks ops.topk_cpu ops.topk_cuda ops.topk_faiss ops.topk_torch
         ops.ranks_torch ops.topk ops.approximate ops.ranks_cpu triton_kernels triton_kernels.tuning
         ops.margin_softmax ops triton_kernels.margin_softmax triton_kernels.topk ops.topk_triton losses""",
-    "models": "model.depthwise model.clip model.appended model.towers model.loading model environment",
+    "models": """model.depthwise model.clip model.hub_config model.appended model.towers model.loading model environment
+        workers""",
     "data": """data.decode data.sources data.tally data.labels data.walk data.shards data.tables
         data.columns data.json_annotations data.annotations data.captions data.stores data.images data.class_names
-        data.indexed data.index data.loading data checking""",
-    "embedding": "embedding.folder embedding.write embedding.cache embedding exporting",
+        data.indexed data.index data.loading data""",
+    "embedding": """outputs checking embedding.foreign embedding.folder embedding.write embedding.cache embedding
+        exporting""",
     "mining": """mining.table mining.search mining.report mining.mine mining""",
     "metrics": "metrics.inputs metrics.rankings metrics.neighbours metrics.text metrics",
     "benchmarks": """benchmarks.paper benchmarks.imagenet_names benchmarks.unpickling benchmarks.readers
@@ -52,7 +54,7 @@ FLOORS = {
         benchmarks.revisited benchmarks.registry benchmarks.embedder benchmarks.suite benchmarks""",
     "evaluation": "evaluation.tables evaluation.own_data evaluation.run evaluation",
     "training": """training.interpolation training.sampling training.batches training.mixtures
-        training.checkpoints training.logs training.optim training.result training.loop
+        training.checkpoints training.divergence training.logs training.optim training.result training.loop
         training.probe_sources training.inputs training.distillation training.image_stage
         training.settings training.noise training.appended training.text_stage training.probe training.validation training.budget
         training.train training""",

@@ -106,6 +106,7 @@ def test_a_sweep_on_data_of_ones_own(own: dict[str, Any], trainings: Trainings) 
     assert not list(out.glob("seed*/runs/*/checkpoints"))
     assert {path.name for path in out.iterdir()} == {
         *("table.md", "sweep.json", "config.json", "base.json", "embeddings", "seed5", "seed6"),
+        ".pymcip-files",
         *("front.png", "front.svg", "by_caption_noise.png", "by_caption_noise.svg"),
     }
     assert [row["point"] for row in result.table] == [

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import open_clip
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 
@@ -22,12 +23,15 @@ from pymcip.errors import (
     ConfigError,
     DataError,
     OutputExistsError,
+    ResourceError,
+    StaleEmbeddingsError,
 )
+from pymcip.folders import MANIFEST
 from pymcip.model import ClipModel
 from pymcip.training import loop
 from pymcip.training.checkpoints import checkpoint_files, load_checkpoint, save_checkpoint
 from pymcip.training.text_stage import Pairs, TextStage
-from tests.conftest import lines_of, train_until_killed
+from tests.conftest import files, lines_of, train_until_killed
 
 METHODS = ["gpr", "2sft", "mcip", "mcip+rea", "rea", "mcip+"]
 
@@ -231,6 +235,33 @@ def test_resume_refuses_other_options_and_other_models(options: dict[str, Any]) 
         pymcip.train(**options, method="gpr", resume="latest")
 
 
+def test_resume_refuses_other_inputs_by_name(
+    options: dict[str, Any], captions_file: Callable[..., Path], hub_folder: Callable[..., Path]
+) -> None:
+    model = hub_folder("model")
+    options = {**options, "model": f"local-dir:{model}", "val_data": options["train_data"]}
+    result = pymcip.train(**options, method="mcip")
+    (result.out / "result.json").unlink()  # killed at its end
+
+    def refused(match: str, undo: Callable[[], object]) -> None:
+        with pytest.raises(StaleEmbeddingsError, match=f"was started with other .*{match}"):
+            pymcip.train(**options, method="mcip", resume="latest")
+        undo()
+
+    picture = Path(options["train_data"]) / "class0" / "0.jpg"
+    content, status = picture.read_bytes(), picture.stat()
+    picture.write_bytes(content[:-3] + b"x" + content[-2:])
+    os.utime(picture, ns=(status.st_atime_ns, status.st_mtime_ns))
+    refused("images of train_data.* images of val_data", lambda: picture.write_bytes(content))
+    captions_file(["other words", "and more"])
+    refused("captions", captions_file)
+    weights = model / "open_clip_model.safetensors"
+    before = weights.read_bytes()
+    state = safetensors.torch.load_file(weights)
+    safetensors.torch.save_file({k: v + 1 for k, v in state.items()}, weights)
+    refused("weights of model", lambda: weights.write_bytes(before))
+
+
 def test_resume_refuses_a_folder_that_is_no_run(options: dict[str, Any]) -> None:
     out = Path(options["out"])
     out.mkdir()
@@ -267,16 +298,16 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(
     inner = torch.save
     calls = []
 
-    def full(state: Any, path: Any, **rest: Any) -> None:
-        calls.append(path)
+    def full(state: Any, handle: Any, **rest: Any) -> None:
+        calls.append(handle)
         if len(calls) == 3:
-            Path(path).write_bytes(b"half of a checkpoint")
+            handle.write(b"half of a checkpoint")
             raise OSError(28, "No space left on device")
-        inner(state, path, **rest)
+        inner(state, handle, **rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(ResourceError, match=r"No space left.*go on with the same command"):
             pymcip.train(**options, method="gpr")
     folder = Path(options["out"]) / "checkpoints"
     files = checkpoint_files(folder)
@@ -297,9 +328,22 @@ def test_a_filled_output_folder_is_refused(options: dict[str, Any]) -> None:
     (out / "precious.txt").write_text("mine")
     with pytest.raises(OutputExistsError, match="not empty"):
         pymcip.train(**options, method="gpr")
-    assert (out / "precious.txt").read_text() == "mine"
-    pymcip.train(**options, method="gpr", overwrite=True)
-    assert not (out / "precious.txt").exists()
+    with pytest.raises(OutputExistsError, match=r"precious\.txt, which pymcip did not write"):
+        pymcip.train(**options, method="gpr", overwrite=True)
+    assert files(out) == {"precious.txt": b"mine"}
+
+
+def test_overwrite_removes_what_the_run_wrote_and_nothing_else(options: dict[str, Any]) -> None:
+    out = pymcip.train(**options, method="mcip").out
+    written = {name for name in files(out) if name != MANIFEST}
+    (out / "exported" / "notes.txt").write_text("mine")
+    (out / "slurm.log").write_text("mine")
+    other = pymcip.train(**{**options, "lr": 1e-4}, method="gpr", overwrite=True)
+    left = files(out)
+    assert left["exported/notes.txt"] == left["slurm.log"] == b"mine"
+    assert not any(name.startswith("mined/") for name in left)
+    assert other.steps == 6
+    assert {"mined", "embeddings"} <= {name.split("/")[0] for name in written}
 
 
 def test_bad_input_writes_nothing(options: dict[str, Any], tmp_path: Path) -> None:
@@ -329,7 +373,16 @@ def test_overwrite_does_not_remove_what_is_read(options: dict[str, Any]) -> None
     images = Path(options["train_data"])
     with pytest.raises(OutputExistsError, match="is read from the output folder"):
         pymcip.train(**{**options, "out": str(images.parent), "overwrite": True}, method="gpr")
-    assert (images / "class0" / "0.jpg").exists()
+    run = pymcip.train(**options, method="gpr").out
+    picture = run / "exported" / "hub" / "0.jpg"  # such as a demo's own pictures
+    picture.write_bytes((images / "class0" / "0.jpg").read_bytes())
+    with (run / MANIFEST).open("a") as listed:
+        listed.write('"exported/hub/0.jpg"\n')
+    (images / "class0" / "0.jpg").unlink()
+    (images / "class0" / "0.jpg").symlink_to(picture)
+    with pytest.raises(OutputExistsError, match="is read from the output folder"):
+        pymcip.train(**options, method="gpr", overwrite=True)
+    assert picture.exists()
 
 
 def test_zero_captions_over_the_threshold(options: dict[str, Any]) -> None:

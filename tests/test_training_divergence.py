@@ -10,8 +10,11 @@ import torch
 
 import pymcip
 from pymcip.errors import (
+    CheckpointError,
     TrainingDivergedError,
 )
+from pymcip.exporting import write_export
+from pymcip.model import ClipModel
 from pymcip.training import loop
 from pymcip.training.checkpoints import load_checkpoint
 from pymcip.training.image_stage import ImageStage
@@ -70,3 +73,26 @@ def test_batch_norm_statistics_survive_a_skipped_step() -> None:
         buffer.copy_(copy)
     assert torch.isfinite(model[0].running_mean).all()
     assert int(model[0].num_batches_tracked) == 0
+
+
+@pytest.mark.parametrize("how", ["huge", "skipped"])
+def test_a_diverged_run_exports_nothing_and_says_so(
+    how: str, run_options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**run_options, "method": "gpr"}
+    if how == "huge":
+        options |= {"lr": 1e6, "warmup": 0}
+    else:
+        poison(monkeypatch, {1, 2, 4, 5}, "loss")
+    said = "it was .* before training" if how == "huge" else "4 of 6 steps were skipped"
+    with pytest.raises(TrainingDivergedError, match=rf"{said}.*Nothing is exported"):
+        pymcip.train(**options)
+    assert not (Path(options["out"]) / "exported").exists()
+
+
+def test_weights_that_are_not_finite_are_not_exported(tiny_clip: ClipModel, tmp_path: Path) -> None:
+    with torch.no_grad():
+        tiny_clip.model.visual.proj[0, 0] = float("inf")  # type: ignore[union-attr,index,operator]
+    with pytest.raises(CheckpointError, match=r"visual\.proj holds NaN or infinity"):
+        write_export(tiny_clip, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -42,6 +42,13 @@ class Found:
         return len(self.data.images) + queries + (len(self.voters.images) if self.voters else 0)
 
     @property
+    def files(self) -> list[Path]:
+        """The files that hold these images."""
+        data = [self.data.images, *([self.voters.images] if self.voters else [])]
+        data += [self.data.queries] if isinstance(self.data, QuerySet) else []
+        return [path for images in data for path in images.files()]
+
+    @property
     def voters(self) -> Labelled | None:
         """The images that vote in k-NN, if they are a data set of their own."""
         return self.data.voters if isinstance(self.data, Labelled) else None

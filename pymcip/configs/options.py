@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import operator
 import os
 from dataclasses import dataclass, field
@@ -58,7 +59,9 @@ class Config:
             if isinstance(value, list):
                 value = tuple(value)
                 object.__setattr__(self, item.name, value)
-            if not _matches(value, hints[item.name]):
+            if not _is_finite(value):
+                problems.append(f"{item.name}={value!r} is not allowed; numbers must be finite")
+            elif not _matches(value, hints[item.name]):
                 allowed = _allowed_types(hints[item.name])
                 problems.append(f"{item.name}={value!r} is not allowed; allowed: {allowed}")
         if not problems:  # ranges are only meaningful for values of the right type
@@ -122,6 +125,15 @@ def read_options(path: Path, name: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{name} {path} holds {type(values).__name__}; needed: a JSON object")
     return values
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether an option's value holds neither infinity nor NaN, however deep."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    return not isinstance(value, (tuple, list)) or all(map(_is_finite, value))
 
 
 def _allowed_types(hint: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -68,6 +69,10 @@ class ImageData:
         """Return the captions that come with the image (title column, .txt, json); may be none."""
         store, row = self._place(index)
         return store.titles(row)
+
+    def files(self) -> list[Path]:
+        """Return the files that hold the images of all sources."""
+        return [path for store in self.stores for path in store.files()]
 
     def read(self, index: int) -> Image.Image:
         """Decode one image to RGB; see `decode`.
@@ -158,9 +163,9 @@ class ImageData:
         return replace(self, crops=table)
 
     def fingerprint(self) -> str:
-        """Identify the images without reading them, as SHA-256 in hex.
+        """Identify the images by what they hold, as SHA-256 in hex; see `pymcip.contents`.
 
-        It covers names below the source's folder, sizes, modification times, order and labels.
+        It covers content, names below the source's folder, captions, order and labels.
         """
         digest = hashlib.sha256()
         described = [*(store.fingerprint() for store in self.stores), self.class_names]

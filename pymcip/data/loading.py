@@ -11,11 +11,12 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms import Resize
 
 from pymcip.data.images import ImageData
 from pymcip.errors import DecodeError
+from pymcip.workers import load_batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,12 +140,7 @@ def iterate_batches(
 
     Raises:
         DataError: a file is gone or has shrunk since it was indexed.
+        ResourceError: a worker was ended by the system, or lacks shared memory or open files.
     """
-    loader = DataLoader(
-        DecodedImages(data, indices, transform),
-        batch_size=batch_size,
-        num_workers=workers,
-        collate_fn=collate,
-        generator=torch.Generator(),  # its own: reading data must not move the global one
-    )
-    yield from loader
+    items = DecodedImages(data, indices, transform)
+    yield from load_batches(items, workers=workers, collate=collate, batch_size=batch_size)

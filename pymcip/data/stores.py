@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pymcip.contents import file_digests
 from pymcip.data.labels import plain
 from pymcip.data.sources import some
 from pymcip.data.walk import status_of
 from pymcip.errors import DataError, DecodeError
-from pymcip.files import file_fingerprint
 from pymcip.progress import progress
 
 Int64: TypeAlias = npt.NDArray[np.int64]
@@ -46,8 +46,11 @@ class Store(Protocol):
     def size(self, row: int) -> int:
         """How many bytes the image file has."""
 
+    def files(self) -> list[Path]:
+        """The files that hold the images."""
+
     def fingerprint(self) -> list[Any]:
-        """Plain values that change whenever the images do."""
+        """Plain values that change whenever the images do; reads the files at the first call."""
 
 
 class FileStore:
@@ -60,6 +63,8 @@ class FileStore:
         titles: the captions of each, or None.
         statuses: of the files, where the caller has them; default: they are asked for.
     """
+
+    _digest = ""  # of all files, once it is known
 
     def __init__(
         self,
@@ -74,9 +79,7 @@ class FileStore:
         self._names = pa.array([os.fsencode(name) for name in names], pa.large_binary())
         self._titles = titles
         statuses = statuses_of(kind, base, names) if statuses is None else statuses
-        count = len(names)
-        self._sizes = np.fromiter((status.st_size for status in statuses), np.int64, count)
-        self._times = np.fromiter((status.st_mtime_ns for status in statuses), np.int64, count)
+        self._sizes = np.fromiter((status.st_size for status in statuses), np.int64, len(names))
 
     def _path(self, row: int) -> str:
         return os.path.join(self._base, os.fsdecode(self._names[row].as_py()))  # noqa: PTH118
@@ -98,10 +101,14 @@ class FileStore:
         except OSError as error:
             raise DecodeError(f"{self.key(row)} can't be opened: {error.strerror}") from error
 
+    def files(self) -> list[Path]:
+        return [Path(self._path(row)) for row in range(len(self._names))]
+
     def fingerprint(self) -> list[Any]:
         titles = None if self._titles is None else self._titles.to_pylist()
         names = [os.fsdecode(name) for name in self._names.to_pylist()]
-        return [self._kind, names, titles, self._sizes.tolist(), self._times.tolist()]
+        self._digest = self._digest or file_digests(self.files())
+        return [self._kind, names, titles, self._digest]
 
 
 def statuses_of(kind: str, base: Path, names: Sequence[str]) -> list[os.stat_result]:
@@ -155,6 +162,7 @@ class ShardStore:
     """Images inside tar shards, read by offset; the shards stay as they are."""
 
     MOST_OPEN = 64
+    _digest = ""  # of all shards, once it is known
 
     def __init__(self, paths: list[Path], indices: list[ShardIndex]) -> None:
         counts = [len(index.offsets) for index in indices]
@@ -204,5 +212,9 @@ class ShardStore:
             raise DataError(f"{self.key(row)}: the shard has been cut short since it was indexed")
         return content
 
+    def files(self) -> list[Path]:
+        return self._paths
+
     def fingerprint(self) -> list[Any]:
-        return ["shards", [file_fingerprint(path) for path in self._paths]]
+        self._digest = self._digest or file_digests(self._paths)
+        return ["shards", [path.name for path in self._paths], self._digest]

@@ -6,7 +6,7 @@ is trained once for itself and for `2sft`, and `mcip` for itself and for `mcip+r
 
 from __future__ import annotations
 
-import shutil
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from pymcip.errors import PymcipError
 from pymcip.evaluation import evaluate
 from pymcip.files import read_json, write_json
 from pymcip.training import train
+from pymcip.training.checkpoints import checkpoint_files
 
 FIRST_STAGE = {"2sft": "gpr", "mcip+rea": "mcip"}
 # Options that a method may not use; such a setting makes no other run of it.
@@ -119,7 +120,10 @@ def trained(point: Point, runs: Path, failed: dict[str, PymcipError]) -> Path:
             raise
         if result.interrupted:
             raise KeyboardInterrupt(result.interrupted)
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    for file in (*checkpoint_files(out / "checkpoints"), out / "checkpoints" / "best.pt"):
+        file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # it is gone, or holds something else
+        (out / "checkpoints").rmdir()
     return out
 
 
@@ -129,5 +133,5 @@ def measured(config: TrainConfig, data: dict[str, Any], file: Path) -> dict[str,
         names = ("model", "pretrained", "image_size", "device", "precision")
         model = {name: getattr(config, name) for name in names}
         write_json(file, evaluate(**model, **data).metrics)
-    found: dict[str, float] = read_json(file)
+    found: dict[str, float] = read_json(file, {})
     return found

@@ -29,8 +29,9 @@ from pymcip.demo.report import (
 )
 from pymcip.demo.sprites import CREDIT, load_sprites
 from pymcip.demo.world import prepare_world
-from pymcip.files import prepare_output, read_json, write_json, write_text
+from pymcip.files import read_json, write_json, write_text
 from pymcip.model.loading import HUB_FOLDER
+from pymcip.outputs import output_folder
 
 _log = logging.getLogger("pymcip.demo")
 
@@ -65,7 +66,11 @@ def run_demo(config: DemoConfig | None = None, /, **options: Any) -> DemoResult:
     recipe = SMOKE if config.smoke else Recipe()
     started = time.perf_counter()
     load_sprites()  # before anything is written: it says what is not installed
-    out = prepare_output(config.out, overwrite=config.overwrite)
+    with output_folder(config) as out:
+        return _run(config, recipe, out, started)
+
+
+def _run(config: DemoConfig, recipe: Recipe, out: Path, started: float) -> DemoResult:
     tables = []
     seeds = list(range(config.seeds))
     for seed in seeds:
@@ -75,7 +80,9 @@ def run_demo(config: DemoConfig | None = None, /, **options: Any) -> DemoResult:
     pattern = check_pattern(table)
     seconds = round(time.perf_counter() - started, 1)
     markdown = format_table(table)
-    kept = [read_json(out / f"seed{seed}" / "runs" / "mcip+" / "alignment.json") for seed in seeds]
+    kept = [
+        read_json(out / f"seed{seed}" / "runs" / "mcip+" / "alignment.json", {}) for seed in seeds
+    ]
     document = {
         "seeds": seeds,
         "table": table,

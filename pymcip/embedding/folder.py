@@ -13,6 +13,8 @@ row's index in the `ImageData` or `Captions` it was made from: undecodable image
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,20 +27,29 @@ import pyarrow.compute
 import pyarrow.parquet
 
 from pymcip.configs import Source
+from pymcip.contents import file_digests
 from pymcip.data.loading import Skipped
-from pymcip.data.sources import natural
+from pymcip.data.sources import natural, some
 from pymcip.data.tally import LeftOut
-from pymcip.errors import DataError
-from pymcip.files import file_fingerprint, read_json, write_text
+from pymcip.embedding.foreign import check_rows, normalised
+from pymcip.errors import DataError, reason_of
+from pymcip.files import damaged, read_json, write_text
 
 Kind: TypeAlias = Literal["img", "text"]
 Matrix: TypeAlias = npt.NDArray[Any]
 METADATA: dict[Kind, str] = {"img": "metadata", "text": "text_metadata"}
 WHAT: dict[Kind, str] = {"img": "images", "text": "captions"}
+AGAIN = "Embed into a new folder"  # what to do about damage
+
+_log = logging.getLogger("pymcip.embedding")
 
 
 class EmbeddingFolder:
     """Embeddings on disk, opened for reading: ours, or a folder that clip-retrieval wrote.
+
+    What another program wrote is checked when it is first read: rows that are not unit are
+    normalised in memory, with a warning, and a column `index` that does not number them is passed
+    over for their positions.
 
     Raises:
         DataError: there are no embeddings in the folder.
@@ -46,6 +57,7 @@ class EmbeddingFolder:
 
     def __init__(self, path: Source) -> None:
         self.path = Path(path)
+        self._checked: dict[Kind, list[Matrix]] = {}  # parts of another program
         if not any(self.has(kind) for kind in METADATA):
             raise DataError(
                 f"{self.path} is no embedding folder: there is neither img_emb/ nor text_emb/ in "
@@ -72,21 +84,25 @@ class EmbeddingFolder:
     def fingerprint(self, kind: Kind) -> dict[str, Any]:
         """Return what the embeddings were made from; empty if another program wrote them."""
         path = self.path / f"{kind}_fingerprint.json"
-        return dict(read_json(path)) if path.is_file() else {}
+        return read_fingerprint(path) if path.is_file() else {}
 
     def identity(self, kind: Kind) -> list[Any]:
         """Return plain values that change whenever the embeddings do."""
         made_from = self.fingerprint(kind)
         if made_from:
             return [value for name, value in sorted(made_from.items()) if name != "model"]
-        return [file_fingerprint(path) for path in self._part_files(kind)]
+        files = self._part_files(kind)
+        return [[path.name for path in files], file_digests(files)]
 
     def parts(self, kind: Kind) -> list[Matrix]:
-        """Open the parts, each a memory-mapped float16 [n, D], in row order.
+        """Open the parts, each a memory-mapped float16 or float32 [n, D], in row order.
 
         Raises:
-            DataError: there are none, one is missing, or one does not fit its metadata.
+            DataError: there are none, one is missing, they are of several widths, or (of another
+                program's) a row is not finite or zero.
         """
+        if kind in self._checked:
+            return self._checked[kind]
         files = self._part_files(kind)
         wanted = int(self.fingerprint(kind).get("parts", len(files)))
         described = self._metadata_files(kind)
@@ -96,7 +112,26 @@ class EmbeddingFolder:
                 f"{self.path} holds {complete} of {wanted} parts of {WHAT[kind]}; "
                 "run pymcip.embed again with the same options, which continues where it stopped"
             )
-        return [_open_part(path) for path in files]
+        parts = [_open_part(path) for path in files]
+        for path, part in zip(files, parts, strict=True):
+            if part.shape[1] != parts[0].shape[1]:
+                raise DataError(
+                    f"{path} is {part.shape[1]} wide, {files[0].name} is {parts[0].shape[1]}; all "
+                    "parts must be of one model. Embed anew"
+                )
+        if self.fingerprint(kind):
+            return parts
+        numbers = [int(found[-1]) for path in files if (found := re.findall(r"\d+", path.stem))]
+        first = min(numbers, default=0)
+        if numbers != list(range(first, first + len(files))):
+            raise DataError(
+                f"{self.path}/{kind}_emb holds the parts {some(path.name for path in files)}: one is "
+                "missing or there twice, so that rows and metadata would not fit. Complete it"
+            )
+        if check_rows(files, parts):
+            parts = normalised(files, parts)
+        self._checked[kind] = parts
+        return parts
 
     def vectors(self, kind: Kind) -> Matrix:
         """Return all rows, float16 [N, D]: the memory map if there is one part, else in memory."""
@@ -116,9 +151,12 @@ class EmbeddingFolder:
         files = self._metadata_files(kind)
         if not files:
             raise DataError(f"{self.path} holds no metadata of {WHAT[kind]} (metadata_*.parquet)")
-        table = pa.concat_tables(
-            [pa.parquet.read_table(path) for path in files], promote_options="default"
-        )
+        try:
+            table = pa.concat_tables(list(map(_read_table, files)), promote_options="default")
+        except pa.ArrowException as error:
+            raise damaged(
+                files[0].parent, f"its files don't fit together ({error})", AGAIN
+            ) from error
         rows = sum(len(part) for part in self.parts(kind))
         if len(table) != rows:
             raise DataError(
@@ -134,23 +172,54 @@ class EmbeddingFolder:
             DataError: as `metadata`.
         """
         files = self._metadata_files(kind)
-        bounds = np.cumsum([0, *(pyarrow.parquet.read_metadata(path).num_rows for path in files)])
+        bounds = np.cumsum([0, *(_read_table(path, []).num_rows for path in files)])
         if not files or bounds[-1] != sum(len(part) for part in self.parts(kind)):
             self.metadata(kind)  # refuses them
         described: list[dict[str, Any]] = []
         for path, first, last in zip(files, bounds, bounds[1:], strict=False):
             wanted = rows[(rows >= first) & (rows < last)] - first
             if len(wanted):
-                described += pyarrow.parquet.read_table(path).take(wanted).to_pylist()
+                described += _read_table(path).take(wanted).to_pylist()
         return described
 
     def rows(self, kind: Kind) -> npt.NDArray[np.int64]:
-        """Return the index, in the data, of each embedded row: int64 [N], ascending."""
-        if self.has_metadata(kind):
-            table = self.metadata(kind)
-            if "index" in table.column_names:
-                return table["index"].to_numpy().astype(np.int64)
-        return np.arange(sum(len(part) for part in self.parts(kind)), dtype=np.int64)
+        """Return the index, in the data, of each embedded row: int64 [N], ascending.
+
+        In a folder of another program it may be in any order; without a number of its own for each
+        row in the column `index`, it is the row's position.
+
+        Raises:
+            DataError: as `metadata`; or the column `index` of our own folder is damaged.
+        """
+        positions = np.arange(sum(len(part) for part in self.parts(kind)), dtype=np.int64)
+        if not self.has_metadata(kind):
+            return positions
+        table = self.metadata(kind)
+        made_from = self.fingerprint(kind)
+        if "index" not in table.column_names:
+            if made_from:
+                raise damaged(self.path / METADATA[kind], "it has no column index", AGAIN)
+            return positions
+        column = table["index"]
+        numbers = positions[:0]
+        if pa.types.is_integer(column.type) and not column.null_count:
+            numbers = column.to_numpy().astype(np.int64)
+        numbered = len(numbers) == len(positions) and numbers.min(initial=0) >= 0
+        if made_from:
+            inside = numbers.max(initial=-1) < int(made_from["rows"])
+            if not numbered or not inside or (np.diff(numbers) <= 0).any():
+                raise damaged(
+                    self.path / METADATA[kind], "its column index is not ascending", AGAIN
+                )
+            return numbers
+        if numbered and len(np.unique(numbers)) == len(numbers):
+            return numbers
+        _log.warning(
+            "%s: the column index of the metadata does not number the %d rows one by one (it may "
+            "restart in each part); rows are numbered by their positions",
+            self.path, len(positions),
+        )  # fmt: skip
+        return positions
 
     def contents(self) -> list[str]:
         """Return what identifies the content of each embedded image, in row order.
@@ -188,14 +257,37 @@ class EmbeddingFolder:
 def _open_part(path: Path) -> Matrix:
     try:
         part = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError) as error:
-        raise DataError(f"{path} can't be read as a NumPy array: {error}") from error
+    except Exception as error:  # what a damaged file raises is not bounded by a list
+        raise DataError(f"{path} can't be read as a NumPy array: {reason_of(error)}") from error
     if part.ndim != 2 or part.dtype not in (np.float16, np.float32):
         raise DataError(
-            f"{path} is {part.dtype} {list(part.shape)}; expected float16 (or float32) [rows, D]"
+            f"{path} is {part.dtype} {list(part.shape)}; expected float16 (or float32) [rows, D]. "
+            "Convert it with .astype('float32')"
         )
+    if part.shape[1] == 0:
+        raise DataError(f"{path} has no columns; embed anew")
     opened: Matrix = part
     return opened
+
+
+def _read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
+    try:
+        return pa.parquet.read_table(path, columns=columns)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise damaged(path, error, AGAIN) from error
+
+
+def read_fingerprint(path: Path) -> dict[str, Any]:
+    """Read what the embeddings of a folder were made from.
+
+    Raises:
+        DamagedFileError: it can't be read.
+    """
+    fields = dict.fromkeys(("rows", "parts", "part_size"), int) | dict.fromkeys(
+        ("model", "model_fingerprint", "precision", "transform", "data"), str
+    )
+    found: dict[str, Any] = read_json(path, fields, AGAIN)
+    return found
 
 
 def read_skipped(folder: Path) -> list[Skipped]:
@@ -206,9 +298,12 @@ def read_skipped(folder: Path) -> list[Skipped]:
     path = folder / "skipped.tsv"
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()[1:]
-    cells = (line.split("\t") for line in lines)
-    return [Skipped(int(index), key, reason) for index, key, reason in cells]
+    try:
+        lines = path.read_bytes().decode("utf-8", "surrogateescape").split("\n")[1:]
+        cells = (line.split("\t") for line in lines if line)
+        return [Skipped(int(index), key, reason) for index, key, reason in cells]
+    except (OSError, ValueError) as error:
+        raise damaged(path, error, AGAIN) from error
 
 
 def replace_skipped(folder: Path, first: int, last: int, skipped: Sequence[Skipped]) -> None:

@@ -28,13 +28,16 @@ from pymcip.embedding.folder import (
     EmbeddingFolder,
     Kind,
     Matrix,
+    read_fingerprint,
     replace_left_out,
     replace_skipped,
 )
 from pymcip.errors import DataError, StaleEmbeddingsError
-from pymcip.files import atomic_path, prepare_output, read_json, write_json
+from pymcip.files import atomic_path, write_json
+from pymcip.folders import hold
 from pymcip.model import ClipModel, load_configured
 from pymcip.model.clip import warn_of_cut
+from pymcip.outputs import output_folder
 from pymcip.progress import progress
 
 PART_SIZE = 100_000
@@ -60,6 +63,7 @@ def embed(config: EmbedConfig | None = None, /, **options: Any) -> EmbeddingFold
         DataError: a source is missing, empty or unsafe; or not one image could be decoded.
         StaleEmbeddingsError: `out` holds embeddings of another model, transform or data.
         OutputExistsError: `out` holds something else.
+        FolderInUseError: another process writes to `out`.
     """
     config = EmbedConfig.make(config, options)
     out = Path(config.out)
@@ -67,20 +71,16 @@ def embed(config: EmbedConfig | None = None, /, **options: Any) -> EmbeddingFold
     captions = None if config.captions is None else load_captions(config.captions)
     clip = load_configured(config)
     ours = any((out / f"{kind}_fingerprint.json").is_file() for kind in METADATA)
-    prepare_output(
-        out,
-        overwrite=config.overwrite,
-        resume=ours and not config.overwrite,
-        inputs=(config.model, config.pretrained, config.images, config.captions),
-    )
+    read = [] if images is None else images.files()
     size, part_size = config.batch_size, config.part_size
-    if images is not None:
-        embed_images(
-            clip, images, out, batch_size=size, part_size=part_size, workers=config.workers
-        )
-    if captions is not None:
-        size *= CAPTIONS_PER_IMAGE
-        embed_captions(clip, captions, out, batch_size=size, part_size=part_size)
+    with output_folder(config, resume=ours and not config.overwrite, read=read):
+        if images is not None:
+            embed_images(
+                clip, images, out, batch_size=size, part_size=part_size, workers=config.workers
+            )
+        if captions is not None:
+            size *= CAPTIONS_PER_IMAGE
+            embed_captions(clip, captions, out, batch_size=size, part_size=part_size)
     return EmbeddingFolder(out)
 
 
@@ -232,7 +232,6 @@ def _write_parts(
     }
     if clip.embed_dim != clip.joint_dim:
         made_from["joint_dim"] = clip.joint_dim
-    _check_fresh(folder, kind, made_from)
     names = [f"{number:0{len(str(parts - 1))}}" for number in range(parts)]
     files = [
         (
@@ -241,27 +240,38 @@ def _write_parts(
         )
         for name in names
     ]
-    missing = [p for p in range(parts) if not all(file.is_file() for file in files[p])]
-    with progress(
-        total=total,
-        initial=missing[0] * part_size if missing else total,
-        description=f"embedding {WHAT[kind]}",
-        unit=WHAT[kind][:-1],
-    ) as bar:
-        for number in missing:
-            indices = np.arange(number * part_size, min(total, (number + 1) * part_size))
-            vectors, metadata, skipped = make_part(indices, bar.update)
-            with atomic_path(files[number][0]) as temporary, temporary.open("wb") as handle:
-                np.save(handle, vectors)
-            if kind == "img":
-                replace_skipped(folder, int(indices[0]), int(indices[-1]), skipped)
-            with atomic_path(files[number][1]) as temporary:
-                pa.parquet.write_table(metadata, temporary)
+
+    def missing_parts() -> list[int]:
+        _check_fresh(folder, kind, made_from)
+        return [p for p in range(parts) if not all(file.is_file() for file in files[p])]
+
+    if not missing_parts():
+        return EmbeddingFolder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with hold(folder, wait=True):
+        missing = missing_parts()  # another process may have made some
+        if not (folder / f"{kind}_fingerprint.json").is_file():
+            write_json(folder / f"{kind}_fingerprint.json", made_from)
+        with progress(
+            total=total,
+            initial=missing[0] * part_size if missing else total,
+            description=f"embedding {WHAT[kind]}",
+            unit=WHAT[kind][:-1],
+        ) as bar:
+            for number in missing:
+                indices = np.arange(number * part_size, min(total, (number + 1) * part_size))
+                vectors, metadata, skipped = make_part(indices, bar.update)
+                with atomic_path(files[number][0]) as temporary, temporary.open("wb") as handle:
+                    np.save(handle, vectors)
+                if kind == "img":
+                    replace_skipped(folder, int(indices[0]), int(indices[-1]), skipped)
+                with atomic_path(files[number][1]) as temporary:
+                    pa.parquet.write_table(metadata, temporary)
     return EmbeddingFolder(folder)
 
 
 def _check_fresh(folder: Path, kind: Kind, made_from: dict[str, Any]) -> None:
-    """Write the fingerprint of a new folder; compare it with the one that is there."""
+    """Compare what the embeddings in a folder were made from, if there are any."""
     path = folder / f"{kind}_fingerprint.json"
     if not path.is_file():
         if any((folder / f"{kind}_emb").glob("*.npy")):
@@ -269,9 +279,8 @@ def _check_fresh(folder: Path, kind: Kind, made_from: dict[str, Any]) -> None:
                 f"{folder}/{kind}_emb holds embeddings without {path.name}: what they were made "
                 "from is not known. Embed into another folder, or give overwrite=True"
             )
-        write_json(path, made_from)
         return
-    stored = read_json(path)
+    stored = read_fingerprint(path)
     names = {
         "model_fingerprint": "model",
         "precision": "precision",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -15,6 +16,7 @@ from pymcip.benchmarks import (
     BENCHMARKS,
     DATA_SETS,
     SUITES,
+    Found,
     SuiteOptions,
     find_suite,
     measure_suite,
@@ -24,15 +26,17 @@ from pymcip.data import load_images
 from pymcip.data.class_names import read_class_names
 from pymcip.embedding import EmbeddingCache
 from pymcip.errors import ConfigError, DataError
-from pymcip.evaluation.own_data import check_own, measure_own
+from pymcip.evaluation.own_data import OwnData, check_own, measure_own
 from pymcip.evaluation.tables import (
     comparison_table,
     model_headings,
     reported_columns,
     suite_table,
 )
-from pymcip.files import prepare_output, write_json, write_text
+from pymcip.files import write_json, write_text
+from pymcip.folders import manifest
 from pymcip.model import load
+from pymcip.outputs import output_folder
 
 Measured = TypeVar("Measured")
 
@@ -101,7 +105,14 @@ def _evaluate_own(config: EvaluateConfig) -> EvaluateResult:
     names = None if config.class_names is None else read_class_names(config.class_names)
     own = check_own(data, knn_data, names, config.duplicates)
     options = protocol_options(config)
-    out = _prepare(config, [config.data, config.knn_data, config.class_names])
+    read = data.files() + ([] if knn_data is None else knn_data.files())
+    with _prepare(config, read) as out:
+        return _measure_own(config, own, options, out)
+
+
+def _measure_own(
+    config: EvaluateConfig, own: OwnData, options: SuiteOptions, out: Path | None
+) -> EvaluateResult:
     measured = _each_model(
         config,
         config.cache,
@@ -139,7 +150,18 @@ def _evaluate_suite(config: EvaluateConfig) -> EvaluateResult:
     if not found:
         reasons = "\n".join(f"- {name}: {reason}" for name, reason in missing.items())
         raise DataError(f"none of the benchmarks' data are there:\n{reasons}")
-    out = _prepare(config, [config.data_root, config.cache, *map(str, config.data_paths.values())])
+    read = [path for item in found for path in item.files]
+    with _prepare(config, read) as out:
+        return _measure_suite(config, found, missing, options, out)
+
+
+def _measure_suite(
+    config: EvaluateConfig,
+    found: list[Found],
+    missing: dict[str, str],
+    options: SuiteOptions,
+    out: Path | None,
+) -> EvaluateResult:
     results = _each_model(
         config,
         config.cache or (None if out is None else out / "embeddings"),
@@ -222,16 +244,15 @@ def _each_model(
     return results
 
 
-def _prepare(config: EvaluateConfig, inputs: list[Any]) -> Path | None:
-    """Make the output folder, if one is asked for; it must hold none of the inputs."""
+def _prepare(
+    config: EvaluateConfig, read: Iterable[Path]
+) -> contextlib.AbstractContextManager[Path | None]:
+    """Make and hold the output folder, if one is asked for; `read`: files of the data."""
     if config.out is None:
-        return None
-    return prepare_output(
-        config.out,
-        overwrite=config.overwrite,
-        resume=config.resume is not None,
-        inputs=[*_models(config), *inputs],
-    )
+        return contextlib.nullcontext()
+    out = Path(config.out)
+    known = manifest(out) or any((out / name).exists() for name in ("metrics.json", "embeddings"))
+    return output_folder(config, resume=bool(config.resume and known), read=read)
 
 
 def _write(

@@ -23,7 +23,7 @@ import numpy as np
 from pymcip.configs import MineConfig, Source
 from pymcip.embedding import EmbeddingFolder, Matrix
 from pymcip.errors import DataError, StaleEmbeddingsError
-from pymcip.files import prepare_output, read_json, write_json, write_text
+from pymcip.files import damaged, read_json, write_json, write_text
 from pymcip.mining.report import (
     auto_threshold,
     describe_table,
@@ -42,6 +42,9 @@ from pymcip.mining.search import (
 from pymcip.mining.table import CaptionTable
 from pymcip.ops.arrays import MatrixParts, dtype_name
 from pymcip.ops.faiss_import import import_faiss
+from pymcip.outputs import output_folder
+
+AGAIN = "Give overwrite=True to mine again"  # what to do about damage
 
 _log = logging.getLogger("pymcip.mining")
 
@@ -69,6 +72,7 @@ def mine_captions(config: MineConfig | None = None, /, **options: Any) -> MineRe
             the threshold.
         StaleEmbeddingsError: `out` was mined from other embeddings or with other options.
         OutputExistsError: `out` holds something else.
+        FolderInUseError: another process writes to `out`.
         BackendError: the back end can't run here.
         MissingDependencyError: `recall` is below 1, and faiss is not installed.
     """
@@ -77,7 +81,6 @@ def mine_captions(config: MineConfig | None = None, /, **options: Any) -> MineRe
         import_faiss()
     images = EmbeddingFolder(config.images)
     captions = images if config.captions is None else EmbeddingFolder(config.captions)
-    image_parts, caption_parts = images.parts("img"), captions.parts("text")
     for folder, made_from in (
         (images, images.fingerprint("img")),
         (captions, captions.fingerprint("text")),
@@ -97,23 +100,34 @@ def mine_captions(config: MineConfig | None = None, /, **options: Any) -> MineRe
         "index": None if config.index is None else str(config.index),
         "seed": config.seed,
     }
-    ours = (out / "mine.json").is_file()
-    prepare_output(
-        out,
-        overwrite=config.overwrite,
-        resume=ours and not config.overwrite,
-        inputs=(config.images, config.captions, config.index),
-    )
+    resume = (out / "mine.json").is_file() and not config.overwrite
+    with output_folder(config, resume=resume):
+        return _mine(config, out, resume, settings, images, captions)
+
+
+def _mine(
+    config: MineConfig,
+    out: Path,
+    resume: bool,
+    settings: dict[str, Any],
+    images: EmbeddingFolder,
+    captions: EmbeddingFolder,
+) -> MineResult:
+    """Mine into a folder that is held, or read what was mined there."""
+    image_parts, caption_parts = images.parts("img"), captions.parts("text")
     block_rows = _block_rows(config.k, caption_parts, config.backend)
-    if ours and not config.overwrite:
-        stored = {"recall": 1.0, "index": None, **read_json(out / "mine.json")}
+    if resume:
+        stored: dict[str, Any] = {"recall": 1.0, "index": None, "block_rows": block_rows}
+        stored |= read_json(out / "mine.json", {}, AGAIN)
         _check_settings(out, stored, settings)
-        block_rows = stored.get("block_rows", block_rows)
+        block_rows = stored["block_rows"]
+        if not isinstance(block_rows, int) or block_rows < 1:
+            raise damaged(out / "mine.json", f"'block_rows' is {block_rows!r}", AGAIN)
     write_json(out / "mine.json", {**settings, "block_rows": block_rows})
     blocks = out / "blocks"
     if (out / "report.json").is_file():  # written last
         shutil.rmtree(blocks, ignore_errors=True)  # of a run that was killed while removing them
-        report = read_json(out / "report.json")
+        report = read_json(out / "report.json", {"threshold": float, "images": int}, AGAIN)
         return MineResult(CaptionTable.load(out), report["threshold"], report, out)
     names = ("k", "threshold", "recall", "index", "backend", "threads", "seed")
     chosen: dict[str, Any] = {name: getattr(config, name) for name in names}

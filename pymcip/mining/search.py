@@ -17,8 +17,7 @@ import numpy as np
 import torch
 
 from pymcip.embedding import Matrix
-from pymcip.errors import DataError
-from pymcip.files import atomic_path, read_json, write_json
+from pymcip.files import damaged, read_json, read_npz, write_json, write_npz
 from pymcip.mining.table import CaptionTable, Float32, Int64, bounds_of
 from pymcip.ops import ApproximateIndex, topk
 from pymcip.ops.arrays import MatrixParts, Progress, as_numpy, dtype_name
@@ -28,6 +27,8 @@ from pymcip.progress import progress
 
 GPU_BLOCK_ROWS = 1 << 17
 RECALL_ROWS = 256  # images whose exact captions an approximate search is compared with
+
+_AGAIN = "Remove it and mine again"
 
 _log = logging.getLogger("pymcip.mining")
 # Of a block of images [rows, D]: ids and cosines [rows, k], -1 and -inf where there are fewer. The
@@ -126,7 +127,7 @@ def approximate_search(
         if folder is not None:
             index.save(folder)
     if measured_file is not None and measured_file.is_file():
-        measured = read_json(measured_file)
+        measured = read_json(measured_file, {"nprobe": int, "lists": int, "recall_interval": list})
     else:
         found = _with_bar(
             "measuring recall",
@@ -200,7 +201,7 @@ def mine_blocks(
         rows: images per block, at most.
 
     Raises:
-        DataError: the file of a block is damaged.
+        DamagedFileError: the file of a block is damaged.
     """
     count = -(-len(images) // rows)
     bounds = [len(images) * number // count for number in range(count + 1)]
@@ -220,7 +221,7 @@ def mine_blocks(
     ) as bar:
         for (first, last), file, done in zip(places, files, finished, strict=True):
             if file is not None and done:
-                found.append(_present(*_read_block(file, last - first, k)))
+                found.append(_present(*_read_block(file, (last - first, k), captions)))
                 continue
             start, work = bar.n, (last - first) * captions
 
@@ -230,8 +231,7 @@ def mine_blocks(
             ids, cosines = search(images[first:last], report)
             report(1, 1)
             if file is not None:
-                with atomic_path(file) as temporary, temporary.open("wb") as handle:
-                    np.savez(handle, ids=ids, cosines=cosines)
+                write_npz(file, ids=ids, cosines=cosines)
             found.append(_present(ids, cosines))
     counts, all_ids, all_cosines = (np.concatenate(column) for column in zip(*found, strict=True))
     return CaptionTable(bounds_of(counts), all_ids, all_cosines, captions)
@@ -243,13 +243,11 @@ def _present(ids: Int64, cosines: Float32) -> tuple[Int64, Int64, Float32]:
     return there.sum(axis=1), ids[there], cosines[there]
 
 
-def _read_block(file: Path, rows: int, k: int) -> tuple[Int64, Float32]:
-    try:
-        with np.load(file, allow_pickle=False) as stored:
-            ids, cosines = stored["ids"], stored["cosines"]
-        if ids.shape == cosines.shape == (rows, k):
-            return ids, cosines
-        problem = f"it holds {ids.shape}, not {(rows, k)}"
-    except (OSError, KeyError, ValueError, EOFError) as error:
-        problem = str(error)
-    raise DataError(f"{file} is damaged: {problem}. Remove it and mine again")
+def _read_block(file: Path, shape: tuple[int, int], captions: int) -> tuple[Int64, Float32]:
+    stored = read_npz(file, {"ids": ("int64", 2), "cosines": ("float32", 2)}, _AGAIN)
+    ids, cosines = stored["ids"], stored["cosines"]
+    if not ids.shape == cosines.shape == shape:
+        raise damaged(file, f"it holds {ids.shape}, not {shape}", _AGAIN)
+    if ids.size and not -1 <= ids.min() <= ids.max() < captions:
+        raise damaged(file, f"it has numbers of captions beyond {captions}", _AGAIN)
+    return ids, cosines

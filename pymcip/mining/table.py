@@ -12,10 +12,16 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from pymcip.configs import Source
-from pymcip.errors import DataError
-from pymcip.files import atomic_path
+from pymcip.files import atomic_path, damaged, read_npz, write_npz
 
 TABLE = "caption_table"
+_AGAIN = "Mine it again with pymcip.mine_captions"
+_FIELDS = {
+    "indptr": ("int64", 1),
+    "ids": ("int64", 1),
+    "cosines": ("float32", 1),
+    "num_captions": ("int64", 0),
+}
 
 Int64: TypeAlias = npt.NDArray[np.int64]
 Float32: TypeAlias = npt.NDArray[np.float32]
@@ -84,29 +90,27 @@ class CaptionTable(CaptionLists):
         pairs = pa.table({"image": images, "caption": self.ids, "cosine": self.cosines})
         with atomic_path(Path(folder) / f"{TABLE}.parquet") as temporary:
             pa.parquet.write_table(pairs, temporary)
-        file = Path(folder) / f"{TABLE}.npz"
-        with atomic_path(file) as temporary, temporary.open("wb") as handle:
-            np.savez(handle, **asdict(self))
+        write_npz(Path(folder) / f"{TABLE}.npz", **asdict(self))
 
     @classmethod
     def load(cls, path: Source) -> CaptionTable:
         """Read a table from its folder or its .npz file.
 
         Raises:
-            DataError: there is none, or it is damaged.
+            DamagedFileError: there is none, or it can't be read.
         """
         file = Path(path)
         if file.is_dir():
             file = file / f"{TABLE}.npz"
-        try:
-            with np.load(file, allow_pickle=False) as arrays:
-                values = {name: arrays[name] for name in ("indptr", "ids", "cosines")}
-                table = cls(**values, num_captions=int(arrays["num_captions"]))
-        except (OSError, KeyError, ValueError, EOFError) as error:
-            raise DataError(
-                f"{file} can't be read as a caption table: {error}. Mine it again with "
-                "pymcip.mine_captions"
-            ) from error
-        if not len(table.ids) == len(table.cosines) == table.indptr[-1]:
-            raise DataError(f"{file} is damaged: its arrays don't fit together. Mine it again")
+        values = read_npz(file, _FIELDS, _AGAIN)
+        count = int(values.pop("num_captions"))
+        table = cls(**values, num_captions=count)
+        bounds, ids = table.indptr, table.ids
+        fits = len(bounds) > 0 and len(ids) == len(table.cosines) == bounds[-1] and bounds[0] == 0
+        if not fits or (np.diff(bounds) < 0).any():
+            raise damaged(file, "its arrays don't fit together", _AGAIN)
+        if len(ids) and not 0 <= ids.min() <= ids.max() < count:
+            raise damaged(file, f"it has numbers of captions beyond {count}", _AGAIN)
+        if not np.isfinite(table.cosines).all():
+            raise damaged(file, "it has cosines that are not finite", _AGAIN)
         return table

@@ -10,9 +10,10 @@ import open_clip
 import torch
 
 from pymcip.configs import ModelOptions
-from pymcip.errors import CheckpointError, ConfigError
+from pymcip.errors import CheckpointError, ConfigError, PymcipError, reason_of
 from pymcip.model.appended import with_appended
 from pymcip.model.clip import ClipModel, is_convolutional
+from pymcip.model.hub_config import check_config, without_requests
 
 HUB_FOLDER = Path("exported") / "hub"  # inside a run folder
 
@@ -130,7 +131,9 @@ def load(
         A `ClipModel`, in evaluation mode.
 
     Raises:
-        ConfigError: unknown model or tag; no weights named.
+        ConfigError: unknown model or tag; no weights named; the config of a folder
+            names files that are not on this machine.
+        MissingDependencyError: the model's text side needs transformers.
         CheckpointError: the checkpoint is damaged or of another model.
     """
     name = _resolve_name(model)
@@ -138,25 +141,26 @@ def load(
     try:
         quick_gelu = _check_source(name, pretrained)
         config = open_clip.get_model_config(name)
-        module, _, preprocess_val = open_clip.create_model_and_transforms(
-            name,
-            pretrained=None if pretrained == "random" else pretrained,
-            precision="fp32",
-            device=chosen,
-            force_quick_gelu=quick_gelu,
-            force_image_size=image_size,
-            pretrained_text=False,
-            require_pretrained=pretrained != "random",
-            weights_only=True,
-        )
-        tokenizer = open_clip.get_tokenizer(name)
-    except ConfigError:
+        check_config(name, config)
+        with without_requests(name, config):
+            module, _, preprocess_val = open_clip.create_model_and_transforms(
+                name,
+                pretrained=None if pretrained == "random" else pretrained,
+                precision="fp32",
+                device=chosen,
+                force_quick_gelu=quick_gelu,
+                force_image_size=image_size,
+                pretrained_text=False,
+                require_pretrained=pretrained != "random",
+                weights_only=True,
+            )
+            tokenizer = open_clip.get_tokenizer(name)
+    except PymcipError:
         raise
     except Exception as error:  # open_clip, torch, pickle, safetensors, the hub: no common base
-        told = str(error) if len(str(error)) <= 600 else f"{str(error)[:600]} […]"
         raise CheckpointError(
             f"open_clip can't load model={model!r}, pretrained={pretrained!r}: "
-            f"{type(error).__name__}: {told}\nWeights must be an undamaged plain state "
+            f"{type(error).__name__}: {reason_of(error, 600)}.\nWeights must be an undamaged plain state "
             "dict of just this architecture; check that the name and the file belong together."
         ) from error
     module.eval()

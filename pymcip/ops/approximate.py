@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pymcip.contents import file_digest
 from pymcip.errors import ConfigError, DataError, OutputExistsError
 from pymcip.files import atomic_path, read_json, write_json
 from pymcip.ops.arrays import Array, Progress, as_numpy, check_finite, dense_fp32
@@ -114,10 +115,12 @@ class ApproximateIndex:
         path = Path(path)
         if path.exists() and not (path / "index.json").is_file():
             raise OutputExistsError(f"{path} is there and holds no index; give a new folder")
-        with atomic_path(path) as temporary:
+        with atomic_path(path, owned=()) as temporary:
             temporary.mkdir()
             import_faiss().write_index(self._index, str(temporary / "index.faiss"))
-            write_json(temporary / "index.json", {"version": 1, "bank": self._bank})
+            digest = file_digest(temporary / "index.faiss").hex()
+            about = {"version": 1, "bank": self._bank, "sha256": digest}
+            write_json(temporary / "index.json", about)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ApproximateIndex:
@@ -129,9 +132,11 @@ class ApproximateIndex:
         """
         faiss = import_faiss()
         try:
-            about = read_json(Path(path) / "index.json")
+            about = read_json(Path(path) / "index.json", {"bank": str, "sha256": str})
             if about["version"] != 1:
                 raise ValueError(f"its version is {about['version']}, not 1")
+            if file_digest(Path(path) / "index.faiss").hex() != about["sha256"]:  # faiss may crash
+                raise ValueError("index.faiss has another checksum than when it was written")
             index = faiss.read_index(str(Path(path) / "index.faiss"), faiss.IO_FLAG_MMAP)
             return cls(index, about["bank"])
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:

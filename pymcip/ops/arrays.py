@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, TypeAlias
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from pymcip.errors import ConfigError, DataError
+from pymcip.files import read_system_file
 
 Array: TypeAlias = Any  # np.ndarray (memory maps too) or torch.Tensor
 Progress: TypeAlias = Callable[[int, int], object]  # called with the work done and the work to do
@@ -193,6 +195,26 @@ def check_threads(op: str, threads: Any) -> int:
         ConfigError: see `check_count`.
     """
     return torch.get_num_threads() if threads is None else check_count(op, "threads", threads)
+
+
+def check_room(op: str, device: torch.device, size: int, what: str) -> None:
+    """Refuse a result of `size` bytes that a device's free memory can't hold; `what` makes it so large.
+
+    Raises:
+        ConfigError: see above.
+    """
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        found = re.search(r"MemAvailable:\s*(\d+) kB", read_system_file("/proc/meminfo"))
+        if found is None:
+            return  # no Linux
+        free = int(found[1]) << 10
+    if size > free:
+        raise ConfigError(
+            f"{op}: {what} makes a result of {size / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of "
+            "memory are free; lower it, or take fewer rows at a time"
+        )
 
 
 def check_pair(op: str, queries: Array, bank: Any) -> None:

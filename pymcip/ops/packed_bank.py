@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import os
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
+from pymcip.contents import file_digest
 from pymcip.errors import BackendError, ConfigError, DataError, OutputExistsError
 from pymcip.files import atomic_path, read_json, write_json
 from pymcip.ops.arrays import (
@@ -28,8 +30,9 @@ from pymcip.ops.arrays import (
 )
 from pymcip.ops.dispatch import backends, select
 
-FORMAT = 1  # of the saved folder and of the codes
+FORMAT = 2  # of the saved folder and of the codes
 GROUP, STEP, FACTS = 32, 64, 4  # kGroup, kStep, kGroupFacts of csrc/topk_kernel.hpp
+ARRAYS = ("rows", "codes", "groups", "sums")  # of a saved folder
 PRECISIONS = {"int8": 1, "bfloat16": 2}  # bytes of a code
 
 
@@ -141,7 +144,7 @@ class PackedBank:
         if self.device.type != "cpu":
             return self.to("cpu").save(folder, overwrite=overwrite)
         dtype = dtype_name(self.rows)
-        with atomic_path(folder) as temporary:
+        with atomic_path(folder, owned=()) as temporary:
             temporary.mkdir()
             for name, array in self.arrays.items():
                 np.save(temporary / f"{name}.npy", array)
@@ -150,25 +153,30 @@ class PackedBank:
             )
             rows[:] = _bits(self.rows)
             rows.flush()
+            del rows
             facts = {"format": FORMAT, "dtype": dtype, "precision": self.precision}
+            facts["sha256"] = {name: digest.hex() for name, digest in _digests(temporary)}
             write_json(temporary / "packed_bank.json", facts)
         return folder
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> PackedBank:
-        """Open a saved bank; its arrays are memory-mapped.
+        """Open a saved bank; its arrays are read once for their checksums, and memory-mapped.
 
         Raises:
-            DataError: the folder holds no packed bank, or one of another format.
+            DataError: the folder holds no packed bank, a damaged one, or one of another format.
         """
         folder = Path(folder)
         try:
-            facts = read_json(folder / "packed_bank.json")
+            facts = read_json(folder / "packed_bank.json", {"dtype": str, "sha256": dict})
             if facts["format"] != FORMAT:
                 raise ValueError(f"packed in format {facts['format']}; this version reads {FORMAT}")
+            for name, digest in _digests(folder):
+                if facts["sha256"].get(name) != digest.hex():
+                    raise ValueError(f"{name}.npy has another checksum than when it was written")
             arrays = {
                 name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-                for name in ("rows", "codes", "groups", "sums")
+                for name in ARRAYS
             }
             rows: Array = arrays.pop("rows")
             dtype, precision = facts["dtype"], facts["precision"]
@@ -266,6 +274,13 @@ def code_shapes(
         "groups": ((groups, FACTS), np.dtype(np.float32)),
         "sums": ((groups, GROUP), np.dtype(np.int32)),
     }
+
+
+def _digests(folder: Path) -> list[tuple[str, bytes]]:
+    """SHA-256 of the arrays' files in a folder, by the arrays' names."""
+    with ThreadPoolExecutor(len(ARRAYS)) as pool:
+        digests = pool.map(file_digest, [folder / f"{name}.npy" for name in ARRAYS])
+        return list(zip(ARRAYS, digests, strict=True))
 
 
 def _stored(dtype: str) -> np.dtype[Any]:

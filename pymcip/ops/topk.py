@@ -32,6 +32,7 @@ from pymcip.ops.arrays import (
     check_finite,
     check_matrix,
     check_pair,
+    check_room,
     check_threads,
     device_of,
     dtype_name,
@@ -40,6 +41,8 @@ from pymcip.ops.canonical import joined_best
 from pymcip.ops.dispatch import Backend, select
 from pymcip.ops.packed_bank import PackedBank, plain_parts, plain_rows
 from pymcip.ops.topk_cpu import KERNELS, probe
+
+RESULT_BYTES = 12  # of a place: an int64 and a float32
 
 
 def topk(
@@ -69,7 +72,7 @@ def topk(
         raises ends the search.
 
     Raises:
-        ConfigError: an argument is not allowed.
+        ConfigError: an argument is not allowed, or the result is larger than the free memory.
         DataError: a row holds NaN or infinity, or its squared norm overflows float32.
         BackendError: the back end asked for can't take these inputs here.
     """
@@ -84,6 +87,7 @@ def topk(
         check_pair("topk", queries, part)
     k = check_count("topk", "k", k)
     threads = check_threads("topk", threads)
+    check_room("topk", device_of(queries), len(queries) * k * RESULT_BYTES, f"k={k}")
     floor = _floor(threshold)
     if progress is not None and not callable(progress):
         raise ConfigError(

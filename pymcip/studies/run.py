@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from pymcip.configs import SweepConfig, TrainConfig, read_options
+from pymcip.contents import file_digests
+from pymcip.data import load_images
 from pymcip.demo.points import (
     NO_CHANGES,
     Changes,
@@ -28,7 +30,9 @@ from pymcip.demo.recipe import SMOKE, Recipe
 from pymcip.demo.sprites import load_sprites
 from pymcip.demo.world import World, prepare_world
 from pymcip.errors import ConfigError, PymcipError
-from pymcip.files import prepare_output, read_json, write_json, write_text
+from pymcip.files import read_json, write_json, write_text
+from pymcip.folders import holds_files
+from pymcip.outputs import output_folder
 from pymcip.studies.plots import draw_curves, draw_front, require_matplotlib
 from pymcip.studies.tables import (
     KEPT,
@@ -38,6 +42,7 @@ from pymcip.studies.tables import (
     titles,
     with_alignment,
 )
+from pymcip.training.inputs import open_inputs
 
 _log = logging.getLogger("pymcip.studies")
 
@@ -85,7 +90,23 @@ def sweep(config: SweepConfig | None = None, /, **options: Any) -> SweepResult:
     started = time.perf_counter()
     study = _study(config)
     points = study_points(config, study.base, study.changes)
-    out, settings = Path(config.out), _prepare(config, study)
+    read, inputs = _inputs(config, study)
+    settings, resume = _settings(config, study, inputs)
+    with output_folder(config, resume=resume, read=read, also=[study.base]):
+        write_json(
+            Path(config.out) / "config.json", {"sweep": config.to_dict(), "settings": settings}
+        )
+        return _run(config, study, points, settings, started)
+
+
+def _run(
+    config: SweepConfig,
+    study: _Study,
+    points: list[Point],
+    settings: dict[str, Any],
+    started: float,
+) -> SweepResult:
+    out = Path(config.out)
     seeds = [study.base.seed + number for number in range(config.seeds)]
     try:
         records = [_run_seed(config, seed) for seed in seeds]
@@ -193,40 +214,49 @@ def _study(config: SweepConfig, seed: int | None = None) -> _Study:
     return _Study(base, {**evaluation, "workers": base.workers}, {}, {})
 
 
-def _prepare(config: SweepConfig, study: _Study) -> dict[str, Any]:
-    """Make `out` and describe the study; one that is resumed must be the same but for its points."""
+def _inputs(config: SweepConfig, study: _Study) -> tuple[list[Path], dict[str, str]]:
+    """The files that the runs of the user's own data read, and what identifies their content."""
+    if config.train is None:
+        return [], {}
+    opened = open_inputs(study.base)
+    data = load_images(study.evaluation["data"], labelled=False)
+    found = {**opened.fingerprints(study.base), "data": data.fingerprint()}
+    names = study.evaluation["class_names"]
+    if names is not None:
+        found["class_names"] = file_digests([names])
+    return opened.files() + data.files(), found
+
+
+def _settings(
+    config: SweepConfig, study: _Study, inputs: dict[str, str]
+) -> tuple[dict[str, Any], bool]:
+    """Describe the study, and whether it is resumed: it must be the same but for its points."""
     base, out = study.base, Path(config.out)
     described, resume = out / "config.json", config.resume is not None
-    parts = {**asdict(study), "train": base.to_dict()}
+    parts = {**asdict(study), "train": base.to_dict(), "inputs": inputs}
     del parts["base"]
     if config.train is None:
         parts["train"]["model"] = "the demo's"  # wherever it is installed
     settings: dict[str, Any] = json.loads(json.dumps(parts, default=str))
     if resume and described.is_file():
-        before = read_json(described)["settings"]
+        before = read_json(described, {"settings": dict})["settings"]
         names = [
             f"{part}.{name}"
             for part, own in settings.items()
             for name, value in own.items()
-            if before.get(part, {}).get(name) != value
+            if dict(before.get(part) or {}).get(name) != value
         ]
         if names:
             raise ConfigError(
                 f"resume='latest': the sweep in {out} has other settings ({', '.join(names)}); give "
                 "the same ones, or another folder"
             )
-    elif resume and out.is_dir() and any(out.iterdir()):
+    elif resume and holds_files(out):
         raise ConfigError(
             f"resume='latest': {out} holds files but no config.json, so it is no sweep; give the "
             "folder of a sweep, or one that is new or empty"
         )
-    inputs = (
-        *(config.train, config.data, config.class_names, base.model, base.pretrained, base.cache),
-        *(base.train_data, base.captions, base.rea_data, base.mine_model, base.mine_pretrained),
-    )
-    prepare_output(out, overwrite=config.overwrite, resume=resume, inputs=inputs)
-    write_json(described, {"sweep": config.to_dict(), "settings": settings})
-    return settings
+    return settings, resume
 
 
 def _run_seed(config: SweepConfig, seed: int) -> dict[str, Any]:
@@ -255,12 +285,15 @@ def _run_seed(config: SweepConfig, seed: int) -> dict[str, Any]:
 
 def _figures(run: Path, point: Point) -> dict[str, float]:
     """What a finished run says of itself."""
-    result, mined = read_json(run / "result.json"), run / "mined" / "report.json"
+    result, mined = (
+        read_json(run / "result.json", {"seconds": float}),
+        run / "mined" / "report.json",
+    )
     figures = {"seconds": round(result["seconds"], 1)}
     if result.get("alignment") is not None:
         figures |= {name: result["alignment"][name] for name in KEPT}
     if point.config.needs_captions and mined.is_file():
-        report = read_json(mined)
+        report = read_json(mined, {"threshold": float, "pairs": int, "images": int})
         figures["threshold"] = report["threshold"]
         figures["captions_per_image"] = report["pairs"] / report["images"]
     return figures

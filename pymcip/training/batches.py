@@ -16,12 +16,13 @@ import numpy as np
 import open_clip
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from pymcip.data import ImageData
 from pymcip.errors import ConfigError
 from pymcip.model import ClipModel
 from pymcip.training.sampling import Indices
+from pymcip.workers import load_batches
 
 
 @contextlib.contextmanager
@@ -115,11 +116,4 @@ def image_batches(
         [(epoch, i, int(order[i])) for i in range(start, min(start + batch_size, last))]
         for start in range(first_batch * batch_size, last, batch_size)
     ]
-    loader = DataLoader(
-        images,
-        batch_sampler=batches,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        generator=torch.Generator(),  # its own: the loader must not draw from the global one
-    )
-    yield from loader
+    yield from load_batches(images, workers=workers, batch_sampler=batches, pin_memory=pin_memory)

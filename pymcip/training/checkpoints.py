@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import os
-import pickle
 import random
-from dataclasses import dataclass, field
+import zipfile
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from pymcip.errors import CheckpointError
+from pymcip.errors import CheckpointError, reason_of
 from pymcip.files import atomic_path
 
 FORMAT = 1
@@ -68,8 +68,8 @@ def restore_random_states(states: dict[str, Any]) -> None:
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> Path:
     """Write `step_<global step>.pt`, then drop all but the last two (and the best)."""
     path = folder / f"step_{state['global_step']:08d}.pt"
-    with atomic_path(path) as temporary:
-        torch.save({"format": FORMAT, **state}, temporary)
+    with atomic_path(path) as temporary, temporary.open("wb") as handle:
+        torch.save({"format": FORMAT, **state}, handle)  # a file's name would be part of it
     for old in checkpoint_files(folder)[:-KEPT]:
         old.unlink()
     return path
@@ -87,19 +87,39 @@ def checkpoint_files(folder: Path) -> list[Path]:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint with `weights_only=True`; raises CheckpointError if it can't be used."""
+    """Read a checkpoint with `weights_only=True`, after a look at its checksums.
+
+    Raises:
+        CheckpointError: it is damaged, of another version, or no checkpoint.
+    """
     try:
+        with zipfile.ZipFile(path) as archive:  # torch writes checksums, and doesn't read them
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"its part {damaged} has another checksum than when it was written")
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # what a damaged file raises is not bounded by a list
         raise CheckpointError(
-            f"{path} can't be read as a pymcip checkpoint: {str(error)[:300]}\nMove it away to resume "
-            "from the one before it, or train anew with overwrite=True."
+            f"{path} can't be read as a pymcip checkpoint: {reason_of(error)}.\nMove it away to "
+            "resume from the one before it, or train anew with overwrite=True."
         ) from error
     found = state.get("format") if isinstance(state, dict) else type(state).__name__
     if found != FORMAT:
         raise CheckpointError(
             f"{path} has checkpoint format {found!r}, this pymcip reads {FORMAT}; resume with the "
             "pymcip version that wrote it, or train anew."
+        )
+    plain = {item.name: type(item.default) for item in fields(Position) if item.name != "sums"}
+    parts = dict.fromkeys(("sums", "model", "heads", "optimizer", "random"), dict)
+    wrong = [
+        name
+        for name, kind in (plain | parts).items()
+        if not isinstance(state.get(name), kind) or (kind is int and state[name] < 0)
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{path} is no whole checkpoint: {', '.join(wrong)} can't be what it holds. Move it away "
+            "to resume from the one before it, or train anew with overwrite=True."
         )
     return state
 
@@ -114,6 +134,6 @@ def load_weights(model: torch.nn.Module, state: dict[str, Any], path: Path, name
         model.load_state_dict(state["model"], strict=True)
     except RuntimeError as error:
         raise CheckpointError(
-            f"{path} holds another model than {name!r}: {str(error)[:300]}\n"
+            f"{path} holds another model than {name!r}: {reason_of(error)}\n"
             "Resume with the model that the run was started with."
         ) from error

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pymcip.configs import TrainConfig
+from pymcip.contents import file_digests
 from pymcip.data import Captions, ImageData, load_captions, load_images
 from pymcip.data.class_names import ClassNames, ClassTexts, name_texts, read_class_names
 from pymcip.errors import DataError
+from pymcip.files import fingerprint
+from pymcip.model import ClipModel
+from pymcip.model.clip import weights_fingerprint
 from pymcip.training.probe_sources import ProbeSources, load_probe_sources
 from pymcip.training.sampling import Indices, Stream, random_generator
 
@@ -51,6 +56,60 @@ class Inputs:
                 self.validation.num_classes, len(self.validation), holdout,
                 self.images.num_classes, len(self.images),
             )  # fmt: skip
+
+    def files(self) -> list[Path]:
+        """The files that hold images."""
+        parts = [part for _, part in self._parts() if isinstance(part, ImageData)]
+        return [path for part in parts for path in part.files()]
+
+    def fingerprints(self, config: TrainConfig, clip: ClipModel | None = None) -> dict[str, str]:
+        """What identifies data and weights by their content, by names for messages.
+
+        `clip`: the model before training; without it, its files stand for it.
+        """
+        found, models = {}, ["mine_model", "mine_pretrained"]
+        if clip is not None:
+            found["weights of model"] = weights_fingerprint(clip.model.state_dict())
+        else:
+            models += ["model", "pretrained"]
+        for option in models:
+            path = Path(str(getattr(config, option) or "").removeprefix("local-dir:"))
+            if path != Path() and path.exists():
+                files = sorted(path.rglob("*")) if path.is_dir() else [path]
+                found[f"files of {option}"] = file_digests([f for f in files if f.is_file()])
+        for option, part in self._parts():
+            if isinstance(part, ImageData):
+                stores = [store.fingerprint() for store in part.stores]
+                places = [part.rows.tolist(), part.source_ids.tolist()]
+                found[f"images of {option}"] = fingerprint([stores, places])
+                found[f"labels of {option}"] = fingerprint([part.class_names, part.labels.tolist()])
+            elif isinstance(part, Captions):
+                found[option] = part.fingerprint()
+            elif part is not None:
+                found[option] = fingerprint(
+                    {name: _plain(value) for name, value in vars(part).items()}
+                )
+        return found
+
+    def _parts(self) -> list[tuple[str, Any]]:
+        probe = self.probe or ProbeSources(None)
+        names = None if probe.names is None else ClassNames(probe.names, probe.names)
+        return [
+            ("train_data", self.images),
+            ("captions", self.captions),
+            ("val_data", self.validation),
+            ("val_class_names", self.validation_names),
+            ("rea_data", self.pairs),
+            ("rea_class_names", self.class_texts),
+            ("distill_data", self.generic),
+            ("probe_data", probe.images),
+            ("probe_captions", None if probe.from_corpus else probe.captions),
+            ("probe_class_names", names),
+        ]
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.ndarray) else value
 
 
 def open_inputs(config: TrainConfig) -> Inputs:

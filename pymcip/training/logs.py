@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from pymcip.errors import MissingDependencyError
-from pymcip.files import write_text
+from pymcip.files import damaged, write_text
+from pymcip.folders import record_file
 from pymcip.training.checkpoints import Position
 
+_REMOVE = "Remove the line and run the same command again"
 MEASURED = {"evaluation", "alignment"}  # keys of what an epoch's end writes
 # Of a tracker: what takes numbers by name at a step, and what ends it.
 Tracker: TypeAlias = tuple[Callable[[dict[str, Any], int], object], Callable[[], object]]
@@ -23,6 +25,7 @@ Tracker: TypeAlias = tuple[Callable[[dict[str, Any], int], object], Callable[[],
 def log_file(path: Path) -> Iterator[None]:
     """Also write pymcip's log messages to `path` while the block runs."""
     logger = logging.getLogger("pymcip")
+    record_file(path)
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     level = logger.level
@@ -41,6 +44,7 @@ class MetricsLog:
 
     def __init__(self, folder: Path, report_to: tuple[str, ...], config: dict[str, Any]) -> None:
         self.path = folder / "metrics.jsonl"
+        record_file(self.path)
         self.trackers = [_open_tracker(name, folder, config) for name in report_to]
         self.handle = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
 
@@ -74,24 +78,46 @@ def forget_after(path: Path, position: Position) -> dict[str, float]:
 
     A checkpoint at the end of an epoch (`step` > 0) is written before that epoch is evaluated: an
     evaluation or a probe at its step is dropped too and done again. Returns the last evaluation that
-    is kept.
+    is kept; raises what `read_metrics` raises.
     """
     if not path.exists():
         return {}
     kept: list[str] = []
     evaluation: dict[str, float] = {}
     evaluated = position.step == 0 and position.global_step > 0
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:  # the line being written when the run was killed
-            continue
+    for record in read_metrics(path):
         behind = position.global_step - record["global_step"]
         if behind > 0 or (behind == 0 and (evaluated or not MEASURED & record.keys())):
-            kept.append(line + "\n")
+            kept.append(json.dumps(record) + "\n")
             evaluation = record.get("evaluation", evaluation)
     write_text(path, "".join(kept))
     return evaluation
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read metrics.jsonl; the last line is passed over if the run was killed while it was written.
+
+    Raises:
+        DamagedFileError: another line is not what was written.
+    """
+    lines = path.read_bytes().split(
+        b"\n"
+    )  # behind the last end of line there is nothing, or a part
+    records: list[dict[str, Any]] = []
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            if number == len(lines) - 1:  # a crash of the machine may leave zeros
+                break
+            raise damaged(path, f"line {number} is no JSON ({error})", _REMOVE) from error
+        if not isinstance(record, dict) or not isinstance(record.get("global_step"), int):
+            raise damaged(path, f"line {number} has no global_step", _REMOVE)
+        for name in MEASURED & record.keys():
+            if not isinstance(record[name], dict):
+                raise damaged(path, f"line {number}: {name} is {record[name]!r:.60}", _REMOVE)
+        records.append(record)
+    return records
 
 
 def _open_tracker(name: str, folder: Path, config: dict[str, Any]) -> Tracker:
@@ -100,6 +126,8 @@ def _open_tracker(name: str, folder: Path, config: dict[str, Any]) -> Tracker:
             from torch.utils.tensorboard import SummaryWriter
 
             writer = SummaryWriter(str(folder / "tensorboard"))
+            for file in (folder / "tensorboard").iterdir():
+                record_file(file)
 
             def log(numbers: dict[str, Any], step: int) -> None:
                 for key, value in numbers.items():

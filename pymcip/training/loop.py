@@ -136,11 +136,12 @@ def restore(state: dict[str, Any], stage: Stage) -> None:
         if state["optimizer"]:
             stage.heads.load_state_dict(state["heads"])
             stage.optimizer.load_state_dict(state["optimizer"])
-    except (RuntimeError, ValueError, KeyError) as error:
+        restore_random_states(state["random"])
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"the checkpoint does not belong to this run's {stage.name} stage: {error}"
+            f"the checkpoint does not belong to this run's {stage.name} stage: {error}. Move it away "
+            "to resume from the one before it, or train anew with overwrite=True"
         ) from error
-    restore_random_states(state["random"])
 
 
 def fit(run: Run, stage: Stage) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from pymcip.configs import TrainConfig
-from pymcip.errors import ConfigError
-from pymcip.files import TEMPORARY_SUFFIX, read_json, write_json
+from pymcip.errors import ConfigError, StaleEmbeddingsError
+from pymcip.files import damaged, read_json, write_json
+from pymcip.folders import holds_files
 
 # Options that may differ when a run is resumed: they don't change what is computed.
 RESUMABLE = (
@@ -18,6 +19,12 @@ RESUMABLE = (
 )  # fmt: skip
 PATHS = ("out", "checkpoint", "best_checkpoint", "state_dict", "hub")  # of a result; below `out`
 RESULT = "result.json"
+INPUTS = "inputs.json"
+_AGAIN = "Give another folder, or overwrite=True to train anew"
+_REQUIRED = {  # of result.json
+    "method": str, "metrics": dict, "before": dict, "checkpoint": str, "steps": int,
+    "skipped_steps": int, "seconds": float,
+}  # fmt: skip
 
 _log = logging.getLogger("pymcip.training")
 
@@ -74,27 +81,32 @@ class TrainResult:
 def as_begun(config: TrainConfig) -> TrainConfig:
     """The config with what its run in `config.out`, if there is one, took where it says "auto"."""
     path = Path(config.out) / "config.json"
-    taken = read_json(path) if path.is_file() else {}
+    taken = read_json(path, {}) if path.is_file() else {}
     open_ones = [item.name for item in fields(config) if getattr(config, item.name) == "auto"]
     return replace(config, **{name: taken[name] for name in open_ones if name in taken})
 
 
-def finished_result(config: TrainConfig) -> TrainResult | None:
+def finished_result(config: TrainConfig, made_from: dict[str, str]) -> TrainResult | None:
     """The result of the run in `config.out`, or None if something of it is left to do.
+
+    `made_from`: fingerprints of what this run reads, see `Inputs.fingerprints`.
 
     Raises:
         ConfigError: the folder holds something else, or a run with other options.
+        StaleEmbeddingsError: it holds a run of other data or weights.
+        DamagedFileError: a file of the run can't be read.
     """
     out = Path(config.out)
     if not (out / "config.json").is_file():
-        if out.is_dir() and not all(p.name.endswith(TEMPORARY_SUFFIX) for p in out.iterdir()):
+        if holds_files(out) and [path.name for path in out.iterdir()] != [INPUTS]:
             raise ConfigError(
                 f"resume='latest': {out} holds files but no config.json, so it is no pymcip run; "
                 "give the folder of a run, or one that is new or empty"
             )
         return None
     younger = {item.name: item.default for item in fields(config)}  # than the run: not in its file
-    before, now = {**younger, **read_json(out / "config.json")}, config.to_dict()
+    before = {**younger, **read_json(out / "config.json", {}, _AGAIN)}
+    now = config.to_dict()
     changed = [
         f"{name}: was {before.get(name)!r}, now {now[name]!r}"
         for name in now
@@ -105,9 +117,22 @@ def finished_result(config: TrainConfig) -> TrainResult | None:
             f"resume='latest': the run in {out} was started with other options: {'; '.join(changed)}. "
             "Give the same ones, or another folder"
         )
+    known = read_json(out / INPUTS, {}, _AGAIN)
+    names = [name for name in {**known, **made_from} if known.get(name) != made_from.get(name)]
+    if names:
+        raise StaleEmbeddingsError(
+            f"resume='latest': the run in {out} was started with other {', other '.join(names)}. Give "
+            "what it was started with, or another folder, or overwrite=True to train anew"
+        )
     if not (out / RESULT).is_file():
         return None
     _log.info("the run in %s is finished; nothing to resume", out)
-    values: dict[str, Any] = read_json(out / RESULT)
+    values: dict[str, Any] = read_json(out / RESULT, _REQUIRED, _AGAIN)
+    unknown = values.keys() ^ {item.name for item in fields(TrainResult)}
+    if unknown - {"alignment"}:
+        raise damaged(out / RESULT, f"it lacks or has {sorted(unknown)}", _AGAIN)
+    for name in PATHS:
+        if values[name] is not None and not isinstance(values[name], str):
+            raise damaged(out / RESULT, f"{name!r} is {values[name]!r}", _AGAIN)
     values |= {name: out / values[name] for name in PATHS if values[name] is not None}
     return TrainResult(**values)

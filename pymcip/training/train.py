@@ -30,12 +30,13 @@ from pymcip.data import ImageData
 from pymcip.embedding import EmbeddingCache, EmbeddingFolder
 from pymcip.errors import DataError
 from pymcip.exporting import write_export
-from pymcip.files import TEMPORARY_SUFFIX, prepare_output, write_json
+from pymcip.files import write_json
 from pymcip.mining import CaptionTable, mine_captions
 from pymcip.model import ClipModel, load_configured, plain_state
 from pymcip.model.appended import appended_clip
 from pymcip.model.towers import discard_projector
 from pymcip.ops.arrays import MatrixParts
+from pymcip.outputs import output_folder
 from pymcip.training.appended import WEIGHT, fit_appended
 from pymcip.training.budget import AlignmentBudget
 from pymcip.training.checkpoints import (
@@ -46,12 +47,13 @@ from pymcip.training.checkpoints import (
     seed_random_states,
 )
 from pymcip.training.distillation import Distillation
+from pymcip.training.divergence import refuse_diverged, weight_norms
 from pymcip.training.image_stage import ImageStage, caption_bank, class_means, order_caption_bank
 from pymcip.training.inputs import Inputs, open_inputs
 from pymcip.training.logs import MetricsLog, forget_after, log_file
 from pymcip.training.loop import Interruption, Run, Stage, fit, restore
 from pymcip.training.noise import noisy_captions
-from pymcip.training.result import TrainResult, as_begun, finished_result
+from pymcip.training.result import INPUTS, TrainResult, as_begun, finished_result
 from pymcip.training.settings import fit_settings
 from pymcip.training.text_stage import TextStage, image_text_pairs
 from pymcip.training.validation import Validation
@@ -62,7 +64,7 @@ _log = logging.getLogger("pymcip.training")
 def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
     """Fine-tune an open_clip model for image search; `pymcip.TrainConfig` lists the options.
 
-    Writes a run folder: `config.json`, `out.log`, `metrics.jsonl`, `embeddings/` and `mined/` (the
+    Writes a run folder: `config.json`, `inputs.json` (what the data and weights were), `out.log`, `metrics.jsonl`, `embeddings/` and `mined/` (the
     pseudo-captions), `checkpoints/`, `exported/` (plain open_clip weights), `result.json`;
     with a budget `alignment.json`.
 
@@ -83,9 +85,13 @@ def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
     Raises:
         ConfigError, DataError: something is wrong with options or data; nothing was written.
         OutputExistsError: `out` holds something.
-        StaleEmbeddingsError: the embeddings in `out` or `cache` are of other data or another model.
+        FolderInUseError: another process writes to `out`.
+        StaleEmbeddingsError: the run in `out` was of other data, labels, captions or weights.
         CheckpointError: a checkpoint is damaged or of another run or model.
-        TrainingDivergedError: ten steps in a row without a finite loss.
+        DamagedFileError: another file of the run is damaged.
+        ResourceError: the disk is full; a decoding process was ended.
+        TrainingDivergedError: ten steps in a row, or most, without a finite loss; or weights that are
+            not finite or have grown a thousandfold. Nothing was exported.
     """
     config = TrainConfig.make(config, options)
     if config.resume:
@@ -93,31 +99,20 @@ def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
     inputs = open_inputs(config)
     clip = load_configured(config).joint()
     settings, reasons = fit_settings(config, clip, inputs.images)
+    made_from = inputs.fingerprints(config, clip)
     if config.resume:
-        finished = finished_result(config)
+        finished = finished_result(config, made_from)
         if finished is not None:
             return finished
-    out = prepare_output(
-        config.out,
-        overwrite=config.overwrite,
-        resume=config.resume is not None,
-        inputs=(
-            (config.model, config.pretrained, config.mine_model, config.mine_pretrained),
-            *(config.train_data, config.captions, config.rea_data, config.cache),
-            *(config.val_data, config.val_class_names),
-            *(config.probe_data, config.probe_captions, config.probe_class_names),
-            (config.distill_data, config.rea_class_names),
-        ),
-    )
-    write_json(out / "config.json", settings.to_dict())
-    (out / "checkpoints").mkdir(exist_ok=True)
-    for leftover in (out / "checkpoints").glob(f".*{TEMPORARY_SUFFIX}"):  # of a killed process
-        leftover.unlink()
-    with Interruption().installed() as interruption, log_file(out / "out.log"):
-        for name, reason in reasons.items():
-            _log.info("%s: %s (%s)", name, getattr(settings, name), reason)
-        inputs.log_what_is_measured(settings.holdout)
-        return _run(settings, out, clip, inputs, interruption)
+    with output_folder(config, resume=config.resume is not None, read=inputs.files()) as out:
+        write_json(out / INPUTS, made_from)
+        write_json(out / "config.json", settings.to_dict())
+        (out / "checkpoints").mkdir(exist_ok=True)
+        with Interruption().installed() as interruption, log_file(out / "out.log"):
+            for name, reason in reasons.items():
+                _log.info("%s: %s (%s)", name, getattr(settings, name), reason)
+            inputs.log_what_is_measured(settings.holdout)
+            return _run(settings, out, clip, inputs, interruption)
 
 
 def _run(
@@ -151,6 +146,8 @@ def _run(
             )  # fmt: skip
     if inputs.probe is not None:
         budget = AlignmentBudget(config, inputs.probe, clip, data, captions)
+
+    norms = weight_norms(clip.model)
 
     # Where a killed run stopped, or the start.
     if config.grad_checkpointing:
@@ -198,6 +195,7 @@ def _run(
         return TextStage(clip, pairs, config)
 
     def end_of_epoch(run: Run, stage: Stage) -> None:
+        refuse_diverged(clip.model, norms)
         for part in (validation, budget):
             if part is not None:
                 part.after_epoch(run, stage)
@@ -227,6 +225,7 @@ def _run(
     assert run.checkpoint is not None
     exported = alignment = final = None
     if not interruption.requested:
+        refuse_diverged(clip.model, norms, position)
         tuned = clip
         if config.extra_dims and stages:
             tuned = replace(clip, model=copy.deepcopy(clip.model))

@@ -1,0 +1,126 @@
+"""Batches made by worker processes: what goes wrong in one ends the work, and says why."""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import default_collate as torch_collate
+
+from pymcip.errors import PymcipError, ResourceError
+
+_ON = "then go on with the same command (train: with resume='latest')"
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """In place of an item or a batch: the error that is to be raised by the process that asked."""
+
+    error: PymcipError
+
+
+class _Items(Dataset[Any]):
+    """The items of another data set, or why there is none."""
+
+    def __init__(self, items: Dataset[Any]) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)  # type: ignore[arg-type]
+
+    def __getitem__(self, place: Any) -> Any:
+        try:
+            return self.items[place]
+        except PymcipError as error:
+            if get_worker_info() is None:
+                raise
+            return _Failure(error)  # torch would put the worker's traceback into the message
+
+
+class _Collate:
+    """Make a batch and, in a worker, put it into shared memory at once.
+
+    torch itself does so in a thread whose errors are lost, and the batch is waited for in vain.
+    """
+
+    def __init__(self, collate: Callable[[Any], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, items: list[Any]) -> Any:
+        for item in items:
+            if isinstance(item, _Failure):
+                return item
+        batch = self.collate(items)
+        if get_worker_info() is not None:
+            for part in batch:
+                if isinstance(part, Tensor):
+                    part.share_memory_()
+        return batch
+
+
+def load_batches(
+    items: Dataset[Any],
+    *,
+    workers: int,
+    collate: Callable[[Any], Any] = torch_collate,
+    **options: Any,
+) -> Iterator[Any]:
+    """Yield the batches of a torch `DataLoader`.
+
+    Args:
+        items: the data set; may raise PymcipError.
+        workers: processes; 0 makes the batches in this one.
+        collate: makes a batch, a sequence that may hold tensors, of a list of items.
+        options: other arguments of `DataLoader`.
+
+    Raises:
+        PymcipError: what `items` raises, with its own message.
+        ResourceError: a worker was ended by the system; shared memory or open files don't suffice.
+    """
+    loader = DataLoader(
+        _Items(items),
+        num_workers=workers,
+        collate_fn=_Collate(collate),
+        generator=torch.Generator(),  # its own: reading data must not move the global one
+        **options,
+    )
+    try:
+        for batch in loader:
+            if isinstance(batch, _Failure):
+                raise batch.error
+            yield batch
+    except (RuntimeError, OSError) as error:
+        limit = _limit(str(error), workers)
+        if limit is None or isinstance(error, PymcipError):
+            raise
+        raise limit from error
+
+
+def _limit(text: str, workers: int) -> ResourceError | None:
+    """The error to raise for what torch says of a worker at the machine's limits."""
+    if "shared memory" in text or "/torch_" in text or "Bus error" in text:
+        return ResourceError(
+            errno.ENOSPC,
+            f"Shared memory (/dev/shm) is too small for batches of {workers} workers; use fewer (0 "
+            "needs none), smaller batches, or give a container more (docker run --shm-size=8g), "
+            + _ON,
+        )
+    if "Too many open files" in text or "ancdata" in text:
+        return ResourceError(
+            errno.EMFILE,
+            f"Too many open files for {workers} workers; allow more (ulimit -n 4096), or use fewer, "
+            + _ON,
+        )
+    ended = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.+)", text)
+    if ended is None:
+        return None
+    return ResourceError(
+        f"A decoding process ({ended[1]}) {ended[2].rstrip('. ')}. A system that runs out of memory "
+        f"ends processes: use fewer workers (now {workers}) or smaller batches, " + _ON,
+    )
