@@ -81,7 +81,7 @@ class TrainResult:
 def as_begun(config: TrainConfig) -> TrainConfig:
     """The config with what its run in `config.out`, if there is one, took where it says "auto"."""
     path = Path(config.out) / "config.json"
-    taken = read_json(path, {}) if path.is_file() else {}
+    taken = read_json(path, {}, _AGAIN) if path.is_file() else {}
     open_ones = [item.name for item in fields(config) if getattr(config, item.name) == "auto"]
     return replace(config, **{name: taken[name] for name in open_ones if name in taken})
 
