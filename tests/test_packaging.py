@@ -38,12 +38,12 @@ FLOORS = {
         ops.packed_bank ops.ranks ops.topk_cpu ops.topk_cuda ops.topk_faiss ops.topk_torch
         ops.ranks_torch ops.topk ops.approximate ops.ranks_cpu triton_kernels triton_kernels.tuning
         ops.margin_softmax ops triton_kernels.margin_softmax triton_kernels.topk ops.topk_triton losses""",
-    "models": """model.depthwise model.clip model.hub_config model.appended model.towers model.loading model environment
-        workers""",
+    "models": """model.depthwise model.clip model.hub_config model.appended model.towers model.loading
+        model environment workers""",
     "data": """data.decode data.sources data.tally data.labels data.walk data.shards data.tables
         data.columns data.json_annotations data.annotations data.captions data.stores data.images data.class_names
-        data.indexed data.index data.loading data""",
-    "embedding": """outputs checking embedding.foreign embedding.folder embedding.write embedding.cache embedding
+        data.indexed data.index data.loading data outputs checking""",
+    "embedding": """embedding.foreign embedding.folder embedding.write embedding.cache embedding
         exporting""",
     "mining": """mining.table mining.search mining.report mining.mine mining""",
     "metrics": "metrics.inputs metrics.rankings metrics.neighbours metrics.text metrics",

@@ -140,7 +140,8 @@ def embed_images(
 
     folder = _write_parts("img", clip, data, Path(out), part_size, make_part, fingerprint_of_model)
     if data.left_out:
-        replace_left_out(folder.path, data.left_out)
+        with hold(folder.path, wait=True):
+            replace_left_out(folder.path, data.left_out)
     skipped, listed = folder.skipped, folder.path / "skipped.tsv"
     if len(skipped) == len(data):
         reasons = some((item["reason"] for item in skipped[:6]), len(skipped))

@@ -25,6 +25,7 @@ from pymcip.ops.dispatch import backends
 from pymcip.ops.topk_cpu import pass_queries
 from pymcip.progress import progress
 
+_AGAIN = "Remove it and mine again"
 GPU_BLOCK_ROWS = 1 << 17
 RECALL_ROWS = 256  # images whose exact captions an approximate search is compared with
 

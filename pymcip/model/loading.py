@@ -131,8 +131,8 @@ def load(
         A `ClipModel`, in evaluation mode.
 
     Raises:
-        ConfigError: unknown model or tag; no weights named; the config of a folder
-            names files that are not on this machine.
+        ConfigError: unknown model or tag; no weights named; the config of a folder names files that
+            are not on this machine.
         MissingDependencyError: the model's text side needs transformers.
         CheckpointError: the checkpoint is damaged or of another model.
     """

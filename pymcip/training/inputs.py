@@ -97,7 +97,7 @@ class Inputs:
         return [
             ("train_data", self.images),
             ("captions", self.captions),
-            ("val_data", self.validation),
+            ("held-out train_data" if self.held_out else "val_data", self.validation),
             ("val_class_names", self.validation_names),
             ("rea_data", self.pairs),
             ("rea_class_names", self.class_texts),

@@ -70,7 +70,7 @@ class MetricsLog:
 
     def records(self) -> list[dict[str, Any]]:
         """Return all lines that the run has written so far."""
-        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        return read_metrics(self.path)
 
 
 def forget_after(path: Path, position: Position) -> dict[str, float]:
@@ -100,9 +100,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Raises:
         DamagedFileError: another line is not what was written.
     """
-    lines = path.read_bytes().split(
-        b"\n"
-    )  # behind the last end of line there is nothing, or a part
+    lines = path.read_bytes().split(b"\n")  # the last of these is empty, or a part of a line
     records: list[dict[str, Any]] = []
     for number, line in enumerate(lines[:-1], start=1):
         try:
