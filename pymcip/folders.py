@@ -140,7 +140,7 @@ def _try_lock(path: Path) -> tuple[int | None, dict[str, Any]]:
         os.close(descriptor)
         return None, holder
     if holder:
-        _log.info("%s: process %s ended without its last words", path.parent, holder.get("pid"))
+        _log.info("%s: process %s ended and left its lock", path.parent, holder.get("pid"))
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, json.dumps(_self()).encode(), 0)
     return descriptor, holder
