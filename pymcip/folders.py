@@ -88,7 +88,7 @@ def hold(folder: Path, *, wait: bool = False) -> Iterator[None]:
 
 def _take(folder: Path, me: int, wait: bool) -> int:
     """Take the lock; returns its open file."""
-    told = False
+    announced = False
     while True:
         with _guard:
             # A look at the file of a lock that this process holds would end the lock.
@@ -103,9 +103,9 @@ def _take(folder: Path, me: int, wait: bool) -> int:
                 f"{folder} is in use by {who}; wait until it ends, or give another folder. If there "
                 f"is no such process any more, remove {folder / LOCK}"
             )
-        if not told:
+        if not announced:
             _log.info("waiting for %s, which writes to %s", who, folder)
-            told = True
+            announced = True
         time.sleep(WAIT)
 
 

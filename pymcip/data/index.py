@@ -363,16 +363,16 @@ def _check_labels(source: Source, indexed: Indexed, labelled: bool) -> None:
     without = [row for row, label in enumerate(indexed.labels) if label is None]
     if not without or (not labelled and len(without) == len(indexed.labels)):
         return
-    told = (
+    message = (
         f"{source}: {len(without)} of {len(indexed.labels)} images have no class: "
         f"{some((indexed.place(row) for row in without[:6]), len(without))}"
     )
     if labelled:
         raise DataError(
-            f"{told}. Each needs one: a folder of its own, a label in the table, or a cls member "
+            f"{message}. Each needs one: a folder of its own, a label in the table, or a cls member "
             "beside it"
         )
-    _log.warning("%s", told)
+    _log.warning("%s", message)
 
 
 def _number_classes(labels: Iterable[str | None]) -> tuple[Int64, list[str]]:
