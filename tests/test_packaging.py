@@ -134,6 +134,11 @@ def test_importing_pymcip_does_not_import_torch() -> None:
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+def test_public_parts_are_there_after_import_pymcip() -> None:
+    program = "import pymcip; pymcip.ops.topk, pymcip.losses.ArcMargin, pymcip.metrics.recall_at_k"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def test_the_kernels_refuse_a_top_level_name() -> None:
     spec = importlib.util.spec_from_file_location(
         "triton_kernels", ROOT / "triton_kernels" / "__init__.py"
