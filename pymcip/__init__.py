@@ -55,6 +55,7 @@ _MODULES = {
     "studies": ["SweepResult", "sweep"],
     "training": ["TrainResult", "train"],
 }
+PARTS = ("losses", "metrics", "ops")  # modules that are public as a whole
 _WHERE = {name: f"pymcip.{module}" for module, names in _MODULES.items() for name in names}
 
 __all__ = [
@@ -89,6 +90,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import a stage when it is first used: `import pymcip` stays quick and needs no torch."""
+    if name in PARTS:
+        return import_module(f"pymcip.{name}")
     if name not in _WHERE:
         raise AttributeError(f"module 'pymcip' has no attribute {name!r}")
     value = getattr(import_module(_WHERE[name]), name)
@@ -97,4 +100,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, *PARTS])

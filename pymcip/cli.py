@@ -83,7 +83,7 @@ COMMANDS = {
     ),
 }
 STATUSES: dict[type[BaseException], int] = {  # of what ends a command with one message
-    ResourceError: 1,
+    ResourceError: 1,  # memory, shared memory, a worker that was ended
     PymcipError: 2,
     OSError: 1,  # a full disk, a folder that may not be written
     KeyboardInterrupt: 128 + signal.SIGINT,

@@ -85,14 +85,14 @@ def _limit(error: Exception, target: Path) -> ResourceError | None:
     if number == errno.EMFILE or "Too many open files" in text:
         return ResourceError(
             errno.EMFILE,
-            "Too many open files; allow more (ulimit -n 4096) or use fewer workers, then go on with the same command",
+            "Too many open files; allow more (ulimit -n 4096) or use fewer workers, then run the same command again",
             str(target),
         )
     if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "os error 28" in text:
         return ResourceError(
             errno.ENOSPC,
-            "No space left on device; what was there is whole. Free some space, then go on with the "
-            "same command (train and evaluate: with resume='latest')",
+            "No space left on device; what was there is whole. Free some space, then run the "
+            "same command again (train and evaluate: with resume='latest')",
             str(target),
         )
     return None

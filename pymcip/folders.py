@@ -88,7 +88,7 @@ def hold(folder: Path, *, wait: bool = False) -> Iterator[None]:
 
 def _take(folder: Path, me: int, wait: bool) -> int:
     """Take the lock; returns its open file."""
-    told = False
+    announced = False
     while True:
         with _guard:
             # A look at the file of a lock that this process holds would end the lock.
@@ -103,9 +103,9 @@ def _take(folder: Path, me: int, wait: bool) -> int:
                 f"{folder} is in use by {who}; wait until it ends, or give another folder. If there "
                 f"is no such process any more, remove {folder / LOCK}"
             )
-        if not told:
+        if not announced:
             _log.info("waiting for %s, which writes to %s", who, folder)
-            told = True
+            announced = True
         time.sleep(WAIT)
 
 
@@ -140,7 +140,7 @@ def _try_lock(path: Path) -> tuple[int | None, dict[str, Any]]:
         os.close(descriptor)
         return None, holder
     if holder:
-        _log.info("%s: process %s ended without its last words", path.parent, holder.get("pid"))
+        _log.info("%s: process %s ended and left its lock", path.parent, holder.get("pid"))
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, json.dumps(_self()).encode(), 0)
     return descriptor, holder

@@ -44,7 +44,7 @@ def output_folder(
         if not config.overwrite:
             raise OutputExistsError(
                 f"the output folder {out} is not empty; give a new one, or overwrite=True to "
-                'replace it, or resume="latest" to go on with the run in it.'
+                'replace it, or resume="latest" to continue the run in it.'
             )
         _refuse_inputs(out, [config, *also], read)
         if not manifest(out):

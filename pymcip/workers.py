@@ -15,7 +15,7 @@ from torch.utils.data import default_collate as torch_collate
 
 from pymcip.errors import PymcipError, ResourceError
 
-_ON = "then go on with the same command (train: with resume='latest')"
+_ON = "then run the same command again (train: with resume='latest')"
 
 
 @dataclass(frozen=True)

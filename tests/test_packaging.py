@@ -41,7 +41,7 @@ FLOORS = {
     "models": """model.depthwise model.clip model.hub_config model.appended model.towers model.loading
         model environment workers""",
     "data": """data.decode data.sources data.tally data.labels data.walk data.shards data.tables
-        data.columns data.json_annotations data.annotations data.captions data.stores data.images data.class_names
+        data.columns data.json_annotations data.parquet_images data.annotations data.captions data.stores data.images data.class_names
         data.indexed data.index data.loading data outputs checking""",
     "embedding": """embedding.foreign embedding.folder embedding.write embedding.cache embedding
         exporting""",
@@ -131,6 +131,11 @@ def test_every_module_imports_without_the_optional_packages() -> None:
 
 def test_importing_pymcip_does_not_import_torch() -> None:
     program = "import sys, pymcip, pymcip.cli; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_public_parts_are_there_after_import_pymcip() -> None:
+    program = "import pymcip; pymcip.ops.topk, pymcip.losses.ArcMargin, pymcip.metrics.recall_at_k"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 

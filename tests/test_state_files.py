@@ -283,7 +283,7 @@ def test_foreign_ids_number_the_rows(tmp_path: Path, index: list[Any], expected:
 def test_images_of_two_runs_have_the_same_bytes(
     run_options: dict[str, Any], captions_file: Callable[..., Path], tmp_path: Path
 ) -> None:
-    options = {**run_options, "method": "mcip", "epochs": 1, "captions": str(captions_file())}
+    options = {**run_options, "epochs": 1, "captions": str(captions_file()), "method": "mcip"}
     first, second = (pymcip.train(**{**options, "out": tmp_path / n}).out for n in ("one", "two"))
     for name in (
         "exported/state_dict.pt",

@@ -307,7 +307,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
-        with pytest.raises(ResourceError, match=r"No space left.*go on with the same command"):
+        with pytest.raises(ResourceError, match=r"No space left.*run the same command again"):
             pymcip.train(**options, method="gpr")
     folder = Path(options["out"]) / "checkpoints"
     files = checkpoint_files(folder)

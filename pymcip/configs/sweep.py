@@ -53,7 +53,7 @@ class SweepConfig(Config):
     smoke: bool = option(False, "the demo's tiny world: shows that everything runs")
     out: Source = option(Path("runs/sweep"), "folder to write: table.md, sweep.json, plots, runs")
     resume: Literal["latest"] | None = option(
-        None, "go on with the sweep in `out`: finished runs are taken as they are"
+        None, "continue the sweep in `out`: finished runs are taken as they are"
     )
     overwrite: bool = option(False, "replace what is in `out`")
 

@@ -192,7 +192,7 @@ class TrainConfig(ModelOptions):
     # Checkpoints and logs
     save_steps: int = option(500, "steps between checkpoints; every epoch has one", at_least=1)
     log_steps: int = option(20, "steps between lines of metrics.jsonl", at_least=1)
-    resume: Literal["latest"] | None = option(None, "go on with the run in `out`")
+    resume: Literal["latest"] | None = option(None, "continue the run in `out`")
     overwrite: bool = option(False, "replace what is in `out`")
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = option(
         (), "also log to these (imported only then)"

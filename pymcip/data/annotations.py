@@ -20,6 +20,7 @@ import pyarrow.compute
 from pymcip.data.columns import TEXTS, parquet_columns, read_parquet, text_lists, texts
 from pymcip.data.json_annotations import read_json
 from pymcip.data.labels import label_of
+from pymcip.data.parquet_images import class_names_of, image_column
 from pymcip.data.sources import some, suffix
 from pymcip.data.tables import Table, first_lines, read_delimited, read_lines, split_line
 from pymcip.data.tally import LeftOut
@@ -61,6 +62,7 @@ class Annotations:
         where: says where a row is in the file.
         left_out: rows that are no rows.
         names: of all columns, of a table.
+        content: the column that holds the images themselves; None: there is none.
     """
 
     path: Path
@@ -71,6 +73,7 @@ class Annotations:
     where: Callable[[int], str]
     left_out: list[LeftOut] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
+    content: str | None = None
 
 
 @dataclass
@@ -111,12 +114,41 @@ def read_annotations(path: Path, *, images: bool = False) -> Annotations:
             lambda row: found.where[row],
         )
     elif kind == ".parquet":
-        result = _from_table(read_parquet(path, lambda names: _wanted(path, names, images)), images)
+        result = _parquet(path, images)
     else:
         layout = _recognise(path, kind)
         result = _text(path, layout, images)
     _log.info("%s: read as %s", path, result.kind)
     return result
+
+
+def _parquet(path: Path, images: bool) -> Annotations:
+    content: str | None = None
+    if images:
+        columns = parquet_columns(path)
+        known = {_key(name): name for name in reversed(columns)}
+        content = image_column(path, [known[name] for name in FILE_COLUMNS if name in known])
+
+    def choose(names: Sequence[str]) -> list[str]:
+        return _wanted(path, [name for name in names if name != content], images)
+
+    table = read_parquet(path, choose)
+    result = _from_table(table, images)
+    if content is not None:
+        result.content, result.files = content, None
+        result.kind += f", images themselves from {content}"
+        label = _first(result.names, LABEL_COLUMNS)
+        named = class_names_of(path, label) if label is not None else []
+        if named:
+            result.labels = [_name_of(number, named) for number in result.labels]
+    return result
+
+
+def _name_of(number: str | None, names: Sequence[str]) -> str | None:
+    """The name of a class by its number; -1 stands for none."""
+    if number is None or number == "-1":
+        return None
+    return names[int(number)] if number.isdecimal() and int(number) < len(names) else number
 
 
 def has_captions(path: Path) -> bool:
@@ -169,10 +201,8 @@ def _from_table(table: Table, images: bool) -> Annotations:
     names = table.names
     columns = [name for name in _caption_columns(names, every=images) if name in table.columns]
     lists = [text_lists(table, name) for name in columns]
-    file = _first(names, FILE_COLUMNS) if images else None
+    file = _first(list(table.columns), FILE_COLUMNS) if images else None
     label = _first(names, LABEL_COLUMNS) if images else None
-    if file is not None:
-        _refuse_content(table, file)
     described = [f"captions from {', '.join(columns)}"] if columns else []
     described += [f"images from {file}"] if file else []
     described += [f"labels from {label}"] if label else []
@@ -190,20 +220,6 @@ def _from_table(table: Table, images: bool) -> Annotations:
         ],
         names=names,
     )
-
-
-def _refuse_content(table: Table, name: str) -> None:
-    """Refuse a column that holds the images themselves."""
-    kind = table.columns[name].type
-    struct = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-    content = table.columns[name]
-    if struct:
-        content = pa.compute.struct_field(content, "bytes")
-    if (struct or pa.types.is_binary(kind)) and content.null_count < len(content):
-        raise DataError(
-            f"{table.path}: column {name} holds the images themselves ({kind}); write them to files, or "
-            "with their labels and captions to tar shards, and give those"
-        )
 
 
 def _joined(lists: Sequence[pa.ChunkedArray], rows: int) -> pa.ChunkedArray:

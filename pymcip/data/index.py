@@ -29,6 +29,7 @@ from pymcip.data.labels import (
     plain,
     splits_among,
 )
+from pymcip.data.parquet_images import ParquetStore
 from pymcip.data.sources import as_list, find, folder_files, some, suffix
 from pymcip.data.stores import FileStore, Int64, ShardIndex, ShardStore, statuses_of
 from pymcip.data.tally import Tally
@@ -250,9 +251,16 @@ def _index_tables(paths: list[Path]) -> Indexed:
     labels: list[str | None] = []
     titles: list[list[str]] = []
     where: list[str] = []
+    contents: dict[Path, str] = {}
     tally = Tally()
     for path in paths:
         found = read_annotations(path, images=True)
+        tally.items += found.left_out
+        if found.content is not None:
+            contents[path] = found.content
+            labels += found.labels
+            titles += found.captions.to_pylist()
+            continue
         if found.files is None:
             raise DataError(
                 f"{path} has no column filepath; it has {', '.join(found.names) or 'none'}. Expected a "
@@ -268,7 +276,17 @@ def _index_tables(paths: list[Path]) -> Indexed:
         labels += found.labels
         titles += found.captions.to_pylist()
         where += [f"{path}, {found.where(row)}" for row in range(len(files))]
-        tally.items += found.left_out
+    if contents and names:
+        raise DataError(
+            f"{some(paths)}: some hold images themselves, others name files; give them as two sources"
+        )
+    if contents:
+        store = ParquetStore(
+            list(contents),
+            list(contents.values()),
+            pa.array(titles, TEXTS) if any(titles) else None,
+        )
+        return Indexed(store, labels, tally)
     if not names:
         raise DataError(f"{some(paths)}: the table has no rows")
     return joined(
@@ -363,16 +381,16 @@ def _check_labels(source: Source, indexed: Indexed, labelled: bool) -> None:
     without = [row for row, label in enumerate(indexed.labels) if label is None]
     if not without or (not labelled and len(without) == len(indexed.labels)):
         return
-    told = (
+    message = (
         f"{source}: {len(without)} of {len(indexed.labels)} images have no class: "
         f"{some((indexed.place(row) for row in without[:6]), len(without))}"
     )
     if labelled:
         raise DataError(
-            f"{told}. Each needs one: a folder of its own, a label in the table, or a cls member "
+            f"{message}. Each needs one: a folder of its own, a label in the table, or a cls member "
             "beside it"
         )
-    _log.warning("%s", told)
+    _log.warning("%s", message)
 
 
 def _number_classes(labels: Iterable[str | None]) -> tuple[Int64, list[str]]:

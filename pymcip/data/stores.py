@@ -79,9 +79,7 @@ class FileStore:
         self._names = pa.array([os.fsencode(name) for name in names], pa.large_binary())
         self._titles = titles
         statuses = statuses_of(kind, base, names) if statuses is None else statuses
-        count = len(names)
-        self._sizes = np.fromiter((status.st_size for status in statuses), np.int64, count)
-        self._times = np.fromiter((status.st_mtime_ns for status in statuses), np.int64, count)
+        self._sizes = np.fromiter((status.st_size for status in statuses), np.int64, len(names))
 
     def _path(self, row: int) -> str:
         return os.path.join(self._base, os.fsdecode(self._names[row].as_py()))  # noqa: PTH118

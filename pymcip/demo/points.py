@@ -1,6 +1,6 @@
 """The runs that the demo and `pymcip sweep` compare: their options, their folders, their metrics.
 
-A two-stage method goes on from the finished run of its first stage, which is a method too; so `gpr`
+A two-stage method starts from the finished run of its first stage, which is a method too; so `gpr`
 is trained once for itself and for `2sft`, and `mcip` for itself and for `mcip+rea`.
 """
 
@@ -43,7 +43,7 @@ class Point:
     settings: dict[str, Any]  # the compared options that it sets and uses
     config: TrainConfig  # the base with them
     run: str  # the name of its run, which points of the same config share
-    first: Point | None = None  # the point whose run a two-stage method goes on from
+    first: Point | None = None  # the point whose run a two-stage method starts from
 
 
 def label(settings: dict[str, Any], axes: int) -> str:

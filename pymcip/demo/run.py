@@ -80,7 +80,9 @@ def _run(config: DemoConfig, recipe: Recipe, out: Path, started: float) -> DemoR
     pattern = check_pattern(table)
     seconds = round(time.perf_counter() - started, 1)
     markdown = format_table(table)
-    kept = [read_json(out / f"seed{seed}" / "runs" / "mcip+" / "alignment.json") for seed in seeds]
+    kept = [
+        read_json(out / f"seed{seed}" / "runs" / "mcip+" / "alignment.json", {}) for seed in seeds
+    ]
     document = {
         "seeds": seeds,
         "table": table,

@@ -29,6 +29,8 @@ _AGAIN = "Remove it and mine again"
 GPU_BLOCK_ROWS = 1 << 17
 RECALL_ROWS = 256  # images whose exact captions an approximate search is compared with
 
+_AGAIN = "Remove it and mine again"
+
 _log = logging.getLogger("pymcip.mining")
 # Of a block of images [rows, D]: ids and cosines [rows, k], -1 and -inf where there are fewer. The
 # callback is called with the work done and the work to do.

@@ -40,6 +40,23 @@ class Inputs:
     generic: ImageData | None  # distill_data
     probe: ProbeSources | None  # what the alignment probe is made of; None without a budget
 
+    def log_what_is_measured(self, holdout: float) -> None:
+        """Log which images measure the run, and warn if there are none."""
+        if self.validation is None:
+            _log.warning(
+                "the run is not measured: there is no val_data, and of %d classes none is held out "
+                "(holdout=%g). Give val_data, labelled images that are not trained on, to see whether "
+                "search gets better",
+                self.images.num_classes, holdout,
+            )  # fmt: skip
+        elif self.held_out:
+            _log.info(
+                "held out to measure the run: %d classes with %d images (holdout=%g); trained on: %d "
+                "classes with %d images",
+                self.validation.num_classes, len(self.validation), holdout,
+                self.images.num_classes, len(self.images),
+            )  # fmt: skip
+
     def files(self) -> list[Path]:
         """The files that hold images."""
         parts = [part for _, part in self._parts() if isinstance(part, ImageData)]
@@ -89,23 +106,6 @@ class Inputs:
             ("probe_captions", None if probe.from_corpus else probe.captions),
             ("probe_class_names", names),
         ]
-
-    def log_what_is_measured(self, holdout: float) -> None:
-        """Log which images measure the run, and warn if there are none."""
-        if self.validation is None:
-            _log.warning(
-                "the run is not measured: there is no val_data, and of %d classes none is held out "
-                "(holdout=%g). Give val_data, labelled images that are not trained on, to see whether "
-                "search gets better",
-                self.images.num_classes, holdout,
-            )  # fmt: skip
-        elif self.held_out:
-            _log.info(
-                "held out to measure the run: %d classes with %d images (holdout=%g); trained on: %d "
-                "classes with %d images",
-                self.validation.num_classes, len(self.validation), holdout,
-                self.images.num_classes, len(self.images),
-            )  # fmt: skip
 
 
 def _plain(value: Any) -> Any:

@@ -55,7 +55,7 @@ class Validation:
                 return  # the untrained model is gone; a killed run lost its first evaluation
             self.update()
             write_json(path, self.metrics)
-        self.before = read_json(path, {}, "Remove it; the run goes on without these figures")
+        self.before = read_json(path, {}, "Remove it; the run continues without these figures")
         if run.position.global_step == 0:
             run.log.write({"evaluation": self.before, "global_step": 0})
 
