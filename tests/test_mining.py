@@ -188,7 +188,7 @@ def test_save_and_load(tmp_path: Path) -> None:
 
 
 def test_broken_table(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"caption_table\.npz can't be read .*Mine it again"):
+    with pytest.raises(DataError, match=r"caption_table\.npz can't be read: .*Mine it again"):
         CaptionTable.load(tmp_path)
     (tmp_path / "caption_table.npz").write_bytes(b"PK no")
     with pytest.raises(DataError, match=r"caption_table\.npz is damaged: .*Mine it again"):
