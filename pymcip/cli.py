@@ -163,9 +163,9 @@ def build_parser() -> argparse.ArgumentParser:
     for name, command in COMMANDS.items():
         stage = commands.add_parser(
             name,
-            usage=f"pymcip {name} [options]"
-            + "".join(f" {name.upper()}" for name in command.positional)
-            + (" …" if command.positional else ""),
+            usage=f"pymcip {name}"
+            + "".join(f" {option.upper()}" for option in command.positional)
+            + (" … [options]" if command.positional else " [options]"),
             help=command.summary,
             description=f"{command.summary[0].upper()}{command.summary[1:]}.",
             allow_abbrev=False,

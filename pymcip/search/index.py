@@ -197,10 +197,12 @@ class Index:
             if name not in FILTERS:
                 raise ConfigError(f"where={{{name!r}: …}} is not allowed; allowed: {some(FILTERS)}")
             values = [str(value) for value in _listed(f"where[{name!r}]", given)]
+            if not values:
+                raise ConfigError(f"where={{{name!r}: []}} is empty; give one {name} or several")
             column = self._metadata[FILTERS[name]]
             there = pa.compute.drop_null(pa.compute.unique(column)).to_pylist()
             unknown = [value for value in values if value not in set(there)]
-            if unknown or not values:
+            if unknown:
                 raise ConfigError(
                     f"no image has the {name} {some(map(repr, unknown))}; there are "
                     f"{some(there) or 'none at all'}"
