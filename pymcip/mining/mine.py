@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from pymcip.mining.report import (
     auto_threshold,
     describe_table,
     explain_nothing,
+    report_table,
     sample_lines,
     sample_rows,
 )
@@ -51,12 +52,17 @@ _log = logging.getLogger("pymcip.mining")
 
 @dataclass(frozen=True)
 class MineResult:
-    """What `mine_captions` found; `report` is also in report.json."""
+    """What `mine_captions` found; `report` is also in report.json, `markdown` is its gist for people."""
 
     table: CaptionTable
     threshold: float
-    report: dict[str, Any]
+    report: dict[str, Any] = field(repr=False)
     out: Path
+
+    @property
+    def markdown(self) -> str:
+        """How many images have captions, how many captions are used, and the cosines."""
+        return report_table(self.report)
 
 
 def mine_captions(config: MineConfig | None = None, /, **options: Any) -> MineResult:

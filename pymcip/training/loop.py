@@ -32,6 +32,13 @@ from pymcip.training.logs import MetricsLog
 from pymcip.training.optim import cosine_with_warmup
 
 MAX_BAD_STEPS_IN_A_ROW = 10
+_WORDS = {  # for the parts of the loss
+    "arc_margin": "class labels",
+    "caption_margin": "pseudo-captions",
+    "distill": "distillation",
+    "distill_mixtures": "distillation on mixtures",
+    "distill_data": "distillation on distill_data",
+}
 
 _log = logging.getLogger("pymcip.training")
 
@@ -270,10 +277,13 @@ def _log_line(run: Run, stage: Stage, seconds: float) -> None:
     }
     run.log.write(record)
     if "loss" in record:
+        parts = [f"{_WORDS[name]} {record[name]:.3f}" for name in record if name in _WORDS]
         _log.info(
-            "%s epoch %d step %d/%d: loss %.4f, %.1f samples/s",
-            stage.name, position.epoch + 1, position.step, stage.steps_per_epoch, record["loss"],
-            record["samples_per_second"],
+            "%s stage, epoch %d of %d, step %d of %d: loss %.3f%s, gradient norm %.2f, learning rate "
+            "%.1e, %.1f samples/s",
+            stage.name, position.epoch + 1, stage.epochs, position.step, stage.steps_per_epoch,
+            record["loss"], f" ({', '.join(parts)})" if len(parts) > 1 else "", record["grad_norm"],
+            record["lr"], record["samples_per_second"],
         )  # fmt: skip
     position.sums.clear()
     position.steps_in_sums = 0
