@@ -45,6 +45,7 @@ from pymcip.ops.arrays import MatrixParts, dtype_name
 from pymcip.ops.faiss_import import import_faiss
 from pymcip.outputs import output_folder
 
+MOST_WITHOUT = 0.5  # of the images may have no caption without a warning
 AGAIN = "Give overwrite=True to mine again"  # what to do about damage
 
 _log = logging.getLogger("pymcip.mining")
@@ -226,6 +227,14 @@ def mine_table(
         "%d of %d images have captions with a cosine of at least %.3f: %.1f each",
         int((counts > 0).sum()), len(table), lowest, counts[counts > 0].mean(),
     )  # fmt: skip
+    without = float((counts == 0).mean())
+    if without > MOST_WITHOUT:
+        _log.warning(
+            "%.0f %% of the images have no pseudo-caption, so these teach nothing about texts. Give a "
+            "lower threshold (now %.3f; threshold='auto' takes %.3f), or captions that are closer to "
+            "the images",
+            100 * without, lowest, random_pairs.value,
+        )  # fmt: skip
     return table, report
 
 

@@ -30,6 +30,7 @@ from pymcip.training.checkpoints import (
 )
 from pymcip.training.logs import MetricsLog
 from pymcip.training.optim import cosine_with_warmup
+from pymcip.training.pace import Pace
 
 MAX_BAD_STEPS_IN_A_ROW = 10
 _WORDS = {  # for the parts of the loss
@@ -118,6 +119,7 @@ class Run:
     position: Position
     end_of_epoch: Callable[[Run, Stage], None]  # evaluation; may raise position.best_score
     checkpoint: Path | None = None
+    pace: Pace | None = None  # of the stage
 
     def save(self, stage: Stage | None) -> Path:
         """Write a checkpoint at the run's position; None: between two stages."""
@@ -164,6 +166,7 @@ def fit(run: Run, stage: Stage) -> None:
         "%s stage: %d epochs of %d steps, %d samples a step",
         stage.name, stage.epochs, stage.steps_per_epoch, stage.samples_per_step,
     )  # fmt: skip
+    run.pace = Pace(run.config.workers)
     while position.epoch < stage.epochs:
         with run.interruption.deferred():
             run_epoch(run, stage)
@@ -186,8 +189,12 @@ def run_epoch(run: Run, stage: Stage) -> None:
         description=f"{stage.name} epoch {position.epoch + 1}/{stage.epochs}",
         unit="step",
     )
+    batches = stage.steps(position.epoch, position.step)
+    if run.pace is not None:
+        left = total - position.epoch * stage.steps_per_epoch - position.step
+        batches = run.pace.watched(batches, stage=stage.name, left=left)
     with bar:
-        for micro_batches in stage.steps(position.epoch, position.step):
+        for micro_batches in batches:
             done = position.epoch * stage.steps_per_epoch + position.step
             share = cosine_with_warmup(
                 done, warmup=stage.warmup, total=total, floor=config.lr_floor
