@@ -254,11 +254,17 @@ def _function(target: str) -> Callable[..., Any]:
 
 
 def summary(result: Any) -> dict[str, Any]:
-    """Take what fits on a line of JSON from a stage's result: paths, numbers, texts and dicts."""
+    """Take what fits on a line of JSON from a stage's result: paths, numbers, texts and dicts.
+
+    Fields that its `repr` leaves out are long, and left out here too.
+    """
     shown = ("markdown",) if hasattr(result, "markdown") else ("table",)  # printed above it
     if dataclasses.is_dataclass(result):
-        values = {item.name: getattr(result, item.name) for item in dataclasses.fields(result)}
-        values = {name: value for name, value in values.items() if name not in shown}
+        values = {
+            item.name: getattr(result, item.name)
+            for item in dataclasses.fields(result)
+            if item.repr and item.name not in shown
+        }
     else:  # an embedding folder
         values = {"out": result.path, "skipped": len(result.skipped)}
         for kind, name in (("img", "images"), ("text", "captions")):

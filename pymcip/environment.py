@@ -105,19 +105,23 @@ def _back_ends() -> dict[str, dict[str, str]]:
     }
 
 
+def usable_cores() -> int:
+    """Return how many processor cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _cpu() -> dict[str, Any]:
     info = read_system_file("/proc/cpuinfo")
     model = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
     flags_line = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", info, re.MULTILINE)
     flags = set(flags_line.group(1).split()) if flags_line else set()
     memory = re.search(r"^MemTotal:\s*(\d+) kB$", read_system_file("/proc/meminfo"), re.MULTILINE)
-    usable = (
-        os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    )
     return {
         "model": model.group(1) if model else platform.processor() or platform.machine(),
         "features": [flag for flag in CPU_FLAGS if flag in flags],
-        "cores usable": len(usable),
+        "cores usable": usable_cores(),
         "torch threads": torch.get_num_threads(),
         "memory GiB": round(int(memory.group(1)) / 2**20, 1) if memory else None,
     }

@@ -313,6 +313,12 @@ def lines_of(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+def computed_of(out: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl without those figures that time makes: equal for equal runs."""
+    times = {"seconds", "samples_per_second"}
+    return [{k: v for k, v in line.items() if k not in times} for line in lines_of(out)]
+
+
 KILLED = """
 import json, os, signal, sys
 import pymcip

@@ -314,9 +314,15 @@ def test_embed_mine_evaluate_export(
     assert last_line(capsys) == {"out": str(emb), "skipped": 0, "images": 12, "captions": 8}
     mined = ["mine", "--images", str(emb), "--out", str(tmp_path / "mined")]
     assert main([*mined, "--threshold", "-1", "--k", "2"]) == 0
-    shown = last_line(capsys)
-    assert shown["out"] == str(tmp_path / "mined")
-    assert shown["threshold"] == -1
+    *table, line = capsys.readouterr().out.splitlines()
+    assert json.loads(line) == {"out": str(tmp_path / "mined"), "threshold": -1}
+    for row in (
+        "| images with captions | 12 (100%) |",
+        "| captions of each of these, mean | 2.0 |",
+        "| captions of the corpus | 8 |",
+        "| lowest cosine allowed | -1.000 (given) |",
+    ):
+        assert row in table
     assert main([*mined, "--k", "3"]) == 2
     assert "overwrite" in capsys.readouterr().err
     evaluated = ["evaluate", *model, "--data", str(images), "--baseline", str(tiny_model_dir)]

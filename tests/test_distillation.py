@@ -26,7 +26,7 @@ from pymcip.training.distillation import (
 )
 from pymcip.training.image_stage import ImageStage, caption_bank
 from pymcip.training.probe_sources import probe_rows
-from tests.conftest import lines_of, settings_for, train_until_killed
+from tests.conftest import computed_of, lines_of, settings_for, train_until_killed
 
 RESNET = {"vision_cfg": {"layers": [1, 1, 1, 1], "width": 8, "head_width": 16, "image_size": 32}}
 TIMM = {
@@ -338,11 +338,7 @@ def assert_same_run(first: Path, second: Path) -> None:
     assert heads[0]["heads"].keys() == heads[1]["heads"].keys()
     for name, value in heads[0]["heads"].items():
         assert torch.equal(value, heads[1]["heads"][name])
-    logs = [
-        [{k: v for k, v in line.items() if k != "samples_per_second"} for line in lines_of(p)]
-        for p in (first, second)
-    ]
-    assert logs[0] == logs[1]
+    assert computed_of(first) == computed_of(second)
 
 
 def killed_and_resumed(options: dict[str, Any], cwd: Path) -> pymcip.TrainResult:

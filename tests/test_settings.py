@@ -191,7 +191,7 @@ def test_images_of_classes(tiny_images: Callable[..., Path]) -> None:
             {"i2i_map": 50.0, "zero_shot": 30.0, "t2i_r5": 20.0},
             {"i2i_map": 60.0, "zero_shot": 20.0, "t2i_r5": 20.0},
             [9.0, 1.0],
-            ["zero_shot 30.0 -> 20.0)", "method='appended'"],
+            ["zero-shot top-1 30.0 -> 20.0)", "method='appended'"],
         ),
     ],
 )

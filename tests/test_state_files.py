@@ -145,7 +145,13 @@ def test_metrics_end_where_the_run_was_killed(tmp_path: Path) -> None:
     for tail in ('{"global_st', '{"global_step": 2}', "\0\0\0\n"):
         path.write_text(line + tail)
         assert read_metrics(path) == [{"global_step": 1, "loss": 0.5}]
-    for wrong in ("{}\n", "3\n", "half\n", '{"global_step": 1, "evaluation": 3}\n'):
+    for wrong in (
+        "{}\n",
+        "3\n",
+        "half\n",
+        '{"global_step": 1, "evaluation": 3}\n',
+        '{"global_step": 1, "seconds": "3"}\n',
+    ):
         path.write_text(wrong + line)
         with pytest.raises(DamagedFileError, match="line 1"):
             read_metrics(path)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pymcip.demo.sprites import CREDIT
-from pymcip.evaluation import markdown_table
+from pymcip.markdown import markdown_table
 
 METHODS = ("base", "appended", "gpr", "2sft", "mcip", "mcip+rea", "mcip+")
 METRICS = {
@@ -27,11 +27,6 @@ PAPER_NAMES = {
     "mcip+": "+ MCIP, alignment kept",
 }
 Table = dict[str, dict[str, float]]  # by method and metric, percent
-
-
-def in_words(row: dict[str, float]) -> str:
-    """One method's metrics on a line of the log."""
-    return ", ".join(f"{METRICS[name]} {value:.1f}" for name, value in row.items())
 
 
 def mean_table(tables: Sequence[Table]) -> Table:

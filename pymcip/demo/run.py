@@ -24,11 +24,11 @@ from pymcip.demo.report import (
     check_pattern,
     format_report,
     format_table,
-    in_words,
     mean_table,
 )
 from pymcip.demo.sprites import CREDIT, load_sprites
 from pymcip.demo.world import prepare_world
+from pymcip.evaluation import in_words
 from pymcip.files import read_json, write_json, write_text
 from pymcip.model.loading import HUB_FOLDER
 from pymcip.outputs import output_folder

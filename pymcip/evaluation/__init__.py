@@ -3,7 +3,7 @@
 from pymcip.data.class_names import ClassNames, ClassTexts, name_texts, read_class_names
 from pymcip.evaluation.own_data import TEMPLATES, evaluate_model
 from pymcip.evaluation.run import EvaluateResult, evaluate
-from pymcip.evaluation.tables import comparison_table, markdown_table
+from pymcip.evaluation.tables import comparison_table, in_words
 
 __all__ = [
     "TEMPLATES",
@@ -13,7 +13,7 @@ __all__ = [
     "comparison_table",
     "evaluate",
     "evaluate_model",
-    "markdown_table",
+    "in_words",
     "name_texts",
     "read_class_names",
 ]

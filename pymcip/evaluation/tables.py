@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from pymcip.benchmarks import paper
 from pymcip.benchmarks.suite import Found
+from pymcip.markdown import markdown_table
 
 BENCHMARKS_OF_THE_MEAN = len(paper.BENCHMARKS)
-_RULES = {"l": "---|", "r": "---:|", "c": ":---:|"}
 _TITLES = {
     "i2i_map": "image-to-image mAP",
     "i2i_r1": "image-to-image R@1",
@@ -21,21 +21,26 @@ _TITLES = {
 }
 
 
-def markdown_table(heads: Sequence[str], align: str, rows: Iterable[Sequence[str]]) -> str:
-    """Format a table; a `|` in a cell is escaped.
+def metric_title(key: str) -> str:
+    """Name a metric of `evaluate_model` in words."""
+    if key in _TITLES:
+        return _TITLES[key]
+    way, rank = key.split("_r")
+    return f"{'text-to-image' if way == 't2i' else 'image-to-text'} R@{rank}"
 
-    Args:
-        heads: of the columns.
-        align: a letter per column: "l" left, "r" right, "c" centred.
-        rows: each with a cell per column.
 
-    Returns:
-        The lines, the last one with a newline at its end.
+def in_words(figures: Mapping[str, float], before: Mapping[str, float] | None = None) -> str:
+    """Write figures in percent on one line, by their names in words.
+
+    `before`: the same of another model, for "before -> now"; figures that it lacks are left out.
     """
-    lines = [list(heads), *map(list, rows)]
-    text = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
-    text.insert(1, "|" + "".join(_RULES[letter] for letter in align))
-    return "\n".join(text) + "\n"
+    if before is None:
+        return ", ".join(f"{metric_title(key)} {value:.1f}" for key, value in figures.items())
+    return ", ".join(
+        f"{metric_title(key)} {before[key]:.1f} -> {value:.1f}"
+        for key, value in figures.items()
+        if key in before
+    )
 
 
 def comparison_table(
@@ -43,7 +48,9 @@ def comparison_table(
 ) -> str:
     """Format results as a markdown table, one column each; of two also the difference."""
     heads = ["metric (%)", *headings] + (["difference"] if len(results) == 2 else [])
-    rows = [[_title(key), *_cells([result[key] for result in results])] for key in results[-1]]
+    rows = [
+        [metric_title(key), *_cells([result[key] for result in results])] for key in results[-1]
+    ]
     table = markdown_table(heads, "l" + "r" * (len(heads) - 1), rows)
     return table + (f"\n{notes}\n" if notes else "")
 
@@ -130,10 +137,3 @@ def _cells(values: Sequence[float | None]) -> list[str]:
 
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else f"{value:{form}}"
-
-
-def _title(key: str) -> str:
-    if key in _TITLES:
-        return _TITLES[key]
-    way, rank = key.split("_r")
-    return f"{'text-to-image' if way == 't2i' else 'image-to-text'} R@{rank}"

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from pymcip.mining.report import (
     auto_threshold,
     describe_table,
     explain_nothing,
+    report_table,
     sample_lines,
     sample_rows,
 )
@@ -44,6 +45,7 @@ from pymcip.ops.arrays import MatrixParts, dtype_name
 from pymcip.ops.faiss_import import import_faiss
 from pymcip.outputs import output_folder
 
+MOST_WITHOUT = 0.5  # of the images may have no caption without a warning
 AGAIN = "Give overwrite=True to mine again"  # what to do about damage
 
 _log = logging.getLogger("pymcip.mining")
@@ -51,12 +53,17 @@ _log = logging.getLogger("pymcip.mining")
 
 @dataclass(frozen=True)
 class MineResult:
-    """What `mine_captions` found; `report` is also in report.json."""
+    """What `mine_captions` found; `report` is also in report.json, `markdown` is its gist for people."""
 
     table: CaptionTable
     threshold: float
-    report: dict[str, Any]
+    report: dict[str, Any] = field(repr=False)
     out: Path
+
+    @property
+    def markdown(self) -> str:
+        """How many images have captions, how many captions are used, and the cosines."""
+        return report_table(self.report)
 
 
 def mine_captions(config: MineConfig | None = None, /, **options: Any) -> MineResult:
@@ -220,6 +227,14 @@ def mine_table(
         "%d of %d images have captions with a cosine of at least %.3f: %.1f each",
         int((counts > 0).sum()), len(table), lowest, counts[counts > 0].mean(),
     )  # fmt: skip
+    without = float((counts == 0).mean())
+    if without > MOST_WITHOUT:
+        _log.warning(
+            "%.0f %% of the images have no pseudo-caption, so these teach nothing about texts. Give a "
+            "lower threshold (now %.3f; threshold='auto' takes %.3f), or captions that are closer to "
+            "the images",
+            100 * without, lowest, random_pairs.value,
+        )  # fmt: skip
     return table, report
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from pymcip.embedding import EmbeddingFolder, Kind, Matrix
+from pymcip.markdown import markdown_table
 from pymcip.mining.search import exact_search
 from pymcip.mining.table import CaptionTable, Float32, Int64
 from pymcip.ops.arrays import MatrixParts
@@ -107,6 +108,25 @@ def describe_table(
             ],
         },
     }
+
+
+def report_table(report: dict[str, Any]) -> str:
+    """The gist of a report as markdown, a few lines for people."""
+    images, without = report["images"], report["images_by_captions"][0]
+    pairs, cosines = report["pairs"], report["cosines"]
+    rows = [
+        ["images", f"{images:,}"],
+        ["images with captions", f"{images - without:,} ({1 - without / images:.0%})"],
+        ["captions of each of these, mean", f"{pairs / max(1, images - without):.1f}"],
+        ["captions of the corpus", f"{report['captions']:,}"],
+        ["captions that an image has", f"{report['captions_used']:,}"],
+        ["lowest cosine allowed", f"{report['threshold']:.3f} ({report['threshold_from']})"],
+        ["cosines found", f"{cosines['lowest']:.3f} to {cosines['highest']:.3f}"],
+        ["cosine of random pairs, median", f"{report['random_pairs']['median']:.3f}"],
+    ]
+    if report["recall"] is not None and report["recall"] < 1:
+        rows.append(["share of the pairs that was found", f"{report['recall']:.3f}"])
+    return markdown_table(["mining", ""], "lr", rows)
 
 
 def sample_lines(

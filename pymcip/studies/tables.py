@@ -13,7 +13,7 @@ from pymcip.configs import SweepConfig
 from pymcip.demo.points import Point, label
 from pymcip.demo.report import METRICS
 from pymcip.errors import DataError
-from pymcip.evaluation import markdown_table
+from pymcip.markdown import markdown_table
 
 TITLES = {**METRICS, "i2i_r1": "I2I R@1", "zero_shot_top5": "zero-shot top-5", "t2i_map": "T2I mAP"}
 TEXT_METRICS = ("t2i_r5", "zero_shot")  # what alignment is the mean of, by default

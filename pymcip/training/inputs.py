@@ -41,7 +41,14 @@ class Inputs:
     probe: ProbeSources | None  # what the alignment probe is made of; None without a budget
 
     def log_what_is_measured(self, holdout: float) -> None:
-        """Log which images measure the run, and warn if there are none."""
+        """Log which images measure the run; warn if there are none, and of classes with one image."""
+        alone = int((np.bincount(self.images.labels) == 1).sum())
+        if alone:
+            _log.warning(
+                "%d of %d classes have one image: nothing shows the model what is common to such a "
+                "class. Give more images of them, or join classes that look alike",
+                alone, self.images.num_classes,
+            )  # fmt: skip
         if self.validation is None:
             _log.warning(
                 "the run is not measured: there is no val_data, and of %d classes none is held out "

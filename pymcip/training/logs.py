@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -40,10 +41,20 @@ def log_file(path: Path) -> Iterator[None]:
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON object a line; also sends numbers to the chosen trackers."""
+    """metrics.jsonl: one JSON object a line; also sends numbers to the chosen trackers.
 
-    def __init__(self, folder: Path, report_to: tuple[str, ...], config: dict[str, Any]) -> None:
+    Args:
+        folder: of the run.
+        report_to: names of trackers.
+        config: the run's options, for the trackers.
+        seconds: that the run has taken before now, in all of its parts.
+    """
+
+    def __init__(
+        self, folder: Path, report_to: tuple[str, ...], config: dict[str, Any], seconds: float = 0.0
+    ) -> None:
         self.path = folder / "metrics.jsonl"
+        self.started = time.perf_counter() - seconds
         record_file(self.path)
         self.trackers = [_open_tracker(name, folder, config) for name in report_to]
         self.handle = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
@@ -57,41 +68,59 @@ class MetricsLog:
             close()
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a line; its `global_step` is the step that the trackers are given."""
+        """Append a line, with the `seconds` since the run's start.
+
+        Its `global_step` is the step that the trackers are given; what is measured at an epoch's end
+        has names with a slash there, such as `evaluation/i2i_map`.
+        """
+        record = {**record, "seconds": round(self.seconds, 3)}
         self.handle.write(json.dumps(record) + "\n")
         self.handle.flush()
-        numbers = {
-            name: value
-            for name, value in record.items()
-            if isinstance(value, (int, float)) and name != "global_step"
-        }
+        step = record.pop("global_step")
+        numbers = dict(_numbers(record))
         for log, _ in self.trackers:
-            log(numbers, record["global_step"])
+            log(numbers, step)
+
+    @property
+    def seconds(self) -> float:
+        """Since the run's start; of a run that was resumed without the time between its parts."""
+        return time.perf_counter() - self.started
 
     def records(self) -> list[dict[str, Any]]:
         """Return all lines that the run has written so far."""
         return read_metrics(self.path)
 
 
-def forget_after(path: Path, position: Position) -> dict[str, float]:
+def _numbers(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Yield the numbers by their names, those in dicts with the dict's name before a slash."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)):
+            yield prefix + name, value
+
+
+def forget_after(path: Path, position: Position) -> tuple[dict[str, float], float]:
     """Drop the lines of metrics.jsonl that a killed run wrote after its last checkpoint.
 
     A checkpoint at the end of an epoch (`step` > 0) is written before that epoch is evaluated: an
     evaluation or a probe at its step is dropped too and done again. Returns the last evaluation that
-    is kept; raises what `read_metrics` raises.
+    is kept, and the seconds that the run had taken by the last line; raises what `read_metrics` raises.
     """
     if not path.exists():
-        return {}
+        return {}, 0.0
     kept: list[str] = []
     evaluation: dict[str, float] = {}
     evaluated = position.step == 0 and position.global_step > 0
+    seconds = 0.0
     for record in read_metrics(path):
+        seconds = max(seconds, record.get("seconds", 0.0))
         behind = position.global_step - record["global_step"]
         if behind > 0 or (behind == 0 and (evaluated or not MEASURED & record.keys())):
             kept.append(json.dumps(record) + "\n")
             evaluation = record.get("evaluation", evaluation)
     write_text(path, "".join(kept))
-    return evaluation
+    return evaluation, seconds
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -111,6 +140,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             raise damaged(path, f"line {number} is no JSON ({error})", _REMOVE) from error
         if not isinstance(record, dict) or not isinstance(record.get("global_step"), int):
             raise damaged(path, f"line {number} has no global_step", _REMOVE)
+        if not isinstance(record.get("seconds", 0.0), (int, float)):
+            raise damaged(path, f"line {number}: seconds is {record['seconds']!r:.60}", _REMOVE)
         for name in MEASURED & record.keys():
             if not isinstance(record[name], dict):
                 raise damaged(path, f"line {number}: {name} is {record[name]!r:.60}", _REMOVE)

@@ -30,8 +30,16 @@ from pymcip.training.checkpoints import (
 )
 from pymcip.training.logs import MetricsLog
 from pymcip.training.optim import cosine_with_warmup
+from pymcip.training.pace import Pace
 
 MAX_BAD_STEPS_IN_A_ROW = 10
+_WORDS = {  # for the parts of the loss
+    "arc_margin": "class labels",
+    "caption_margin": "pseudo-captions",
+    "distill": "distillation",
+    "distill_mixtures": "distillation on mixtures",
+    "distill_data": "distillation on distill_data",
+}
 
 _log = logging.getLogger("pymcip.training")
 
@@ -111,6 +119,7 @@ class Run:
     position: Position
     end_of_epoch: Callable[[Run, Stage], None]  # evaluation; may raise position.best_score
     checkpoint: Path | None = None
+    pace: Pace | None = None  # of the stage
 
     def save(self, stage: Stage | None) -> Path:
         """Write a checkpoint at the run's position; None: between two stages."""
@@ -157,6 +166,7 @@ def fit(run: Run, stage: Stage) -> None:
         "%s stage: %d epochs of %d steps, %d samples a step",
         stage.name, stage.epochs, stage.steps_per_epoch, stage.samples_per_step,
     )  # fmt: skip
+    run.pace = Pace(run.config.workers)
     while position.epoch < stage.epochs:
         with run.interruption.deferred():
             run_epoch(run, stage)
@@ -179,8 +189,12 @@ def run_epoch(run: Run, stage: Stage) -> None:
         description=f"{stage.name} epoch {position.epoch + 1}/{stage.epochs}",
         unit="step",
     )
+    batches = stage.steps(position.epoch, position.step)
+    if run.pace is not None:
+        left = total - position.epoch * stage.steps_per_epoch - position.step
+        batches = run.pace.watched(batches, stage=stage.name, left=left)
     with bar:
-        for micro_batches in stage.steps(position.epoch, position.step):
+        for micro_batches in batches:
             done = position.epoch * stage.steps_per_epoch + position.step
             share = cosine_with_warmup(
                 done, warmup=stage.warmup, total=total, floor=config.lr_floor
@@ -270,10 +284,13 @@ def _log_line(run: Run, stage: Stage, seconds: float) -> None:
     }
     run.log.write(record)
     if "loss" in record:
+        parts = [f"{_WORDS[name]} {record[name]:.3f}" for name in record if name in _WORDS]
         _log.info(
-            "%s epoch %d step %d/%d: loss %.4f, %.1f samples/s",
-            stage.name, position.epoch + 1, position.step, stage.steps_per_epoch, record["loss"],
-            record["samples_per_second"],
+            "%s stage, epoch %d of %d, step %d of %d: loss %.3f%s, gradient norm %.2f, learning rate "
+            "%.1e, %.1f samples/s",
+            stage.name, position.epoch + 1, stage.epochs, position.step, stage.steps_per_epoch,
+            record["loss"], f" ({', '.join(parts)})" if len(parts) > 1 else "", record["grad_norm"],
+            record["lr"], record["samples_per_second"],
         )  # fmt: skip
     position.sums.clear()
     position.steps_in_sums = 0

@@ -55,6 +55,7 @@ from pymcip.training.loop import Interruption, Run, Stage, fit, restore
 from pymcip.training.noise import noisy_captions
 from pymcip.training.result import INPUTS, TrainResult, as_begun, finished_result
 from pymcip.training.settings import fit_settings
+from pymcip.training.summary import log_end, log_start
 from pymcip.training.text_stage import TextStage, image_text_pairs
 from pymcip.training.validation import Validation
 
@@ -109,10 +110,10 @@ def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
         write_json(out / "config.json", settings.to_dict())
         (out / "checkpoints").mkdir(exist_ok=True)
         with Interruption().installed() as interruption, log_file(out / "out.log"):
-            for name, reason in reasons.items():
-                _log.info("%s: %s (%s)", name, getattr(settings, name), reason)
-            inputs.log_what_is_measured(settings.holdout)
-            return _run(settings, out, clip, inputs, interruption)
+            log_start(settings, reasons, clip, inputs)
+            result = _run(settings, out, clip, inputs, interruption)
+            log_end(result, settings)
+            return result
 
 
 def _run(
@@ -161,7 +162,7 @@ def _run(
         position = Position(**{item.name: state[item.name] for item in fields(Position)})
         load_weights(clip.model, state, files[-1], config.model)
         _log.info("resuming from %s", files[-1])
-    metrics = forget_after(out / "metrics.jsonl", position)
+    metrics, seconds = forget_after(out / "metrics.jsonl", position)
     validation = None
     if inputs.validation is not None:
         validation = Validation(
@@ -203,7 +204,8 @@ def _run(
     stages: list[Callable[[], Stage]] = [image_stage] if config.trains_images else []
     if config.realigns:
         stages.append(text_stage)
-    with MetricsLog(out, config.report_to, config.to_dict()) as log:
+    seconds += time.perf_counter() - started
+    with MetricsLog(out, config.report_to, config.to_dict(), seconds) as log:
         run = Run(
             clip, config, out, log, interruption, position, end_of_epoch,
             checkpoint=files[-1] if state is not None else None,
@@ -261,7 +263,7 @@ def _run(
         hub=exported.hub if exported else None,
         steps=position.global_step,
         skipped_steps=position.skipped_steps,
-        seconds=time.perf_counter() - started,
+        seconds=log.seconds,
         interrupted=interruption.requested,
         alignment=alignment,
     )

@@ -9,7 +9,7 @@ import numpy as np
 from pymcip.configs import TrainSettings
 from pymcip.data import ImageData
 from pymcip.data.class_names import ClassNames
-from pymcip.evaluation import evaluate_model
+from pymcip.evaluation import evaluate_model, in_words
 from pymcip.files import read_json, write_json
 from pymcip.model import ClipModel
 from pymcip.training.checkpoints import mark_best
@@ -69,7 +69,7 @@ class Validation:
         position = run.position
         names = ("i2i_map", "zero_shot", "t2i_r5")  # the mean of those that were measured
         score = float(np.mean([self.metrics[name] for name in names if name in self.metrics] or 0))
-        _log.info("epoch %d: %s (score %.2f)", position.epoch + 1, self.metrics, score)
+        _log.info("after epoch %d, in percent: %s", position.epoch + 1, in_words(self.metrics))
         if score > position.best_score and run.checkpoint is not None:
             position.best_score = score
             mark_best(run.checkpoint)
@@ -91,13 +91,11 @@ class Validation:
             self.update()
         if not self.before:
             return
-        changes = [
-            f"{name} {self.before[name]:.1f} -> {value:.1f}"
-            for name, value in self.metrics.items()
-            if name in self.before
-        ]
         source = "classes that were held out" if self.held_out else "val_data"
-        _log.info("on %d images of %s: %s", len(self.data), source, ", ".join(changes))
+        _log.info(
+            "before -> after, in percent, on %d images of %s: %s",
+            len(self.data), source, in_words(self.metrics, self.before),
+        )  # fmt: skip
         steps = [
             line for line in run.log.records() if line.get("stage") == "image" and "loss" in line
         ]
@@ -123,7 +121,8 @@ def shortcomings(
         and IMAGE_SEARCH in before
         and after[IMAGE_SEARCH] <= before[IMAGE_SEARCH]
     ):
-        change = f"image search is not better than before ({IMAGE_SEARCH} {before[IMAGE_SEARCH]:.1f} -> {after[IMAGE_SEARCH]:.1f})"
+        figures = in_words({IMAGE_SEARCH: after[IMAGE_SEARCH]}, before)
+        change = f"image search is not better than before ({figures})"
         if losses and losses[-1] > LEARNT * losses[0]:
             cause = (
                 f"the loss only went from {losses[0]:.2f} to {losses[-1]:.2f}, so the model hardly "
@@ -136,14 +135,14 @@ def shortcomings(
                 "few images to measure by (holdout, val_data) it may be chance"
             )
         found.append(f"{change}: {cause}")
-    fallen = [
-        f"{name} {before[name]:.1f} -> {value:.1f}"
+    fallen = {
+        name: value
         for name, value in after.items()
         if name.startswith(TEXT_SEARCH) and value < before.get(name, 0) - SAME
-    ]
+    }
     if fallen:
         found.append(
-            f"text search is worse than before ({', '.join(fallen)}): training moved the images away "
+            f"text search is worse than before ({in_words(fallen, before)}): training moved the images away "
             "from the texts. method='appended' leaves text search as it is; alignment_budget= bounds "
             "what is lost"
         )
