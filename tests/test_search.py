@@ -106,6 +106,9 @@ def test_queries_are_as_documented(build: Build, tiny_clip: ClipModel, photos: P
         index, unit(2 * pictures - unit(t + a)), 7,
     )  # fmt: skip
 
+    grey = np.random.default_rng(0).integers(0, 1 << 16, (40, 40), dtype=np.uint16)
+    Image.fromarray(grey).save(photos / "grey.png")  # scaled from a file and in memory
+    assert search(image=photos / "grey.png") == search(image=Image.open(photos / "grey.png"))
     best = search(image=paths[0], k=1)[0]
     assert (best.path, best.label) == (str(paths[0]), "class0")
     assert best.captions == ("<i>one</i>", "two")
@@ -250,6 +253,7 @@ def test_another_model_is_refused(build: Build, tmp_path: Path) -> None:
         ({"image": "nowhere.jpg"}, "nowhere.jpg can't be read: No such file"),
         ({"image": "index.json"}, "index.json can't be decoded"),
         ({"image": [3]}, "image=3 is not allowed"),
+        ({"image": Image.new("F", (9, 9), 7.0)}, "can't be converted to RGB: its float pixels"),
         ({"text": "a", "weight": 2}, "weight=2 is not allowed"),
         ({"text": "a", "strength": float("nan")}, "strength=nan is not allowed"),
         ({"text": "a", "k": 0}, "k=0"),
