@@ -133,6 +133,8 @@ def test_filters(build: Build, photos: Path) -> None:
 def test_an_index_is_brought_up_to_date(
     build: Build, photos: Path, tmp_path: Path, embedded: list[int]
 ) -> None:
+    picture(0).save(photos / "class0" / "00.png")
+    (photos / "class0" / "01.png").write_bytes((photos / "class0" / "00.png").read_bytes())
     before = pymcip.Index(build().out, device="cpu")
     was = before.search("red")
     embedded.clear()
@@ -146,7 +148,7 @@ def test_an_index_is_brought_up_to_date(
     (photos / "class0" / "1.txt").write_text("another caption")
     result = build()
     assert sum(embedded) == 2
-    assert (result.images, result.new, result.removed, result.skipped) == (7, 2, 2, 1)
+    assert (result.images, result.new, result.removed, result.skipped) == (9, 2, 2, 1)
     assert "broken.jpg" in (result.embeddings / "skipped.tsv").read_text()
     assert [path.name for path in result.out.glob("embeddings-*")] == [result.embeddings.name]
     assert before.search("red") == was  # until it is opened again
@@ -157,7 +159,7 @@ def test_an_index_is_brought_up_to_date(
         assert (one.path, one.label, one.captions) == (other.path, other.label, other.captions)
     assert ("another caption",) in [hit.captions for hit in now]
     assert build(part_size=2).new == 0  # other files, the same vectors
-    assert sum(embedded) == 9
+    assert sum(embedded) == 11
 
 
 @pytest.mark.parametrize("changed", [False, True])
