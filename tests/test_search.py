@@ -106,6 +106,9 @@ def test_queries_are_as_documented(build: Build, tiny_clip: ClipModel, photos: P
         index, unit(2 * pictures - unit(t + a)), 7,
     )  # fmt: skip
 
+    grey = np.random.default_rng(0).integers(0, 1 << 16, (40, 40), dtype=np.uint16)
+    Image.fromarray(grey).save(photos / "grey.png")  # scaled from a file and in memory
+    assert search(image=photos / "grey.png") == search(image=Image.open(photos / "grey.png"))
     best = search(image=paths[0], k=1)[0]
     assert (best.path, best.label) == (str(paths[0]), "class0")
     assert best.captions == ("<i>one</i>", "two")
@@ -130,6 +133,8 @@ def test_filters(build: Build, photos: Path) -> None:
 def test_an_index_is_brought_up_to_date(
     build: Build, photos: Path, tmp_path: Path, embedded: list[int]
 ) -> None:
+    picture(0).save(photos / "class0" / "00.png")
+    (photos / "class0" / "01.png").write_bytes((photos / "class0" / "00.png").read_bytes())
     before = pymcip.Index(build().out, device="cpu")
     was = before.search("red")
     embedded.clear()
@@ -143,7 +148,7 @@ def test_an_index_is_brought_up_to_date(
     (photos / "class0" / "1.txt").write_text("another caption")
     result = build()
     assert sum(embedded) == 2
-    assert (result.images, result.new, result.removed, result.skipped) == (7, 2, 2, 1)
+    assert (result.images, result.new, result.removed, result.skipped) == (9, 2, 2, 1)
     assert "broken.jpg" in (result.embeddings / "skipped.tsv").read_text()
     assert [path.name for path in result.out.glob("embeddings-*")] == [result.embeddings.name]
     assert before.search("red") == was  # until it is opened again
@@ -154,7 +159,7 @@ def test_an_index_is_brought_up_to_date(
         assert (one.path, one.label, one.captions) == (other.path, other.label, other.captions)
     assert ("another caption",) in [hit.captions for hit in now]
     assert build(part_size=2).new == 0  # other files, the same vectors
-    assert sum(embedded) == 9
+    assert sum(embedded) == 11
 
 
 @pytest.mark.parametrize("changed", [False, True])
@@ -250,6 +255,7 @@ def test_another_model_is_refused(build: Build, tmp_path: Path) -> None:
         ({"image": "nowhere.jpg"}, "nowhere.jpg can't be read: No such file"),
         ({"image": "index.json"}, "index.json can't be decoded"),
         ({"image": [3]}, "image=3 is not allowed"),
+        ({"image": Image.new("F", (9, 9), 7.0)}, "can't be converted to RGB: its float pixels"),
         ({"text": "a", "weight": 2}, "weight=2 is not allowed"),
         ({"text": "a", "strength": float("nan")}, "strength=nan is not allowed"),
         ({"text": "a", "k": 0}, "k=0"),

@@ -86,7 +86,7 @@ def decode(content: bytes, key: str) -> Image.Image:
         if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:
             raise Image.DecompressionBombError(f"{pixels} pixels")
         image.load()
-        return _to_rgb(image)
+        return to_rgb(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DecodeError(
             f"{key}: more than {Image.MAX_IMAGE_PIXELS} pixels ({error}), as a decompression bomb "
@@ -115,7 +115,12 @@ def crop(image: Image.Image, box: npt.NDArray[np.float32], key: str) -> Image.Im
     return image.crop((left, top, right, bottom))  # type: ignore[arg-type]  # it rounds
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image as `decode` does.
+
+    Raises:
+        ValueError: its pixels have no range to scale by.
+    """
     if image.mode == "RGB":
         return image
     if image.mode == "F" or image.mode.startswith("I"):

@@ -25,10 +25,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from pymcip.configs import Source
-from pymcip.data.decode import decode
+from pymcip.data.decode import decode, to_rgb
 from pymcip.data.sources import some
 from pymcip.embedding import EmbeddingFolder
-from pymcip.errors import ConfigError, DataError, StaleEmbeddingsError
+from pymcip.errors import ConfigError, DataError, DecodeError, StaleEmbeddingsError
 from pymcip.files import read_json
 from pymcip.model import ClipModel, load
 from pymcip.ops import topk
@@ -260,7 +260,10 @@ def _listed(name: str, given: Any) -> list[Any]:
 
 def _opened(picture: Any) -> Image.Image:
     if isinstance(picture, Image.Image):
-        return picture.convert("RGB")
+        try:
+            return to_rgb(picture)
+        except (OSError, ValueError) as error:  # also where its file is damaged
+            raise DecodeError(f"the PIL image can't be converted to RGB: {error}") from error
     if not isinstance(picture, (str, os.PathLike)):
         raise ConfigError(f"image={picture!r} is not allowed; allowed: a path or a PIL image")
     try:
