@@ -27,6 +27,7 @@ from pymcip.configs import (
     EvaluateConfig,
     ExportConfig,
     MineConfig,
+    RunsConfig,
     SweepConfig,
     TrainConfig,
     read_options,
@@ -65,6 +66,12 @@ COMMANDS = {
         MineConfig, "pymcip.mining:mine_captions", "nearest captions of each embedded image"
     ),
     "train": Command(TrainConfig, "pymcip.training:train", "fine-tune a model"),
+    "runs": Command(
+        RunsConfig,
+        "pymcip.training.runs:compare_runs",
+        "the runs below a folder in one table: settings, figures before and after, time",
+        positional="folder",
+    ),
     "evaluate": Command(
         EvaluateConfig,
         "pymcip.evaluation:evaluate",

@@ -9,12 +9,13 @@ from pymcip.configs.stages import (
     ExportConfig,
     MineConfig,
     ModelOptions,
+    RunsConfig,
 )
 from pymcip.configs.sweep import SweepConfig
 from pymcip.configs.train import TrainConfig, TrainSettings
 
 __all__ = [
     "CheckConfig", "Config", "DemoConfig", "EmbedConfig", "EvaluateConfig", "ExportConfig", "MineConfig",
-    "ModelOptions", "Source", "Sources", "SweepConfig", "TrainConfig", "TrainSettings",
+    "ModelOptions", "RunsConfig", "Source", "Sources", "SweepConfig", "TrainConfig", "TrainSettings",
     "option", "read_options", "required",
 ]  # fmt: skip

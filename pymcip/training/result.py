@@ -21,7 +21,7 @@ PATHS = ("out", "checkpoint", "best_checkpoint", "state_dict", "hub")  # of a re
 RESULT = "result.json"
 INPUTS = "inputs.json"
 _AGAIN = "Give another folder, or overwrite=True to train anew"
-_REQUIRED = {  # of result.json
+REQUIRED = {  # of result.json
     "method": str, "metrics": dict, "before": dict, "checkpoint": str, "steps": int,
     "skipped_steps": int, "seconds": float,
 }  # fmt: skip
@@ -127,7 +127,7 @@ def finished_result(config: TrainConfig, made_from: dict[str, str]) -> TrainResu
     if not (out / RESULT).is_file():
         return None
     _log.info("the run in %s is finished; nothing to resume", out)
-    values: dict[str, Any] = read_json(out / RESULT, _REQUIRED, _AGAIN)
+    values: dict[str, Any] = read_json(out / RESULT, REQUIRED, _AGAIN)
     unknown = values.keys() ^ {item.name for item in fields(TrainResult)}
     if unknown - {"alignment"}:
         raise damaged(out / RESULT, f"it lacks or has {sorted(unknown)}", _AGAIN)
