@@ -33,7 +33,7 @@ from pymcip.configs import (
     read_options,
 )
 from pymcip.configs.recipes import describe_recipes
-from pymcip.errors import PymcipError, ResourceError, reason_of
+from pymcip.errors import PymcipError, ResourceError, did_you_mean, reason_of
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     reported in one message on stderr, or with `--debug` or PYMCIP_DEBUG=1 as a traceback. 130 or
     143: interrupted by SIGINT or SIGTERM. What a stage prints on stdout ends with one line of JSON.
     """
-    options = vars(build_parser().parse_args(arguments))
+    options = _parsed(build_parser(), arguments)
     command = options.pop("command")
     debug = options.pop("debug", False) or os.environ.get("PYMCIP_DEBUG", "0") not in ("", "0")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
@@ -194,9 +194,26 @@ def build_parser() -> argparse.ArgumentParser:
                 help="the same as --" + command.positional,
             )
         hints = get_type_hints(command.config)
-        for item in dataclasses.fields(command.config):
-            _add_option(stage, item, hints[item.name])
+        items = {item.name: item for item in dataclasses.fields(command.config)}
+        for title, names in command.config.GROUPS.items():
+            group = stage.add_argument_group(title)
+            for field in names.split():
+                _add_option(group, items.pop(field), hints[field])
+        for field, item in items.items():
+            _add_option(stage, item, hints[field])
     return parser
+
+
+def _parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> dict[str, Any]:
+    """Parse the command line; an unknown flag ends it with the one that may be meant."""
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        command = COMMANDS.get(options.command)
+        names = dataclasses.fields(command.config) if command else ()
+        flags = ["--" + item.name.replace("_", "-") for item in names]
+        hints = (did_you_mean(word.partition("=")[0], flags) for word in unknown)
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{''.join(hints)}")
+    return vars(options)
 
 
 def make_config(kind: type[Config], options: dict[str, Any]) -> Config:
@@ -269,7 +286,9 @@ def _add_debug(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_option(parser: argparse.ArgumentParser, item: dataclasses.Field[Any], hint: Any) -> None:
+def _add_option(
+    parser: argparse._ActionsContainer, item: dataclasses.Field[Any], hint: Any
+) -> None:
     flag = "--" + item.name.replace("_", "-")
     common: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(item)}
     several = {**common, "action": _Several, "nargs": "+"}

@@ -89,6 +89,21 @@ def test_help_shows_choices_and_defaults(capsys: pytest.CaptureFixture[str]) -> 
         assert text in shown
 
 
+def test_help_of_train_is_in_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    titles = list(TrainConfig.GROUPS)
+    names = " ".join(TrainConfig.GROUPS.values()).split()
+    assert sorted(names) == sorted(item.name for item in dataclasses.fields(TrainConfig))
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    shown = capsys.readouterr().out
+    places = [shown.index(f"\n{title}:\n") for title in titles]
+    assert places == sorted(places)
+    first, last = shown[places[0] : places[1]], shown[places[-1] :]
+    assert first.count("\n  --") == 10
+    assert "--train-data" in first
+    assert "--precision" in last
+
+
 def test_flags_that_are_not_given_keep_their_defaults() -> None:
     assert parse(*TRAIN) == TrainConfig(model="m", train_data="d", out="o", captions="c")
 
@@ -156,7 +171,7 @@ def test_numbers_and_words_in_one_flag() -> None:
         (["--method", "magic"], "allowed: appended|gpr|2sft|mcip|mcip+rea|rea|mcip+"),
         (["--threshold", "low"], "allowed: auto|FLOAT"),
         (["--aug-cfg", "scale"], "'scale' is not of the form key=value"),
-        (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
+        (["--epoch", "3"], "unrecognized arguments: --epoch 3; did you mean '--epochs'?"),
         (["--report-to", "paper"], "allowed: tensorboard|wandb|trackio"),
     ],
 )
