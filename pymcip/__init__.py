@@ -1,7 +1,7 @@
 """pymcip: fine-tune CLIP models for image search without breaking text search (MCIP).
 
 Stages, in the order in which data flows: `embed` -> `mine_captions` -> `train` -> `evaluate` ->
-`export`. Each takes its options as keywords (or a ready config) and can be used alone.
+`export`; `build_index` makes an `Index` to search in. Each takes its options as keywords (or a ready config) and can be used alone.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         EmbedConfig,
         EvaluateConfig,
         ExportConfig,
+        IndexConfig,
         MineConfig,
         SweepConfig,
         TrainConfig,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from pymcip.exporting import ExportResult, export
     from pymcip.mining import CaptionTable, MineResult, mine_captions
     from pymcip.model import ClipModel, load
+    from pymcip.search import Hit, Index, IndexResult, build_index
     from pymcip.studies import SweepResult, sweep
     from pymcip.training.result import TrainResult
     from pymcip.training.train import train
@@ -43,6 +45,7 @@ _MODULES = {
         "EmbedConfig",
         "EvaluateConfig",
         "ExportConfig",
+        "IndexConfig",
         "MineConfig",
         "SweepConfig",
         "TrainConfig",
@@ -52,6 +55,7 @@ _MODULES = {
     "exporting": ["ExportResult", "export"],
     "mining": ["CaptionTable", "MineResult", "mine_captions"],
     "model": ["ClipModel", "load"],
+    "search": ["Hit", "Index", "IndexResult", "build_index"],
     "studies": ["SweepResult", "sweep"],
     "training": ["TrainResult", "train"],
 }
@@ -70,6 +74,10 @@ __all__ = [
     "EvaluateResult",
     "ExportConfig",
     "ExportResult",
+    "Hit",
+    "Index",
+    "IndexConfig",
+    "IndexResult",
     "MineConfig",
     "MineResult",
     "SweepConfig",
@@ -77,6 +85,7 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "__version__",
+    "build_index",
     "check",
     "embed",
     "evaluate",

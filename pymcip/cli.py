@@ -26,8 +26,10 @@ from pymcip.configs import (
     EmbedConfig,
     EvaluateConfig,
     ExportConfig,
+    IndexConfig,
     MineConfig,
     RunsConfig,
+    SearchConfig,
     SweepConfig,
     TrainConfig,
     read_options,
@@ -41,7 +43,8 @@ class Command:
     """A stage: the config that its flags come from, and `module:function` to call with it.
 
     `listing`: another `module:function`; `--list` prints its text, made from the flags in `listed`.
-    `positional`: the option that may also be given without its flag.
+    `positional`: the options that may also be given without their flags; the last takes all words
+    that are left.
     """
 
     config: type[Config]
@@ -49,7 +52,7 @@ class Command:
     summary: str
     listing: str | None = None
     listed: tuple[str, ...] = ()
-    positional: str | None = None
+    positional: tuple[str, ...] = ()
 
 
 COMMANDS = {
@@ -57,7 +60,7 @@ COMMANDS = {
         CheckConfig,
         "pymcip.checking:check",
         "what pymcip sees in data, before anything is made of them",
-        positional="data",
+        positional=("data",),
     ),
     "embed": Command(
         EmbedConfig, "pymcip.embedding:embed", "images and captions into an embedding folder"
@@ -70,7 +73,7 @@ COMMANDS = {
         RunsConfig,
         "pymcip.training.runs:compare_runs",
         "the runs below a folder in one table: settings, figures before and after, time",
-        positional="folder",
+        positional=("folder",),
     ),
     "evaluate": Command(
         EvaluateConfig,
@@ -81,6 +84,18 @@ COMMANDS = {
     ),
     "export": Command(
         ExportConfig, "pymcip.exporting:export", "weights for open_clip, an index for faiss"
+    ),
+    "index": Command(
+        IndexConfig,
+        "pymcip.search:build_index",
+        "images into an index to search in, or one brought up to date",
+        positional=("images",),
+    ),
+    "search": Command(
+        SearchConfig,
+        "pymcip.search.show:search_and_show",
+        "images of an index by texts, pictures or both",
+        positional=("index", "text"),
     ),
     "demo": Command(
         DemoConfig, "pymcip.demo:run_demo", "the whole way on a small world of pictures"
@@ -102,7 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0: done; 2: an error that pymcip raises on purpose; 1: one of the system (a full disk); both are
     reported in one message on stderr, or with `--debug` or PYMCIP_DEBUG=1 as a traceback. 130 or
-    143: interrupted by SIGINT or SIGTERM. What a stage prints on stdout ends with one line of JSON.
+    143: interrupted by SIGINT or SIGTERM. What a stage prints on stdout ends with one line of JSON
+    (`search` prints its results alone).
     """
     options = _parsed(build_parser(), arguments)
     command = options.pop("command")
@@ -154,8 +170,9 @@ def build_parser() -> argparse.ArgumentParser:
     for name, command in COMMANDS.items():
         stage = commands.add_parser(
             name,
-            usage=f"pymcip {name} [options]"
-            + (f" {command.positional.upper()} …" if command.positional else ""),
+            usage=f"pymcip {name}"
+            + "".join(f" {option.upper()}" for option in command.positional)
+            + (" … [options]" if command.positional else " [options]"),
             help=command.summary,
             description=f"{command.summary[0].upper()}{command.summary[1:]}.",
             allow_abbrev=False,
@@ -182,18 +199,26 @@ def build_parser() -> argparse.ArgumentParser:
                 default=argparse.SUPPRESS,
                 help="list the benchmarks, what they need and where to get it, and stop",
             )
-        if command.positional:
+        hints = get_type_hints(command.config)
+        for option in command.positional[:-1]:
             stage.add_argument(
-                command.positional,
+                option,
+                nargs="?",
+                default=argparse.SUPPRESS,
+                metavar=option.upper(),
+                help="the same as --" + option,
+            )
+        for option in command.positional[-1:]:
+            stage.add_argument(
+                option,
                 nargs="*",
                 type=lambda word: [word],
                 action=_Several,
-                finish=_one_or_all,
+                finish=_finish(hints[option]),
                 default=argparse.SUPPRESS,
-                metavar=command.positional.upper(),
-                help="the same as --" + command.positional,
+                metavar=option.upper(),
+                help="the same as --" + option,
             )
-        hints = get_type_hints(command.config)
         items = {item.name: item for item in dataclasses.fields(command.config)}
         for title, names in command.config.GROUPS.items():
             group = stage.add_argument_group(title)
@@ -231,6 +256,9 @@ def _run(command: Command, options: dict[str, Any]) -> int:
         return 0
     config = make_config(command.config, options)
     result = _function(command.target)(config)
+    if isinstance(result, str):  # a text for people or programs, and nothing else
+        print(result, end="", flush=True)
+        return 0
     if os.environ.get("RANK", "0") == "0":  # one voice when torchrun starts several processes
         table = getattr(result, "markdown", None) or getattr(result, "table", None)
         if isinstance(table, str):
@@ -300,11 +328,11 @@ def _add_option(
     elif any(get_origin(part) is dict for part in parts):
         parser.add_argument(flag, type=_pair, finish=dict, metavar="KEY=VALUE", **several)
     elif lists:
-        finish = _one_or_all if str in parts else tuple
         convert, metavar = _words(elements), _metavar(elements)
-        parser.add_argument(flag, type=convert, finish=finish, metavar=metavar, **several)
+        parser.add_argument(flag, type=convert, finish=_finish(hint), metavar=metavar, **several)
     else:
-        parser.add_argument(flag, type=_converter(parts), metavar=_metavar(parts), **common)
+        flags = [flag, "-" + item.name] if len(item.name) == 1 else [flag]
+        parser.add_argument(*flags, type=_converter(parts), metavar=_metavar(parts), **common)
 
 
 class _Several(argparse.Action):
@@ -322,6 +350,11 @@ class _Several(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         setattr(namespace, self.dest, self.finish(list(itertools.chain.from_iterable(values))))
+
+
+def _finish(hint: Any) -> Callable[[list[Any]], Any]:
+    """Make the function that turns the words of an option into its value: of `Sources`, or a tuple."""
+    return _one_or_all if str in _parts(hint) else tuple
 
 
 def _one_or_all(values: list[Any]) -> Any:

@@ -153,7 +153,9 @@ def damaged(
     path: str | os.PathLike[str], problem: Exception | str, advice: str = _AGAIN
 ) -> DamagedFileError:
     """Make the error for a file of pymcip's own that can't be what was written."""
-    return DamagedFileError(f"{path} is damaged: {reason_of(problem)}. {advice}")
+    unread = isinstance(problem, OSError)  # missing, no permission, a damaged disk
+    what = "can't be read" if unread else "is damaged"
+    return DamagedFileError(f"{path} {what}: {reason_of(problem)}. {advice}")
 
 
 def read_json(

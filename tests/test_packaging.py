@@ -32,7 +32,7 @@ OPTIONAL = (
 # named before it, here and on the floors above this one in the list; functions do, too.
 FLOORS = {
     "what everything stands on": "errors progress markdown folders files contents",
-    "options": "configs.options configs.recipes configs.stages configs.train configs.sweep configs",
+    "options": "configs.options configs.recipes configs.stages configs.search configs.train configs.sweep configs",
     "ops": """ops.margin_contract ops.arrays ops.recall ops.dispatch ops.faiss_import
         ops.margin_softmax_cpu ops.margin_softmax_torch ops.canonical ops.margin_operators ops.ordering
         ops.packed_bank ops.ranks ops.topk_cpu ops.topk_cuda ops.topk_faiss ops.topk_torch
@@ -45,6 +45,7 @@ FLOORS = {
         data.indexed data.index data.loading data outputs checking""",
     "embedding": """embedding.foreign embedding.folder embedding.write embedding.cache embedding
         exporting""",
+    "search": "search.index search.build search search.show",
     "mining": """mining.table mining.search mining.report mining.mine mining""",
     "metrics": "metrics.inputs metrics.rankings metrics.neighbours metrics.text metrics",
     "benchmarks": """benchmarks.paper benchmarks.imagenet_names benchmarks.unpickling benchmarks.readers

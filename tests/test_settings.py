@@ -120,6 +120,11 @@ def test_classes_held_out_measure_the_run(options: dict[str, Any]) -> None:
     assert "dimensions appended, of 30 images in 10 classes" in logged  # what is exported
     clip = pymcip.load(str(result.out), precision="fp32")
     assert len(clip.gate.prototypes) == 10  # type: ignore[attr-defined]
+    found = dict(
+        pair.split(": ") for pair in logged.split("held out: 1: ")[1].split("\n")[0].split(", ")[1:]
+    )
+    assert found.keys() == {"1.5", "2", "3"}
+    assert f"weight {clip.weight:g}, by the image-to-image mAP" in logged  # type: ignore[attr-defined]
 
 
 def test_text_search_of_the_default_is_the_base_models(

@@ -1,6 +1,7 @@
 """The options of every stage, one frozen dataclass each; the command line is made from them."""
 
 from pymcip.configs.options import Config, Source, Sources, option, read_options, required
+from pymcip.configs.search import IndexConfig, SearchConfig
 from pymcip.configs.stages import (
     CheckConfig,
     DemoConfig,
@@ -15,7 +16,8 @@ from pymcip.configs.sweep import SweepConfig
 from pymcip.configs.train import TrainConfig, TrainSettings
 
 __all__ = [
-    "CheckConfig", "Config", "DemoConfig", "EmbedConfig", "EvaluateConfig", "ExportConfig", "MineConfig",
-    "ModelOptions", "RunsConfig", "Source", "Sources", "SweepConfig", "TrainConfig", "TrainSettings",
+    "CheckConfig", "Config", "DemoConfig", "EmbedConfig", "EvaluateConfig", "ExportConfig", "IndexConfig",
+    "MineConfig", "ModelOptions", "RunsConfig", "SearchConfig", "Source", "Sources", "SweepConfig", "TrainConfig",
+    "TrainSettings",
     "option", "read_options", "required",
 ]  # fmt: skip

@@ -1,7 +1,8 @@
 """An embedding folder on disk.
 
     img_emb/img_emb_0.npy            float16 [n, D], unit rows
-    metadata/metadata_0.parquet      index, image_path, label, caption, content (digest of the file)
+    metadata/metadata_0.parquet      index, image_path, label, caption (the first), captions,
+                                     content (digest of the file)
     text_emb/text_emb_0.npy          float16 [m, D], unit rows
     text_metadata/metadata_0.parquet index, caption, cut (longer than the model's context)
     img_fingerprint.json, text_fingerprint.json, skipped.tsv
@@ -132,6 +133,22 @@ class EmbeddingFolder:
             parts = normalised(files, parts)
         self._checked[kind] = parts
         return parts
+
+    def complete_parts(self, kind: Kind) -> list[tuple[Matrix, pa.Table]]:
+        """Return the parts that are complete, with their metadata, also of an unfinished folder.
+
+        Raises:
+            DataError: a file can't be read, or the two have different numbers of rows.
+        """
+        described = {path.stem.split("_")[-1]: path for path in self._metadata_files(kind)}
+        found = []
+        for path in self._part_files(kind):
+            metadata = described.get(path.stem.split("_")[-1])
+            if metadata is not None:
+                found.append((_open_part(path), _read_table(metadata)))
+                if len(found[-1][0]) != len(found[-1][1]):
+                    raise damaged(metadata, f"{path.name} has another number of rows", AGAIN)
+        return found
 
     def vectors(self, kind: Kind) -> Matrix:
         """Return all rows, float16 [N, D]: the memory map if there is one part, else in memory."""

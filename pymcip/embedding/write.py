@@ -9,13 +9,14 @@ or data is refused.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet
 
 from pymcip.configs import EmbedConfig, Source
@@ -37,6 +38,7 @@ from pymcip.files import atomic_path, write_json
 from pymcip.folders import hold
 from pymcip.model import ClipModel, load_configured
 from pymcip.model.clip import warn_of_cut
+from pymcip.ops.arrays import MatrixParts
 from pymcip.outputs import output_folder
 from pymcip.progress import progress
 
@@ -93,6 +95,7 @@ def embed_images(
     part_size: int = PART_SIZE,
     workers: int = 0,
     fingerprint_of_model: str | None = None,
+    known: Sequence[EmbeddingFolder] = (),
 ) -> EmbeddingFolder:
     """Embed all images of `data` that can be decoded; the others are listed in skipped.tsv.
 
@@ -106,37 +109,51 @@ def embed_images(
         part_size: images per part file, skipped ones counted.
         workers: decoding processes; 0 decodes in this one.
         fingerprint_of_model: `clip.fingerprint("image")`, if the caller has computed it already.
+        known: folders of the same model, finished or not: an image whose content is there is not
+            embedded again.
 
     Raises:
         DataError: not one image can be decoded, or an embedding is not finite.
         StaleEmbeddingsError: the folder was made from another model, transform or data.
     """
 
+    stored = [part for folder in known for part in folder.complete_parts("img")]
+
     def make_part(indices: npt.NDArray[np.int64], advance: Callable[[int], Any]) -> Part:
-        vectors = np.empty((len(indices), clip.embed_dim), np.float16)
-        rows: list[int] = []
-        contents: list[str] = []
+        vectors = np.zeros((len(indices), clip.embed_dim), np.float16)
+        contents: npt.NDArray[Any] = np.full(len(indices), None)
+        if stored:
+            digests = np.array([data.digest(int(index)) for index in indices], object)
+            rows = _rows_of(digests, stored)
+            there = rows >= 0
+            vectors[there] = MatrixParts([part for part, _ in stored])[rows[there]]
+            contents[there] = digests[there]
+            advance(int(there.sum()))
         skipped: list[Skipped] = []
+        missing = indices[contents == None]  # noqa: E711 (of each element)
         for batch in iterate_batches(
-            data, indices, clip.preprocess_val, batch_size=batch_size, workers=workers
+            data, missing, clip.preprocess_val, batch_size=batch_size, workers=workers
         ):
             if len(batch.indices):
                 features = clip.encode_images(batch.images).numpy()
                 _check_finite(features, lambda row: data.key(int(batch.indices[row])))  # noqa: B023
-                vectors[len(rows) : len(rows) + len(features)] = features
-                rows += batch.indices.tolist()
-                contents += batch.contents
+                vectors[batch.indices - indices[0]] = features
+                contents[batch.indices - indices[0]] = batch.contents
             skipped += batch.skipped
             advance(len(batch.indices) + len(batch.skipped))
+        kept = contents != None  # noqa: E711
+        rows = indices[kept]
+        titles = [list(data.titles(row)) for row in rows]
         labels = [data.class_names[label] if label >= 0 else None for label in data.labels[rows]]
         described = {
             "index": pa.array(rows, pa.int64()),
             "image_path": pa.array([data.key(row) for row in rows], pa.string()),
             "label": pa.array(labels, pa.string()),
-            "caption": pa.array([next(iter(data.titles(row)), None) for row in rows], pa.string()),
-            "content": pa.array(contents, pa.string()),
+            "caption": pa.array([next(iter(texts), None) for texts in titles], pa.string()),
+            "captions": pa.array(titles, pa.list_(pa.string())),
+            "content": pa.array(contents[kept], pa.string()),
         }
-        return vectors[: len(rows)], pa.table(described), skipped
+        return vectors[kept], pa.table(described), skipped
 
     folder = _write_parts("img", clip, data, Path(out), part_size, make_part, fingerprint_of_model)
     if data.left_out:
@@ -197,6 +214,16 @@ def embed_captions(
     )
     warn_of_cut(folder.captions_cut, len(captions), clip.context_length)
     return folder
+
+
+def _rows_of(
+    contents: npt.NDArray[Any], stored: Sequence[tuple[Matrix, pa.Table]]
+) -> npt.NDArray[np.int64]:
+    """The row of each content over all stored parts, int64; -1 where it is not there."""
+    chunks = [chunk for _, table in stored for chunk in table["content"].chunks]
+    column = pa.chunked_array(chunks, pa.string())
+    found = pa.compute.index_in(pa.array(contents, pa.string()), value_set=column)
+    return pa.compute.fill_null(found, -1).to_numpy().astype(np.int64)
 
 
 def _check_finite(features: Matrix, describe: Callable[[int], str]) -> None:

@@ -63,6 +63,12 @@ class Gate:
         return torch.sigmoid((nearest - self.centre) / self.width)
 
 
+def joined(joint: Tensor, features: Tensor, head: Tensor, weight: float) -> Tensor:
+    """Unit vectors [N, D + r] of images: their joint embeddings [N, D], and `features` through the head."""
+    appended = nn.functional.normalize(features @ head.T, dim=-1)
+    return torch.cat([joint, weight * appended], dim=1) / math.hypot(1, weight)
+
+
 @dataclass
 class AppendedClip(ClipModel):
     """A joint open_clip model whose images also have dimensions appended for image search.
@@ -88,8 +94,7 @@ class AppendedClip(ClipModel):
         """Unit fp32 vectors [B, D + r] of preprocessed images [B, 3, H, W]."""
         joint = super().image_features(images)
         features = joint if self.tower is None else self._unit(self.tower, images)
-        appended = nn.functional.normalize(features @ self.head.T, dim=-1)
-        return torch.cat([joint, self.weight * appended], dim=1) / math.hypot(1, self.weight)
+        return joined(joint, features, self.head, self.weight)
 
     def text_features(self, tokens: Tensor) -> Tensor:
         """Unit fp32 vectors [B, D + r] of token ids [B, L]; the last r are 0."""

@@ -30,7 +30,7 @@ from pymcip.ops.arrays import (
 )
 from pymcip.ops.dispatch import backends, select
 
-FORMAT = 2  # of the saved folder and of the codes
+FORMAT = 1  # of the saved folder and of the codes
 GROUP, STEP, FACTS = 32, 64, 4  # kGroup, kStep, kGroupFacts of csrc/topk_kernel.hpp
 ARRAYS = ("rows", "codes", "groups", "sums")  # of a saved folder
 PRECISIONS = {"int8": 1, "bfloat16": 2}  # bytes of a code
@@ -168,12 +168,9 @@ class PackedBank:
         """
         folder = Path(folder)
         try:
-            facts = read_json(folder / "packed_bank.json", {"dtype": str, "sha256": dict})
+            facts = read_json(folder / "packed_bank.json", {"format": int})
             if facts["format"] != FORMAT:
                 raise ValueError(f"packed in format {facts['format']}; this version reads {FORMAT}")
-            for name, digest in _digests(folder):
-                if facts["sha256"].get(name) != digest.hex():
-                    raise ValueError(f"{name}.npy has another checksum than when it was written")
             arrays = {
                 name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
                 for name in ARRAYS
@@ -189,6 +186,9 @@ class PackedBank:
                         f"the packed bank's {name} are {array.dtype} {array.shape}; its rows "
                         f"{rows.shape} need {stored} {shape}"
                     )
+            for name, digest in _digests(folder):
+                if facts["sha256"][name] != digest.hex():
+                    raise ValueError(f"{name}.npy has another checksum than when it was written")
         except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
             raise DataError(
                 f"{folder} holds no complete packed bank ({error}); write one with PackedBank.save"

@@ -15,13 +15,15 @@ from pymcip.configs import TrainSettings
 from pymcip.data import ImageData
 from pymcip.embedding import EmbeddingCache
 from pymcip.losses import ArcMargin
-from pymcip.model.appended import Gate
+from pymcip.metrics import full_ranking_map
+from pymcip.model.appended import Gate, joined
 from pymcip.ops.arrays import MatrixParts
 from pymcip.training.image_stage import class_means
 from pymcip.training.optim import cosine_with_warmup
 from pymcip.training.sampling import Stream, random_generator
 
-WEIGHT = 1.5  # of the appended dimensions beside the joint embedding
+WEIGHTS = 1.0, 1.5, 2.0, 3.0  # of the appended dimensions beside the joint embedding
+WEIGHT = 2.0  # where no classes are held out to choose one
 STEPS, BATCH = 300, 256  # of the head; more steps where three passes over the images take more
 RATE, WARMUP = 1e-2, 20
 NOISE = 0.5  # norm of what is added to the features, beside their own of 1
@@ -56,11 +58,41 @@ def fit_appended(
     vectors = np.concatenate([folder.vectors("img") for folder, _ in folders])
     gate = fit_gate(vectors, of_all, config.seed)
     _log.info(
-        "%d dimensions appended, of %d images in %d classes; weight %g; a picture query uses half of "
-        "them at a cosine of %.3f to the nearest class",
-        config.extra_dims, len(of_all), classes, WEIGHT, gate.centre,
+        "%d dimensions appended, of %d images in %d classes; a picture query uses half of them at a "
+        "cosine of %.3f to the nearest class",
+        config.extra_dims, len(of_all), classes, gate.centre,
     )  # fmt: skip
     return head, gate
+
+
+def choose_weight(
+    joint: EmbeddingCache, tuned: EmbeddingCache, held_out: ImageData, head: Tensor, gate: Gate
+) -> float:
+    """Choose the weight with the best image search among classes that training has not seen.
+
+    Args:
+        joint, tuned: as for `fit_appended`.
+        held_out: labelled images of such classes.
+        head, gate: what `fit_appended` made of the others.
+    """
+    folder = joint.images(held_out)
+    x, features = (
+        torch.from_numpy(each.vectors("img").astype(np.float32)).to(head.device)
+        for each in (folder, tuned.images(held_out))
+    )
+    labels = torch.from_numpy(held_out.labels[folder.rows("img")]).to(head.device)
+    found = {}
+    for weight in WEIGHTS:
+        vectors = joined(x, features, head, weight)
+        queries = vectors.clone()
+        queries[:, x.shape[1] :] *= gate.strength(x)[:, None]
+        found[weight] = full_ranking_map(vectors, labels, queries=queries)
+    best = max(WEIGHTS, key=found.__getitem__)
+    _log.info(
+        "weight %g, by the image-to-image mAP among classes that were held out: %s",
+        best, ", ".join(f"{weight:g}: {value:.1f}" for weight, value in found.items()),
+    )  # fmt: skip
+    return best
 
 
 def fit_head(

@@ -37,7 +37,7 @@ from pymcip.model.appended import appended_clip
 from pymcip.model.towers import discard_projector
 from pymcip.ops.arrays import MatrixParts
 from pymcip.outputs import output_folder
-from pymcip.training.appended import WEIGHT, fit_appended
+from pymcip.training.appended import WEIGHT, choose_weight, fit_appended
 from pymcip.training.budget import AlignmentBudget
 from pymcip.training.checkpoints import (
     Position,
@@ -238,10 +238,12 @@ def _run(
         if config.extra_dims:
             caches = _cache(config, out, clip), _cache(config, out, tuned)
             head, gate = fit_appended(config, *caches, [data])
+            weight = WEIGHT
             if inputs.held_out and inputs.validation is not None:
+                weight = choose_weight(*caches, inputs.validation, head, gate)
                 final = fit_appended(config, *caches, [data, inputs.validation])
             tower: Any = None if tuned is clip else tuned.model.visual
-            clip = appended_clip(clip, tower, head, WEIGHT, gate)
+            clip = appended_clip(clip, tower, head, weight, gate)
         if config.extra_dims or alignment is None or alignment["respected"]:
             drawn_back = alignment is not None and alignment["coefficient"] < 1
             if validation is not None:

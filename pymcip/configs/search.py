@@ -1,0 +1,56 @@
+"""Options of search: making an index of images, and asking it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pymcip.configs.options import Config, Source, Sources, option, required
+from pymcip.configs.stages import ModelOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexConfig(ModelOptions):
+    """Options of `pymcip.build_index`: a folder of images into a folder to search in."""
+
+    images: Sources = required("image sources: ImageFolder, CSV/TSV/parquet, tar shards")
+    out: Source = required("folder of the index; if it is there, it is brought up to date")
+    batch_size: int = option(64, "images per forward pass", at_least=1)
+    part_size: int = option(
+        20_000, "rows per part file; a kill loses what is embedded of one", at_least=1
+    )
+    workers: int = option(0, "decoding processes; 0 decodes in the main process", at_least=0)
+    overwrite: bool = option(False, "replace what is in `out`, whatever model it is of")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig(Config):
+    """Options of `pymcip search`; see `pymcip.Index.search`."""
+
+    index: Source = required("folder that pymcip index has written")
+    text: tuple[str, ...] = option((), "what to look for; several texts are one query")
+    image: tuple[Source, ...] = option((), "pictures to look for the like of")
+    weight: float = option(
+        0.5, "of pictures beside texts, where both are given: 0 to 1", at_least=0, at_most=1
+    )
+    without: tuple[str, ...] = option((), "texts to go away from")
+    without_image: tuple[Source, ...] = option((), "pictures to go away from")
+    k: int = option(12, "results, at most", at_least=1)
+    label: tuple[str, ...] = option((), "only images of these labels")
+    strength: float | None = option(
+        None,
+        "of appended dimensions in picture queries, 0 (the joint model alone) to 1; default: by the "
+        "model's gate",
+        at_least=0,
+        at_most=1,
+    )
+    json: bool = option(False, "a line of JSON per result instead of a table")
+    html: Source | None = option(None, "file for a page of thumbnails; it is replaced")
+    model: str | None = option(None, "the index's model, where it lies elsewhere by now")
+    pretrained: str | None = option(None, "the pretrained tag or checkpoint of `model`")
+    device: str | None = option(None, "cpu, cuda, cuda:1, …; default: a GPU if there is one")
+
+    def problems(self) -> list[str]:
+        problems = super().problems()
+        if not self.text and not self.image:
+            problems.append("nothing to look for: give a text, --image, or both")
+        return problems

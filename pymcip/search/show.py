@@ -1,0 +1,100 @@
+"""What `pymcip search` shows: a table, lines of JSON, or a page of thumbnails."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import html
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from pymcip.configs import SearchConfig
+from pymcip.data.decode import decode
+from pymcip.errors import DecodeError
+from pymcip.files import write_text
+from pymcip.model import load
+from pymcip.search.index import Hit, Index
+
+THUMBNAIL = 224  # pixels of the longer side
+STYLE = """
+body { font: 15px system-ui, sans-serif; margin: 1.5rem; color-scheme: light dark }
+ol { display: grid; grid-template-columns: repeat(auto-fill, minmax(14rem, 1fr)); gap: 1rem; padding: 0 }
+li { list-style: none; overflow-wrap: anywhere }
+img { max-width: 100%; display: block }
+"""
+
+
+def search_and_show(config: SearchConfig) -> str:
+    """Search as the options say, and write the page if there is to be one.
+
+    Returns:
+        The results as a table, or as lines of JSON.
+
+    Raises:
+        What `Index` and `Index.search` raise.
+    """
+    clip = None
+    if config.model is not None:
+        clip = load(config.model, config.pretrained, device=config.device)
+    index = Index(config.index, clip=clip, device=config.device)
+    hits = index.search(
+        text=config.text,
+        image=config.image,
+        weight=config.weight,
+        without=[*config.without, *map(Path, config.without_image)],
+        k=config.k,
+        where={"label": config.label} if config.label else None,
+        strength=config.strength,
+    )
+    if config.html is not None:
+        write_text(config.html, page(hits, " + ".join(map(str, [*config.text, *config.image]))))
+    if config.json:
+        return "".join(json.dumps(dataclasses.asdict(hit)) + "\n" for hit in hits)
+    return table(hits)
+
+
+def table(hits: Sequence[Hit]) -> str:
+    """Rank, score, label and path of each result, in columns."""
+    rows = [("rank", "score", "label", "path")]
+    rows += [
+        (str(rank), f"{hit.score:.4f}", _plain(hit.label or ""), _plain(hit.path))
+        for rank, hit in enumerate(hits, 1)
+    ]
+    width = max(len(row[2]) for row in rows)
+    return "".join(f"{row[0]:>4}  {row[1]:>7}  {row[2]:<{width}}  {row[3]}\n" for row in rows)
+
+
+def page(hits: Sequence[Hit], query: str) -> str:
+    """A page of HTML that holds its thumbnails; of what is no file of its own only the path is shown."""
+    items = []
+    for hit in hits:
+        captions = "".join(f"<br>{html.escape(text)}" for text in hit.captions)
+        items.append(
+            f"<li>{_thumbnail(hit.path)}<b>{hit.score:.4f}</b> {html.escape(hit.label or '')}<br>"
+            f"<small>{html.escape(hit.path)}{captions}</small></li>\n"
+        )
+    title = html.escape(query)
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<style>{STYLE}</style>\n<h1>{title}</h1>\n<ol>\n{''.join(items)}</ol></html>\n"
+    )
+
+
+def _thumbnail(path: str) -> str:
+    try:
+        image = decode(Path(path).read_bytes(), path)
+    except (OSError, DecodeError):
+        return ""
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=85)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="" src="data:image/jpeg;base64,{data}">'
+
+
+def _plain(text: str) -> str:
+    """A text without what would steer a terminal or break a line."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
