@@ -261,11 +261,8 @@ def _run(command: Command, options: dict[str, Any]) -> int:
         return 0
     if os.environ.get("RANK", "0") == "0":  # one voice when torchrun starts several processes
         table = getattr(result, "markdown", None) or getattr(result, "table", None)
-        if isinstance(table, str):
+        if isinstance(table, str) and table:
             print(table)
-        elif getattr(result, "before", None) and getattr(result, "metrics", None):
-            compare = import_module("pymcip.evaluation").comparison_table
-            print(compare(["before", "after"], [result.before, result.metrics]))
         print(json.dumps(summary(result), ensure_ascii=False), flush=True)
     interrupted = getattr(result, "interrupted", None)
     return 0 if interrupted is None else 128 + signal.Signals[interrupted]

@@ -276,6 +276,7 @@ class Trained:
     before: dict[str, float]
     interrupted: str | None
     hub: Path | None = None
+    markdown = "| table |"
 
 
 @pytest.mark.parametrize(("name", "status"), [(None, 0), ("SIGINT", 130), ("SIGTERM", 143)])
@@ -295,7 +296,7 @@ def test_status_of_a_training(
         "interrupted": name,
         "hub": None,
     }
-    assert "| image-to-image mAP | 36.50 | 40.00 | +3.50 |" in lines
+    assert "| table |" in lines
     assert stage.configs[0].lr == "auto"
 
 

@@ -7,6 +7,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -47,6 +48,11 @@ def test_the_log_says_what_is_trained_and_what_comes_next(options: dict[str, Any
         f"the weights for open_clip: local-dir:{result.hub}",
     ):
         assert text in log
+    before, after = result.before["i2i_map"], result.metrics["i2i_map"]
+    row = f"| image-to-image mAP | {before:.2f} | {after:.2f} | {after - before:+.2f} |"
+    assert row in result.markdown.splitlines()
+    assert result._repr_markdown_() == result.markdown
+    assert replace(result, before={})._repr_markdown_().startswith("`TrainResult(")
     command = log.splitlines()[-1].partition("images of your own: ")[2]
     words = ["--model", str(result.out), "--baseline", options["model"], "--data", data]
     assert shlex.split(command) == ["pymcip", "evaluate", *words]

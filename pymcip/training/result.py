@@ -9,6 +9,7 @@ from typing import Any
 
 from pymcip.configs import TrainConfig
 from pymcip.errors import ConfigError, StaleEmbeddingsError
+from pymcip.evaluation import comparison_table
 from pymcip.files import damaged, read_json, write_json
 from pymcip.folders import holds_files
 
@@ -68,6 +69,16 @@ class TrainResult:
     seconds: float
     interrupted: str | None
     alignment: dict[str, Any] | None = None
+
+    @property
+    def markdown(self) -> str:
+        """The figures before and after as a table; "" where they were not measured."""
+        if not (self.before and self.metrics):
+            return ""
+        return comparison_table(["before", "after"], [self.before, self.metrics])
+
+    def _repr_markdown_(self) -> str:  # what a notebook shows
+        return self.markdown or f"`{self!r}`"
 
     def write(self) -> None:
         """Write `result.json`, with paths relative to the run folder, so that it can be moved."""
