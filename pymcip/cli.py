@@ -28,13 +28,14 @@ from pymcip.configs import (
     ExportConfig,
     IndexConfig,
     MineConfig,
+    RunsConfig,
     SearchConfig,
     SweepConfig,
     TrainConfig,
     read_options,
 )
 from pymcip.configs.recipes import describe_recipes
-from pymcip.errors import PymcipError, ResourceError, reason_of
+from pymcip.errors import PymcipError, ResourceError, did_you_mean, reason_of
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,12 @@ COMMANDS = {
         MineConfig, "pymcip.mining:mine_captions", "nearest captions of each embedded image"
     ),
     "train": Command(TrainConfig, "pymcip.training:train", "fine-tune a model"),
+    "runs": Command(
+        RunsConfig,
+        "pymcip.training.runs:compare_runs",
+        "the runs below a folder in one table: settings, figures before and after, time",
+        positional=("folder",),
+    ),
     "evaluate": Command(
         EvaluateConfig,
         "pymcip.evaluation:evaluate",
@@ -113,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     143: interrupted by SIGINT or SIGTERM. What a stage prints on stdout ends with one line of JSON
     (`search` prints its results alone).
     """
-    options = vars(build_parser().parse_args(arguments))
+    options = _parsed(build_parser(), arguments)
     command = options.pop("command")
     debug = options.pop("debug", False) or os.environ.get("PYMCIP_DEBUG", "0") not in ("", "0")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
@@ -212,9 +219,26 @@ def build_parser() -> argparse.ArgumentParser:
                 metavar=option.upper(),
                 help="the same as --" + option,
             )
-        for item in dataclasses.fields(command.config):
-            _add_option(stage, item, hints[item.name])
+        items = {item.name: item for item in dataclasses.fields(command.config)}
+        for title, names in command.config.GROUPS.items():
+            group = stage.add_argument_group(title)
+            for field in names.split():
+                _add_option(group, items.pop(field), hints[field])
+        for field, item in items.items():
+            _add_option(stage, item, hints[field])
     return parser
+
+
+def _parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> dict[str, Any]:
+    """Parse the command line; an unknown flag ends it with the one that may be meant."""
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        command = COMMANDS.get(options.command)
+        names = dataclasses.fields(command.config) if command else ()
+        flags = ["--" + item.name.replace("_", "-") for item in names]
+        hints = (did_you_mean(word.partition("=")[0], flags) for word in unknown)
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{''.join(hints)}")
+    return vars(options)
 
 
 def make_config(kind: type[Config], options: dict[str, Any]) -> Config:
@@ -237,11 +261,8 @@ def _run(command: Command, options: dict[str, Any]) -> int:
         return 0
     if os.environ.get("RANK", "0") == "0":  # one voice when torchrun starts several processes
         table = getattr(result, "markdown", None) or getattr(result, "table", None)
-        if isinstance(table, str):
+        if isinstance(table, str) and table:
             print(table)
-        elif getattr(result, "before", None) and getattr(result, "metrics", None):
-            compare = import_module("pymcip.evaluation").comparison_table
-            print(compare(["before", "after"], [result.before, result.metrics]))
         print(json.dumps(summary(result), ensure_ascii=False), flush=True)
     interrupted = getattr(result, "interrupted", None)
     return 0 if interrupted is None else 128 + signal.Signals[interrupted]
@@ -290,7 +311,9 @@ def _add_debug(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_option(parser: argparse.ArgumentParser, item: dataclasses.Field[Any], hint: Any) -> None:
+def _add_option(
+    parser: argparse._ActionsContainer, item: dataclasses.Field[Any], hint: Any
+) -> None:
     flag = "--" + item.name.replace("_", "-")
     common: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(item)}
     several = {**common, "action": _Several, "nargs": "+"}

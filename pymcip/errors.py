@@ -3,7 +3,9 @@ the next step."""
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable
 
 _UNSAFE = re.compile(r"weights_only|allow_pickle|pickle\.load|safe_globals|trust_remote_code", re.I)
 
@@ -17,6 +19,12 @@ def reason_of(error: BaseException | str, most: int = 300) -> str:
     if not safe:
         safe = "it holds more than plain tensors and arrays, which could run code when it is read"
     return (safe if len(safe) <= most else f"{safe[:most]} […]").rstrip(".")
+
+
+def did_you_mean(word: str, allowed: Iterable[str]) -> str:
+    """The end of a message on an unknown word: the allowed one that is most like it, or ""."""
+    close = difflib.get_close_matches(word, list(allowed), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 class PymcipError(Exception):

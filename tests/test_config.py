@@ -219,6 +219,7 @@ def test_make_names_unknown_and_missing_options_together() -> None:
     found = raised.value.problems
     assert len(found) == 4
     assert found[0].startswith("unknown option 'train_dat'; allowed: accum_freq, ")
+    assert found[0].endswith("; did you mean 'train_data'?")
     assert found[1].startswith("unknown option 'learning_rate'")
     assert found[2] == "train_data is required: " + next(
         item.metadata["help"]

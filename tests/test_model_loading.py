@@ -101,6 +101,9 @@ def test_quick_gelu_follows_the_tag(known_model: dict[str, Any], tag: str, quick
     ("model", "pretrained", "words"),
     [
         ("tinny", None, ["model='tinny' is not known to open_clip", "tiny"]),
+        ("some-org/some.clip", None, ["did you mean 'hf-hub:some-org/some.clip'?"]),
+        ("openai/clip-vit-base-patch32", None, ["mean model='ViT-B-32' with pretrained='openai'?"]),
+        ("openai/clip-vit-large-patch14-336", None, ["mean model='ViT-L-14-336' with"]),
         ("tiny", None, ["without pretrained=", "plain, quick", "pretrained='random'"]),
         ("tiny", "fast", ["pretrained='fast' is neither a file nor a tag", "plain, quick"]),
         ("local-dir:/nowhere", None, ["no open_clip_config.json in /nowhere"]),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 
 import pymcip
+from pymcip.cli import main
 from pymcip.embedding import EmbeddingFolder
 from pymcip.training import loop
 from pymcip.training.pace import Pace
@@ -45,6 +48,11 @@ def test_the_log_says_what_is_trained_and_what_comes_next(options: dict[str, Any
         f"the weights for open_clip: local-dir:{result.hub}",
     ):
         assert text in log
+    before, after = result.before["i2i_map"], result.metrics["i2i_map"]
+    row = f"| image-to-image mAP | {before:.2f} | {after:.2f} | {after - before:+.2f} |"
+    assert row in result.markdown.splitlines()
+    assert result._repr_markdown_() == result.markdown
+    assert replace(result, before={})._repr_markdown_().startswith("`TrainResult(")
     command = log.splitlines()[-1].partition("images of your own: ")[2]
     words = ["--model", str(result.out), "--baseline", options["model"], "--data", data]
     assert shlex.split(command) == ["pymcip", "evaluate", *words]
@@ -173,3 +181,37 @@ def test_few_images_with_captions(
     assert "no pseudo-caption" not in caplog.text
     pymcip.mine_captions(**common, out=tmp_path / "b", threshold=float(best[10] - 1e-4))
     assert "83 % of the images have no pseudo-caption" in caplog.text
+
+
+# Runs side by side
+
+
+def test_runs_side_by_side(
+    options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {**options, "method": "gpr", "epochs": 1, "lr_classes": 0.01}
+    runs = tmp_path / "runs"
+    first = pymcip.train(**{**options, "out": str(runs / "a")})
+    second = pymcip.train(**{**options, "out": str(runs / "more" / "b"), "lr": 2e-3})
+    (second.out / "result.json").unlink()  # as if it were killed
+    assert main(["runs", str(runs)]) == 0
+    *table, line = capsys.readouterr().out.splitlines()
+    found = json.loads(line)["runs"]
+    assert list(found) == ["a", "more/b"]
+    assert found["a"]["metrics"] == first.metrics
+    assert found["a"]["before"] == first.before
+    assert found["a"]["settings"] == {"method": "gpr", "lr": 1e-3}
+    assert found["more/b"] == {"settings": {"method": "gpr", "lr": 2e-3}}
+    change = f"{first.before['i2i_map']:.1f} -> {first.metrics['i2i_map']:.1f}"
+    assert table[0].startswith(
+        "| run | method | settings that differ | image-to-image mAP | k-NN |"
+    )
+    assert table[2].startswith(f"| a | gpr | lr=0.001 | {change} |")
+    assert table[3] == "| more/b | gpr | lr=0.002 |  |  |  | not finished |"
+
+
+def test_no_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["runs", str(tmp_path)]) == 2
+    assert "there is no run below" in capsys.readouterr().err
+    assert main(["runs"]) == 2
+    assert "folder is required" in capsys.readouterr().err

@@ -10,12 +10,14 @@ from pymcip.configs.stages import (
     ExportConfig,
     MineConfig,
     ModelOptions,
+    RunsConfig,
 )
 from pymcip.configs.sweep import SweepConfig
 from pymcip.configs.train import TrainConfig, TrainSettings
 
 __all__ = [
     "CheckConfig", "Config", "DemoConfig", "EmbedConfig", "EvaluateConfig", "ExportConfig", "IndexConfig",
-    "MineConfig", "ModelOptions", "SearchConfig", "Source", "Sources", "SweepConfig", "TrainConfig", "TrainSettings",
+    "MineConfig", "ModelOptions", "RunsConfig", "SearchConfig", "Source", "Sources", "SweepConfig", "TrainConfig",
+    "TrainSettings",
     "option", "read_options", "required",
 ]  # fmt: skip

@@ -15,9 +15,9 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from pymcip.errors import ConfigError
+from pymcip.errors import ConfigError, did_you_mean
 
 Source = str | os.PathLike[str]
 Sources = Source | tuple[Source, ...]
@@ -49,7 +49,13 @@ def required(help: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Base of the stage configs: construction checks everything and reports all problems."""
+    """Base of the stage configs: construction checks everything and reports all problems.
+
+    Attributes:
+        GROUPS: where there are many options, their names by the titles under which help lists them.
+    """
+
+    GROUPS: ClassVar[dict[str, str]] = {}
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -88,7 +94,7 @@ class Config:
         """A config from either a ready one (changed by `options`) or from options alone."""
         known = [item.name for item in dataclasses.fields(cls)]
         problems = [
-            f"unknown option {name!r}; allowed: {', '.join(sorted(known))}"
+            f"unknown option {name!r}; allowed: {', '.join(sorted(known))}{did_you_mean(name, known)}"
             for name in options
             if name not in known
         ]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from pathlib import Path
 from typing import Any
 
-from pymcip.errors import ConfigError
+from pymcip.errors import ConfigError, did_you_mean
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 
@@ -25,8 +24,7 @@ def read_recipe(name: str) -> dict[str, Any]:
     """
     names = recipe_names()
     if name not in names:
-        close = difflib.get_close_matches(str(name), names, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = did_you_mean(str(name), names)
         raise ConfigError(f"recipe={name!r} is not known; allowed: {', '.join(names)}{hint}")
     values: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     return values

@@ -184,6 +184,13 @@ class CheckConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RunsConfig(Config):
+    """Options of `pymcip runs`: run folders side by side."""
+
+    folder: Source = required("folder below which the runs of train lie, however deep")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DemoConfig(Config):
     """Options of `pymcip demo`, the whole way on a small world of pictures."""
 

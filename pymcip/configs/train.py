@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pymcip.configs.options import Source, Sources, option, required
 from pymcip.configs.recipes import read_recipe
@@ -18,6 +18,24 @@ APPENDED_DIMS = 64  # of the method appended, likewise
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(ModelOptions):
     """Options of `pymcip.train`."""
+
+    GROUPS: ClassVar[dict[str, str]] = {
+        "what matters most": """model pretrained train_data out method captions val_data epochs workers
+            resume""",
+        "data": "val_class_names train_weights class_balanced holdout aug_cfg train_size image_size",
+        "model": "appended_dims projector unlock_layers freeze_bn_stats",
+        "schedule": """batch_size lr lr_classes wd wd_exempt beta1 beta2 eps warmup lr_floor grad_clip_norm
+            accum_freq""",
+        "loss": """scale margin caption_scale caption_margin continuation lambda_class lambda_caption
+            class_init positives negatives loss_delta""",
+        "pseudo-captions": "threshold k caption_noise mine_model mine_pretrained",
+        "alignment": """alignment_budget probe_data probe_captions probe_class_names distill
+            distill_temperature distill_captions distill_data mixtures""",
+        "re-alignment": """rea_data rea_k rea_class_names rea_templates rea_epochs rea_batch_size rea_lr
+            rea_warmup""",
+        "machine and run folder": """device precision grad_checkpointing seed cache loss_chunk save_steps
+            log_steps overwrite report_to""",
+    }
 
     # What is read and written, and by which method
     train_data: Sources = required("labelled image sources; each source's labels are its own")

@@ -3,7 +3,7 @@
 from pymcip.data.class_names import ClassNames, ClassTexts, name_texts, read_class_names
 from pymcip.evaluation.own_data import TEMPLATES, evaluate_model
 from pymcip.evaluation.run import EvaluateResult, evaluate
-from pymcip.evaluation.tables import comparison_table, in_words
+from pymcip.evaluation.tables import comparison_table, in_words, metric_title
 
 __all__ = [
     "TEMPLATES",
@@ -14,6 +14,7 @@ __all__ = [
     "evaluate",
     "evaluate_model",
     "in_words",
+    "metric_title",
     "name_texts",
     "read_class_names",
 ]

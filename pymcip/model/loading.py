@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import re
 from pathlib import Path
 
 import open_clip
@@ -58,6 +59,16 @@ def _resolve_name(model: str) -> str:
     return plain if plain in open_clip.list_models() else model
 
 
+def _on_the_hub(name: str) -> str:
+    """What may be meant by a name with one slash, as Hugging Face's hub has them; or ""."""
+    of_openai = re.fullmatch(r"openai/clip-vit-(base|large)-patch(\d+)(?:-(336))?", name)
+    if of_openai is not None:  # in the format of transformers there, and in open_clip's own list
+        size, patch, pixels = of_openai.groups()
+        own = "-".join(filter(None, ("ViT", size[0].upper(), patch, pixels)))
+        return f"; did you mean model={own!r} with pretrained='openai'?"
+    return f"; did you mean 'hf-hub:{name}'?" if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else ""
+
+
 def _check_source(name: str, pretrained: str | None) -> bool:
     """Refuse what can't be loaded, before anything is; returns whether QuickGELU must be forced."""
     if name in ("local-dir:", "hf-hub:"):
@@ -80,6 +91,7 @@ def _check_source(name: str, pretrained: str | None) -> bool:
         raise ConfigError(
             f"model={name!r} is not known to open_clip {open_clip.__version__}; allowed: "
             f"hf-hub:…, local-dir:…, a run folder, or a name such as {', '.join(close or ['ViT-B-32'])}"
+            + _on_the_hub(name)
         )
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained == "random":

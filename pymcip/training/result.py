@@ -9,6 +9,7 @@ from typing import Any
 
 from pymcip.configs import TrainConfig
 from pymcip.errors import ConfigError, StaleEmbeddingsError
+from pymcip.evaluation import comparison_table
 from pymcip.files import damaged, read_json, write_json
 from pymcip.folders import holds_files
 
@@ -21,7 +22,7 @@ PATHS = ("out", "checkpoint", "best_checkpoint", "state_dict", "hub")  # of a re
 RESULT = "result.json"
 INPUTS = "inputs.json"
 _AGAIN = "Give another folder, or overwrite=True to train anew"
-_REQUIRED = {  # of result.json
+REQUIRED = {  # of result.json
     "method": str, "metrics": dict, "before": dict, "checkpoint": str, "steps": int,
     "skipped_steps": int, "seconds": float,
 }  # fmt: skip
@@ -68,6 +69,16 @@ class TrainResult:
     seconds: float
     interrupted: str | None
     alignment: dict[str, Any] | None = None
+
+    @property
+    def markdown(self) -> str:
+        """The figures before and after as a table; "" where they were not measured."""
+        if not (self.before and self.metrics):
+            return ""
+        return comparison_table(["before", "after"], [self.before, self.metrics])
+
+    def _repr_markdown_(self) -> str:  # what a notebook shows
+        return self.markdown or f"`{self!r}`"
 
     def write(self) -> None:
         """Write `result.json`, with paths relative to the run folder, so that it can be moved."""
@@ -127,7 +138,7 @@ def finished_result(config: TrainConfig, made_from: dict[str, str]) -> TrainResu
     if not (out / RESULT).is_file():
         return None
     _log.info("the run in %s is finished; nothing to resume", out)
-    values: dict[str, Any] = read_json(out / RESULT, _REQUIRED, _AGAIN)
+    values: dict[str, Any] = read_json(out / RESULT, REQUIRED, _AGAIN)
     unknown = values.keys() ^ {item.name for item in fields(TrainResult)}
     if unknown - {"alignment"}:
         raise damaged(out / RESULT, f"it lacks or has {sorted(unknown)}", _AGAIN)
