@@ -212,3 +212,11 @@ def test_a_run_that_learns_nothing_says_so(
     assert result.hub is not None
     assert "image search is not better than before" in caplog.text
     assert "hardly learnt: raise lr" in caplog.text
+
+
+def test_captions_that_are_not_used_are_named(
+    options: dict[str, Any], captions_file: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("WARNING", logger="pymcip"):
+        pymcip.train(**options, captions=str(captions_file()))
+    assert "captions= is given, and method='appended' does not use it" in caplog.text
