@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from pymcip.data import load_images
-from pymcip.errors import DataError, DecodeError
+from pymcip.errors import DataError, DecodeError, PymcipError
 from tests.conftest import picture
 
 NAMES = ["hat", "shoe"]
@@ -105,3 +105,21 @@ def test_files_of_both_kinds_are_two_sources(tmp_path: Path) -> None:
     write(tmp_path / "1.parquet", {"image": ["a.png"], "label": ["b"]})
     with pytest.raises(DataError, match="give them as two sources"):
         load_images(str(tmp_path / "*.parquet"))
+
+
+def test_damaged_files_are_named_or_read_as_they_were(tmp_path: Path) -> None:
+    """One byte changed anywhere: an error of pymcip's, or pictures that the decoder judges."""
+    small = io.BytesIO()
+    picture(0, size=4).save(small, "PNG")
+    images = [{"bytes": small.getvalue(), "path": f"{name}.png"} for name in "ab"]
+    path = write(tmp_path / "x.parquet", {"image": images, "label": ["a", "b"]})
+    whole, refused = path.read_bytes(), 0
+    for place in range(0, len(whole), 3):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        try:
+            data = load_images(path, labelled=False)
+            for i in range(len(data)):
+                data.read(i)
+        except PymcipError:
+            refused += 1
+    assert refused > 10

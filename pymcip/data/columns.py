@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +30,9 @@ def read_parquet(path: Path, choose: Choose) -> Table:
     names = parquet_columns(path)
     wanted = list(choose(names))
     check_once(path, names, wanted)
-    try:
+    with reading_parquet(path):
         table = pyarrow.parquet.read_table(path, columns=wanted)
         table.validate()
-    except (pa.ArrowException, OSError) as error:
-        raise _not_parquet(path, error) from error
     columns = {name: table[name] for name in wanted}
     return Table(path, "parquet", names, columns)
 
@@ -43,15 +43,18 @@ def parquet_columns(path: Path) -> list[str]:
     Raises:
         DataError: it is no parquet file.
     """
-    try:
+    with reading_parquet(path):
         names: list[str] = pyarrow.parquet.read_schema(path).names
-    except (pa.ArrowException, OSError) as error:
-        raise _not_parquet(path, error) from error
     return names
 
 
-def _not_parquet(path: Path, error: Exception) -> DataError:
-    return DataError(f"{path} can't be read as PARQUET: {error}")
+@contextlib.contextmanager
+def reading_parquet(path: Path) -> Iterator[None]:
+    """Raise DataError where the block can't read the parquet file."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: names that are no UTF-8
+        raise DataError(f"{path} can't be read as PARQUET: {error}") from error
 
 
 # Columns

@@ -15,7 +15,8 @@ import pyarrow.compute
 import pyarrow.parquet
 
 from pymcip.contents import file_digests
-from pymcip.errors import DataError, DecodeError
+from pymcip.data.columns import reading_parquet
+from pymcip.errors import DecodeError
 from pymcip.progress import progress
 
 BYTES, PATH = "bytes", "path"  # fields of a struct of an image
@@ -27,16 +28,17 @@ def image_column(path: Path, names: Sequence[str]) -> str | None:
 
     It is binary, or a struct with a binary field `bytes`, and its first value is there and no text.
     """
-    file = pyarrow.parquet.ParquetFile(path)
-    for name in names:
-        index = file.schema_arrow.get_field_index(name)
-        if index < 0 or not _binary(file.schema_arrow.field(index).type):
-            continue
-        for batch in file.iter_batches(batch_size=1, columns=[name]):
-            content = _contents(batch.column(0))[0].as_py()
-            if content is not None and not _is_text(content):
-                return name
-            break
+    with reading_parquet(path):
+        file = pyarrow.parquet.ParquetFile(path)
+        for name in names:
+            index = file.schema_arrow.get_field_index(name)
+            if index < 0 or not _binary(file.schema_arrow.field(index).type):
+                continue
+            for batch in file.iter_batches(batch_size=1, columns=[name]):
+                content = _contents(batch.column(0))[0].as_py()
+                if content is not None and not _is_text(content):
+                    return name
+                break
     return None
 
 
@@ -88,13 +90,14 @@ class ParquetStore:
         for number, (path, column) in enumerate(
             progress(list(zip(paths, columns, strict=True)), description="indexing", unit="file")
         ):
-            file = pyarrow.parquet.ParquetFile(path)
-            for group in range(file.num_row_groups):
-                values = file.read_row_group(group, columns=[column])[column]
-                lengths = pa.compute.fill_null(pa.compute.binary_length(_contents(values)), 0)
-                sizes.append(lengths.to_numpy())
-                places.append((number, group, len(values)))
-                names += _names(values, len(names))
+            with reading_parquet(path):
+                file = pyarrow.parquet.ParquetFile(path)
+                for group in range(file.num_row_groups):
+                    values = file.read_row_group(group, columns=[column])[column]
+                    lengths = pa.compute.fill_null(pa.compute.binary_length(_contents(values)), 0)
+                    sizes.append(lengths.to_numpy())
+                    places.append((number, group, len(values)))
+                    names += _names(values, len(names))
         counts = [rows for _, _, rows in places]
         self._groups = np.repeat(np.arange(len(places)), counts)
         self._offsets: npt.NDArray[np.int64] = np.concatenate(
@@ -105,9 +108,6 @@ class ParquetStore:
         self._names = names
         self._kept: dict[int, pa.ChunkedArray] = {}
         self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return len(self._names)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": {}, "_lock": None}
@@ -144,15 +144,11 @@ class ParquetStore:
         with self._lock:
             if place not in self._kept:
                 number, group, _ = self._places[place]
-                column = self._columns[number]
-                try:
-                    table = pyarrow.parquet.ParquetFile(self._paths[number]).read_row_group(
+                path, column = self._paths[number], self._columns[number]
+                with reading_parquet(path):
+                    table = pyarrow.parquet.ParquetFile(path).read_row_group(
                         group, columns=[column]
                     )
-                except (OSError, pa.ArrowException) as error:
-                    raise DataError(
-                        f"{self._paths[number]} can't be read any more: {error}"
-                    ) from error
                 if len(self._kept) >= MOST_KEPT:
                     self._kept.pop(next(iter(self._kept)))
                 self._kept[place] = _contents(table[column])
