@@ -69,6 +69,12 @@ def joined(joint: Tensor, features: Tensor, head: Tensor, weight: float) -> Tens
     return torch.cat([joint, weight * appended], dim=1) / math.hypot(1, weight)
 
 
+def with_strength(vectors: Tensor, strength: Tensor, dims: int) -> Tensor:
+    """Vectors [N, D + r] whose last `dims` columns are multiplied by the row's strength [N]."""
+    joint, appended = vectors.float().split([vectors.shape[1] - dims, dims], dim=1)
+    return torch.cat([joint, strength[:, None] * appended], dim=1)
+
+
 @dataclass
 class AppendedClip(ClipModel):
     """A joint open_clip model whose images also have dimensions appended for image search.
@@ -107,12 +113,12 @@ class AppendedClip(ClipModel):
             vectors: of images or texts; a text's stays as it is.
             strength: of the appended dimensions, 0 (the joint model alone) to 1; default: by the gate.
         """
-        joint, appended = vectors.float().split([self.joint_dim, len(self.head)], dim=1)
         if strength is None:
+            joint = vectors[:, : self.joint_dim].float()
             by_row = self.gate.strength(nn.functional.normalize(joint, dim=1))
         else:
             by_row = torch.full((len(vectors),), strength, device=vectors.device)
-        return torch.cat([joint, by_row[:, None] * appended], dim=1)
+        return with_strength(vectors, by_row, len(self.head))
 
     def joint(self) -> ClipModel:
         """The joint model alone, of vectors [N, D]; it shares this one's weights."""

@@ -16,7 +16,7 @@ from pymcip.data import ImageData
 from pymcip.embedding import EmbeddingCache
 from pymcip.losses import ArcMargin
 from pymcip.metrics import full_ranking_map
-from pymcip.model.appended import Gate, joined
+from pymcip.model.appended import Gate, joined, with_strength
 from pymcip.ops.arrays import MatrixParts
 from pymcip.training.image_stage import class_means
 from pymcip.training.optim import cosine_with_warmup
@@ -81,11 +81,10 @@ def choose_weight(
         for each in (folder, tuned.images(held_out))
     )
     labels = torch.from_numpy(held_out.labels[folder.rows("img")]).to(head.device)
-    found = {}
+    found, strength = {}, gate.strength(x)
     for weight in WEIGHTS:
         vectors = joined(x, features, head, weight)
-        queries = vectors.clone()
-        queries[:, x.shape[1] :] *= gate.strength(x)[:, None]
+        queries = with_strength(vectors, strength, len(head))
         found[weight] = full_ranking_map(vectors, labels, queries=queries)
     best = max(WEIGHTS, key=found.__getitem__)
     _log.info(
