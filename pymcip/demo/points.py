@@ -25,11 +25,11 @@ FIRST_STAGE = {"2sft": "gpr", "mcip+rea": "mcip"}
 OF_IMAGES = {
     "margin", "scale", "lr", "lr_classes", "epochs", "batch_size", "warmup", "train_size",
     "unlock_layers", "freeze_bn_stats", "class_init", "class_balanced", "continuation", "aug_cfg",
-    "appended_dims",
+    "appended_dims", "grad_clip_classes", "train_resize", "patch_dropout",
 }  # fmt: skip
 OF_CAPTION_LOSS = {
     "lambda_class", "lambda_caption", "caption_scale", "caption_margin", "positives", "negatives",
-    "loss_delta",
+    "loss_delta", "repel", "caption_mean",
 }  # fmt: skip
 OF_MINING = {"threshold", "k", "caption_noise", "mine_model", "mine_pretrained"}
 Changes = Mapping[str, Mapping[str, Any]]  # by method: options that it has in place of the base's

@@ -34,7 +34,7 @@ from pymcip.files import write_json
 from pymcip.mining import CaptionTable, mine_captions
 from pymcip.model import ClipModel, load_configured, plain_state
 from pymcip.model.appended import appended_clip
-from pymcip.model.towers import discard_projector
+from pymcip.model.towers import discard_projector, set_patch_dropout, unlock_text_tower
 from pymcip.ops.arrays import MatrixParts
 from pymcip.outputs import output_folder
 from pymcip.training.appended import WEIGHT, choose_weight, fit_appended
@@ -99,6 +99,9 @@ def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
         config = as_begun(config)
     inputs = open_inputs(config)
     clip = load_configured(config).joint()
+    set_patch_dropout(clip, config.patch_dropout)
+    if config.realigns:
+        unlock_text_tower(clip, config.rea_unlock_layers)  # what can't be done is refused here
     settings, reasons = fit_settings(config, clip, inputs.images)
     made_from = inputs.fingerprints(config, clip)
     if config.resume:
