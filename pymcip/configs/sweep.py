@@ -76,6 +76,10 @@ class SweepConfig(Config):
                 continue
             for value in values:
                 own = {"model": "", "train_data": "", "out": "", "captions": "", "method": "mcip"}
+                own |= {
+                    "positives": "compete",
+                    "distill": 1.0,
+                }  # some options need them: study_points
                 try:
                     TrainConfig.make(None, {**own, **with_both_weights({name: value})})
                 except ConfigError as error:
