@@ -73,12 +73,13 @@ def make_point(base: TrainConfig, settings: dict[str, Any], changes: Changes = N
     first = None
     if method in FIRST_STAGE:
         first = make_point(base, {**settings, "method": FIRST_STAGE[method]}, changes)
-    each = {f"{name}={value}": {name: value} for name, value in settings.items()}
+    config = replace(own, **with_both_weights(settings))
     differing = [
-        name for name, one in each.items() if replace(own, **with_both_weights(one)) != own
+        f"{name}={value}"
+        for name, value in settings.items()
+        if any(getattr(config, n) != getattr(own, n) for n in with_both_weights({name: value}))
     ]
-    run = "_".join([method, *differing])
-    return Point(settings, replace(own, **with_both_weights(settings)), run, first)
+    return Point(settings, config, "_".join([method, *differing]), first)
 
 
 def second_stage(config: TrainConfig, model: str) -> TrainConfig:
