@@ -76,10 +76,8 @@ class SweepConfig(Config):
                 continue
             for value in values:
                 own = {"model": "", "train_data": "", "out": "", "captions": "", "method": "mcip"}
-                own |= {
-                    "positives": "compete",
-                    "distill": 1.0,
-                }  # some options need them: study_points
+                # with which the options that need others are allowed; `study_points` checks the runs
+                own |= {"positives": "compete", "distill": 1.0}
                 try:
                     TrainConfig.make(None, {**own, **with_both_weights({name: value})})
                 except ConfigError as error:

@@ -20,7 +20,7 @@ from pymcip.model.hub_config import check_config, without_requests
 HUB_FOLDER = Path("exported") / "hub"  # inside a run folder
 # Checkpoints of MCIP's authors: "MCIP-" and the model's name; files of this name with .pth
 PUBLISHED = ("MCIP-ViT-L-14-336", "MCIP-ViT-SO400M-14-SigLIP-384")
-PUBLISHED_AT = "https://visual-computing.com/files/MCIP"  # says github.com/Visual-Computing/MCIP
+PUBLISHED_AT = "https://visual-computing.com/files/MCIP"  # by github.com/Visual-Computing/MCIP
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")  # of a pretrained tag
 
 # open_clip reports through the root logger what pymcip's own messages already say.
@@ -147,7 +147,7 @@ def _check_source(name: str, pretrained: str | None) -> bool:
         quick = f"{name}-quickgelu"
         if quick in open_clip.list_models():
             if _is_published(pretrained):
-                return True  # that one is of OpenAI's
+                return True  # the one of OpenAI's
             _log.warning(
                 "%s is loaded into %s, which has GELU; weights that descend from OpenAI's need "
                 "QuickGELU, which can't be seen in a file: model=%r",

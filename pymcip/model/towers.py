@@ -120,7 +120,7 @@ def set_patch_dropout(clip: ClipModel, share: float) -> None:
     if share == 0:
         return
     visual: Any = clip.model.visual
-    trunk = getattr(visual, "trunk", None)
+    trunk: Any = getattr(visual, "trunk", None)
     if hasattr(visual, "patch_dropout"):
         visual.patch_dropout = open_clip.transformer.PatchDropout(share).train(visual.training)
     elif hasattr(trunk, "patch_drop") and hasattr(trunk, "num_prefix_tokens"):

@@ -116,7 +116,8 @@ class TextStage:
         unlock_text_tower(clip, config.rea_unlock_layers)
         trained = [*text_parameters(clip.model)]
         if config.rea_logit_scale:
-            trained.append(("logit_scale", clip.model.logit_scale.requires_grad_()))  # type: ignore[union-attr,operator]
+            scale: nn.Parameter = clip.model.logit_scale.requires_grad_()  # type: ignore
+            trained.append(("logit_scale", scale))
         groups = parameter_groups(trained, lr=config.rea_lr, wd=config.wd, exempt=config.wd_exempt)
         self.optimizer: torch.optim.Optimizer = make_optimizer(groups, config)
         self.heads = nn.ModuleDict()
