@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pymcip.configs import TrainConfig
-from pymcip.contents import file_digests
+from pymcip.contents import digest_of_files
 from pymcip.data import Captions, ImageData, load_captions, load_images
 from pymcip.data.class_names import ClassNames, ClassTexts, name_texts, read_class_names
 from pymcip.errors import DataError
@@ -83,7 +83,7 @@ class Inputs:
             path = Path(str(getattr(config, option) or "").removeprefix("local-dir:"))
             if path != Path() and path.exists():
                 files = sorted(path.rglob("*")) if path.is_dir() else [path]
-                found[f"files of {option}"] = file_digests([f for f in files if f.is_file()])
+                found[f"files of {option}"] = digest_of_files([f for f in files if f.is_file()])
         for option, part in self._parts():
             if isinstance(part, ImageData):
                 stores = [store.fingerprint() for store in part.stores]
