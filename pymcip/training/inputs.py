@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,6 @@ from pymcip.data import Captions, ImageData, load_captions, load_images
 from pymcip.data.class_names import ClassNames, ClassTexts, name_texts, read_class_names
 from pymcip.errors import DataError
 from pymcip.files import fingerprint
-from pymcip.model import ClipModel
-from pymcip.model.clip import weights_fingerprint
 from pymcip.training.probe_sources import ProbeSources, load_probe_sources
 from pymcip.training.sampling import Indices, Stream, random_generator
 
@@ -69,14 +68,16 @@ class Inputs:
         parts = [part for _, part in self._parts() if isinstance(part, ImageData)]
         return [path for part in parts for path in part.files()]
 
-    def fingerprints(self, config: TrainConfig, clip: ClipModel | None = None) -> dict[str, str]:
+    def fingerprints(
+        self, config: TrainConfig, weights: Mapping[str, str] | None = None
+    ) -> dict[str, str]:
         """What identifies data and weights by their content, by names for messages.
 
-        `clip`: the model before training; without it, its files stand for it.
+        `weights`: digests of the model's before training; without them, its files stand for it.
         """
         found, models = {}, ["mine_model", "mine_pretrained"]
-        if clip is not None:
-            found["weights of model"] = weights_fingerprint(clip.model.state_dict())
+        if weights is not None:
+            found["weights of model"] = fingerprint(weights)
         else:
             models += ["model", "pretrained"]
         for option in models:
