@@ -942,7 +942,7 @@ def saved_banks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     kernel=st.sampled_from(KERNELS),
     seed=st.integers(0, 2**16),
 )
-@settings(max_examples=examples(150), deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 def test_any_bytes_of_a_packed_bank_are_survived(
     saved_banks: dict[str, Path],
     name: str,
