@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ import numpy as np
 from pymcip.configs import TrainConfig, TrainSettings
 from pymcip.data import ImageData
 from pymcip.embedding import EmbeddingCache, EmbeddingFolder
-from pymcip.errors import DataError
+from pymcip.errors import ConfigError, DataError
 from pymcip.exporting import write_export
 from pymcip.files import write_json
 from pymcip.mining import CaptionTable, mine_captions
@@ -39,6 +40,7 @@ from pymcip.ops.arrays import MatrixParts
 from pymcip.outputs import output_folder
 from pymcip.training.appended import WEIGHT, choose_weight, fit_appended
 from pymcip.training.budget import AlignmentBudget
+from pymcip.training.callbacks import Callbacks
 from pymcip.training.checkpoints import (
     Position,
     checkpoint_files,
@@ -62,7 +64,9 @@ from pymcip.training.validation import Validation
 _log = logging.getLogger("pymcip.training")
 
 
-def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
+def train(
+    config: TrainConfig | None = None, /, *, callbacks: Callbacks | None = None, **options: Any
+) -> TrainResult:
     """Fine-tune an open_clip model for image search; `pymcip.TrainConfig` lists the options.
 
     Writes a run folder: `config.json`, `inputs.json` (what the data and weights were), `out.log`, `metrics.jsonl`, `embeddings/` and `mined/` (the
@@ -83,6 +87,9 @@ def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
     With `resume="latest"` a run that was killed continues from its last checkpoint, on the CPU to the
     same bits as if it had not been.
 
+    `callbacks` are called at steps, evaluations and the ends of epochs, and may end a stage early; see
+    `pymcip.Callbacks`.
+
     Raises:
         ConfigError, DataError: something is wrong with options or data; nothing was written.
         OutputExistsError: `out` holds something.
@@ -95,6 +102,10 @@ def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
             not finite or have grown a thousandfold. Nothing was exported.
     """
     config = TrainConfig.make(config, options)
+    if not isinstance(callbacks, (Callbacks, NoneType)):
+        raise ConfigError(
+            f"callbacks={callbacks!r:.60} is not allowed; allowed: pymcip.Callbacks(on_epoch=…), or None"
+        )
     begun = read_begun(config) if config.resume else None
     config = as_begun(config, begun)
     inputs = open_inputs(config)
@@ -116,7 +127,7 @@ def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
         with Interruption().installed() as interruption, log_file(out / "out.log"):
             log_start(settings, reasons, clip, inputs)
             cache = _cache(settings, out, clip, weights)
-            result = _run(settings, out, cache, inputs, interruption)
+            result = _run(settings, out, cache, inputs, interruption, callbacks or Callbacks())
             log_end(result, settings)
             return result
 
@@ -127,6 +138,7 @@ def _run(
     cache: EmbeddingCache,
     inputs: Inputs,
     interruption: Interruption,
+    callbacks: Callbacks,
 ) -> TrainResult:
     """Embed, mine, run the stages in order, keep the budget, export.
 
@@ -212,6 +224,11 @@ def _run(
         for part in (validation, budget):
             if part is not None:
                 part.after_epoch(run, stage)
+        measured = {}
+        if validation is not None:
+            measured = {"metrics": validation.metrics, "before": validation.before}
+            run.call_back("on_evaluation", stage, **measured)
+        run.call_back("on_epoch", stage, **measured)
 
     stages: list[Callable[[], Stage]] = [image_stage] if config.trains_images else []
     if config.realigns:
@@ -220,7 +237,7 @@ def _run(
     with MetricsLog(out, config.report_to, config.to_dict(), seconds) as log:
         run = Run(
             clip, config, out, log, interruption, position, end_of_epoch,
-            checkpoint=files[-1] if state is not None else None,
+            checkpoint=files[-1] if state is not None else None, callbacks=callbacks,
         )  # fmt: skip
         if validation is not None:
             validation.start(run)
