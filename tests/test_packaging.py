@@ -48,7 +48,7 @@ FLOORS = {
     "embedding": """embedding.foreign embedding.folder embedding.write embedding.cache embedding
         onnx exporting""",
     "search": "search.index search.build search search.show",
-    "mining": """mining.table mining.search mining.report mining.mine mining""",
+    "mining": """mining.table mining.given mining.search mining.report mining.mine mining""",
     "metrics": "metrics.inputs metrics.rankings metrics.neighbours metrics.text metrics",
     "benchmarks": """benchmarks.paper benchmarks.imagenet_names benchmarks.unpickling benchmarks.readers
         benchmarks.contract benchmarks.folders benchmarks.imagenet_val benchmarks.protocols

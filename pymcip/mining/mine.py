@@ -24,6 +24,7 @@ from pymcip.configs import MineConfig, Source
 from pymcip.embedding import EmbeddingFolder, Matrix
 from pymcip.errors import DataError, StaleEmbeddingsError
 from pymcip.files import damaged, read_json, write_json, write_text
+from pymcip.mining.given import save_sources
 from pymcip.mining.report import (
     auto_threshold,
     describe_table,
@@ -70,7 +71,7 @@ def mine_captions(config: MineConfig | None = None, /, **options: Any) -> MineRe
     """Mine the pseudo-captions of embedded images; see `MineConfig` for the options.
 
     Writes into `out`: caption_table.npz and .parquet, report.json, and sample.tsv (some images with
-    their captions, to look at). An interrupted run that is started again mines
+    their captions, to look at), and sources.npz (what `train` compares with its data). An interrupted run that is started again mines
     the blocks of images that are missing; a finished one is opened.
 
     Raises:
@@ -143,6 +144,7 @@ def _mine(
     )
     report["captions_cut"] = captions.captions_cut  # at the model's context
     table.save(out)
+    save_sources(out, images, captions)
     write_text(out / "sample.tsv", sample_lines(table, images, captions, config.seed))
     write_json(out / "report.json", report)
     shutil.rmtree(blocks)

@@ -328,14 +328,17 @@ def _embed_and_mine(
     if not config.needs_captions:
         return data, embedded, None
     assert inputs.captions is not None  # `TrainConfig.problems` sees to it
-    table = mine_captions(
-        images=embedded.path,
-        captions=cache.captions(inputs.captions).path,
-        out=out / "mined",
-        k=config.k,
-        threshold=config.threshold,
-        seed=config.seed,
-    ).table
+    if inputs.table is not None:
+        table = inputs.table.of(embedded.contents(), data.key)
+    else:
+        table = mine_captions(
+            images=embedded.path,
+            captions=cache.captions(inputs.captions).path,
+            out=out / "mined",
+            k=config.k,
+            threshold=config.threshold,
+            seed=config.seed,
+        ).table
     if config.caption_noise > 0:  # mined/ keeps what was mined
         table = noisy_captions(table, config.caption_noise, config.seed)
     return data, embedded, table
