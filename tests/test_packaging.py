@@ -29,7 +29,6 @@ OPTIONAL = (
     "onnxscript",
     "onnxruntime",
     "shtab",
-    "yaml",
 )
 
 # Data flows one way. Every module of the package stands on one floor, and imports only modules that are

@@ -127,11 +127,10 @@ def read_options(path: Path, name: str) -> dict[str, Any]:
         ConfigError: it can't be read, or holds no options.
         MissingDependencyError: it is YAML, and PyYAML is not installed.
     """
-    kind, parse = "JSON", json.loads
-    if path.suffix.lower() in (".yaml", ".yml"):
-        kind, parse = "YAML", _parse_yaml
+    kind = "YAML" if path.suffix.lower() in (".yaml", ".yml") else "JSON"
     try:
-        values = parse(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if kind == "JSON" else _parse_yaml(text)
     except OSError as error:
         raise ConfigError(f"{name} {path} can't be read: {error.strerror}") from error
     except ValueError as error:
