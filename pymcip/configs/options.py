@@ -23,6 +23,7 @@ from pymcip.errors import ConfigError, MissingDependencyError, did_you_mean
 
 Source = str | os.PathLike[str]
 Sources = Source | tuple[Source, ...]
+ROLES = ("filepath", "label", "caption")  # of the columns of a table
 ConfigType = TypeVar("ConfigType", bound="Config")
 BOUNDS = {
     "at_least": (">=", operator.ge),
@@ -116,6 +117,30 @@ class Config:
         """Plain JSON values; paths become strings."""
         values: dict[str, Any] = json.loads(json.dumps(vars(self), default=os.fspath))
         return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(Config):
+    """How the data of a stage are read. Shared by every stage that reads images or captions."""
+
+    columns: dict[str, Any] = option(
+        {},
+        "names of the tables' columns where they aren't recognised: filepath=NAME label=NAME caption=NAME",
+    )
+
+    def problems(self) -> list[str]:
+        problems = super().problems()
+        for role, name in self.columns.items():
+            if role not in ROLES:
+                allowed = f"allowed: {', '.join(ROLES)}{did_you_mean(role, ROLES)}"
+                problems.append(f"columns: {role!r} is nothing that a column can be; {allowed}")
+            if not isinstance(name, (str, int)) or isinstance(name, bool):
+                problems.append(
+                    f"columns: {role}={name!r} is not allowed; allowed: a column's name"
+                )
+        if len(set(map(str, self.columns.values()))) < len(self.columns):
+            problems.append(f"columns={self.columns}: one column can't be two things")
+        return problems
 
 
 def read_options(path: Path, name: str) -> dict[str, Any]:

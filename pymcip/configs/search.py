@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pymcip.configs.options import Config, Source, Sources, option, required
+from pymcip.configs.options import Config, DataOptions, Source, Sources, option, required
 from pymcip.configs.stages import ModelOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class IndexConfig(ModelOptions):
+class IndexConfig(ModelOptions, DataOptions):
     """Options of `pymcip.build_index`: a folder of images into a folder to search in."""
 
     images: Sources = required("image sources: ImageFolder, CSV/TSV/parquet, tar shards")

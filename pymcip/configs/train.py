@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from pymcip.configs.options import Source, Sources, option, required
+from pymcip.configs.options import DataOptions, Source, Sources, option, required
 from pymcip.configs.recipes import read_recipe
 from pymcip.configs.stages import ModelOptions
 
@@ -16,13 +16,13 @@ APPENDED_DIMS = 64  # of the method appended, likewise
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(ModelOptions):
+class TrainConfig(ModelOptions, DataOptions):
     """Options of `pymcip.train`."""
 
     GROUPS: ClassVar[dict[str, str]] = {
         "what matters most": """model pretrained train_data out method captions val_data epochs workers
             resume""",
-        "data": """val_class_names train_weights class_balanced holdout aug_cfg train_size train_resize
+        "data": """columns val_class_names train_weights class_balanced holdout aug_cfg train_size train_resize
             image_size""",
         "model": "appended_dims projector unlock_layers freeze_bn_stats patch_dropout",
         "schedule": """batch_size lr lr_classes wd wd_exempt beta1 beta2 eps warmup lr_floor grad_clip_norm

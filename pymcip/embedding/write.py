@@ -22,6 +22,7 @@ import pyarrow.parquet
 from pymcip.configs import EmbedConfig, Source
 from pymcip.contents import file_digest
 from pymcip.data import Captions, ImageData, load_captions, load_images
+from pymcip.data.column_names import columns_named
 from pymcip.data.loading import Skipped, iterate_batches
 from pymcip.data.sources import some
 from pymcip.embedding.folder import (
@@ -71,8 +72,9 @@ def embed(config: EmbedConfig | None = None, /, **options: Any) -> EmbeddingFold
     """
     config = EmbedConfig.make(config, options)
     out = Path(config.out)
-    images = None if config.images is None else load_images(config.images, labelled=False)
-    captions = None if config.captions is None else load_captions(config.captions)
+    with columns_named(config.columns):
+        images = None if config.images is None else load_images(config.images, labelled=False)
+        captions = None if config.captions is None else load_captions(config.captions)
     clip = load_configured(config)
     ours = any((out / f"{kind}_fingerprint.json").is_file() for kind in METADATA)
     read = [] if images is None else images.files()

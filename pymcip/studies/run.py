@@ -17,6 +17,7 @@ from typing import Any
 from pymcip.configs import SweepConfig, TrainConfig, read_options
 from pymcip.contents import digest_of_files
 from pymcip.data import load_images
+from pymcip.data.column_names import columns_named
 from pymcip.demo.points import (
     NO_CHANGES,
     Changes,
@@ -222,7 +223,12 @@ def _study(config: SweepConfig, seed: int | None = None) -> _Study:
         raise ConfigError(problems)
     if seed is not None:
         base = replace(base, seed=seed, cache=base.cache or folder.parent / "embeddings")
-    evaluation = {"data": data, "class_names": names, "templates": config.templates}
+    evaluation = {
+        "data": data,
+        "class_names": names,
+        "templates": config.templates,
+        "columns": base.columns,
+    }
     return _Study(base, {**evaluation, "workers": base.workers}, {}, {})
 
 
@@ -231,7 +237,8 @@ def _inputs(config: SweepConfig, study: _Study) -> tuple[list[Path], dict[str, s
     if config.train is None:
         return [], {}
     opened = open_inputs(study.base)
-    data = load_images(study.evaluation["data"], labelled=False)
+    with columns_named(study.evaluation["columns"]):
+        data = load_images(study.evaluation["data"], labelled=False)
     found = {**opened.fingerprints(study.base), "data": data.fingerprint()}
     names = study.evaluation["class_names"]
     if names is not None:

@@ -14,6 +14,7 @@ from pymcip.configs import TrainConfig
 from pymcip.contents import digest_of_files
 from pymcip.data import Captions, ImageData, load_captions, load_images
 from pymcip.data.class_names import ClassNames, ClassTexts, name_texts, read_class_names
+from pymcip.data.column_names import columns_named
 from pymcip.errors import DataError
 from pymcip.files import fingerprint
 from pymcip.mining import GivenTable
@@ -130,7 +131,11 @@ def open_inputs(config: TrainConfig) -> Inputs:
         DataError: one can't be read, or lacks what the run needs of it.
         StaleEmbeddingsError: `caption_table` was mined from other captions.
     """
+    with columns_named(config.columns):
+        return _opened(config)
 
+
+def _opened(config: TrainConfig) -> Inputs:
     def optional(name: str, load: Any, **how: Any) -> Any:
         source = getattr(config, name)
         return None if source is None else load(source, **how)
