@@ -35,7 +35,8 @@ from pymcip.configs import (
     read_options,
 )
 from pymcip.configs.recipes import describe_recipes
-from pymcip.errors import PymcipError, ResourceError, did_you_mean, reason_of
+from pymcip.distributed import is_first, world
+from pymcip.errors import ConfigError, PymcipError, ResourceError, did_you_mean, reason_of
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Command:
 
     `listing`: another `module:function`; `--list` prints its text, made from the flags in `listed`.
     `positional`: the options that may also be given without their flags; the last takes all words
-    that are left.
+    that are left. `several`: whether torchrun may start several processes of it.
     """
 
     config: type[Config]
@@ -53,6 +54,7 @@ class Command:
     listing: str | None = None
     listed: tuple[str, ...] = ()
     positional: tuple[str, ...] = ()
+    several: bool = False
 
 
 COMMANDS = {
@@ -68,7 +70,7 @@ COMMANDS = {
     "mine": Command(
         MineConfig, "pymcip.mining:mine_captions", "nearest captions of each embedded image"
     ),
-    "train": Command(TrainConfig, "pymcip.training:train", "fine-tune a model"),
+    "train": Command(TrainConfig, "pymcip.training:train", "fine-tune a model", several=True),
     "runs": Command(
         RunsConfig,
         "pymcip.training.runs:compare_runs",
@@ -124,13 +126,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = options.pop("command")
     debug = options.pop("debug", False) or os.environ.get("PYMCIP_DEBUG", "0") not in ("", "0")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("pymcip").setLevel(logging.INFO)
     try:
+        # One voice of several processes: what the others would say, the first one says.
+        level = logging.INFO if is_first() else logging.ERROR
+        logging.getLogger("pymcip").setLevel(level)
         if command == "env":
             return _show_environment()
         if command == "recipes":
             print(describe_recipes(), end="", flush=True)
             return 0
+        if world() > 1 and not COMMANDS[command].several:
+            raise ConfigError(
+                f"it runs in one process, and torchrun started {world()}; start it without torchrun. "
+                f"Commands for several: {', '.join(n for n, c in COMMANDS.items() if c.several)}"
+            )
         return _run(COMMANDS[command], options)
     except BrokenPipeError:  # `pymcip env | head` has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -259,7 +268,7 @@ def _run(command: Command, options: dict[str, Any]) -> int:
     if isinstance(result, str):  # a text for people or programs, and nothing else
         print(result, end="", flush=True)
         return 0
-    if os.environ.get("RANK", "0") == "0":  # one voice when torchrun starts several processes
+    if is_first():
         table = getattr(result, "markdown", None) or getattr(result, "table", None)
         if isinstance(table, str) and table:
             print(table)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pymcip.configs import Source
 from pymcip.data import Captions, ImageData
+from pymcip.distributed import first_alone, is_first
 from pymcip.embedding.folder import EmbeddingFolder
 from pymcip.embedding.write import CAPTIONS_PER_IMAGE, embed_captions, embed_images
 from pymcip.files import fingerprint
@@ -18,7 +19,8 @@ class EmbeddingCache:
     """Embeddings of one model in a folder that runs share: what is in it is not embedded again.
 
     Each set of images or captions has a subfolder, named by what it was made from. The model's
-    weights must not change while the cache is in use.
+    weights must not change while the cache is in use. Of several processes the first one embeds, and the
+    others read what it wrote.
     """
 
     def __init__(
@@ -30,26 +32,34 @@ class EmbeddingCache:
 
     def images(self, data: ImageData) -> EmbeddingFolder:
         """Return the embeddings of `data`; raises what `embed_images` raises."""
-        return embed_images(
-            self.clip,
-            data,
-            self._folder("image", data),
-            batch_size=self.batch_size,
-            part_size=CACHE_PART_SIZE,
-            workers=self.workers,
-            fingerprint_of_model=self._fingerprint("image"),
-        )
+        folder = self._folder("image", data)
+        with first_alone():
+            if not is_first():
+                return EmbeddingFolder(folder)
+            return embed_images(
+                self.clip,
+                data,
+                folder,
+                batch_size=self.batch_size,
+                part_size=CACHE_PART_SIZE,
+                workers=self.workers,
+                fingerprint_of_model=self._fingerprint("image"),
+            )
 
     def captions(self, captions: Captions) -> EmbeddingFolder:
         """Return the embeddings of `captions`; raises what `embed_captions` raises."""
-        return embed_captions(
-            self.clip,
-            captions,
-            self._folder("text", captions),
-            batch_size=CAPTIONS_PER_IMAGE * self.batch_size,
-            part_size=CACHE_PART_SIZE,
-            fingerprint_of_model=self._fingerprint("text"),
-        )
+        folder = self._folder("text", captions)
+        with first_alone():
+            if not is_first():
+                return EmbeddingFolder(folder)
+            return embed_captions(
+                self.clip,
+                captions,
+                folder,
+                batch_size=CAPTIONS_PER_IMAGE * self.batch_size,
+                part_size=CACHE_PART_SIZE,
+                fingerprint_of_model=self._fingerprint("text"),
+            )
 
     def _folder(self, part: str, data: ImageData | Captions) -> Path:
         made_from = fingerprint([self._fingerprint(part), data.fingerprint()])
