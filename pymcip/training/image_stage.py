@@ -100,7 +100,7 @@ class ImageStage:
         clip: the model; its image tower is unlocked as `config` says.
         data: the N training images.
         config: the options of the run.
-        class_rows: [C, D], the class matrix at the start; None: random rows.
+        class_rows: [C, D], the class matrix at the start; None: random rows, as `class_init` says.
         bank: [M, D], the caption rows of MCArcMargin; None: no such loss.
         positives: the images' pseudo-captions among them.
         distillation: what is kept of the untrained model; None: nothing.
@@ -142,12 +142,15 @@ class ImageStage:
             chunk=config.loss_chunk,
             compute=compute,
         )
-        start = class_rows
-        if start is None:
-            generator = torch.Generator().manual_seed(config.seed)
-            start = torch.randn(data.num_classes, clip.embed_dim, generator=generator)
+        generator = torch.Generator().manual_seed(config.seed)
+        shape = data.num_classes, clip.embed_dim
+        if class_rows is None and config.class_init == "xavier":
+            start = nn.init.xavier_uniform_(torch.empty(shape), generator=generator)
+        else:
+            start = torch.randn(shape, generator=generator) if class_rows is None else class_rows
+            start = nn.functional.normalize(start, dim=1)
         with torch.no_grad():
-            classes.weight.copy_(nn.functional.normalize(start[own], dim=1))
+            classes.weight.copy_(start[own])
         self.classes = classes.to(clip.device)
         self.heads = nn.ModuleDict({"classes": self.classes})
         self.captions: MCArcMargin | None = None
@@ -160,6 +163,7 @@ class ImageStage:
                 margin=config.caption_margin,
                 continuation=config.continuation,
                 positives=config.positives,
+                repel=config.repel,
                 chunk=config.loss_chunk,
                 compute=compute,
                 delta=config.loss_delta,
@@ -168,8 +172,10 @@ class ImageStage:
             image_parameters(clip.model), lr=config.lr, wd=config.wd, exempt=config.wd_exempt
         )
         matrix = {
-            "params": [self.classes.weight], "weight_decay": 0.0, "peak_lr": config.lr_classes
-        }  # fmt: skip
+            "params": [self.classes.weight],
+            "weight_decay": 0.0 if config.wd_exempt else config.wd,
+            "peak_lr": config.lr_classes,
+        }
         self.optimizer: torch.optim.Optimizer = make_optimizer([*tower, matrix], config)
         self.convolutional = is_convolutional(clip.model)
         if clip.device.type == "cpu" and clip.precision == "amp_bf16":
@@ -189,7 +195,7 @@ class ImageStage:
                     "none; raise mixtures or batch_size to have any",
                     distillation.rate, config.batch_size,
                 )  # fmt: skip
-        transform = train_transform(clip, config.train_size, config.aug_cfg)
+        transform = train_transform(clip, config.train_size, config.aug_cfg, config.train_resize)
         self.images = AugmentedImages(data, transform, config.seed, generic)
         self.features = replicated(partial(image_features, clip), clip.model)
 
@@ -242,8 +248,9 @@ class ImageStage:
     def backward(self, micro_batches: list[tuple[Tensor | None, Tensor]]) -> dict[str, Tensor]:
         """Mean losses over the whole step, whichever way it is cut into micro-batches.
 
-        ArcMargin is averaged over all images, MCArcMargin over those that have pseudo-captions, the
-        terms of distillation each over its own images. Rows beyond `data` are generic images.
+        ArcMargin is averaged over all images, MCArcMargin over those that have pseudo-captions (or as
+        `caption_mean` says), the terms of distillation each over its own images. Rows beyond `data` are
+        generic images.
 
         Of W processes each runs its share of the micro-batches. The margin losses of W micro-batches, one
         of each process, are found together, by all of them; what distillation adds is each one's own.
@@ -255,6 +262,8 @@ class ImageStage:
         captioned, columns = 0, None
         if self.positives is not None:
             captioned = max(1, sum(int((self.positives.counts(r) > 0).sum()) for r in trained))
+            if self.config.caption_mean == "all":
+                captioned = images_in_step
             if self.config.negatives == "batch":
                 own = np.unique(self.positives.take(np.concatenate(trained)).ids)
                 columns = torch.from_numpy(own).to(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from pymcip.losses import info_nce
 from pymcip.metrics import expand_prompts
 from pymcip.mining import CaptionLists, CaptionTable, bounds_of
 from pymcip.model import ClipModel
+from pymcip.model.clip import MAX_LOGIT_SCALE
 from pymcip.model.towers import text_parameters, unlock_text_tower
 from pymcip.training.optim import make_optimizer, parameter_groups
 from pymcip.training.replicas import check_steps, gather, replicated
@@ -115,14 +117,25 @@ class TextStage:
         self.place = (0, 0)  # epoch and step of the micro-batches given out last
         self.steps_per_epoch = max(1, len(self.rows) // self.samples_per_step)
         check_steps(len(self.rows), config.accum_freq, rea_batch_size=config.rea_batch_size)
-        unlock_text_tower(clip)
-        groups = parameter_groups(
-            text_parameters(clip.model), lr=config.rea_lr, wd=config.wd, exempt=config.wd_exempt
-        )
+        unlock_text_tower(clip, config.rea_unlock_layers)
+        # Made before the scale is unlocked: every process finds the whole gradient of that.
+        self.features = replicated(clip.text_features, clip.model)
+        trained = [*text_parameters(clip.model)]
+        if config.rea_logit_scale:
+            scale: nn.Parameter = clip.model.logit_scale.requires_grad_()  # type: ignore
+            trained.append(("logit_scale", scale))
+        groups = parameter_groups(trained, lr=config.rea_lr, wd=config.wd, exempt=config.wd_exempt)
         self.optimizer: torch.optim.Optimizer = make_optimizer(groups, config)
         self.heads = nn.ModuleDict()
-        self.scale = clip.logit_scale
-        self.features = replicated(clip.text_features, clip.model)
+
+    def _scale(self) -> float | Tensor:
+        """CLIP's scale, at most 100; a trained one as open_clip's trainer keeps it, from 1."""
+        if not self.config.rea_logit_scale:
+            return self.clip.logit_scale
+        stored: Tensor = self.clip.model.logit_scale  # type: ignore[assignment]
+        with torch.no_grad():
+            stored.clamp_(0, math.log(MAX_LOGIT_SCALE))
+        return stored.exp()
 
     def train_mode(self) -> None:
         """Put all but the image tower into train mode."""
@@ -166,18 +179,19 @@ class TextStage:
         images = self.pairs.vectors[torch.from_numpy(rows)].to(device, torch.float32)
         pictures = rows if self.pairs.pictures is None else self.pairs.pictures[rows]
         ids = torch.from_numpy(pictures).to(device), torch.from_numpy(captions).to(device)
-        own = share(len(micro_batches))
+        scale, own = self._scale(), share(len(micro_batches))
         if len(micro_batches) == 1:
-            loss = info_nce(images, self._features(0, captions, last=True), self.scale, *ids)
+            loss = info_nce(images, self._features(0, captions, last=True), scale, *ids)
             loss.backward()  # type: ignore[no-untyped-call]
             return {"loss": loss.detach()}
         with torch.no_grad():
             parts = [self._features(i, micro_batches[i][1], last=True) for i in own]
             features = gather(torch.cat(parts))
         features.requires_grad_()
-        loss = info_nce(images, features, self.scale, *ids)
-        (slope,) = torch.autograd.grad(loss, features)
-        slopes = slope.split([len(part) for _, part in micro_batches])
+        loss = info_nce(images, features, scale, *ids)
+        loss.backward()  # type: ignore[no-untyped-call]
+        assert features.grad is not None
+        slopes = features.grad.split([len(part) for _, part in micro_batches])
         for i in own:
             again = self._features(i, micro_batches[i][1], last=i == own[-1])
             (again * slopes[i]).sum().backward()  # type: ignore[no-untyped-call]
