@@ -117,17 +117,17 @@ def _train(config: TrainConfig) -> TrainResult:
         finished = finished_result(config, begun, made_from)
         if finished is not None:
             return finished
+    cache = _cache(settings, Path(settings.out), clip, weights)
     barrier()  # all have read what the folder holds
     if not is_first():
         with Interruption().installed() as interruption:
-            return _run(settings, Path(settings.out), clip, inputs, interruption)
+            return _run(settings, Path(settings.out), cache, inputs, interruption)
     with output_folder(config, resume=config.resume is not None, read=inputs.files()) as out:
         write_json(out / INPUTS, made_from)
         write_json(out / "config.json", settings.to_dict())
         (out / "checkpoints").mkdir(exist_ok=True)
         with Interruption().installed() as interruption, log_file(out / "out.log"):
             log_start(settings, reasons, clip, inputs)
-            cache = _cache(settings, out, clip, weights)
             result = _run(settings, out, cache, inputs, interruption)
             log_end(result, settings)
             return result
