@@ -98,7 +98,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
         ctx.own = slice(rank() * len(x), (rank() + 1) * len(x))
         rows = x.new_empty(world() * len(x), *x.shape[1:])
-        distributed.all_gather_into_tensor(rows, x.contiguous())
+        distributed.all_gather(list(rows.chunk(world())), x.contiguous())
         return rows
 
     @staticmethod
