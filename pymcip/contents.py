@@ -36,6 +36,11 @@ def file_digest(path: str | os.PathLike[str]) -> bytes:
     return _read(os.fspath(path))[1]
 
 
+def picture_digest(content: bytes, crop: bytes = b"") -> str:
+    """Digest (hex) of an image file's bytes and of the box it is cut to, by which pictures are known."""
+    return hashlib.blake2b(content + crop, digest_size=16).hexdigest()
+
+
 def file_digests(paths: Sequence[str | os.PathLike[str]]) -> str:
     """SHA-256 in hex of what the files hold, in their order; a file that can't be read counts too."""
     names = [os.fspath(path) for path in paths]

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from pymcip.contents import picture_digest
 from pymcip.data.decode import crop, decode
 from pymcip.data.stores import Int64, Store
 from pymcip.data.tally import LeftOut
@@ -109,10 +110,7 @@ class ImageData:
         return image if self.crops is None else crop(image, self.crops[index], key)
 
     def _digest(self, index: int, content: bytes) -> str:
-        digest = hashlib.blake2b(content, digest_size=16)
-        if self.crops is not None:
-            digest.update(np.ascontiguousarray(self.crops[index]).data)
-        return digest.hexdigest()
+        return picture_digest(content, b"" if self.crops is None else self.crops[index].tobytes())
 
     def select(self, indices: npt.ArrayLike) -> ImageData:
         """Return the images at `indices` (int [M]), in that order; the classes stay the same."""
