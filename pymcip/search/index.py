@@ -157,7 +157,9 @@ class Index:
 
     def describe(self, rows: npt.ArrayLike) -> list[dict[str, Any]]:
         """Return what the index knows of rows (int [n]): image_path, label, captions, content, index."""
-        described: list[dict[str, Any]] = self._metadata.take(pa.array(rows)).to_pylist()
+        described: list[dict[str, Any]] = self._metadata.take(
+            pa.array(np.asarray(rows, np.int64))
+        ).to_pylist()
         return described
 
     def same_images(self, other: Index) -> bool:
