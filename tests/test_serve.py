@@ -381,9 +381,7 @@ def test_a_person_searches(page: Any, served: Served) -> None:
         assert f"{hit['score']:.3f}" in text
     assert page.locator("h2").all_inner_texts()[0].startswith("Before: ")
     assert not page.is_visible("#mix")
-    page.wait_for_function(
-        "[...document.images].slice(0, 6).every(i => i.complete && i.naturalWidth)"
-    )
+    page.locator(".hit img").first.evaluate("image => image.decode()")  # or it fails
 
     page.locator("section:nth-of-type(2) .hit").nth(2).click()  # text and picture
     row = found["hits"][2]["row"]
