@@ -373,7 +373,7 @@ def test_a_person_searches(page: Any, served: Served) -> None:
     found = served.search(text="red")
     assert shown(page) == paths(found["hits"])  # side by side
     assert shown(page, 0) == paths(found["baseline"])
-    marks = page.locator("section:nth-of-type(2) .line").all_inner_texts()
+    marks = page.locator("section:nth-of-type(2) li").all_inner_texts()
     for hit, text in zip(found["hits"], marks, strict=True):
         steps = hit["other"] - hit["rank"]
         assert ("▲" in text, "▼" in text) == (steps > 0, steps < 0)

@@ -71,14 +71,15 @@ function showQuery() {
   $("look").hidden = !(hasPicture() && about.appended);
   $("weight").value = state.weight;
   $("strength").value = state.strength ?? 1;
+  $("strength").classList.toggle("idle", state.strength === null);
   $("amount").textContent = state.strength ?? "automatic";
   $("auto").hidden = state.strength === null;
 }
 
 function show(found) {
   const pair = found.baseline !== null;
-  const sections = [section(found.hits, pair && `Now: ${about.model}`, (hit) => moved(hit, found.compared, true))];
-  if (pair) sections.unshift(section(found.baseline, `Before: ${about.baseline}`, (hit) => moved(hit, found.compared, false)));
+  const sections = [section(found.hits, pair && ["Now", about.model], (hit) => moved(hit, found.compared, true))];
+  if (pair) sections.unshift(section(found.baseline, ["Before", about.baseline], (hit) => moved(hit, found.compared, false)));
   $("results").className = pair ? "pair" : "";
   $("results").replaceChildren(...sections);
   const last = state.offset + found.hits.length;
@@ -98,18 +99,22 @@ function section(hits, title, mark) {
     button.onclick = () => search({ row: hit.row, picture: null });
     button.dataset.path = hit.path;
     const line = make("span", { className: "line" }, make("span", { className: "label", textContent: hit.label ?? "", title: hit.label ?? "" }));
-    if (hit.score !== null) line.append(...mark(hit), make("span", { className: "score", textContent: hit.score.toFixed(3), title: "Inner product with the query" }));
+    if (hit.score !== null) line.append(make("span", { className: "score", textContent: hit.score.toFixed(3), title: "Inner product with the query" }));
     const path = make("button", { className: "copy", type: "button", textContent: name, title: `Copy ${hit.path}`, tabIndex: -1 });
     path.onclick = () => copy(hit.path);
-    return make("li", {}, button, line, path);
+    return make("li", {}, button, line, make("span", { className: "line" }, path, ...mark(hit)));
   });
   const list = make("ol", {}, ...items);
-  return make("section", {}, ...(title ? [make("h2", { textContent: title })] : []), list);
+  if (!title) return make("section", {}, list);
+  return make("section", {}, make("h2", { textContent: `${title[0]}: ${short(title[1])}`, title: title[1] }), list);
 }
+
+// The last part of a model's name that says something: a run's folder, of what it has exported.
+const short = (model) => model.replace(/\/exported\/hub\/?$/, "").split("/").pop();
 
 // Where a hit stands in the other list: in the tuned one, how far up or down it has come.
 function moved(hit, compared, tuned) {
-  if (compared === null) return [];
+  if (compared === null || hit.score === null) return [];
   const beyond = hit.other === null;
   const steps = (beyond ? compared : hit.other) - hit.rank;
   const up = tuned ? steps > 0 : steps < 0;
@@ -195,7 +200,7 @@ function step(from, right, down) {
 (async () => {
   try {
     about = await ask("/api/about");
-    $("about").textContent = `${about.images.toLocaleString("en")} images · ${about.model} · pymcip ${about.version}`;
+    $("about").textContent = `${about.images.toLocaleString("en")} images · ${short(about.model)} · pymcip ${about.version}`;
   } catch (error) {
     say(error.message, true);
     return;
