@@ -25,7 +25,23 @@ from urllib.parse import quote
 
 import numpy as np
 
-WORDS = ["red", "green", "small", "old", "wooden", "open", "round", "two", "photo", "bowl", "dog", "street", "apple", "house", "water"]
+WORDS = [
+    "red",
+    "green",
+    "small",
+    "old",
+    "wooden",
+    "open",
+    "round",
+    "two",
+    "photo",
+    "bowl",
+    "dog",
+    "street",
+    "apple",
+    "house",
+    "water",
+]
 
 
 def client(port: int, seed: int, until: float, times: dict[str, list[float]]) -> None:
