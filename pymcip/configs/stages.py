@@ -165,10 +165,11 @@ class EvaluateConfig(ModelOptions):
 class ExportConfig(ModelOptions):
     """Options of `pymcip.export`."""
 
-    out: Source = required("folder to write: state_dict.pt, hub/, and index.faiss if asked for")
+    out: Source = required("folder to write: state_dict.pt, hub/, and what else is asked for")
     index: Source | None = option(
         None, "embedding folder whose images go into a faiss index (needs pymcip[faiss])"
     )
+    onnx: bool = option(False, "write onnx/image.onnx and onnx/text.onnx too (needs pymcip[onnx])")
     overwrite: bool = option(False, "replace what is in `out`")
 
 
