@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -234,7 +235,7 @@ def test_refused_pictures(served: Served) -> None:
         status, _, answer = served.ask("/api/search", body)
         return status, json.loads(answer)["error"]
 
-    bomb = encoded(Image.new("1", (20_000, 20_000)))
+    bomb = encoded(Image.new("1", (9_500, 9_500)))
     for body, message in (
         (b"no picture", "the picture can't be decoded"),
         (encoded(picture(1))[:-40], "the picture can't be decoded"),
@@ -311,7 +312,7 @@ def test_without_the_extra(
     folders: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setitem(__import__("sys").modules, "uvicorn", None)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["serve", str(folders[0])]) == 2
     assert "pip install 'pymcip[serve]'" in capsys.readouterr().err
 
