@@ -17,7 +17,11 @@ class ModelOptions(Config):
         "what open_clip takes: a name (ViT-L-14-336), hf-hub:org/name, local-dir:/path; "
         "or the folder of a pymcip run"
     )
-    pretrained: str | None = option(None, "open_clip's pretrained tag or a checkpoint's path")
+    pretrained: str | None = option(
+        None,
+        "open_clip's pretrained tag, a checkpoint's path, or MCIP-ViT-L-14-336 or "
+        "MCIP-ViT-SO400M-14-SigLIP-384, those of MCIP's authors",
+    )
     image_size: int | None = option(None, "pixels; default: the model's own", at_least=1)
     device: str | None = option(None, "cpu, cuda, cuda:1, …; default: a GPU if there is one")
     precision: Literal["fp32", "amp_bf16"] = option(

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from pymcip.contents import picture_digest
+from pymcip.contents import digest_of, picture_digest
 from pymcip.data.decode import crop, decode
 from pymcip.data.stores import Int64, Store
 from pymcip.data.tally import LeftOut
@@ -92,12 +92,15 @@ class ImageData:
         """
         store, row = self._place(index)
         content = store.read(row)
-        return self._decoded(index, content), self._digest(index, content)
+        return self._decoded(index, content), self._with_crop(index, digest_of(content))
 
     def digest(self, index: int) -> str:
-        """Return the digest of `read_with_digest` without decoding; raises DataError as `read`."""
+        """Return the digest of `read_with_digest` without decoding; raises DataError as `read`.
+
+        A file whose digest `fingerprint` has found is not read again.
+        """
         store, row = self._place(index)
-        return self._digest(index, store.read(row))
+        return self._with_crop(index, store.digest(row))
 
     def size(self, index: int) -> int:
         """Return how many bytes the image's file has."""
@@ -109,8 +112,8 @@ class ImageData:
         image = decode(content, key)
         return image if self.crops is None else crop(image, self.crops[index], key)
 
-    def _digest(self, index: int, content: bytes) -> str:
-        return picture_digest(content, b"" if self.crops is None else self.crops[index].tobytes())
+    def _with_crop(self, index: int, digest: bytes) -> str:
+        return picture_digest(digest, b"" if self.crops is None else self.crops[index].tobytes())
 
     def select(self, indices: npt.ArrayLike) -> ImageData:
         """Return the images at `indices` (int [M]), in that order; the classes stay the same."""

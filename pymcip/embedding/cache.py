@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from pymcip.configs import Source
@@ -18,14 +19,22 @@ class EmbeddingCache:
     """Embeddings of one model in a folder that runs share: what is in it is not embedded again.
 
     Each set of images or captions has a subfolder, named by what it was made from. The model's
-    weights must not change while the cache is in use.
+    weights must not change while the cache is in use. `weights`: `clip.weights` of "image" and "text", if
+    the caller has them already.
     """
 
     def __init__(
-        self, clip: ClipModel, folder: Source, *, batch_size: int = 64, workers: int = 0
+        self,
+        clip: ClipModel,
+        folder: Source,
+        *,
+        batch_size: int = 64,
+        workers: int = 0,
+        weights: Mapping[str, str] | None = None,
     ) -> None:
         self.clip, self.folder = clip, Path(folder)
         self.batch_size, self.workers = batch_size, workers
+        self._weights = weights or {}
         self._fingerprints: dict[str, str] = {}
 
     def images(self, data: ImageData) -> EmbeddingFolder:
@@ -57,5 +66,5 @@ class EmbeddingCache:
 
     def _fingerprint(self, part: str) -> str:
         if part not in self._fingerprints:
-            self._fingerprints[part] = self.clip.fingerprint(part)
+            self._fingerprints[part] = self.clip.fingerprint(part, self._weights.get(part))
         return self._fingerprints[part]

@@ -20,10 +20,12 @@ import pyarrow.compute
 import pyarrow.parquet
 
 from pymcip.configs import EmbedConfig, Source
+from pymcip.contents import file_digest
 from pymcip.data import Captions, ImageData, load_captions, load_images
 from pymcip.data.loading import Skipped, iterate_batches
 from pymcip.data.sources import some
 from pymcip.embedding.folder import (
+    CHECKSUM,
     METADATA,
     WHAT,
     EmbeddingFolder,
@@ -33,7 +35,7 @@ from pymcip.embedding.folder import (
     replace_left_out,
     replace_skipped,
 )
-from pymcip.errors import DataError, StaleEmbeddingsError
+from pymcip.errors import DataError, DecodeError, StaleEmbeddingsError
 from pymcip.files import atomic_path, write_json
 from pymcip.folders import hold
 from pymcip.model import ClipModel, load_configured
@@ -123,7 +125,7 @@ def embed_images(
         vectors = np.zeros((len(indices), clip.embed_dim), np.float16)
         contents: npt.NDArray[Any] = np.full(len(indices), None)
         if stored:
-            digests = np.array([data.digest(int(index)) for index in indices], object)
+            digests = np.array([_digest(data, int(index)) for index in indices], object)
             rows = _rows_of(digests, stored)
             there = rows >= 0
             vectors[there] = MatrixParts([part for part, _ in stored])[rows[there]]
@@ -216,6 +218,13 @@ def embed_captions(
     return folder
 
 
+def _digest(data: ImageData, index: int) -> str:
+    try:
+        return data.digest(index)
+    except DecodeError:  # it is skipped, with its reason, where it is to be decoded
+        return ""
+
+
 def _rows_of(
     contents: npt.NDArray[Any], stored: Sequence[tuple[Matrix, pa.Table]]
 ) -> npt.NDArray[np.int64]:
@@ -289,12 +298,15 @@ def _write_parts(
             for number in missing:
                 indices = np.arange(number * part_size, min(total, (number + 1) * part_size))
                 vectors, metadata, skipped = make_part(indices, bar.update)
-                with atomic_path(files[number][0]) as temporary, temporary.open("wb") as handle:
-                    np.save(handle, vectors)
+                with atomic_path(files[number][0]) as temporary:
+                    with temporary.open("wb") as handle:
+                        np.save(handle, vectors)
+                    checksum = file_digest(temporary).hex()
                 if kind == "img":
                     replace_skipped(folder, int(indices[0]), int(indices[-1]), skipped)
+                metadata = metadata.replace_schema_metadata({CHECKSUM: checksum})
                 with atomic_path(files[number][1]) as temporary:
-                    pa.parquet.write_table(metadata, temporary)
+                    pa.parquet.write_table(metadata, temporary, write_page_checksum=True)
     return EmbeddingFolder(folder)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from pymcip.contents import picture_digest
+from pymcip.contents import digest_of, picture_digest
 from pymcip.data import ImageData, load_images
 from pymcip.data.decode import decode
 from pymcip.errors import ConfigError, DataError
@@ -171,7 +171,7 @@ class Gallery:
                 if digest == item["content"]:
                     return image
         else:
-            if picture_digest(content) == item["content"]:
+            if picture_digest(digest_of(content)) == item["content"]:
                 return decode(content, path)
         raise DataError(
             f"{path} is gone or has changed since it was indexed; run pymcip index again"
