@@ -35,13 +35,15 @@ from pymcip.configs import (
     read_options,
 )
 from pymcip.configs.recipes import describe_recipes
-from pymcip.errors import PymcipError, ResourceError, did_you_mean, reason_of
+from pymcip.distributed import is_first, world
+from pymcip.errors import ConfigError, PymcipError, ResourceError, did_you_mean, reason_of
 
 
 @dataclass(frozen=True)
 class Command:
     """A stage: the config that its flags come from, and `module:function` to call with it.
 
+    `ranks`: several processes of torchrun can run it as one.
     `listing`: another `module:function`; `--list` prints its text, made from the flags in `listed`.
     `positional`: the options that may also be given without their flags; the last takes all words
     that are left.
@@ -53,6 +55,7 @@ class Command:
     listing: str | None = None
     listed: tuple[str, ...] = ()
     positional: tuple[str, ...] = ()
+    ranks: bool = False
 
 
 COMMANDS = {
@@ -63,10 +66,16 @@ COMMANDS = {
         positional=("data",),
     ),
     "embed": Command(
-        EmbedConfig, "pymcip.embedding:embed", "images and captions into an embedding folder"
+        EmbedConfig,
+        "pymcip.embedding:embed",
+        "images and captions into an embedding folder",
+        ranks=True,
     ),
     "mine": Command(
-        MineConfig, "pymcip.mining:mine_captions", "nearest captions of each embedded image"
+        MineConfig,
+        "pymcip.mining:mine_captions",
+        "nearest captions of each embedded image",
+        ranks=True,
     ),
     "train": Command(TrainConfig, "pymcip.training:train", "fine-tune a model"),
     "runs": Command(
@@ -131,6 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if command == "recipes":
             print(describe_recipes(), end="", flush=True)
             return 0
+        _refuse_ranks(command)
         return _run(COMMANDS[command], options)
     except BrokenPipeError:  # `pymcip env | head` has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -259,13 +269,23 @@ def _run(command: Command, options: dict[str, Any]) -> int:
     if isinstance(result, str):  # a text for people or programs, and nothing else
         print(result, end="", flush=True)
         return 0
-    if os.environ.get("RANK", "0") == "0":  # one voice when torchrun starts several processes
+    if is_first():  # one voice when torchrun starts several processes
         table = getattr(result, "markdown", None) or getattr(result, "table", None)
         if isinstance(table, str) and table:
             print(table)
         print(json.dumps(summary(result), ensure_ascii=False), flush=True)
     interrupted = getattr(result, "interrupted", None)
     return 0 if interrupted is None else 128 + signal.Signals[interrupted]
+
+
+def _refuse_ranks(command: str) -> None:
+    """Refuse several processes for a command that only one can run."""
+    if world() > 1 and not COMMANDS[command].ranks:
+        able = ", ".join(name for name, each in COMMANDS.items() if each.ranks)
+        raise ConfigError(
+            f"{command} runs as one process, and {world()} were started (WORLD_SIZE). Start it without "
+            f"torchrun; these run as several: {able}"
+        )
 
 
 def _function(target: str) -> Callable[..., Any]:
@@ -289,7 +309,12 @@ def summary(result: Any) -> dict[str, Any]:
     else:  # an embedding folder
         values = {"out": result.path, "skipped": len(result.skipped)}
         for kind, name in (("img", "images"), ("text", "captions")):
-            if result.has(kind):
+            if not result.has(kind):
+                continue
+            complete, parts = result.part_counts(kind)
+            if complete < parts:  # other shards are to come
+                values[f"{name}_parts"] = f"{complete} of {parts}"
+            else:
                 values[name] = sum(len(part) for part in result.parts(kind))
     plain = (str, int, float, bool, dict, list, tuple, NoneType)
     return {

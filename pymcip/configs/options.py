@@ -80,6 +80,11 @@ class Config:
     def problems(self) -> list[str]:
         """Problems that a type or a single range can't express; stages extend it."""
         problems = []
+        shard = getattr(self, "shard", None)
+        number, _, count = (shard or "0/1").partition("/")
+        digits = number.isdecimal() and count.isdecimal() and len(number + count) < 20
+        if not digits or int(number) >= int(count):
+            problems.append(f"shard={shard!r} is not allowed; allowed: i/n, with i from 0 to n - 1")
         if getattr(self, "overwrite", False) and getattr(self, "resume", None):
             problems.append("overwrite=True and resume='latest' exclude each other; give one")
         for name, value in vars(self).items():
