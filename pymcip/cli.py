@@ -42,11 +42,9 @@ from pymcip.errors import ConfigError, PymcipError, ResourceError, did_you_mean,
 @dataclass(frozen=True)
 class Command:
     """A stage: the config that its flags come from, and `module:function` to call with it.
-
-    `ranks`: several processes of torchrun can run it as one.
     `listing`: another `module:function`; `--list` prints its text, made from the flags in `listed`.
     `positional`: the options that may also be given without their flags; the last takes all words
-    that are left.
+    that are left. `several`: whether torchrun may start several processes of it.
     """
 
     config: type[Config]
@@ -55,7 +53,7 @@ class Command:
     listing: str | None = None
     listed: tuple[str, ...] = ()
     positional: tuple[str, ...] = ()
-    ranks: bool = False
+    several: bool = False
 
 
 COMMANDS = {
@@ -69,13 +67,13 @@ COMMANDS = {
         EmbedConfig,
         "pymcip.embedding:embed",
         "images and captions into an embedding folder",
-        ranks=True,
+        several=True,
     ),
     "mine": Command(
         MineConfig,
         "pymcip.mining:mine_captions",
         "nearest captions of each embedded image",
-        ranks=True,
+        several=True,
     ),
     "train": Command(TrainConfig, "pymcip.training:train", "fine-tune a model"),
     "runs": Command(
@@ -90,6 +88,7 @@ COMMANDS = {
         "image and text search, before and after; the paper's benchmarks",
         listing="pymcip.benchmarks:listing",
         listed=("data_root", "data_paths"),
+        several=True,
     ),
     "export": Command(
         ExportConfig, "pymcip.exporting:export", "weights for open_clip, an index for faiss"
@@ -133,14 +132,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = options.pop("command")
     debug = options.pop("debug", False) or os.environ.get("PYMCIP_DEBUG", "0") not in ("", "0")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("pymcip").setLevel(logging.INFO)
     try:
+        # One voice of several processes: what the others would say, the first one says.
+        level = logging.INFO if is_first() else logging.ERROR
+        logging.getLogger("pymcip").setLevel(level)
         if command == "env":
             return _show_environment()
         if command == "recipes":
             print(describe_recipes(), end="", flush=True)
             return 0
-        _refuse_ranks(command)
+        if world() > 1 and not COMMANDS[command].several:
+            raise ConfigError(
+                f"it runs in one process, and torchrun started {world()}; start it without torchrun. "
+                f"Commands for several: {', '.join(n for n, c in COMMANDS.items() if c.several)}"
+            )
         return _run(COMMANDS[command], options)
     except BrokenPipeError:  # `pymcip env | head` has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -269,23 +274,13 @@ def _run(command: Command, options: dict[str, Any]) -> int:
     if isinstance(result, str):  # a text for people or programs, and nothing else
         print(result, end="", flush=True)
         return 0
-    if is_first():  # one voice when torchrun starts several processes
+    if is_first():
         table = getattr(result, "markdown", None) or getattr(result, "table", None)
         if isinstance(table, str) and table:
             print(table)
         print(json.dumps(summary(result), ensure_ascii=False), flush=True)
     interrupted = getattr(result, "interrupted", None)
     return 0 if interrupted is None else 128 + signal.Signals[interrupted]
-
-
-def _refuse_ranks(command: str) -> None:
-    """Refuse several processes for a command that only one can run."""
-    if world() > 1 and not COMMANDS[command].ranks:
-        able = ", ".join(name for name, each in COMMANDS.items() if each.ranks)
-        raise ConfigError(
-            f"{command} runs as one process, and {world()} were started (WORLD_SIZE). Start it without "
-            f"torchrun; these run as several: {able}"
-        )
 
 
 def _function(target: str) -> Callable[..., Any]:

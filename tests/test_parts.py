@@ -146,7 +146,7 @@ def test_ranks_embed_and_mine_as_one_process(
         for rank in range(2)
     ]  # fmt: skip
     for process in ranks:
-        output, _ = process.communicate(timeout=240)
+        output, _ = process.communicate(timeout=540)
         assert process.returncode == 0
         assert json.loads(output) == report
     for stage in ("e", "m"):
@@ -189,4 +189,4 @@ def test_commands_of_one_process_refuse_ranks_by_name(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main([command]) == 2
-    assert f"{command} runs as one process, and 2 were started" in capsys.readouterr().err
+    assert f"pymcip {command}: it runs in one process, and torchrun" in capsys.readouterr().err

@@ -6,10 +6,12 @@ from pathlib import Path
 
 from pymcip.configs import Source
 from pymcip.data import Captions, ImageData
+from pymcip.distributed import barrier
 from pymcip.embedding.folder import EmbeddingFolder
 from pymcip.embedding.write import CAPTIONS_PER_IMAGE, embed_captions, embed_images
 from pymcip.files import fingerprint
 from pymcip.model import ClipModel
+from pymcip.parts import WHOLE, own_shard
 
 CACHE_PART_SIZE = 20_000  # what a kill while embedding can cost a run
 
@@ -19,18 +21,32 @@ class EmbeddingCache:
 
     Each set of images or captions has a subfolder, named by what it was made from. The model's
     weights must not change while the cache is in use.
+
+    Args:
+        clip: the model.
+        folder: the folder.
+        batch_size, workers: as of `embed_images`.
+        together: processes that are joined (see `pymcip.distributed`) share the work: all of them
+            ask for the same sets in the same order.
     """
 
     def __init__(
-        self, clip: ClipModel, folder: Source, *, batch_size: int = 64, workers: int = 0
+        self,
+        clip: ClipModel,
+        folder: Source,
+        *,
+        batch_size: int = 64,
+        workers: int = 0,
+        together: bool = False,
     ) -> None:
         self.clip, self.folder = clip, Path(folder)
         self.batch_size, self.workers = batch_size, workers
+        self._shard = own_shard(None) if together else WHOLE
         self._fingerprints: dict[str, str] = {}
 
     def images(self, data: ImageData) -> EmbeddingFolder:
         """Return the embeddings of `data`; raises what `embed_images` raises."""
-        return embed_images(
+        folder = embed_images(
             self.clip,
             data,
             self._folder("image", data),
@@ -38,18 +54,28 @@ class EmbeddingCache:
             part_size=CACHE_PART_SIZE,
             workers=self.workers,
             fingerprint_of_model=self._fingerprint("image"),
+            shard=self._shard,
         )
+        return self._complete(folder)
 
     def captions(self, captions: Captions) -> EmbeddingFolder:
         """Return the embeddings of `captions`; raises what `embed_captions` raises."""
-        return embed_captions(
+        folder = embed_captions(
             self.clip,
             captions,
             self._folder("text", captions),
             batch_size=CAPTIONS_PER_IMAGE * self.batch_size,
             part_size=CACHE_PART_SIZE,
             fingerprint_of_model=self._fingerprint("text"),
+            shard=self._shard,
         )
+        return self._complete(folder)
+
+    def _complete(self, folder: EmbeddingFolder) -> EmbeddingFolder:
+        """Wait until the others' parts are there, if there are others."""
+        if self._shard != WHOLE:
+            barrier()
+        return folder
 
     def _folder(self, part: str, data: ImageData | Captions) -> Path:
         made_from = fingerprint([self._fingerprint(part), data.fingerprint()])
