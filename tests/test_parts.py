@@ -89,9 +89,10 @@ def test_tasks_do_not_change_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     ties = sum(len(np.unique(whole[row][1])) < len(whole[row][1]) for row in range(23))
     assert ties
     for block_rows, bank_rows in [(23, 20), (5, 7), (8, 1)]:
-        grid = {"block_rows": block_rows, "bank_rows": bank_rows}
-        parts = split(captions, [9, 0, 20])
-        table, same = mine_table(split(images, [6]), parts, k=4, threshold=0.3, grid=grid)
+        table, same = mine_table(
+            split(images, [6]), split(captions, [9, 0, 20]), k=4, threshold=0.3,
+            block_rows=block_rows, bank_rows=bank_rows,
+        )  # fmt: skip
         for name in ("indptr", "ids", "cosines"):
             assert np.array_equal(getattr(table, name), getattr(whole, name))
         assert same == report

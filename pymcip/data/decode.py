@@ -68,7 +68,7 @@ _SIDECARS = {
 }  # fmt: skip
 
 
-def decode(content: bytes, key: str) -> Image.Image:
+def decode(content: bytes, key: str, least: int | None = None) -> Image.Image:
     """Decode an image file to RGB, as open_clip's loaders do.
 
     The first frame is taken, an alpha channel is dropped, the EXIF orientation is left as it is;
@@ -85,6 +85,8 @@ def decode(content: bytes, key: str) -> Image.Image:
         pixels = image.width * image.height
         if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:
             raise Image.DecompressionBombError(f"{pixels} pixels")
+        if least is not None:
+            image.draft(None, (least, least))  # type: ignore[arg-type]  # the mode stays
         image.load()
         return to_rgb(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

@@ -65,7 +65,7 @@ class DecodedImages(Dataset[Decoded | Skipped]):
         self.data = data
         self.indices = np.asarray(indices, np.int64)
         self.transform = transform
-        self._side = _shortest_side(transform)
+        self._side = shortest_side(transform)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -86,7 +86,7 @@ class DecodedImages(Dataset[Decoded | Skipped]):
             return Skipped(index, self.data.key(index), reason)
 
 
-def _shortest_side(transform: Any) -> int | None:
+def shortest_side(transform: Any) -> int | None:
     """Return to how many pixels a transform resizes the shorter side; None if it doesn't."""
     for step in getattr(transform, "transforms", [transform]):
         if isinstance(step, Resize) and isinstance(step.size, int):

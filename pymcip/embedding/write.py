@@ -22,7 +22,7 @@ import pyarrow.parquet
 
 from pymcip.configs import EmbedConfig, Source
 from pymcip.data import Captions, ImageData, load_captions, load_images
-from pymcip.data.loading import Skipped, iterate_batches
+from pymcip.data.loading import Skipped, iterate_batches, shortest_side
 from pymcip.data.sources import some
 from pymcip.distributed import barrier, joined
 from pymcip.embedding.folder import (
@@ -38,7 +38,7 @@ from pymcip.embedding.folder import (
     read_fingerprint,
     write_part_list,
 )
-from pymcip.errors import DataError, StaleEmbeddingsError
+from pymcip.errors import ConfigError, DataError, StaleEmbeddingsError
 from pymcip.files import atomic_path, write_json
 from pymcip.folders import hold, record_files
 from pymcip.model import ClipModel, load_configured
@@ -49,6 +49,7 @@ from pymcip.parts import WHOLE, Shard, own_shard, refuse_overwrite
 from pymcip.progress import progress
 
 PART_SIZE = 100_000
+REDUCED = 2  # times the model's size is what `reduced_decoding` leaves of the shorter side
 CAPTIONS_PER_IMAGE = 4  # captions per forward pass, in multiples of the images' batch size
 
 _log = logging.getLogger("pymcip.embedding")
@@ -81,6 +82,8 @@ def embed(config: EmbedConfig | None = None, /, **options: Any) -> EmbeddingFold
     images = None if config.images is None else load_images(config.images, labelled=False)
     captions = None if config.captions is None else load_captions(config.captions)
     clip = load_configured(config)
+    if config.reduced_decoding and images is not None:
+        images = images.reduced(REDUCED * _side(clip))
     read = [] if images is None else images.files()
     size, part_size = config.batch_size, config.part_size
 
@@ -242,6 +245,17 @@ def embed_captions(
     if complete == parts:
         warn_of_cut(folder.captions_cut, len(captions), clip.context_length)
     return folder
+
+
+def _side(clip: ClipModel) -> int:
+    """To how many pixels the model's transform resizes the shorter side."""
+    side = shortest_side(clip.preprocess_val)
+    if side is None:
+        raise ConfigError(
+            f"reduced_decoding needs a transform that resizes the shorter side of an image; the one of "
+            f"{clip.name} is {' '.join(clip.transform.split())}. Leave reduced_decoding out"
+        )
+    return side
 
 
 def _rows_of(

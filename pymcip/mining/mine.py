@@ -168,6 +168,7 @@ def _opened(
 ) -> _Mining:
     """Prepare mining in a folder that is held: new, or with the settings that it was begun with."""
     image_parts, caption_parts = images.parts("img"), captions.parts("text")
+    _check_parts(image_parts, caption_parts)
     grid = _grid(config.k, image_parts, caption_parts, config.backend, shard)
     if resume:
         stored: dict[str, Any] = {"recall": 1.0, "index": None, **grid}
@@ -231,7 +232,8 @@ def mine_table(
     backend: str = "auto",
     threads: int | None = None,
     seed: int = 0,
-    grid: dict[str, int] | None = None,
+    block_rows: int | None = None,
+    bank_rows: int | None = None,
 ) -> tuple[CaptionTable, dict[str, Any]]:
     """Mine the k nearest captions of each image, those with a cosine of at least `threshold`.
 
@@ -247,8 +249,9 @@ def mine_table(
         backend: of the op; see `pymcip.ops.explain("topk")`.
         threads: CPU threads; default: torch's number.
         seed: of the samples of random pairs and of images, and of the index.
-        grid: `block_rows` images and `bank_rows` captions per task, at most; default: see
-            `images_per_block`. The result doesn't depend on it.
+        block_rows: images per task, at most; default: see `images_per_block`. The result doesn't
+            depend on it.
+        bank_rows: captions per task, likewise.
 
     Returns:
         The table of N images, and a report: `images`, `captions`, `k`, `threshold`,
@@ -262,6 +265,10 @@ def mine_table(
         BackendError: the back end can't run here.
         MissingDependencyError: `recall` is below 1, and faiss is not installed.
     """
+    _check_parts(image_parts, caption_parts)
+    grid = _grid(k, image_parts, caption_parts, backend, WHOLE)
+    grid |= {"block_rows": block_rows} if block_rows is not None else {}
+    grid |= {"bank_rows": bank_rows} if bank_rows is not None else {}
     mining = _prepared(
         image_parts, caption_parts,
         k=k, threshold=threshold, recall=recall, index=index, backend=backend, threads=threads,
@@ -283,10 +290,9 @@ def _prepared(
     threads: int | None,
     seed: int,
     folder: Path | None,
-    grid: dict[str, int] | None,
+    grid: dict[str, int],
 ) -> _Mining:
     """Prepare what `mine_table` does; `folder`: of the tasks' files and of the index, or None."""
-    _check_parts(image_parts, caption_parts)
     random_pairs = auto_threshold(image_parts, caption_parts, seed=seed)
     lowest = random_pairs.value if isinstance(threshold, str) else float(threshold)
     if lowest <= random_pairs.median:
@@ -296,7 +302,7 @@ def _prepared(
             lowest, random_pairs.median, random_pairs.value,
         )  # fmt: skip
     images, captions = MatrixParts(image_parts), MatrixParts(caption_parts)
-    sizes = _grid(k, image_parts, caption_parts, backend, WHOLE) if grid is None else dict(grid)
+    bank_rows = grid["bank_rows"]
     measured: dict[str, Any] | None = None
     if recall < 1:
         kept = Path(index) if index is not None else None if folder is None else folder / "index"
@@ -307,10 +313,10 @@ def _prepared(
             measured_file=None if folder is None else folder / "approximate.json",
             backend=backend, threads=threads, seed=seed,
         )  # fmt: skip
-        sizes["bank_rows"] = len(captions)  # the index knows them all
+        bank_rows = len(captions)  # the index knows them all
     else:
         search = exact_search(captions, k, lowest, backend=backend, threads=threads)
-    tasks = Tasks(images, len(captions), k, folder, sizes["block_rows"], sizes["bank_rows"])
+    tasks = Tasks(images, len(captions), k, folder, grid["block_rows"], bank_rows)
     given = not isinstance(threshold, str)
     return _Mining(tasks, search, captions, lowest, given, random_pairs, measured, backend)
 
