@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def pictures(source: str | None, count: int, side: int) -> Iterator[Image.Image]:
-    """Yield pictures whose shorter side is `side`: photographs, or noise with their 1/f spectrum."""
+    """Yield pictures whose shorter side is `side`: photographs, or noise with a falling spectrum."""
     data = None if source is None else load_images(source, labelled=False)
     for number in range(count):
         if data is not None:
@@ -87,9 +87,11 @@ def pictures(source: str | None, count: int, side: int) -> Iterator[Image.Image]
         generator = np.random.default_rng(number)
         shape = (side, 4 * side // 3)
         rows, columns = (np.fft.fftfreq(edge)[:, None] for edge in shape)
-        falling = 1 / np.maximum(np.hypot(rows, columns.T), 1 / side)
-        waves = np.fft.fft2(generator.normal(size=(3, *shape))) * falling
-        values = np.fft.ifft2(waves).real
+        falling = np.maximum(np.hypot(rows, columns.T), 1 / side) ** -1.5
+        grey, *colours = np.fft.ifft2(
+            np.fft.fft2(generator.normal(size=(4, *shape))) * falling
+        ).real
+        values = np.stack([grey + 0.3 * colour for colour in colours])
         values = 128 + 50 * values / values.std()
         yield Image.fromarray(values.clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
 
@@ -119,8 +121,8 @@ def open_clips(shard: Path, transform: Any) -> Tensor:
 
 
 def own(data: ImageData, transform: Any) -> Tensor:
-    batches = iterate_batches(data, np.arange(len(data)), transform, batch_size=len(data))
-    return torch.cat([batch.images for batch in batches])
+    (batch,) = iterate_batches(data, np.arange(len(data)), transform, batch_size=len(data))
+    return batch.images
 
 
 def decode_alone(data: ImageData) -> None:
