@@ -134,8 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     try:
         # One voice of several processes: what the others would say, the first one says.
-        level = logging.INFO if is_first() else logging.ERROR
-        logging.getLogger("pymcip").setLevel(level)
+        logging.getLogger("pymcip").setLevel(logging.INFO if is_first() else logging.ERROR)
         if command == "env":
             return _show_environment()
         if command == "recipes":
@@ -304,13 +303,10 @@ def summary(result: Any) -> dict[str, Any]:
     else:  # an embedding folder
         values = {"out": result.path, "skipped": len(result.skipped)}
         for kind, name in (("img", "images"), ("text", "captions")):
-            if not result.has(kind):
-                continue
-            complete, parts = result.part_counts(kind)
-            if complete < parts:  # other shards are to come
-                values[f"{name}_parts"] = f"{complete} of {parts}"
-            else:
-                values[name] = sum(len(part) for part in result.parts(kind))
+            if result.has(kind):
+                complete, parts = result.part_counts(kind)  # other shards may be to come
+                size = sum(map(len, result.parts(kind))) if complete == parts else None
+                values[name] = f"{complete} of {parts} parts" if size is None else size
     plain = (str, int, float, bool, dict, list, tuple, NoneType)
     return {
         name: str(value) if isinstance(value, os.PathLike) else value

@@ -56,6 +56,15 @@ def rank() -> int:
     return own
 
 
+def local_world() -> int:
+    """Return how many processes torchrun started on this machine; 1 without it.
+
+    Raises:
+        ConfigError: LOCAL_WORLD_SIZE is no number.
+    """
+    return max(1, _number("LOCAL_WORLD_SIZE", 1))
+
+
 def is_first() -> bool:
     """Whether this process is number 0, the only one that writes files that all share."""
     return rank() == 0

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import pymcip
+from pymcip import workers
 from pymcip.cli import main
 from pymcip.data import load_images
 from pymcip.embedding import EmbeddingFolder, embed_images
@@ -28,9 +29,10 @@ from tests.mining_cases import clustered, options, split
 RUN = """
 import json, sys
 import pymcip
-embed, mine = json.loads(sys.argv[1])
+embed, mine, evaluate = json.loads(sys.argv[1])
 pymcip.embed(**embed)
-print(json.dumps(pymcip.mine_captions(**mine).report))
+found = [pymcip.mine_captions(**mine).report, pymcip.evaluate(**evaluate).metrics]
+print(json.dumps(found))
 """
 
 
@@ -107,7 +109,7 @@ def test_shards_mine_what_one_call_does(
     for number in (2, 0):
         result = pymcip.mine_captions(**options(embedded, tmp_path, shard=f"{number}/3"))
         assert result.missing == {2: 6, 0: 3}[number]
-        assert result.markdown == ""
+        assert result.markdown.startswith(f"{result.missing} tasks are not done yet")
         with pytest.raises(DataError, match=r"has no table yet: \d of its tasks are not done"):
             _ = result.table
     with pytest.raises(StaleEmbeddingsError, match="another k"):
@@ -118,19 +120,42 @@ def test_shards_mine_what_one_call_does(
     assert made(result.out) == made(whole.out)
 
 
-def test_ranks_embed_and_mine_as_one_process(
+def test_the_command_of_a_shard_says_what_is_missing(
+    tiny_model_dir: Path, ten_images: Path, embedded: EmbeddingFolder, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    model = ["--model", f"local-dir:{tiny_model_dir}", "--device", "cpu", "--part-size", "4"]
+    out = str(tmp_path / "e")
+    assert main(["embed", *model, "--images", str(ten_images), "--out", out, "--shard", "1/3"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "out": out, "skipped": 0, "images": "1 of 3 parts",
+    }  # fmt: skip
+    monkeypatch.setattr(mine, "BANK_ROWS", 4)
+    out = str(tmp_path / "m")
+    assert main(["mine", "--images", str(embedded.path), "--out", out, "--shard", "1/2"]) == 0
+    table, line = capsys.readouterr().out.splitlines()
+    assert table == "1 tasks are not done yet; other shards have to do them."
+    assert json.loads(line) == {"threshold": 0.27, "out": out, "missing": 1}
+
+
+def test_ranks_embed_mine_and_evaluate_as_one_process(
     tiny_model_dir: Path, ten_images: Path, captions_file: Callable[..., Path], tmp_path: Path
 ) -> None:
-    def stages(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    def stages(folder: Path) -> list[dict[str, Any]]:
+        model = {"model": f"local-dir:{tiny_model_dir}", "device": "cpu"}
         embed = {
-            "model": f"local-dir:{tiny_model_dir}", "images": str(ten_images), "part_size": 3,
-            "captions": str(captions_file()), "out": str(folder / "e"), "device": "cpu",
+            **model, "images": str(ten_images), "part_size": 3, "captions": str(captions_file()),
+            "out": str(folder / "e"),
         }  # fmt: skip
-        return embed, {"images": str(folder / "e"), "out": str(folder / "m"), "threshold": -1.0}
+        mine_options = {"images": str(folder / "e"), "out": str(folder / "m"), "threshold": -1.0}
+        evaluate = {
+            **model, "data": str(ten_images), "out": str(folder / "v"), "cache": str(folder / "c"),
+        }  # fmt: skip
+        return [embed, mine_options, evaluate]
 
-    embed, mine_options = stages(tmp_path / "whole")
+    embed, mine_options, evaluate = stages(tmp_path / "whole")
     pymcip.embed(**embed)
-    report = pymcip.mine_captions(**mine_options).report
+    figures = [pymcip.mine_captions(**mine_options).report, pymcip.evaluate(**evaluate).metrics]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -149,12 +174,16 @@ def test_ranks_embed_and_mine_as_one_process(
     for process in ranks:
         output, _ = process.communicate(timeout=540)
         assert process.returncode == 0
-        assert json.loads(output) == report
-    for stage in ("e", "m"):
+        assert json.loads(output) == figures
+    for stage in ("e", "m", "c"):
         found, whole = made(tmp_path / "ranks" / stage), made(tmp_path / "whole" / stage)
         if stage == "m":  # how many images a task has depends on who began
             assert found.pop("mine.json") != whole.pop("mine.json")
         assert found == whole
+    assert {path.name for path in (tmp_path / "ranks" / "v").iterdir()} >= {
+        "metrics.json",
+        "table.md",
+    }
 
 
 def test_a_shard_of_ranks_is_a_share_of_the_share(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,13 +204,18 @@ def test_odd_shards_are_refused(shard: str) -> None:
         pymcip.mine_captions(images="e", out="o", shard=shard)
 
 
-def test_what_shards_cannot_do_is_refused(embedded: EmbeddingFolder, tmp_path: Path) -> None:
+def test_what_shards_cannot_do_is_refused(
+    embedded: EmbeddingFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ConfigError, match="overwrite=True with 2 processes"):
         pymcip.mine_captions(**options(embedded, tmp_path, shard="0/2", overwrite=True))
     with pytest.raises(ConfigError, match="overwrite=True with 2 processes"):
         pymcip.embed(model="m", images="i", out="o", shard="0/2", overwrite=True)
     with pytest.raises(ConfigError, match=r"recall=0\.9 with 2 processes: one process builds"):
         pymcip.mine_captions(**options(embedded, tmp_path, shard="0/2", recall=0.9))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"started as 2 processes, .* give cache="):
+        pymcip.evaluate("m", data="d")
 
 
 @pytest.mark.parametrize("command", ["export", "index", "search", "demo", "check", "runs", "sweep"])
@@ -191,3 +225,15 @@ def test_commands_of_one_process_refuse_ranks_by_name(
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main([command]) == 2
     assert f"pymcip {command}: it runs in one process, and torchrun" in capsys.readouterr().err
+
+
+def test_decoding_processes_share_the_cores_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores, gpu, local, expected in [
+        (2, False, 1, 0), (2, True, 1, 2), (8, False, 1, 8), (8, False, 4, 0), (96, True, 1, 16),
+        (96, True, 8, 12), (8, True, 16, 0),
+    ]:  # fmt: skip
+        monkeypatch.setattr(workers, "usable_cores", lambda cores=cores: cores)
+        monkeypatch.setattr("torch.cuda.is_available", lambda gpu=gpu: gpu)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+        assert workers.decoding_processes("auto") == expected
+        assert workers.decoding_processes(3) == 3

@@ -21,7 +21,9 @@ from pymcip.errors import ConfigError, did_you_mean
 
 Source = str | os.PathLike[str]
 Sources = Source | tuple[Source, ...]
+Workers = int | Literal["auto"]
 ConfigType = TypeVar("ConfigType", bound="Config")
+WORKERS = "decoding processes; 0 decodes in the main one; auto: the cores by processes of torchrun, at most 16"
 BOUNDS = {
     "at_least": (">=", operator.ge),
     "more_than": (">", operator.gt),

@@ -6,7 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pymcip.configs.options import Config, Source, Sources, option, required
+from pymcip.configs.options import (
+    WORKERS,
+    Config,
+    Source,
+    Sources,
+    Workers,
+    option,
+    required,
+)
 
 SHARD = "i/n, i from 0 to n-1: do one of n shares of the work; n calls into the same folder do all"
 
@@ -36,7 +44,7 @@ class EmbedConfig(ModelOptions):
     captions: Sources | None = option(None, "caption sources: text, TSV, parquet, tar shards")
     batch_size: int = option(64, "images (and 4x as many captions) per forward pass", at_least=1)
     part_size: int = option(100_000, "rows per part file", at_least=1)
-    workers: int = option(0, "decoding processes; 0 decodes in the main process", at_least=0)
+    workers: Workers = option("auto", WORKERS, at_least=0)
     reduced_decoding: bool = option(
         False,
         "read JPEGs at a half, a quarter or an eighth of their size where that leaves twice the "
@@ -151,7 +159,7 @@ class EvaluateConfig(ModelOptions):
     )
     recall_at: tuple[int, ...] = option((1, 5, 10), "the k of text and image R@k", at_least=1)
     batch_size: int = option(64, "images per forward pass", at_least=1)
-    workers: int = option(0, "decoding processes; 0 decodes in the main process", at_least=0)
+    workers: Workers = option("auto", WORKERS, at_least=0)
     resume: Literal["latest"] | None = option(None, "keep the embeddings that are in `out`")
     overwrite: bool = option(False, "replace what is in `out`")
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import Resize
 
+from pymcip.configs import Workers
 from pymcip.data.images import ImageData
 from pymcip.errors import DecodeError
 from pymcip.workers import load_batches
@@ -125,7 +126,7 @@ def iterate_batches(
     transform: Callable[[Any], Tensor],
     *,
     batch_size: int,
-    workers: int = 0,
+    workers: Workers = 0,
 ) -> Iterator[Batch]:
     """Yield the images at `indices`, in that order, `batch_size` at a time.
 

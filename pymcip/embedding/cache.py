@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pymcip.configs import Source
+from pymcip.configs import Source, Workers
 from pymcip.data import Captions, ImageData
 from pymcip.distributed import barrier
 from pymcip.embedding.folder import EmbeddingFolder
@@ -36,7 +36,7 @@ class EmbeddingCache:
         folder: Source,
         *,
         batch_size: int = 64,
-        workers: int = 0,
+        workers: Workers = 0,
         together: bool = False,
     ) -> None:
         self.clip, self.folder = clip, Path(folder)

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet
 
-from pymcip.configs import EmbedConfig, Source
+from pymcip.configs import EmbedConfig, Source, Workers
 from pymcip.data import Captions, ImageData, load_captions, load_images
 from pymcip.data.loading import Skipped, iterate_batches, shortest_side
 from pymcip.data.sources import some
@@ -113,7 +113,7 @@ def embed_images(
     *,
     batch_size: int = 64,
     part_size: int = PART_SIZE,
-    workers: int = 0,
+    workers: Workers = 0,
     fingerprint_of_model: str | None = None,
     shard: Shard = WHOLE,
     known: Sequence[EmbeddingFolder] = (),

@@ -91,7 +91,9 @@ class MineResult:
     @property
     def markdown(self) -> str:
         """How many images have captions, how many captions are used, and the cosines."""
-        return "" if self.missing else report_table(self.report)
+        if self.missing:
+            return f"{self.missing} tasks are not done yet; other shards have to do them."
+        return report_table(self.report)
 
 
 def mine_captions(config: MineConfig | None = None, /, **options: Any) -> MineResult:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from pymcip.configs import Workers
 from pymcip.data import ImageData
 from pymcip.errors import ConfigError
 from pymcip.model import ClipModel
@@ -107,7 +108,7 @@ def image_batches(
     batch_size: int,
     first_batch: int,
     num_batches: int,
-    workers: int,
+    workers: Workers,
     pin_memory: bool,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches `first_batch` … `num_batches - 1` of the epoch: pixels [B, 3, H, W], rows int64 [B]."""
