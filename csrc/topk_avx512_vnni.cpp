@@ -33,7 +33,9 @@ PYMCIP_INLINE void multiply(const int8_t* rows, const int32_t* sums, const uint8
                             int64_t steps, int32_t* scores) {
     __m512i low[kRows], high[kRows];
 #pragma GCC unroll 8
-    for (int row = 0; row < kRows; ++row) low[row] = high[row] = _mm512_set1_epi32(-128 * sums[row]);
+    for (int row = 0; row < kRows; ++row)
+        low[row] = high[row] = _mm512_set1_epi32(  // unsigned: sums of a damaged file may wrap
+            static_cast<int32_t>(-128u * static_cast<uint32_t>(sums[row])));
     for (int64_t step = 0; step < steps; ++step, rows += 16 * kStep)
         for (int quad = 0; quad < kStep; quad += 4, panel += 4 * kPanel) {
             const __m512i first = _mm512_load_si512(panel), second = _mm512_load_si512(panel + 64);

@@ -19,6 +19,11 @@ constexpr float kCutRoundings = 0x1p-21f;           // relative: a dozen roundin
 constexpr float kMostFloat = std::numeric_limits<float>::max();
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
+// A packed part may come from a damaged file, so that any number in it may be anything: results are
+// wrong then, but lists must keep their order and their bounds. Whatever the numbers are, no score is
+// NaN, a bound from below is at most the bound from above, and only queries that exist get candidates.
+inline float number_or_lowest(float score) { return std::isnan(score) ? -kInfinity : score; }
+
 // Bounds of a score; equal once it is known. Screened scores of an inexact search count as known.
 struct Candidate {
     float lower, upper;
@@ -83,8 +88,9 @@ class Scorer {
     void score_one(const float* query, Candidate& candidate) {
         std::int64_t row;
         const Part& part = job_.part_of(candidate.id, &row);
-        candidate.lower = candidate.upper = job_.kernel.score(
+        const float score = job_.kernel.score(
             query, row_floats(job_.kernel, part.rows, row, row_.get()), job_.queries.columns);
+        candidate.lower = candidate.upper = number_or_lowest(score);
     }
 
     const float* query_floats(std::int64_t query) {
@@ -176,7 +182,8 @@ class Block {
         std::vector<float> column(static_cast<std::size_t>(visits));
         for (std::int64_t query = 0; query < count_; ++query) {
             for (std::int64_t visit = 0; visit < visits; ++visit)
-                column[static_cast<std::size_t>(visit)] = lowest[visit * padded_ + query];
+                column[static_cast<std::size_t>(visit)] =
+                    number_or_lowest(lowest[visit * padded_ + query]);
             const auto kth = column.begin() + (job_.k - 1);
             std::nth_element(column.begin(), kth, column.end(), std::greater<float>());
             const float bound = *kth * at(query).unit;
@@ -211,15 +218,16 @@ class Block {
             const Query& query = queries_[hit.query];
             const float* facts = groups + hit.row / kGroup * kGroupFacts;
             const float scale = query.unit * facts[kScale];
-            // What it approximates is finite.
+            // What it approximates is finite. NaN becomes the lowest: the order of arguments matters.
             const float score =
-                std::min(std::max(value(hit.score, scale), -kMostFloat), kMostFloat) + 0.0f;
+                std::min(std::max(-kMostFloat, value(hit.score, scale)), kMostFloat) + 0.0f;
             if (!job_.exact) {
                 push(scorer, hit.query, {score, score, id + hit.row});
                 continue;
             }
-            const float doubt = query.residual * facts[kReach] + query.norm * facts[kDoubt] +
-                                (integers_ ? scale : 0.0f);
+            float doubt = query.residual * facts[kReach] + query.norm * facts[kDoubt] +
+                          (integers_ ? scale : 0.0f);
+            if (!(doubt >= 0)) doubt = kInfinity;
             push(scorer, hit.query, {score - doubt, score + doubt, id + hit.row});
         }
     }

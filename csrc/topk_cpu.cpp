@@ -360,8 +360,11 @@ class Search {
             Offered& to = *static_cast<Offered*>(context);
             const std::int64_t first = (group - to.stretch.first_group) * kGroup;
             const std::int64_t rows = std::min<std::int64_t>(kGroup, to.stretch.rows - first);
+            // Missing queries of the last panel are admitted by facts of a damaged file alone.
+            const std::int64_t queries = to.block.count() - panel * kPanel;
+            const std::uint32_t present = queries < kPanel ? (1u << queries) - 1 : ~0u;
             for (std::int64_t row = 0; row < rows; ++row)
-                for (std::uint32_t left = admitted[row]; left != 0; left &= left - 1) {
+                for (std::uint32_t left = admitted[row] & present; left != 0; left &= left - 1) {
                     const int lane = __builtin_ctz(left);
                     to.hits.push_back({static_cast<std::uint32_t>(panel * kPanel + lane),
                                        static_cast<std::uint32_t>(first + row),

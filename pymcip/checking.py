@@ -14,7 +14,9 @@ from PIL import Image, ImageDraw
 
 from pymcip.configs import CheckConfig
 from pymcip.data import Captions, ImageData, load_captions, load_images
+from pymcip.data.decode import kind_of_suffix
 from pymcip.data.sources import some
+from pymcip.data.stores import FileStore
 from pymcip.data.tally import LeftOut
 from pymcip.errors import DataError, DecodeError
 from pymcip.files import atomic_path, write_text
@@ -134,6 +136,17 @@ def _check_images(data: ImageData) -> tuple[dict[str, int], list[str]]:
     found += _alike(data.class_names)
     if 0 < counts["labelled"] < len(data):
         found.append(f"{len(data) - counts['labelled']} of {len(data)} images have no class")
+    unnamed = [
+        data.key(index)
+        for index in range(len(data))
+        if isinstance(data.stores[data.source_ids[index]], FileStore)
+        and kind_of_suffix(Path(data.key(index)).suffix.lower()) != "image"
+    ]
+    if unnamed:
+        found.append(
+            f"{len(unnamed)} of {len(data)} files have no image's extension and are read as images by "
+            f"their content: {some(unnamed[:6], len(unnamed))}"
+        )
     empty = [data.key(index) for index in range(len(data)) if data.size(index) == 0]
     if empty:
         found.append(f"{len(empty)} image files are empty: {some(empty)}")

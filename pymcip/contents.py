@@ -1,8 +1,9 @@
 """Digests of what files hold: by them data are recognised, whatever their names and times say.
 
-Files are read once, several at a time. Digests of large sets are kept in the user's cache folder
-(`$XDG_CACHE_HOME/pymcip`, else `~/.cache/pymcip`) and used again while a file's size, times and inode
-stay the same; a program can't set the time of a file's last change (ctime) back.
+One hash for all, SHA-256: recent processors have instructions for it. Files are read once, several
+at a time. Digests of large sets are kept in the user's cache folder (`$XDG_CACHE_HOME/pymcip`, else
+`~/.cache/pymcip`) and used again while a file's path, size, times and inode stay the same; a program
+can't set the time of a file's last change (ctime) back.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ import hashlib
 import os
 import stat
 import time
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from pymcip.errors import DamagedFileError
 from pymcip.files import read_npz, write_npz
@@ -24,49 +28,59 @@ from pymcip.progress import progress
 
 KEPT_FROM = 1 << 28  # bytes of a set whose digests are kept
 SETTLED = 2 * 10**9  # ns: a file that changed later than that may change again at the same time
+MOST_KEPT = 1 << 21  # digests of files below one folder, 72 bytes each
 _BLOCK = 1 << 20
 _FILES_AT_A_TIME = 64
 _FIELDS = {"states": ("int64", 2), "digests": ("uint8", 2)}
+_UNREAD = bytes(32)  # stands for the digest of a file that can't be read
 
-State = tuple[int, int, int, int]  # size, time of change of content and of anything, inode
+Digests: TypeAlias = npt.NDArray[np.uint8]
+State: TypeAlias = tuple[int, ...]  # checksum of the path, size, times of change, inode
+
+
+def digest_of(content: bytes) -> bytes:
+    """SHA-256 of bytes, 32 bytes."""
+    return hashlib.sha256(content).digest()
 
 
 def file_digest(path: str | os.PathLike[str]) -> bytes:
-    """SHA-256 of a file's bytes, 32 bytes; of its error's name where it can't be read."""
-    return _read(os.fspath(path))[1]
+    """SHA-256 of a file's bytes, 32 bytes; zeros where it can't be read."""
+    return _read(os.path.abspath(path))[1]  # noqa: PTH100
 
 
-def file_digests(paths: Sequence[str | os.PathLike[str]]) -> str:
-    """SHA-256 in hex of what the files hold, in their order; a file that can't be read counts too."""
-    names = [os.fspath(path) for path in paths]
-    kept, known = _kept(names)
+def file_digests(paths: Sequence[str | os.PathLike[str]]) -> Digests:
+    """SHA-256 of what each file holds: uint8 [N, 32]; zeros where it can't be read."""
+    names = [os.path.abspath(path) for path in paths]  # noqa: PTH100
+    if not names:
+        return np.empty((0, 32), np.uint8)
+    kept = _kept_at(os.path.commonpath(names))
+    known = _known(kept)
     groups = [names[i : i + _FILES_AT_A_TIME] for i in range(0, len(names), _FILES_AT_A_TIME)]
-    starts = range(0, len(names), _FILES_AT_A_TIME)
     found: list[tuple[State, bytes]] = []
-
-    def work(start: int, group: list[str]) -> list[tuple[State, bytes]]:
-        return [_of(name, known.get(start + i)) for i, name in enumerate(group)]
-
     with (
         ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
         progress(total=len(names), description="reading files", unit="file") as bar,
     ):
-        for part in pool.map(work, starts, groups):
+        for part in pool.map(lambda group: [_of(name, known) for name in group], groups):
             found += part
             bar.update(len(part))
-    if sum(state[0] for state, _ in found) >= KEPT_FROM:
-        _keep(kept, found)
-    return hashlib.sha256(b"".join(digest for _, digest in found)).hexdigest()
+    if sum(state[1] for state, _ in found) >= KEPT_FROM:
+        _keep(kept, known, found)
+    return np.frombuffer(b"".join(digest for _, digest in found), np.uint8).reshape(-1, 32)
 
 
-def _of(name: str, known: tuple[State, bytes] | None) -> tuple[State, bytes]:
-    """State and digest of a file: those known, if its state is still the same."""
-    if known is not None:
-        try:
-            if _state(os.stat(name)) == known[0]:  # noqa: PTH116 (many files)
-                return known
-        except OSError:
-            pass
+def digest_of_files(paths: Sequence[str | os.PathLike[str]]) -> str:
+    """SHA-256 in hex of what the files hold, in their order; a file that can't be read counts too."""
+    return digest_of(file_digests(paths).tobytes()).hex()
+
+
+def _of(name: str, known: dict[State, bytes]) -> tuple[State, bytes]:
+    """State and digest of a file: that which is known of this state, if any."""
+    if known:
+        with contextlib.suppress(OSError):
+            state = _state(name, os.stat(name))  # noqa: PTH116 (many files)
+            if state in known:
+                return state, known[state]
     return _read(name)
 
 
@@ -82,41 +96,50 @@ def _read(name: str) -> tuple[State, bytes]:
                 digest.update(block)
         finally:
             os.close(descriptor)
-    except OSError as error:
-        return (0, 0, 0, 0), hashlib.sha256(type(error).__name__.encode()).digest()
-    return _state(status), digest.digest()
+    except OSError:
+        return (0, 0, 0, 0, 0), _UNREAD
+    return _state(name, status), digest.digest()
 
 
-def _state(status: os.stat_result) -> State:
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+def _state(name: str, status: os.stat_result) -> State:
+    checksum = zlib.crc32(os.fsencode(name))
+    return checksum, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
-def _kept(names: list[str]) -> tuple[Path, dict[int, tuple[State, bytes]]]:
-    """The file that keeps the digests of these files, and what is in it, by place."""
+def _kept_at(folder: str) -> Path:
+    """The file that keeps the digests of files below a folder."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-    key = hashlib.sha256(b"\0".join(os.fsencode(os.path.abspath(name)) for name in names))  # noqa: PTH100
-    path = base / "pymcip" / "digests" / f"{key.hexdigest()[:32]}.npz"
-    if not path.is_file():
-        return path, {}
+    return base / "pymcip" / "digests" / f"{digest_of(os.fsencode(folder)).hex()[:32]}.npz"
+
+
+def _known(kept: Path) -> dict[State, bytes]:
+    """The digests of files that were in these states."""
+    if not kept.is_file():
+        return {}
     try:
-        arrays = read_npz(path, _FIELDS)
+        arrays = read_npz(kept, _FIELDS)
     except DamagedFileError:
-        return path, {}
+        return {}
     states, digests = arrays["states"], arrays["digests"]
-    if states.shape != (len(names), 4) or digests.shape != (len(names), 32):
-        return path, {}
-    rows = zip(states.tolist(), digests, strict=True)
-    return path, {
-        place: ((row[0], row[1], row[2], row[3]), digest.tobytes())
-        for place, (row, digest) in enumerate(rows)
-        if row[3]
+    if states.shape[1:] != (5,) or digests.shape != (len(states), 32):
+        return {}
+    return {
+        tuple(state): digest.tobytes()
+        for state, digest in zip(states.tolist(), digests, strict=True)
     }
 
 
-def _keep(path: Path, found: list[tuple[State, bytes]]) -> None:
-    """Write what is known of files that have not changed of late; it is no loss if that fails."""
+def _keep(kept: Path, known: dict[State, bytes], found: Sequence[tuple[State, bytes]]) -> None:
+    """Add what is found of files that have not changed of late; it is no loss if that fails."""
     latest = time.time_ns() - SETTLED
-    settled = [state if max(state[1:3]) < latest else (0, 0, 0, 0) for state, _ in found]
-    digests = np.frombuffer(b"".join(digest for _, digest in found), np.uint8)
+    new = {
+        state: digest
+        for state, digest in found
+        if digest != _UNREAD and max(state[2:4]) < latest and state not in known
+    }
+    if not new:
+        return
+    states, digests = zip(*[*known.items(), *new.items()][-MOST_KEPT:], strict=True)
+    table = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
     with contextlib.suppress(OSError):
-        write_npz(path, states=np.array(settled, np.int64), digests=digests.reshape(-1, 32))
+        write_npz(kept, states=np.array(states, np.int64), digests=table)

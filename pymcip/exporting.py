@@ -21,6 +21,7 @@ from pymcip.errors import CheckpointError, DataError, StaleEmbeddingsError
 from pymcip.files import atomic_path, write_json
 from pymcip.model import AppendedClip, ClipModel, load_configured, plain_state
 from pymcip.model.appended import APPENDED, write_appended
+from pymcip.onnx import import_onnx, write_onnx
 from pymcip.ops.arrays import MatrixParts, check_finite
 from pymcip.ops.faiss_import import import_faiss
 from pymcip.outputs import output_folder
@@ -28,6 +29,7 @@ from pymcip.outputs import output_folder
 STATE_DICT = "state_dict.pt"
 HUB = "hub"
 INDEX = "index.faiss"
+ONNX = "onnx"
 BLOCK = 65_536  # rows normalised at a time
 
 _log = logging.getLogger("pymcip.exporting")
@@ -35,31 +37,34 @@ _log = logging.getLogger("pymcip.exporting")
 
 @dataclass(frozen=True)
 class ExportResult:
-    """The files that an export wrote; `index` is None unless it was asked for."""
+    """The files that an export wrote; `index` and `onnx` are None unless they were asked for."""
 
     out: Path
     state_dict: Path
     hub: Path
     index: Path | None = None
+    onnx: Path | None = None  # folder of image.onnx and text.onnx
 
 
 def export(config: ExportConfig | None = None, /, **options: Any) -> ExportResult:
-    """Write a model so that open_clip, and faiss if asked for, can use it without pymcip.
+    """Write a model so that open_clip, and faiss and onnxruntime if asked for, can use it without pymcip.
 
     Takes the fields of `ExportConfig` as keywords, or a ready config. See `write_export` for the
-    model's files and `write_index` for the index.
+    model's files, `write_index` for the index and `pymcip.onnx.write_onnx` for ONNX.
 
     Raises:
         ConfigError: the options or the model's name are wrong.
-        CheckpointError: the model's weights can't be loaded, or are not finite.
+        CheckpointError: the model's weights can't be loaded, are not finite, or can't be ONNX.
         OutputExistsError: `out` is not empty, and `overwrite` was not given.
         DataError: the embedding folder is missing or holds no images.
         StaleEmbeddingsError: the embedding folder was made with another model.
-        MissingDependencyError: `index` was asked for without faiss.
+        MissingDependencyError: `index` was asked for without faiss, or `onnx` without its packages.
     """
     config = ExportConfig.make(config, options)
     if config.index is not None:
         import_faiss()  # before any work
+    if config.onnx:
+        import_onnx()
     clip = load_configured(config)
     folder = None
     if config.index is not None:
@@ -68,10 +73,11 @@ def export(config: ExportConfig | None = None, /, **options: Any) -> ExportResul
     check_finite_weights(clip)
     with output_folder(config) as out:
         result = write_export(clip, out)
-        if folder is None:
-            return result
-        index = write_index(folder, out / INDEX)
-        return ExportResult(result.out, result.state_dict, result.hub, index)
+        if folder is not None:
+            result = replace(result, index=write_index(folder, out / INDEX))
+        if config.onnx:
+            result = replace(result, onnx=write_onnx(clip, out / ONNX))
+        return result
 
 
 def write_export(clip: ClipModel, out: str | os.PathLike[str]) -> ExportResult:

@@ -61,8 +61,10 @@ class MCArcMargin(nn.Module):
 
         L = (1/|P|) sum over p in P of ( log(Z + sum over q in P of e^{s cos(t_q + m)}) - s cos(t_p + m) )
 
-    For |P| = 1 both are ArcMargin. `options` are the fields of `MarginOptions`: scale, margin,
-    continuation, positives, compute, delta, … On a GPU a bank in half precision is used as it is.
+    For |P| = 1 both are ArcMargin. `repel` (0.1 in their scripts) adds to it as many times -log of the
+    share that the softmax gives to the farthest row that isn't the image's. `options` are the fields of
+    `MarginOptions`: scale, margin, continuation, positives, repel, compute, delta, … On a GPU a bank in
+    half precision is used as it is.
     """
 
     bank: Tensor
@@ -108,7 +110,7 @@ class MCArcMargin(nn.Module):
 def info_nce(
     images: Tensor,
     texts: Tensor,
-    scale: float,
+    scale: float | Tensor,
     image_ids: Tensor | None = None,
     text_ids: Tensor | None = None,
 ) -> Tensor:

@@ -33,6 +33,25 @@ from pymcip.configs import TrainSettings
 from pymcip.data import Captions, load_images
 from pymcip.embedding import EmbeddingFolder, embed_captions, embed_images
 from pymcip.model import ClipModel, load
+from tests.beside import BESIDE
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if not session.config.option.collectonly:
+        BESIDE.start({name for item in session.items for name in getattr(item, "fixturenames", ())})
+
+
+def pytest_unconfigure() -> None:
+    BESIDE.stop()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def unsynced() -> Iterator[None]:
+    """Leave out waiting for the disk, which takes longer than a tiny run: no test cuts the power."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
 
 TINY_MODEL = {
     "embed_dim": 16,
@@ -334,24 +353,26 @@ def killed(run, stage, micro_batches):
     return values
 
 loop.optimizer_step = killed
+sys.stdin.read()
 pymcip.train(**options)
 """
 
 
-def train_until_killed(step: int, options: Mapping[str, Any], cwd: Path) -> None:
-    """Train in a process of its own that is killed by SIGKILL within this step.
+def start_killed(step: int, options: Mapping[str, Any], cwd: Path) -> subprocess.Popen[str]:
+    """Start a process that imports what it needs, and trains when `train_until_killed` lets it.
 
-    `cwd` is not the repository, whose folder would be imported.
+    `step`: the one within which SIGKILL ends it. `cwd` is not the repository, whose folder would be
+    imported.
     """
-    child = subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-c", KILLED, str(step), json.dumps(options)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-        cwd=cwd,
-    )
-    assert child.returncode == -signal.SIGKILL, f"{step}: {child.stderr}"
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd,
+    )  # fmt: skip
+
+
+def train_until_killed(child: subprocess.Popen[str]) -> None:
+    _, error = child.communicate("", timeout=240)
+    assert child.returncode == -signal.SIGKILL, f"{child.args}: {error}"
 
 
 @contextlib.contextmanager

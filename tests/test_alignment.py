@@ -22,7 +22,7 @@ from pymcip.training.checkpoints import load_checkpoint
 from pymcip.training.interpolation import interpolated
 from pymcip.training.probe import AlignmentProbe, Kept
 from pymcip.training.probe_sources import load_probe_sources, probe_pixels, probe_rows
-from tests.conftest import computed_of, lines_of, picture, train_until_killed
+from tests.conftest import computed_of, lines_of, picture, start_killed, train_until_killed
 from tests.probe_cases import TEXTS, THINGS, drawn_accuracy
 
 
@@ -301,10 +301,10 @@ def assert_same_run(first: pymcip.TrainResult, second: pymcip.TrainResult) -> No
 def test_resumed_after_sigkill_gives_the_same_bits(options: dict[str, Any], tmp_path: Path) -> None:
     options = {**options, "method": "mcip", "epochs": 3}
     options |= {"val_data": options["train_data"], "precision": "amp_bf16"}
-    whole = pymcip.train(**options)
     killed = {**options, "out": str(tmp_path / "killed"), "resume": "latest"}
-    point = random.SystemRandom().randrange(4, 10)
-    train_until_killed(point, killed, tmp_path)
+    child = start_killed(random.SystemRandom().randrange(4, 10), killed, tmp_path)
+    whole = pymcip.train(**options)
+    train_until_killed(child)
     assert_same_run(whole, pymcip.train(**killed))
 
 

@@ -21,6 +21,7 @@ def shop(tiny_images: Callable[..., Path]) -> Path:
     (folder / "Class-1" / "copy.jpg").write_bytes((folder / "class0" / "1.jpg").read_bytes())
     (folder / "class2" / "empty.jpg").write_bytes(b"")
     (folder / "class2" / "drawing.svg").write_text("<svg/>")
+    (folder / "class0" / "1.jpg").rename(folder / "class0" / "one")
     (folder / "class2" / "0.txt").write_text("a red square\nhttp://x/1.jpg\n")
     return folder
 
@@ -35,13 +36,14 @@ def test_images(shop: Path, tmp_path: Path) -> None:
     for part in (
         "1 of 4 classes have one image: Class-1",
         "1 groups of class names are nearly the same: 'Class-1' and 'class1'",
+        "1 of 14 files have no image's extension and are read as images by their content: ",
         "1 image files are empty",
         "1 images are copies of others: ",
         "1 copies have another class than the first",
         "1 of 2 captions are web addresses",
     ):
         assert part in told
-    assert len(result.suspicious) == 6
+    assert len(result.suspicious) == 7
     assert (
         "most common: class2 5, class0 4, class1 4, Class-1 1\nrarest:      Class-1 1"
         in result.table

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import unicodedata
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -342,9 +343,36 @@ def test_pictures_of_12_bits_are_reported_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.import_module("pymcip.data.decode"), "said", set())
+    pixels(np.full((4, 4), 8192, np.uint16))  # an eighth of the range
+    assert not caplog.text
     for _ in range(2):
         pixels(np.full((4, 4), 4095, np.uint16))
-    assert caplog.text.count("uses the values up to 4095 only and comes out dark") == 1
+    said = "x is a picture of 16 bits that uses the values up to 4095 only and comes out dark"
+    assert caplog.text.count(said) == 1
+
+
+def test_a_png_may_say_how_many_bits_are_significant(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.import_module("pymcip.data.decode"), "said", set())
+    samples = np.arange(0, 4096, 5, dtype=np.uint16).reshape(4, -1)  # of 12 bits
+    eight = (samples >> 4).tolist()
+
+    def decoded(values: np.ndarray, bits: int) -> Any:
+        content = encoded(Image.fromarray(values), "PNG")
+        body = b"sBIT" + bytes([bits])
+        chunk = b"\0\0\0\1" + body + zlib.crc32(body).to_bytes(4, "big")
+        return np.asarray(decode(content[:33] + chunk + content[33:], "x"))[:, :, 0]
+
+    assert decoded(samples, 12).tolist() == eight  # stored as they were
+    for scaled in (samples << 4, samples << 4 | samples >> 8, samples * 65535.0 / 4095 + 0.5):
+        assert decoded(scaled.astype(np.uint16), 12).tolist() == eight  # as PNG has it
+    assert not caplog.text
+    dark = samples % 256 << 4  # scaled, and dark
+    assert decoded(dark, 12).max() == 15
+    assert decoded(samples, 16).tolist() == (samples >> 8).tolist()
+    assert decoded(samples + 1, 10).max() == 16  # brighter than it says
+    assert decoded(samples, 0).max() == 15
 
 
 @pytest.fixture

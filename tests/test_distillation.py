@@ -26,7 +26,7 @@ from pymcip.training.distillation import (
 )
 from pymcip.training.image_stage import ImageStage, caption_bank
 from pymcip.training.probe_sources import probe_rows
-from tests.conftest import computed_of, lines_of, settings_for, train_until_killed
+from tests.conftest import computed_of, lines_of, settings_for, start_killed, train_until_killed
 
 RESNET = {"vision_cfg": {"layers": [1, 1, 1, 1], "width": 8, "head_width": 16, "image_size": 32}}
 TIMM = {
@@ -341,9 +341,13 @@ def assert_same_run(first: Path, second: Path) -> None:
     assert computed_of(first) == computed_of(second)
 
 
-def killed_and_resumed(options: dict[str, Any], cwd: Path) -> pymcip.TrainResult:
-    train_until_killed(4, options, cwd)
-    return pymcip.train(**options, resume="latest")
+def whole_and_resumed(options: dict[str, Any], cwd: Path) -> tuple[pymcip.TrainResult, ...]:
+    """A run, and the same one killed in its fourth step and resumed."""
+    killed = {**options, "out": str(cwd / "killed")}
+    child = start_killed(4, killed, cwd)
+    whole = pymcip.train(**options)
+    train_until_killed(child)
+    return whole, pymcip.train(**killed, resume="latest")
 
 
 def test_resumed_after_sigkill_gives_the_same_bits(
@@ -356,11 +360,10 @@ def test_resumed_after_sigkill_gives_the_same_bits(
         "distill_captions": 20,
         "mixtures": 0.5,
     }
-    whole = pymcip.train(**options)
+    whole, resumed = whole_and_resumed(options, tmp_path)
     terms = [line["distill_mixtures"] for line in lines_of(whole.out)]
     assert terms[0] < 1e-5  # before the first step both models are the original
     assert terms[-1] > 1e-4
-    resumed = killed_and_resumed({**options, "out": str(tmp_path / "killed")}, tmp_path)
     assert_same_run(whole.out, resumed.out)
 
 
@@ -370,9 +373,8 @@ def test_resumed_run_on_generic_images_gives_the_same_bits(
     options = {
         **options, "distill": 1.0, "distill_data": options["train_data"], "mixtures": 0.5,
     }  # fmt: skip
-    whole = pymcip.train(**options)
+    whole, resumed = whole_and_resumed(options, tmp_path)
     assert all("distill_data" in line for line in lines_of(whole.out))
-    resumed = killed_and_resumed({**options, "out": str(tmp_path / "killed")}, tmp_path)
     assert_same_run(whole.out, resumed.out)
 
 

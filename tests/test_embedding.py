@@ -259,7 +259,7 @@ def test_damaged_parts(tiny_clip: ClipModel, tmp_path: Path) -> None:
     folder = embed_captions(tiny_clip, Captions(CAPTIONS), tmp_path)
     part = tmp_path / "text_emb" / "text_emb_0.npy"
     np.save(part, np.load(part)[:5])
-    with pytest.raises(DataError, match="8 rows of metadata for 5 embeddings"):
+    with pytest.raises(DataError, match=r"text_emb_0\.npy is damaged: its checksum is another"):
         folder.metadata("text")
     part.write_bytes(part.read_bytes()[:30])
     with pytest.raises(DataError, match="can't be read as a NumPy array"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import subprocess
@@ -27,6 +28,7 @@ from pymcip.errors import (
 )
 from pymcip.exporting import write_export, write_index
 from pymcip.model import ClipModel, load, plain_state
+from pymcip.model.appended import Gate, appended_clip
 from tests.conftest import TINY_MODEL, TINY_TIMM, picture, write_hub_folder
 
 READER = """
@@ -311,3 +313,44 @@ def test_index_without_faiss(
     with pytest.raises(MissingDependencyError, match=r'pip install "pymcip\[faiss\]"'):
         pymcip.export(model=str(tiny_model_dir), out=tmp_path / "out", index=tmp_path)
     assert not (tmp_path / "out").exists()
+
+
+# ONNX
+
+
+def test_onnx_without_its_packages(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingDependencyError, match=r'pip install "pymcip\[onnx\]"'):
+        pymcip.export(model=str(tiny_model_dir), out=tmp_path / "out", onnx=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_onnx_gives_the_vectors_of_both_towers(tiny_clip: ClipModel, tmp_path: Path) -> None:
+    """With dimensions appended by a tower that shares its first block with the joint one's."""
+    tower = copy.deepcopy(tiny_clip.model.visual)
+    with torch.no_grad():
+        tower.transformer.resblocks[-1].mlp.c_fc.weight.mul_(2)
+    head = torch.randn(4, tiny_clip.embed_dim, generator=torch.Generator().manual_seed(2))
+    gate = Gate(torch.eye(tiny_clip.embed_dim)[:2], 0.5, 0.1)
+    clip = appended_clip(tiny_clip, tower, head, 2.0, gate)
+    write_export(clip, tmp_path)
+    result = pymcip.export(model=str(tmp_path), out=tmp_path / "out", onnx=True, device="cpu")
+    assert result.onnx == tmp_path / "out" / "onnx"
+    runtime = pytest.importorskip("onnxruntime")
+    size = clip.image_size
+    pixels = torch.randn(5, 3, size, size, generator=torch.Generator().manual_seed(1))
+    tokens = clip.tokenizer(["a red square", "a dog"])
+    again = load(str(tmp_path), device="cpu", precision="fp32")
+    for file, name, batch, features in (
+        ("image.onnx", "pixels", pixels, again.image_features),
+        ("text.onnx", "tokens", tokens, again.text_features),
+    ):
+        session = runtime.InferenceSession(str(result.onnx / file))
+        with torch.no_grad():
+            wanted = features(batch).numpy().astype(np.float64)
+        for rows in (len(batch), 1):
+            (found,) = session.run(None, {name: batch[:rows].numpy()})
+            assert found.shape == (rows, clip.embed_dim)
+            np.testing.assert_allclose(found, wanted[:rows], atol=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,27 @@ def test_file_appears_whole(tmp_path: Path) -> None:
         assert temporary.parent == target.parent  # the same file system, so that a rename does
     assert target.read_text() == "new"
     assert names(target.parent) == ["b.txt"]
+
+
+def test_content_is_on_the_disk_before_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the name before the call returns; so that a power cut leaves the old file or the new one."""
+    order: list[str] = []
+
+    def synced(descriptor: int) -> None:
+        name = Path(f"/proc/self/fd/{descriptor}").readlink()
+        order.append("folder" if name.is_dir() else f"file, {target.exists()}")
+
+    monkeypatch.setattr(os, "fsync", synced)
+    target = tmp_path / "a.txt"
+    write_text(target, "new")
+    assert order == ["file, False", "folder"]
+    target = tmp_path / "b"
+    with atomic_path(target) as temporary:
+        temporary.mkdir()
+        (temporary / "c.txt").write_text("new")
+    assert order[2:] == ["file, False", "folder"]
 
 
 def test_failure_leaves_what_was_there(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.beside import BESIDE, Finished
 from tests.conftest import bench_module
 
 SAYS = """
@@ -294,15 +295,19 @@ def test_what_is_missing_is_named(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_rehearsal(check: Any, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def rehearsed(check: Any) -> Finished:
+    (finished,) = BESIDE.wait("rehearsed")
+    return finished
+
+
+def test_a_rehearsal(check: Any, rehearsed: Finished) -> None:
     """The check's own steps with tiny cases; its summary can be made anew."""
     program = str(Path(check.__file__))
-    out = tmp_path / "out"
-    command = [sys.executable, program, "--rehearse", "--out", str(out), "--wheels", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    out = BESIDE.folder / "rehearsal"
+    assert rehearsed.returncode == 0, rehearsed.out + rehearsed.error
     found = importlib.import_module("gpu_summary").results(out)
-    assert {step["result"] for step in found} == {"passed"}, done.stdout
+    assert {step["result"] for step in found} == {"passed"}, rehearsed.out
     assert sum(step["purpose"] != "a stand-in" for step in found) >= 9
     assert len(list(out.iterdir())) <= 8
     benches = {json.loads(line)["bench"] for line in (out / "rows.jsonl").read_text().splitlines()}
@@ -313,4 +318,5 @@ def test_a_rehearsal(check: Any, tmp_path: Path) -> None:
     again = subprocess.run([sys.executable, program, "--summary", str(out)], check=False)
     assert again.returncode == 0
     assert (out / "summary.md").read_text() == text
-    assert subprocess.run(command, capture_output=True, check=False).returncode == 2  # not twice
+    twice = [sys.executable, program, "--rehearse", "--out", str(out)]
+    assert subprocess.run(twice, capture_output=True, check=False).returncode == 2

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pymcip.losses import ArcMargin, MCArcMargin, info_nce
 from pymcip.ops import margin_softmax
 from pymcip.ops.margin_contract import margin_logit
-from pymcip.ops.margin_softmax import POSITIVES, MarginOptions, margin_softmax_filtered
+from pymcip.ops.margin_softmax import POSITIVES, MarginOptions, Shard, margin_softmax_filtered
 
 EXACT = ("torch", "cpu")  # those that take fp32 operands
 
@@ -29,6 +29,7 @@ def oracle(
     continuation: str = "linear",
     weights: list[list[float]] | None = None,
     positives_are: str = "apart",
+    repel: float = 0.0,
 ) -> np.ndarray:
     """The formulas of the module's contract, row by row, in fp64 with Python floats."""
     x = x.astype(np.float64) / np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True)
@@ -53,6 +54,9 @@ def oracle(
                 [log_z, *values] if positives_are == "compete" else [log_z, value]
             )
             losses[i] += share * (below - value)
+        if repel and own and len(others):
+            every = np.concatenate([others, values])
+            losses[i] += repel * max(np.logaddexp.reduce(every) - other for other in others)
     return losses
 
 
@@ -127,10 +131,10 @@ def test_weights_of_positives(positives: str, backend: str) -> None:
     assert np.abs(found.numpy() - expected).max() < 1e-4
 
 
-@pytest.mark.parametrize("positives", POSITIVES)
+@pytest.mark.parametrize(("positives", "repel"), [("apart", 0), ("compete", 0), ("compete", 0.3)])
 @pytest.mark.parametrize("continuation", ["linear", "none", "easy"])
 @pytest.mark.parametrize("per_row", [0, 1, 3, 9])
-def test_gradcheck(positives: str, continuation: str, per_row: int) -> None:
+def test_gradcheck(positives: str, repel: float, continuation: str, per_row: int) -> None:
     x, w, own = problem(4, 9, 5, per_row, seed=3)
     arguments = (
         torch.from_numpy(x).double().requires_grad_(),
@@ -140,10 +144,45 @@ def test_gradcheck(positives: str, continuation: str, per_row: int) -> None:
     def run(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         return margin_softmax(
             x, w, *csr(own), scale=8.0, margin=0.4, continuation=continuation, chunk=4,
-            positives=positives,
+            positives=positives, repel=repel,
         )  # fmt: skip
 
     assert torch.autograd.gradcheck(run, arguments)
+
+
+REPEL = {"positives": "compete", "repel": 0.3}
+
+
+@pytest.mark.parametrize("backend", EXACT)
+@pytest.mark.parametrize("per_row", [0, 1, 5, 40])
+def test_the_farthest_negative_in_fp64_and_fp32(backend: str, per_row: int) -> None:
+    x, w, own = problem(7, 40, 16, per_row)
+    expected = oracle(x, w, own, 20.0, 0.2, positives_are="compete", repel=0.3)
+    options: dict[str, Any] = {"scale": 20.0, "margin": 0.2, "chunk": 7, **REPEL}
+    found = margin_softmax(*map(torch.from_numpy, (x, w)), *csr(own), backend=backend, **options)
+    assert np.abs(found.numpy() - expected).max() < 1e-3
+    exact = (torch.from_numpy(value).double() for value in (x, w))
+    found = margin_softmax(*exact, *csr(own), **options)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", EXACT)
+def test_gradients_with_the_farthest_negative(backend: str) -> None:
+    x, w, own = problem(6, 30, 16, 3, seed=4)
+    own[1] = []  # no loss, no gradient
+    options: dict[str, Any] = {"scale": 10.0, "margin": 0.2, "chunk": 7, **REPEL}
+    drawn = torch.rand(6, dtype=torch.float64)
+    for need_w in (True, False):
+        gradients = []
+        for dtype, name in ((torch.float64, "torch"), (torch.float32, backend)):
+            rows = torch.from_numpy(x).to(dtype).requires_grad_()
+            columns = torch.from_numpy(w).to(dtype).requires_grad_(need_w)
+            loss = margin_softmax(rows, columns, *csr(own), backend=name, **options)
+            (loss * drawn).sum().backward()
+            gradients.append([v.grad for v in (rows, columns) if v.grad is not None])
+        assert bool((gradients[0][0][1] == 0).all())
+        for one, other in zip(*gradients, strict=True):
+            torch.testing.assert_close(other.double(), one, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("continuation", ["linear", "none", "easy"])
@@ -276,6 +315,9 @@ def test_chunks_do_not_matter(
         ({"margin": 4.0}, "margin < pi"),
         ({"continuation": "hard"}, "allowed: linear"),
         ({"positives": "both"}, "allowed: apart, compete"),
+        ({"repel": 0.1}, "positives='compete'"),
+        ({"repel": -0.1, "positives": "compete"}, "repel >= 0"),
+        ({"repel": 0.1, "positives": "compete", "shard": Shard(0)}, "shard"),
         ({"chunk": 0}, "at least 1"),
         ({"scratch": 0}, "at least 1"),
         ({"delta": 1.0}, "delta < 1"),

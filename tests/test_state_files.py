@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -17,14 +18,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import pymcip
-from pymcip.contents import file_digests
-from pymcip.embedding import EmbeddingFolder
+from pymcip.contents import digest_of_files, file_digests
+from pymcip.data import Captions, load_images
+from pymcip.embedding import EmbeddingFolder, embed_captions, embed_images
 from pymcip.errors import CheckpointError, DamagedFileError, DataError, reason_of
 from pymcip.files import read_json, read_npz
 from pymcip.mining import CaptionTable
+from pymcip.model import ClipModel
 from pymcip.ops import PackedBank
 from pymcip.training.checkpoints import Position, load_checkpoint, random_states, save_checkpoint
 from pymcip.training.logs import read_metrics
+from tests.conftest import CAPTIONS
 
 SLOW = [HealthCheck.function_scoped_fixture]
 damage = st.tuples(st.sampled_from(["flip", "cut", "zero"]), st.floats(0, 1, exclude_max=True))
@@ -62,7 +66,7 @@ def test_a_damaged_checkpoint_is_right_or_refused(tmp_path: Path, how: tuple[str
 
 def test_the_same_state_gives_the_same_checkpoint(tmp_path: Path) -> None:
     first, second = checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b")
-    assert file_digests([first]) == file_digests([second])
+    assert digest_of_files([first]) == digest_of_files([second])
 
 
 @given(how=damage, name=st.sampled_from(["rows", "codes", "groups", "sums", "json"]))
@@ -172,7 +176,9 @@ def test_a_damaged_run_is_named(run_options: dict[str, Any]) -> None:
         pymcip.train(**options, resume="latest")
 
 
-def test_damaged_embedding_folders_are_named(embedded: EmbeddingFolder) -> None:
+def test_damaged_embedding_folders_are_named(
+    embedded: EmbeddingFolder, tiny_clip: ClipModel, tmp_path: Path
+) -> None:
     for name in ("img_fingerprint.json", "metadata/metadata_1.parquet", "img_emb/img_emb_0.npy"):
         path = embedded.path / name
         content = path.read_bytes()
@@ -181,6 +187,25 @@ def test_damaged_embedding_folders_are_named(embedded: EmbeddingFolder) -> None:
             with pytest.raises(DataError, match=path.name):
                 EmbeddingFolder(embedded.path).rows("img")
         path.write_bytes(content)
+    whole = EmbeddingFolder(embedded.path).vectors("img").copy()
+    for name in ("img_emb/img_emb_1.npy", "text_emb/text_emb_0.npy"):
+        path = embedded.path / name
+        content = bytearray(path.read_bytes())
+        content[-5] ^= 1
+        path.write_bytes(content)
+        for read in (
+            EmbeddingFolder.vectors,
+            EmbeddingFolder.metadata,
+            EmbeddingFolder.complete_parts,
+        ):
+            with pytest.raises(DamagedFileError, match=rf"{path.name} is damaged.*embed again"):
+                read(EmbeddingFolder(embedded.path), path.name.split("_")[0])
+        path.unlink()
+    data = load_images(tmp_path / "shards")
+    again = embed_images(tiny_clip, data, embedded.path, part_size=5)
+    embed_captions(tiny_clip, Captions(CAPTIONS), embedded.path, part_size=3)
+    assert np.array_equal(again.vectors("img"), whole)
+    assert len(again.vectors("text")) == len(CAPTIONS)
     (embedded.path / "skipped.tsv").write_text("index\tkey\treason\nx\ty\n")
     with pytest.raises(DamagedFileError, match=r"skipped\.tsv"):
         print(embedded.skipped)
@@ -210,18 +235,32 @@ def test_digests_follow_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     paths = [tmp_path / name for name in ("a", "b", "absent")]
     for path in paths[:2]:
         path.write_bytes(b"123")
-    first = file_digests(paths)
+
+    def expected() -> list[str]:
+        found = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()]
+        return [*found, "00" * 32]
+
+    def found() -> list[str]:
+        return [row.tobytes().hex() for row in file_digests(paths)]
+
+    assert found() == expected()
     assert len(list((tmp_path / "cache").rglob("*.npz"))) == 1
-    assert file_digests(paths) == first
+    with monkeypatch.context() as patched:  # of files that are as they were, none is read again
+        patched.setattr("os.read", None)
+        assert found() == expected()
+        assert np.array_equal(file_digests(paths[1::-1]), file_digests(paths[:2])[::-1])
     status = paths[0].stat()
     paths[0].write_bytes(b"124")
     os.utime(paths[0], ns=(status.st_atime_ns, status.st_mtime_ns))  # of equal size and time
-    changed = file_digests(paths)
-    assert changed != first
+    assert found() == expected()
+    (tmp_path / "c").write_bytes(b"new")
+    paths.insert(2, tmp_path / "c")
+    assert found() == expected()
     for kept in (tmp_path / "cache").rglob("*.npz"):
         kept.write_bytes(b"damaged")
-    assert file_digests(paths) == changed
-    assert file_digests(paths[::-1]) != changed
+    whole = digest_of_files(paths)
+    assert found() == expected()
+    assert digest_of_files(paths[::-1]) != whole == digest_of_files(paths)
 
 
 def write_foreign(folder: Path, vectors: np.ndarray, parts: int = 2) -> EmbeddingFolder:

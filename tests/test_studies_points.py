@@ -94,6 +94,16 @@ def test_the_weights_of_the_losses_sum_to_one() -> None:
     assert make_point(alone, {"lambda_caption": 0.6}).run == "mcip_lambda_caption=0.6"
 
 
+def test_options_that_go_together() -> None:
+    found = points_of(positives=("compete",), repel=(0, 0.1), grid="product")
+    assert found == {
+        "positives compete, repel 0": "mcip_positives=compete",
+        "positives compete, repel 0.1": "mcip_positives=compete_repel=0.1",
+    }
+    with pytest.raises(ConfigError, match="give positives='compete' too"):
+        points_of(repel=(0.1,))
+
+
 def test_two_stages_share_the_first_one() -> None:
     point = make_point(BASE, {"method": "mcip+rea", "threshold": 0.2})
     assert point.run == "mcip+rea_threshold=0.2"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -89,6 +90,20 @@ def test_vectors_are_as_described(bench: Any, tmp_path: Path, monkeypatch: Any) 
     reached = np.cumsum(values[::-1]) / values.sum()
     count = drawn["components_for_90_percent"]
     assert reached[count - 2] < 0.9 <= reached[count - 1]
+
+
+def test_texts_rank_images_with_appended_dimensions_as_without(bench: Any) -> None:
+    labels = bench.cluster_labels(300, 0)
+    joint, own = bench.Space(64, labels, 0), bench.Space(8, labels, 2)
+    space = bench.AppendedSpace(joint, own, 2.0)
+    images, ids = space.images(0), np.arange(0, 300, 7)
+    for rows in (images, space.image_queries(ids, images[ids])):
+        assert rows.shape[1] == 72
+        np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
+    texts = space.text_queries(ids, images[ids])
+    assert not texts[:, 64:].any()
+    plain = joint.text_queries(ids, joint.images(0)[ids]) @ joint.images(0).T
+    np.testing.assert_allclose(texts @ images.T, plain / math.sqrt(5), atol=1e-6)
 
 
 def test_fusion_by_hand(search: Any) -> None:

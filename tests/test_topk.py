@@ -5,6 +5,8 @@ The oracle is NumPy in fp64 and shares nothing with the package.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import signal
 import threading
@@ -916,6 +918,76 @@ def test_folders_that_hold_no_packed_bank(rows: np.ndarray, tmp_path: Path) -> N
     ):
         with pytest.raises(DataError, match=message):
             PackedBank.load(damaged(name, damage))
+
+
+@pytest.fixture(scope="module")
+def saved_banks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("banks")
+    bank = np.random.default_rng(5).standard_normal((3000, 20), dtype=np.float32)
+    return {
+        kernel: PackedBank.pack(bank, backend=kernel).save(folder / kernel) for kernel in KERNELS
+    }
+
+
+@given(
+    name=st.sampled_from(["codes", "groups", "groups", "sums", "rows"]),
+    start=st.floats(0, 1, exclude_max=True),
+    count=st.sampled_from([1, 4, 100, 10**6]),
+    value=st.sampled_from([None, 0, 0x7F, 0x80, 0xFF]),
+    header=st.sampled_from([False, False, False, True]),
+    queries=st.sampled_from([1, 9, 300]),
+    k=st.sampled_from([1, 3, 40, 5000]),
+    threshold=st.none() | st.just(2.0),
+    exact=st.booleans(),
+    kernel=st.sampled_from(KERNELS),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=examples(80), deadline=None)
+def test_any_bytes_of_a_packed_bank_are_survived(
+    saved_banks: dict[str, Path],
+    name: str,
+    start: float,
+    count: int,
+    value: int | None,
+    header: bool,
+    queries: int,
+    k: int,
+    threshold: float | None,
+    exact: bool,
+    kernel: str,
+    seed: int,
+) -> None:
+    """An error or other answers; its checksums are made to fit. `make sanitize` runs this as well.
+
+    0x7f bytes are NaN in float32 and large codes, 0xff are NaN and -1, 0x80 are tiny, negative
+    floats and the lowest codes; None: random bytes.
+    """
+    folder = saved_banks[kernel]
+    path = folder / f"{name}.npy"
+    facts = json.loads((folder / "packed_bank.json").read_text())
+    whole = path.read_bytes()
+    content = np.frombuffer(whole, np.uint8).copy()
+    first, last = (0, 128) if header else (128, len(content))
+    place = first + int(start * (last - first))
+    random = np.random.default_rng(seed)
+    end = min(place + count, last)
+    content[place:end] = random.integers(0, 256, end - place) if value is None else value
+    path.write_bytes(content.tobytes())
+    fitting = {**facts["sha256"], name: hashlib.sha256(content.tobytes()).hexdigest()}
+    (folder / "packed_bank.json").write_text(json.dumps({**facts, "sha256": fitting}))
+    try:
+        found, scores = topk(
+            random.standard_normal((queries, 20), dtype=np.float32),
+            PackedBank.load(folder), k, threshold, exact, kernel, threads=1 + seed % 2,
+        )  # fmt: skip
+    except PymcipError:
+        return
+    finally:
+        path.write_bytes(whole)
+        (folder / "packed_bank.json").write_text(json.dumps(facts))
+    assert -1 <= found.min() <= found.max() < 3000
+    assert not np.isnan(scores).any()
+    assert (scores[:, :-1] >= scores[:, 1:]).all()
 
 
 def test_what_cannot_be_packed(rows: np.ndarray) -> None:

@@ -110,22 +110,22 @@ def test_small_integers_tie() -> None:
 
 
 def test_equal_rows_are_screened_down_to_what_fits(again: list[int]) -> None:
-    queries, bank = gaussian(10, 3, 20), np.tile(gaussian(11, 1, 20), (500, 1))
+    queries, bank = gaussian(10, 3, 20), np.tile(gaussian(11, 1, 20), (150, 1))
     check(queries, bank, 8)
     assert min(again) <= 24
     assert search(queries, bank, 3)[0].tolist() == [[0, 1, 2]] * 3
 
 
 def test_rows_closer_than_the_bound(again: list[int]) -> None:
-    queries, bank = gaussian(12, 3, 64), np.tile(gaussian(13, 1, 64), (400, 1))
-    bank += np.float32(1e-4) * gaussian(14, 400, 64)
+    queries, bank = gaussian(12, 3, 64), np.tile(gaussian(13, 1, 64), (150, 1))
+    bank += np.float32(1e-4) * gaussian(14, 150, 64)
     check(queries, bank, 10)
     assert again
 
 
 def test_rising_scores_overflow(again: list[int]) -> None:
     queries = np.abs(gaussian(15, 2, 12))
-    bank = np.linspace(0.1, 1, 400, dtype=np.float32)[:, None] * np.ones(12, np.float32)
+    bank = np.linspace(0.1, 1, 150, dtype=np.float32)[:, None] * np.ones(12, np.float32)
     check(queries, bank, 5)
     assert again
 

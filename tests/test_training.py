@@ -31,7 +31,7 @@ from pymcip.model import ClipModel
 from pymcip.training import loop
 from pymcip.training.checkpoints import checkpoint_files, load_checkpoint, save_checkpoint
 from pymcip.training.text_stage import Pairs, TextStage
-from tests.conftest import computed_of, files, lines_of, train_until_killed
+from tests.conftest import computed_of, files, lines_of, start_killed, train_until_killed
 
 METHODS = ["gpr", "2sft", "mcip", "mcip+rea", "rea", "mcip+"]
 
@@ -161,13 +161,14 @@ def assert_equal(one: Any, other: Any) -> None:
 def test_resumed_after_sigkill_gives_the_same_bits(options: dict[str, Any], tmp_path: Path) -> None:
     """Killed at three random steps, in either stage, and resumed each time."""
     options = {**options, "method": "mcip+rea", "epochs": 3, "precision": "amp_bf16", "workers": 0}
-    whole = pymcip.train(**options)
-    assert whole.steps == 13
     generator = random.Random(os.getpid())
     points = sorted(generator.sample(range(1, 14), 3))
     killed = {**options, "out": str(tmp_path / "killed"), "resume": "latest"}
-    for point in points:
-        train_until_killed(point, killed, tmp_path)
+    children = [start_killed(point, killed, tmp_path) for point in points]
+    whole = pymcip.train(**options)
+    assert whole.steps == 13
+    for child in children:
+        train_until_killed(child)
     resumed = pymcip.train(**killed)
     assert resumed.steps == whole.steps, points
     assert_same_run(whole.out, resumed.out)

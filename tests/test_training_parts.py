@@ -219,7 +219,7 @@ def test_unlocking(tiny_clip: ClipModel) -> None:
     assert trained == {"visual.proj"}
     with pytest.raises(ConfigError, match="nothing to train"):
         unlock_image_tower(tiny_clip, projector="lock", unlock_layers=1)
-    unlock_text_tower(tiny_clip)
+    unlock_text_tower(tiny_clip, None)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {name for name, _ in text_parameters(model)}
 
@@ -270,22 +270,23 @@ def test_an_ordered_bank_has_the_same_positives() -> None:
     assert np.array_equal(np.sort(ordered, axis=0), np.sort(bank, axis=0))
 
 
-@pytest.mark.parametrize("form", ["apart", "compete"])
+@pytest.mark.parametrize(("form", "repel"), [("apart", 0), ("compete", 0), ("compete", 0.1)])
 def test_negatives_of_the_step_are_the_captions_of_its_images(
-    form: str, tiny_images: Callable[..., Path], tiny_clip: ClipModel
+    form: str, repel: float, tiny_images: Callable[..., Path], tiny_clip: ClipModel
 ) -> None:
     """Five images whose captions are 0 to 3; one has none, and two have caption 1."""
     data = load_images(tiny_images())
     table = table_of([[0, 1], [1], [], [2], [3, 0], *[[i] for i in range(3, 10)]])
     vectors = np.random.default_rng(0).standard_normal((12, 16)).astype(np.float16)
     bank, positives = caption_bank(table, vectors, "batch", 0)
-    settings = settings_for(negatives="batch", positives=form)
+    settings = settings_for(negatives="batch", positives=form, repel=repel)
     stage = ImageStage(tiny_clip, data, settings, class_rows=None, bank=bank, positives=positives)
     pixels, rows = torch.randn(5, 3, 32, 32), torch.arange(5)
     found = stage.backward([(pixels, rows)])["caption_margin"]
     expected = margin_softmax(
         tiny_clip.image_features(pixels), torch.from_numpy(vectors[:4]).float(),
         torch.tensor([0, 2, 3, 3, 4, 6]), torch.tensor([0, 1, 1, 2, 3, 0]), positives=form,
+        repel=repel,
     )  # fmt: skip
     assert float(found) == pytest.approx(float(expected.detach().sum()) / 4, rel=1e-5)
     alone = stage.backward([(pixels[2:3], rows[2:3])])

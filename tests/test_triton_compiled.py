@@ -6,22 +6,17 @@ Triton needs no GPU for this, but a process in which nothing is interpreted.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pymcip.ops.margin_softmax import probe_triton
+from tests.beside import BESIDE, CAPABILITIES
 
 pytestmark = pytest.mark.skipif(
     (probe_triton() or "").startswith("Triton"), reason=f"{probe_triton()}"
 )
-CAPABILITIES = (80, 90, 100, 120)
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes that a program may have
 # Triton 3.8 has three kernels of sm_100 take 40 bytes, 3.6 some of sm_120 16; spilled products take
 # hundreds.
@@ -30,35 +25,28 @@ TENSOR_CORES = {80: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}
 PRODUCTS = {"exponentials", "rows", "columns", "screen"}
 
 
-def started(script: str, *words: str) -> subprocess.Popen[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.Popen(
-        [sys.executable, "-W", "ignore", str(Path(__file__).parent / script), *words],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-    )  # fmt: skip
-
-
-def rows_of(processes: Sequence[subprocess.Popen[str]]) -> list[dict[str, Any]]:
+def rows_of(name: str) -> list[dict[str, Any]]:
     found = []
-    for process in processes:
-        out, error = process.communicate()
-        assert process.returncode == 0, error
-        found += [json.loads(line) for line in out.splitlines()]
+    for program in BESIDE.wait(name):
+        assert program.returncode == 0, program.error
+        found += [json.loads(line) for line in program.out.splitlines()]
     return found
 
 
 @pytest.fixture(scope="module")
 def compiled() -> list[dict[str, Any]]:
     """Resources of what runs without timing, on every kind of GPU."""
-    found = []
-    for capability in CAPABILITIES:  # two at a time
-        scripts = ("compile_margin_softmax.py", "compile_topk.py")
-        found += rows_of([started(script, str(capability)) for script in scripts])
-    return found
+    return rows_of("compiled")
+
+
+@pytest.fixture(scope="module")
+def counted() -> list[dict[str, Any]]:
+    """What Triton would compile for the GPU tests."""
+    return rows_of("counted")
 
 
 def test_kernels_fit_and_do_not_spill(compiled: list[dict[str, Any]]) -> None:
-    assert {row["capability"] for row in compiled} == set(CAPABILITIES)
+    assert {row["capability"] for row in compiled} == set(map(int, CAPABILITIES))
     assert {row["kernel"] for row in compiled} == PRODUCTS | {"prepare", "refine"}
     for row in compiled:
         assert row["local"] == 0, row
@@ -82,7 +70,7 @@ def test_nothing_depends_on_the_order_of_programs(compiled: list[dict[str, Any]]
             assert row["flushes"] == 0, row
 
 
-def test_gpu_tests_compile_few_kernels() -> None:
+def test_gpu_tests_compile_few_kernels(counted: list[dict[str, Any]]) -> None:
     """Each takes a second or more, of the minutes that a GPU check has."""
-    kernels = Counter(row["kernel"] for row in rows_of([started("count_kernels.py")]))
+    kernels = Counter(row["kernel"] for row in counted)
     assert kernels.total() <= 80, kernels

@@ -42,6 +42,7 @@ from studies.generic_images import write_generic_images
 
 SCHEDULE: dict[str, Any] = {
     "image_size": 160,
+    "train_size": 160,
     "epochs": 3,
     "batch_size": 32,
     "lr": 3e-4,

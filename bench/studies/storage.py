@@ -8,6 +8,8 @@ trains one embedding for both. Here both systems hold the same N images:
   queries to the second, and combined ones (an image and a text) to both, whose lists are merged by
   reciprocal rank fusion (Cormack, Clarke and Büttcher, SIGIR 2009: the sum of 1 / (60 + rank)).
 * one: an index of the joint space. Combined queries are one search with the mean of both vectors.
+  With --appended R its vectors have R more dimensions, made for image search, which are zero in
+  texts (`docs/kept.md`).
 
 For an image query, or a text query, both systems search one index of N rows of D numbers: the same
 work, and the tables show how far the timings of the same work differ (for text even the index is
@@ -66,9 +68,18 @@ from studies.storage_search import (
     systems,
     tune,
 )
-from studies.storage_space import Floats, Space, cluster_labels, describe, generate, unit_rows
+from studies.storage_space import (
+    AppendedSpace,
+    Floats,
+    Space,
+    cluster_labels,
+    describe,
+    generate,
+    unit_rows,
+)
 from studies.storage_tables import import_figure, plot, tables
 
+WEIGHT = 2.0  # of the appended dimensions
 SMALLEST = 2_000  # vectors: below, the lists of IVF-PQ can't be trained
 
 
@@ -78,6 +89,9 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.set_defaults(repetitions=200)
     parser.add_argument("--vectors", type=int, default=1_000_000, help="images, N")
     parser.add_argument("--dimensions", type=int, default=512, help="D, a multiple of 8")
+    parser.add_argument(
+        "--appended", type=int, default=0, metavar="R", help="dimensions, a multiple of 8"
+    )
     parser.add_argument(
         "--queries", type=int, default=1024, help="of each kind; half are for tuning"
     )
@@ -105,6 +119,8 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--vectors {options.vectors} is too few; allowed: at least {SMALLEST}")
     if options.dimensions < 8 or options.dimensions % 8:
         parser.error(f"--dimensions {options.dimensions}: IVF-PQ needs a multiple of 8")
+    if options.appended < 0 or options.appended % 8:
+        parser.error(f"--appended {options.appended}: IVF-PQ needs a multiple of 8, or 0")
     if not 2 <= options.queries <= options.vectors:
         parser.error(f"--queries {options.queries}; allowed: 2 to --vectors, {options.vectors}")
     if options.plot and options.out is None:
@@ -120,7 +136,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 @contextlib.contextmanager
 def place(options: argparse.Namespace) -> Iterator[Path]:
     """A folder with room for the vectors of both spaces and two indexes, removed at the end."""
-    row = 4 * options.dimensions
+    row = 4 * (options.dimensions + options.appended)
     needed = 2 * options.vectors * (2 * row + 8 * options.links + 100)
     if options.work is not None:
         options.work.mkdir(parents=True, exist_ok=True)
@@ -135,7 +151,9 @@ def place(options: argparse.Namespace) -> Iterator[Path]:
 
 
 def ask(
-    spaces: Mapping[str, Space], banks: Mapping[str, Floats], options: argparse.Namespace
+    spaces: Mapping[str, Space | AppendedSpace],
+    banks: Mapping[str, Floats],
+    options: argparse.Namespace,
 ) -> tuple[dict[tuple[str, str], Asked], dict[str, Any]]:
     """The queries with their exact answers, and what the spaces are like."""
     generator = np.random.default_rng([options.seed, 7])
@@ -168,6 +186,8 @@ def measure(
 ) -> dict[str, Any]:
     """Build, store and search one kind of index for both systems; rows go to the report."""
     case = {"N": options.vectors, "D": options.dimensions, "index": kind.name}
+    if options.appended:
+        case["appended"] = options.appended
     built = {}
     for name, images in banks.items():
         built[name] = build(kind, images, work / f"{name}.index", options)
@@ -268,10 +288,16 @@ def _run(options: argparse.Namespace, work: Path) -> None:
         store=options.store,
     )
     labels = cluster_labels(options.vectors, options.seed)
-    spaces, banks = {}, {}
-    for number, name in enumerate(("image", "joint")):
-        spaces[name] = Space(options.dimensions, labels, 2 * options.seed + number)
-        banks[name] = generate(spaces[name], work / f"{name}.npy", options.threads)
+    first = 3 * options.seed
+    spaces: dict[str, Space | AppendedSpace] = {"image": Space(options.dimensions, labels, first)}
+    spaces["joint"] = joint = Space(options.dimensions, labels, first + 1)
+    if options.appended:
+        own = Space(options.appended, labels, first + 2)
+        spaces["joint"] = AppendedSpace(joint, own, WEIGHT)
+    banks = {
+        name: generate(space, work / f"{name}.npy", options.threads)
+        for name, space in spaces.items()
+    }
     asked, drawn = ask(spaces, banks, options)
     print(f"vectors and exact answers in {time.perf_counter() - start:.1f} s")
     for name, figures in drawn.items():
@@ -290,7 +316,10 @@ def _run(options: argparse.Namespace, work: Path) -> None:
         write_text(options.out / "storage.md", text)
     if options.plot:
         plot(found, options.out / "storage.png", options)
-    case = {name: getattr(options, name) for name in ("vectors", "dimensions", "queries", "k")}
+    case = {
+        name: getattr(options, name)
+        for name in ("vectors", "dimensions", "appended", "queries", "k")
+    }
     case |= {"links": options.links, "ef_construction": options.ef_construction}
     report.finish(
         summary={

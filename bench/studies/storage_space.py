@@ -45,7 +45,7 @@ class Space:
     BETWEEN = 0.33  # cosine of the mean directions of images and texts
 
     def __init__(self, dimensions: int, labels: Ids, seed: int) -> None:
-        self.labels, self.seed = labels, seed
+        self.labels, self.seed, self.dimensions = labels, seed, dimensions
         generator = np.random.default_rng([seed, 0])
         eigenvalues = 1 / (np.arange(dimensions) + self.OFFSET)
         basis, _ = np.linalg.qr(generator.standard_normal((dimensions, dimensions)))
@@ -86,6 +86,40 @@ class Space:
         return unit_rows(self.TEXT_MEAN * self.text_mean + described + self.TEXT_OWN * own)
 
 
+class AppendedSpace:
+    """A joint space whose images have the dimensions of another one appended; texts have zeros there.
+
+    See `pymcip.model.appended`. `weight`: of the appended dimensions beside the joint ones.
+    """
+
+    def __init__(self, joint: Space, appended: Space, weight: float) -> None:
+        self.joint, self.appended, self.weight = joint, appended, weight
+        self.labels, self.seed = joint.labels, joint.seed
+        self.dimensions = joint.dimensions + appended.dimensions
+
+    def _joined(self, joint: Floats, appended: Floats) -> Floats:
+        return unit_rows(np.hstack([joint, self.weight * appended]))
+
+    def images(self, block: int) -> Floats:
+        """As those of `Space`, as the two others."""
+        return self._joined(self.joint.images(block), self.appended.images(block))
+
+    def image_queries(self, ids: Ids, images: Floats) -> Floats:
+        """As those of `Space`."""
+        first, last = self._parts(images)
+        own = self.joint.image_queries(ids, first), self.appended.image_queries(ids, last)
+        return self._joined(*own)
+
+    def text_queries(self, ids: Ids, images: Floats) -> Floats:
+        """As those of `Space`."""
+        texts = self.joint.text_queries(ids, self._parts(images)[0])
+        return np.pad(texts, [(0, 0), (0, self.appended.dimensions)])
+
+    def _parts(self, images: Floats) -> tuple[Floats, Floats]:
+        first, last = np.split(images, [self.joint.dimensions], axis=1)
+        return unit_rows(first.copy()), unit_rows(last.copy())
+
+
 def unit_rows(rows: Floats) -> Floats:
     """The rows, scaled to length 1 in place."""
     rows /= np.sqrt(np.einsum("ij,ij->i", rows, rows))[:, None]
@@ -100,10 +134,10 @@ def cluster_labels(count: int, seed: int) -> Ids:
     return generator.permutation(labels)
 
 
-def generate(space: Space, path: Path, threads: int) -> Floats:
+def generate(space: Space | AppendedSpace, path: Path, threads: int) -> Floats:
     """Write all rows of a space as fp32, and give them as a memory map."""
-    count, dimensions = len(space.labels), len(space.mean)
-    shape = (count, dimensions)
+    count = len(space.labels)
+    shape = (count, space.dimensions)
     rows = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
 
     def write(block: int) -> None:
@@ -115,7 +149,9 @@ def generate(space: Space, path: Path, threads: int) -> Floats:
     return np.load(path, mmap_mode="r")
 
 
-def describe(space: Space, images: Floats, ids: Ids, asked: Mapping[str, Floats]) -> dict[str, Any]:
+def describe(
+    space: Space | AppendedSpace, images: Floats, ids: Ids, asked: Mapping[str, Floats]
+) -> dict[str, Any]:
     """What the drawn vectors are like: ranks of the covariance and quantiles of cosines."""
     generator = np.random.default_rng([space.seed, 5])
     chosen = np.sort(generator.choice(len(images), min(SAMPLE, len(images)), replace=False))

@@ -19,6 +19,8 @@ def recipe_names() -> list[str]:
 def read_recipe(name: str) -> dict[str, Any]:
     """Read a recipe: "about", "source", "date", "settings" and "not reproduced" (by name, why).
 
+    What a recipe "extends" is another whose settings and reasons it starts from.
+
     Raises:
         ConfigError: there is no recipe of this name.
     """
@@ -27,6 +29,10 @@ def read_recipe(name: str) -> dict[str, Any]:
         hint = did_you_mean(str(name), names)
         raise ConfigError(f"recipe={name!r} is not known; allowed: {', '.join(names)}{hint}")
     values: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    if "extends" in values:
+        base = read_recipe(values.pop("extends"))
+        for part in ("settings", "not reproduced"):
+            values[part] = {**base[part], **values[part]}
     return values
 
 
@@ -36,9 +42,12 @@ def describe_recipes() -> str:
     for name in recipe_names():
         recipe = read_recipe(name)
         settings = " ".join(f"{key}={value}" for key, value in recipe["settings"].items())
-        missing = "".join(f"\n    {key}: {why}" for key, why in recipe["not reproduced"].items())
-        parts.append(
-            f"{name}: {recipe['about']}\n  from {recipe['source']} ({recipe['date']})\n  sets {settings}\n"
-            f"  not reproduced:{missing}\n"
-        )
+        lines = [
+            f"{name}: {recipe['about']}",
+            f"  from {recipe['source']} ({recipe['date']})",
+            f"  sets {settings}",
+        ]
+        if missing := recipe["not reproduced"]:
+            lines += ["  not reproduced:", *(f"    {key}: {why}" for key, why in missing.items())]
+        parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)

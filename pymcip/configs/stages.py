@@ -27,7 +27,11 @@ class ModelOptions(Config):
         "what open_clip takes: a name (ViT-L-14-336), hf-hub:org/name, local-dir:/path; "
         "or the folder of a pymcip run"
     )
-    pretrained: str | None = option(None, "open_clip's pretrained tag or a checkpoint's path")
+    pretrained: str | None = option(
+        None,
+        "open_clip's pretrained tag, a checkpoint's path, or MCIP-ViT-L-14-336 or "
+        "MCIP-ViT-SO400M-14-SigLIP-384, those of MCIP's authors",
+    )
     image_size: int | None = option(None, "pixels; default: the model's own", at_least=1)
     device: str | None = option(None, "cpu, cuda, cuda:1, …; default: a GPU if there is one")
     precision: Literal["fp32", "amp_bf16"] = option(
@@ -184,10 +188,11 @@ class EvaluateConfig(ModelOptions):
 class ExportConfig(ModelOptions):
     """Options of `pymcip.export`."""
 
-    out: Source = required("folder to write: state_dict.pt, hub/, and index.faiss if asked for")
+    out: Source = required("folder to write: state_dict.pt, hub/, and what else is asked for")
     index: Source | None = option(
         None, "embedding folder whose images go into a faiss index (needs pymcip[faiss])"
     )
+    onnx: bool = option(False, "write onnx/image.onnx and onnx/text.onnx too (needs pymcip[onnx])")
     overwrite: bool = option(False, "replace what is in `out`")
 
 

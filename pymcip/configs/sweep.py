@@ -75,7 +75,11 @@ class SweepConfig(Config):
                 problems.append(f"{name} can't be swept: all runs of a sweep share it")
                 continue
             for value in values:
-                own = {"model": "", "train_data": "", "out": "", "captions": "", "method": "mcip"}
+                # of a method and with weights that allow it; `study_points` checks the runs themselves
+                own: dict[str, Any] = {
+                    "model": "", "train_data": "", "out": "", "captions": "", "method": "mcip",
+                    "positives": "compete", "distill": 1.0,
+                }  # fmt: skip
                 try:
                     TrainConfig.make(None, {**own, **with_both_weights({name: value})})
                 except ConfigError as error:

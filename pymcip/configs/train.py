@@ -22,17 +22,18 @@ class TrainConfig(ModelOptions):
     GROUPS: ClassVar[dict[str, str]] = {
         "what matters most": """model pretrained train_data out method captions val_data epochs workers
             resume""",
-        "data": "val_class_names train_weights class_balanced holdout aug_cfg train_size image_size",
-        "model": "appended_dims projector unlock_layers freeze_bn_stats",
+        "data": """val_class_names train_weights class_balanced holdout aug_cfg train_size train_resize
+            image_size""",
+        "model": "appended_dims projector unlock_layers freeze_bn_stats patch_dropout",
         "schedule": """batch_size lr lr_classes wd wd_exempt beta1 beta2 eps warmup lr_floor grad_clip_norm
-            accum_freq""",
+            grad_clip_classes accum_freq""",
         "loss": """scale margin caption_scale caption_margin continuation lambda_class lambda_caption
-            class_init positives negatives loss_delta""",
+            class_init positives negatives repel caption_mean loss_delta""",
         "pseudo-captions": "threshold k caption_noise mine_model mine_pretrained",
         "alignment": """alignment_budget probe_data probe_captions probe_class_names distill
             distill_temperature distill_captions distill_data mixtures""",
         "re-alignment": """rea_data rea_k rea_class_names rea_templates rea_epochs rea_batch_size rea_lr
-            rea_warmup""",
+            rea_warmup rea_unlock_layers rea_logit_scale""",
         "machine and run folder": """device precision grad_checkpointing seed cache loss_chunk save_steps
             log_steps overwrite report_to""",
     }
@@ -79,7 +80,7 @@ class TrainConfig(ModelOptions):
     )
     lr: float | Auto = option("auto", "peak learning rate of the image tower", more_than=0)
     wd: float = option(0.05, "weight decay", at_least=0)
-    wd_exempt: bool = option(True, "no weight decay on norms, biases and scalars")
+    wd_exempt: bool = option(True, "no weight decay on norms, biases, scalars and class rows")
     beta1: float = option(0.9, "AdamW beta1", at_least=0, below=1)
     beta2: float = option(0.98, "AdamW beta2", at_least=0, below=1)
     eps: float = option(1e-6, "AdamW epsilon", more_than=0)
@@ -89,13 +90,25 @@ class TrainConfig(ModelOptions):
     lr_floor: float = option(
         0.0, "share of the peak learning rates that the cosine ends at", at_least=0, at_most=1
     )
-    grad_clip_norm: float | None = option(1.0, "clip the gradient's norm; None: don't", more_than=0)
+    grad_clip_norm: float | None = option(
+        1.0, "clip the norm of the tower's gradient; None: don't", more_than=0
+    )
+    grad_clip_classes: float | None = option(
+        None, "clip the norm of the class matrix's gradient, by itself; None: don't", more_than=0
+    )
     accum_freq: int = option(1, "micro-batches per optimizer step", at_least=1)
     grad_checkpointing: bool = option(False, "recompute activations to save memory")
     workers: Workers = option("auto", WORKERS, at_least=0)
     seed: int = option(0, "seed of everything random", at_least=0)
     aug_cfg: dict[str, Any] = option(
         {}, "open_clip's AugmentationCfg: scale=(0.5,1.0) use_timm=True color_jitter=0.2"
+    )
+
+    train_resize: float | None = option(
+        None,
+        "resize training images to squares of this many times train_size, crop and flip at random; of "
+        "aug_cfg color_jitter alone goes with it; default: open_clip's random crop",
+        at_least=1,
     )
 
     # What of the image tower is trained
@@ -109,6 +122,9 @@ class TrainConfig(ModelOptions):
         at_least=0,
     )
     freeze_bn_stats: bool = option(True, "keep batch-norm statistics as they are")
+    patch_dropout: float = option(
+        0.0, "share of a ViT's patches that it doesn't see in training (FLIP)", at_least=0, below=1
+    )
 
     # Losses of the image stage and their pseudo-captions
     scale: float = option(30.0, "s of ArcMargin", more_than=0)
@@ -119,8 +135,10 @@ class TrainConfig(ModelOptions):
     lambda_class: float = option(0.5, "weight of ArcMargin in mcip", at_least=0)
     lambda_caption: float = option(0.5, "weight of MCArcMargin in mcip", at_least=0)
     lr_classes: float | Auto = option("auto", "learning rate of the class matrix", at_least=0)
-    class_init: Literal["mean", "random"] = option(
-        "mean", "class rows start at the class's mean embedding, or at random"
+    class_init: Literal["mean", "random", "xavier"] = option(
+        "mean",
+        "class rows start at the class's mean embedding, at random unit rows, or at Xavier's uniform "
+        "ones, which are shorter where there are many classes, and so turn faster",
     )
     threshold: float | Auto = option(
         "auto",
@@ -143,6 +161,16 @@ class TrainConfig(ModelOptions):
         "caption rows beside an image's own: of all images, of the step's images, of the corpus, or a "
         "sample",
         at_least=1,
+    )
+    repel: float = option(
+        0.0,
+        "with positives=compete: weight of -log p of the farthest caption that isn't the image's (0.1 in "
+        "the authors' scripts)",
+        at_least=0,
+    )
+    caption_mean: Literal["captioned", "all"] = option(
+        "captioned",
+        "MCArcMargin's mean is over the images that have pseudo-captions, or over all, the others as 0",
     )
     mine_model: str | None = option(
         None, "model that mines the pseudo-captions; default: `model` before training"
@@ -206,6 +234,10 @@ class TrainConfig(ModelOptions):
     rea_batch_size: int = option(256, "pairs per step of re-alignment", at_least=2)
     rea_lr: float = option(1e-5, "peak learning rate of the text tower", more_than=0)
     rea_warmup: int = option(50, "warm-up steps of re-alignment", at_least=0)
+    rea_unlock_layers: int | None = option(
+        None, "train only the last n layer groups of the text tower; default: all", at_least=1
+    )
+    rea_logit_scale: bool = option(False, "train CLIP's logit scale too, up to 100")
 
     # Checkpoints and logs
     save_steps: int = option(500, "steps between checkpoints; every epoch has one", at_least=1)
@@ -293,6 +325,11 @@ class TrainConfig(ModelOptions):
         problems += self._appended_problems()
         problems += self._budget_problems()
         problems += self._distillation_problems()
+        if self.repel > 0 and self.positives != "compete":
+            problems.append(
+                f"repel={self.repel} is a term of the softmax in which an image's captions compete; "
+                "give positives='compete' too"
+            )
         if self.uses_captions_for_images and self.lambda_class + self.lambda_caption == 0:
             problems.append("lambda_class and lambda_caption are both 0; nothing would be trained")
         return problems

@@ -72,8 +72,15 @@ def decode(content: bytes, key: str, least: int | None = None) -> Image.Image:
     """Decode an image file to RGB, as open_clip's loaders do.
 
     The first frame is taken, an alpha channel is dropped, the EXIF orientation is left as it is;
-    16-bit grey is scaled by the range of its format, whatever values it holds, and float grey from
-    0 to 1 (Pillow alone would clip both).
+    16-bit grey is scaled by the range of its format, whatever values it holds (a PNG's chunk sBIT or a
+    TIFF's bits per sample may say that it is smaller), and float grey from 0 to 1 (Pillow alone would
+    clip both).
+
+    Args:
+        content: the file's bytes.
+        key: what errors call it.
+        least: a JPEG may come at a half, a quarter or an eighth of its size, if its shorter side
+            keeps so many pixels: its decoder leaves the finer detail out, which is faster.
 
     Raises:
         DecodeError: it is cut short, no image, of 32-bit integers or of floats beyond 0 to 1, which
@@ -88,7 +95,7 @@ def decode(content: bytes, key: str, least: int | None = None) -> Image.Image:
         if least is not None:
             image.draft(None, (least, least))  # type: ignore[arg-type]  # the mode stays
         image.load()
-        return to_rgb(image)
+        return to_rgb(image, key, significant_bits(content))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DecodeError(
             f"{key}: more than {Image.MAX_IMAGE_PIXELS} pixels ({error}), as a decompression bomb "
@@ -117,8 +124,26 @@ def crop(image: Image.Image, box: npt.NDArray[np.float32], key: str) -> Image.Im
     return image.crop((left, top, right, bottom))  # type: ignore[arg-type]  # it rounds
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def significant_bits(content: bytes) -> int | None:
+    """How many bits of its grey a PNG says are significant (chunk sBIT); None if it says nothing."""
+    place = 8
+    while content.startswith(b"\x89PNG") and place + 8 < len(content):
+        kind = content[place + 4 : place + 8]
+        if kind in (b"sBIT", b"IDAT"):
+            return content[place + 8] if kind == b"sBIT" else None
+        place += 12 + int.from_bytes(content[place : place + 4], "big")
+    return None
+
+
+def to_rgb(
+    image: Image.Image, key: str = "the picture", significant: int | None = None
+) -> Image.Image:
     """Convert an image as `decode` does.
+
+    Args:
+        image: in any mode.
+        key: its name for messages.
+        significant: see `significant_bits`.
 
     Raises:
         ValueError: its pixels have no range to scale by.
@@ -126,13 +151,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
     if image.mode == "F" or image.mode.startswith("I"):
-        image = Image.fromarray(_eight_bits(image))
+        image = Image.fromarray(_eight_bits(image, key, significant))
     elif image.mode in ("P", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")
 
 
-def _eight_bits(image: Image.Image) -> npt.NDArray[np.uint8]:
+def _eight_bits(image: Image.Image, key: str, significant: int | None) -> npt.NDArray[np.uint8]:
     """Scale grey of more than 8 bits: uint8 [H, W]."""
     values = np.asarray(image)
     if image.mode == "F":
@@ -145,11 +170,16 @@ def _eight_bits(image: Image.Image) -> npt.NDArray[np.uint8]:
     if image.format == "TIFF":
         bits = int(getattr(image, "tag_v2", {}).get(258, (16,))[0])  # BitsPerSample
     brightest = int(values.max(initial=0))
-    if 0 < brightest < 1 << (bits - 4) and "dark" not in said:
+    if significant is not None and 8 <= significant < bits and brightest < 1 << significant:
+        # By PNG's rules the values of fewer bits are scaled to 16: multiples of 2^(16 - bits), or one
+        # more. Where they are not, the writer has stored them as they were.
+        as_they_were = (values % (1 << (bits - significant)) > 1).any()
+        bits = significant if as_they_were else bits
+    if 0 < brightest < 1 << (bits - 3) and "dark" not in said:
         said.add("dark")
         _log.warning(
-            "a picture of %d bits uses the values up to %d only and comes out dark; if a camera of "
-            "fewer bits made it, write its values times %d (said once)",
-            bits, brightest, 1 << (bits - brightest.bit_length()),
+            "%s is a picture of %d bits that uses the values up to %d only and comes out dark; if a "
+            "camera of fewer bits made it, write its values times %d (said once)",
+            key, bits, brightest, 1 << (bits - brightest.bit_length()),
         )  # fmt: skip
     return (values.astype(np.int64) >> (bits - 8)).clip(0, 255).astype(np.uint8)

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from pymcip.contents import digest_of
 from pymcip.data.decode import crop, decode
 from pymcip.data.stores import Int64, Store
 from pymcip.data.tally import LeftOut
@@ -93,12 +94,15 @@ class ImageData:
         """
         store, row = self._place(index)
         content = store.read(row)
-        return self._decoded(index, content), self._digest(index, content)
+        return self._decoded(index, content), self._with_crop(index, digest_of(content))
 
     def digest(self, index: int) -> str:
-        """Return the digest of `read_with_digest` without decoding; raises DataError as `read`."""
+        """Return the digest of `read_with_digest` without decoding; raises DataError as `read`.
+
+        A file whose digest `fingerprint` has found is not read again.
+        """
         store, row = self._place(index)
-        return self._digest(index, store.read(row))
+        return self._with_crop(index, store.digest(row))
 
     def size(self, index: int) -> int:
         """Return how many bytes the image's file has."""
@@ -111,11 +115,10 @@ class ImageData:
             return decode(content, key, self.least_side)
         return crop(decode(content, key), self.crops[index], key)
 
-    def _digest(self, index: int, content: bytes) -> str:
-        digest = hashlib.blake2b(content, digest_size=16)
+    def _with_crop(self, index: int, digest: bytes) -> str:
         if self.crops is not None:
-            digest.update(np.ascontiguousarray(self.crops[index]).data)
-        return digest.hexdigest()
+            digest = digest_of(digest + self.crops[index].tobytes())
+        return digest.hex()[:32]
 
     def select(self, indices: npt.ArrayLike) -> ImageData:
         """Return the images at `indices` (int [M]), in that order; the classes stay the same."""

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet
 
-from pymcip.contents import file_digests
+from pymcip.contents import digest_of, digest_of_files
 from pymcip.data.columns import reading_parquet
 from pymcip.errors import DecodeError
 from pymcip.progress import progress
@@ -132,11 +132,14 @@ class ParquetStore:
             raise DecodeError(f"{self.key(row)}: the row has no image")
         return content
 
+    def digest(self, row: int) -> bytes:
+        return digest_of(self.read(row))
+
     def files(self) -> list[Path]:
         return self._paths
 
     def fingerprint(self) -> list[Any]:
-        self._digest = self._digest or file_digests(self._paths)
+        self._digest = self._digest or digest_of_files(self._paths)
         titles = None if self._titles is None else self._titles.to_pylist()
         return ["parquet", [path.name for path in self._paths], titles, self._digest]
 

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pymcip.contents import file_digests
+from pymcip.contents import Digests, digest_of, digest_of_files, file_digests
 from pymcip.data.labels import plain
 from pymcip.data.sources import some
 from pymcip.data.walk import States, as_states, state_of
@@ -44,6 +44,9 @@ class Store(Protocol):
             DecodeError: it can't be opened or read (no permission, a damaged disk).
         """
 
+    def digest(self, row: int) -> bytes:
+        """The digest of the image file's bytes, as `fingerprint` has found it; else as `read`."""
+
     def size(self, row: int) -> int:
         """How many bytes the image file has."""
 
@@ -65,7 +68,7 @@ class FileStore:
         states: uint64 [N, 3] of the files, where the caller has them; default: they are asked for.
     """
 
-    _digest = ""  # of all files, once it is known
+    _digests: Digests | None = None  # of the files, once they are known
 
     def __init__(
         self,
@@ -102,14 +105,20 @@ class FileStore:
         except OSError as error:
             raise DecodeError(f"{self.key(row)} can't be opened: {error.strerror}") from error
 
+    def digest(self, row: int) -> bytes:
+        if self._digests is not None and self._digests[row].any():
+            return self._digests[row].tobytes()
+        return digest_of(self.read(row))
+
     def files(self) -> list[Path]:
         return [Path(self._path(row)) for row in range(len(self._names))]
 
     def fingerprint(self) -> list[Any]:
         titles = None if self._titles is None else self._titles.to_pylist()
         names = [os.fsdecode(name) for name in self._names.to_pylist()]
-        self._digest = self._digest or file_digests(self.files())
-        return [self._kind, names, titles, self._digest]
+        if self._digests is None:
+            self._digests = file_digests(self.files())
+        return [self._kind, names, titles, digest_of(self._digests.tobytes()).hex()]
 
 
 def states_of(kind: str, base: Path, names: Sequence[str]) -> States:
@@ -213,9 +222,12 @@ class ShardStore:
             raise DataError(f"{self.key(row)}: the shard has been cut short since it was indexed")
         return content
 
+    def digest(self, row: int) -> bytes:
+        return digest_of(self.read(row))
+
     def files(self) -> list[Path]:
         return self._paths
 
     def fingerprint(self) -> list[Any]:
-        self._digest = self._digest or file_digests(self._paths)
+        self._digest = self._digest or digest_of_files(self._paths)
         return ["shards", [path.name for path in self._paths], self._digest]

@@ -25,11 +25,11 @@ FIRST_STAGE = {"2sft": "gpr", "mcip+rea": "mcip"}
 OF_IMAGES = {
     "margin", "scale", "lr", "lr_classes", "epochs", "batch_size", "warmup", "train_size",
     "unlock_layers", "freeze_bn_stats", "class_init", "class_balanced", "continuation", "aug_cfg",
-    "appended_dims",
+    "appended_dims", "grad_clip_classes", "train_resize", "patch_dropout",
 }  # fmt: skip
 OF_CAPTION_LOSS = {
     "lambda_class", "lambda_caption", "caption_scale", "caption_margin", "positives", "negatives",
-    "loss_delta",
+    "loss_delta", "repel", "caption_mean",
 }  # fmt: skip
 OF_MINING = {"threshold", "k", "caption_noise", "mine_model", "mine_pretrained"}
 Changes = Mapping[str, Mapping[str, Any]]  # by method: options that it has in place of the base's
@@ -73,12 +73,13 @@ def make_point(base: TrainConfig, settings: dict[str, Any], changes: Changes = N
     first = None
     if method in FIRST_STAGE:
         first = make_point(base, {**settings, "method": FIRST_STAGE[method]}, changes)
-    each = {f"{name}={value}": {name: value} for name, value in settings.items()}
+    config = replace(own, **with_both_weights(settings))
     differing = [
-        name for name, one in each.items() if replace(own, **with_both_weights(one)) != own
+        f"{name}={value}"
+        for name, value in settings.items()
+        if any(getattr(config, n) != getattr(own, n) for n in with_both_weights({name: value}))
     ]
-    run = "_".join([method, *differing])
-    return Point(settings, replace(own, **with_both_weights(settings)), run, first)
+    return Point(settings, config, "_".join([method, *differing]), first)
 
 
 def second_stage(config: TrainConfig, model: str) -> TrainConfig:

@@ -53,6 +53,7 @@ class Recipe:
             "scale": 30.0,
             "margin": 0.3,
             "freeze_bn_stats": True,
+            "holdout": 0.1,
         }
     )
     plus: dict[str, Any] = dataclasses.field(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from pymcip.configs import Source, Workers
@@ -26,6 +27,7 @@ class EmbeddingCache:
         clip: the model.
         folder: the folder.
         batch_size, workers: as of `embed_images`.
+        weights: `clip.weights` of "image" and "text", if the caller has them already.
         together: processes that are joined (see `pymcip.distributed`) share the work: all of them
             ask for the same sets in the same order.
     """
@@ -37,10 +39,12 @@ class EmbeddingCache:
         *,
         batch_size: int = 64,
         workers: Workers = 0,
+        weights: Mapping[str, str] | None = None,
         together: bool = False,
     ) -> None:
         self.clip, self.folder = clip, Path(folder)
         self.batch_size, self.workers = batch_size, workers
+        self._weights = weights or {}
         self._shard = own_shard(None) if together else WHOLE
         self._fingerprints: dict[str, str] = {}
 
@@ -83,5 +87,5 @@ class EmbeddingCache:
 
     def _fingerprint(self, part: str) -> str:
         if part not in self._fingerprints:
-            self._fingerprints[part] = self.clip.fingerprint(part)
+            self._fingerprints[part] = self.clip.fingerprint(part, self._weights.get(part))
         return self._fingerprints[part]

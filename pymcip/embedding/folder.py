@@ -30,7 +30,7 @@ import pyarrow.compute
 import pyarrow.parquet
 
 from pymcip.configs import Source
-from pymcip.contents import file_digests
+from pymcip.contents import digest_of_files, file_digests
 from pymcip.data.loading import Skipped
 from pymcip.data.sources import natural, some
 from pymcip.data.tally import LeftOut
@@ -44,6 +44,7 @@ METADATA: dict[Kind, str] = {"img": "metadata", "text": "text_metadata"}
 WHAT: dict[Kind, str] = {"img": "images", "text": "captions"}
 AGAIN = "Embed into a new folder"  # what to do about damage
 SKIPPED, LISTS = "skipped.tsv", "skipped"  # lists of parts, until all parts are there
+CHECKSUM = b"sha256"  # of a part's vectors: its name in the schema of the part's metadata
 
 _log = logging.getLogger("pymcip.embedding")
 
@@ -51,7 +52,8 @@ _log = logging.getLogger("pymcip.embedding")
 class EmbeddingFolder:
     """Embeddings on disk, opened for reading: ours, or a folder that clip-retrieval wrote.
 
-    What another program wrote is checked when it is first read: rows that are not unit are
+    Our own parts are compared with their checksums when they are first read (digests of large ones
+    are kept, see `pymcip.contents`). What another program wrote is checked then: rows that are not unit are
     normalised in memory, with a warning, and a column `index` that does not number them is passed
     over for their positions.
 
@@ -61,7 +63,7 @@ class EmbeddingFolder:
 
     def __init__(self, path: Source) -> None:
         self.path = Path(path)
-        self._checked: dict[Kind, list[Matrix]] = {}  # parts of another program
+        self._checked: dict[Kind, list[Matrix]] = {}
         if not any(self.has(kind) for kind in METADATA):
             raise DataError(
                 f"{self.path} is no embedding folder: there is neither img_emb/ nor text_emb/ in "
@@ -96,7 +98,7 @@ class EmbeddingFolder:
         if made_from:
             return [value for name, value in sorted(made_from.items()) if name != "model"]
         files = self._part_files(kind)
-        return [[path.name for path in files], file_digests(files)]
+        return [[path.name for path in files], digest_of_files(files)]
 
     def part_counts(self, kind: Kind) -> tuple[int, int]:
         """Return how many parts are complete, and how many there will be."""
@@ -110,8 +112,8 @@ class EmbeddingFolder:
         """Open the parts, each a memory-mapped float16 or float32 [n, D], in row order.
 
         Raises:
-            DataError: there are none, one is missing, they are of several widths, or (of another
-                program's) a row is not finite or zero.
+            DataError: there are none, one is missing or damaged, they are of several widths, or (of
+                another program's) a row is not finite or zero.
         """
         if kind in self._checked:
             return self._checked[kind]
@@ -130,6 +132,8 @@ class EmbeddingFolder:
                     "parts must be of one model. Embed anew"
                 )
         if self.fingerprint(kind):
+            _check_sums(files, self._metadata_files(kind))
+            self._checked[kind] = parts
             return parts
         numbers = [int(found[-1]) for path in files if (found := re.findall(r"\d+", path.stem))]
         first = min(numbers, default=0)
@@ -147,7 +151,7 @@ class EmbeddingFolder:
         """Return the parts that are complete, with their metadata, also of an unfinished folder.
 
         Raises:
-            DataError: a file can't be read, or the two have different numbers of rows.
+            DataError: a file can't be read or is damaged, or the two have different numbers of rows.
         """
         described = {path.stem.split("_")[-1]: path for path in self._metadata_files(kind)}
         found = []
@@ -155,6 +159,7 @@ class EmbeddingFolder:
             metadata = described.get(path.stem.split("_")[-1])
             if metadata is not None:
                 found.append((_open_part(path), _read_table(metadata)))
+                _check_sums([path], [metadata])
                 if len(found[-1][0]) != len(found[-1][1]):
                     raise damaged(metadata, f"{path.name} has another number of rows", AGAIN)
         return found
@@ -296,9 +301,21 @@ def _open_part(path: Path) -> Matrix:
     return opened
 
 
+def _check_sums(files: Sequence[Path], described: Sequence[Path]) -> None:
+    """Compare parts with the checksums that their metadata hold."""
+    for path, metadata, digest in zip(files, described, file_digests(files), strict=False):
+        stored = (_read_table(metadata, []).schema.metadata or {}).get(CHECKSUM)
+        if stored not in (None, digest.tobytes().hex().encode()):
+            raise damaged(
+                path,
+                f"its checksum is another than {metadata.name} says",
+                "Remove it and embed again, into the same folder: that part alone is made anew",
+            )
+
+
 def _read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
     try:
-        return pa.parquet.read_table(path, columns=columns)
+        return pa.parquet.read_table(path, columns=columns, page_checksum_verification=True)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise damaged(path, error, AGAIN) from error
 

@@ -21,11 +21,13 @@ import pyarrow.compute
 import pyarrow.parquet
 
 from pymcip.configs import EmbedConfig, Source, Workers
+from pymcip.contents import file_digest
 from pymcip.data import Captions, ImageData, load_captions, load_images
 from pymcip.data.loading import Skipped, iterate_batches, shortest_side
 from pymcip.data.sources import some
 from pymcip.distributed import barrier, joined
 from pymcip.embedding.folder import (
+    CHECKSUM,
     LISTS,
     METADATA,
     SKIPPED,
@@ -38,7 +40,7 @@ from pymcip.embedding.folder import (
     read_fingerprint,
     write_part_list,
 )
-from pymcip.errors import ConfigError, DataError, StaleEmbeddingsError
+from pymcip.errors import ConfigError, DataError, DecodeError, StaleEmbeddingsError
 from pymcip.files import atomic_path, write_json
 from pymcip.folders import hold, record_files
 from pymcip.model import ClipModel, load_configured
@@ -145,7 +147,7 @@ def embed_images(
         vectors = np.zeros((len(indices), clip.embed_dim), np.float16)
         contents: npt.NDArray[Any] = np.full(len(indices), None)
         if stored:
-            digests = np.array([data.digest(int(index)) for index in indices], object)
+            digests = np.array([_digest(data, int(index)) for index in indices], object)
             rows = _rows_of(digests, stored)
             there = rows >= 0
             vectors[there] = MatrixParts([part for part, _ in stored])[rows[there]]
@@ -258,6 +260,13 @@ def _side(clip: ClipModel) -> int:
     return side
 
 
+def _digest(data: ImageData, index: int) -> str:
+    try:
+        return data.digest(index)
+    except DecodeError:  # it is skipped, with its reason, where it is to be decoded
+        return ""
+
+
 def _rows_of(
     contents: npt.NDArray[Any], stored: Sequence[tuple[Matrix, pa.Table]]
 ) -> npt.NDArray[np.int64]:
@@ -341,12 +350,15 @@ def _write_parts(
             for p in missing:
                 first, last = bounds[p]
                 vectors, metadata, skipped = make_part(np.arange(first, last), bar.update)
-                with atomic_path(files[p][0]) as temporary, temporary.open("wb") as handle:
-                    np.save(handle, vectors)
+                with atomic_path(files[p][0]) as temporary:
+                    with temporary.open("wb") as handle:
+                        np.save(handle, vectors)
+                    checksum = file_digest(temporary).hex()
                 if kind == "img":
                     write_part_list(folder, first, last - 1, skipped)
+                metadata = metadata.replace_schema_metadata({CHECKSUM: checksum})
                 with atomic_path(files[p][1]) as temporary:
-                    pa.parquet.write_table(metadata, temporary)
+                    pa.parquet.write_table(metadata, temporary, write_page_checksum=True)
     return EmbeddingFolder(folder)
 
 

@@ -124,9 +124,9 @@ class AppendedClip(ClipModel):
         """The joint model alone, of vectors [N, D]; it shares this one's weights."""
         return ClipModel(**{item.name: getattr(self, item.name) for item in fields(ClipModel)})
 
-    def fingerprint(self, part: str = "model") -> str:
+    def fingerprint(self, part: str = "model", weights: str | None = None) -> str:
         """SHA-256 of weights and of what decides a vector beside them; see `ClipModel`."""
-        described: list[Any] = [super().fingerprint(part), len(self.head)]
+        described: list[Any] = [super().fingerprint(part, weights), len(self.head)]
         if part != "text":
             state = {} if self.tower is None else self.tower.state_dict()
             described += [weights_fingerprint({**state, "appended.head": self.head}), self.weight]

@@ -151,17 +151,22 @@ class ClipModel:
             cut[full] = ((longer != pad).sum(dim=1) > counts[full]).numpy()
         return cut
 
-    def fingerprint(self, part: str = "model") -> str:
-        """SHA-256 of weights and of what decides an embedding beside them.
-
-        `part`: "image" (image tower + transform), "text" (text tower + tokenizer) or "model".
-        """
+    def weights(self, part: str = "model") -> str:
+        """SHA-256 of the weights of "image" (the image tower), "text" (all else) or "model"."""
         state = self.model.state_dict()
         if part != "model":
             of_image = part == "image"
             state = {n: value for n, value in state.items() if n.startswith("visual.") == of_image}
+        return weights_fingerprint(state)
+
+    def fingerprint(self, part: str = "model", weights: str | None = None) -> str:
+        """SHA-256 of weights and of what decides an embedding beside them.
+
+        `part`: "image" (image tower + transform), "text" (text tower + tokenizer) or "model".
+        `weights`: what the method of this name gives, if the caller has it already.
+        """
         described: dict[str, Any] = {
-            "weights": weights_fingerprint(state),
+            "weights": weights or self.weights(part),
             "precision": self.precision,
             "quick_gelu": bool(self.model_cfg.get("quick_gelu", False)),
         }

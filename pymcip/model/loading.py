@@ -6,6 +6,7 @@ import difflib
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -18,6 +19,10 @@ from pymcip.model.clip import ClipModel, is_convolutional
 from pymcip.model.hub_config import check_config, without_requests
 
 HUB_FOLDER = Path("exported") / "hub"  # inside a run folder
+# Checkpoints of MCIP's authors: "MCIP-" and the model's name; files of this name with .pth
+PUBLISHED = ("MCIP-ViT-L-14-336", "MCIP-ViT-SO400M-14-SigLIP-384")
+PUBLISHED_AT = "https://visual-computing.com/files/MCIP"  # by github.com/Visual-Computing/MCIP
+PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")  # of a pretrained tag
 
 # open_clip reports through the root logger what pymcip's own messages already say.
 _log = logging.getLogger("pymcip.model")
@@ -71,6 +76,42 @@ def _on_the_hub(name: str) -> str:
     return f"; did you mean 'hf-hub:{name}'?" if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else ""
 
 
+def _is_published(pretrained: str | None) -> bool:
+    return pretrained is not None and Path(pretrained).name.removesuffix(".pth") in PUBLISHED
+
+
+def _published_file(name: str, pretrained: str) -> str:
+    """The file of a checkpoint of MCIP's authors, given by its name or its path."""
+    title = Path(pretrained).name.removesuffix(".pth")
+    model = title.removeprefix("MCIP-")
+    if name.removesuffix("-quickgelu") != model:
+        raise ConfigError(
+            f"pretrained={pretrained!r} does not go with model={name!r}; allowed: {model}"
+        )
+    path = Path(pretrained).with_name(f"{title}.pth")
+    if not path.is_file():
+        raise ConfigError(
+            f"pretrained={pretrained!r}: there is no file {path}, and pymcip does not download it. "
+            f"Get it from its authors ({PUBLISHED_AT}/{title}.pth), and give its path"
+        )
+    return str(path)
+
+
+def _preprocessing(name: str) -> dict[str, Any]:
+    """What all pretrained tags of a model say alike of images' preprocessing, for a file of weights.
+
+    By itself open_clip takes OpenAI's for a file, also for models such as SigLIP that have another.
+    """
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    configs = [open_clip.get_pretrained_cfg(name, tag) for tag in tags]
+    alike = {}
+    for key in PREPROCESSING:
+        values = {config.get(key) for config in configs}
+        if len(values) == 1 and None not in values:
+            alike[f"image_{key}"] = values.pop()
+    return alike
+
+
 def _check_source(name: str, pretrained: str | None) -> bool:
     """Refuse what can't be loaded, before anything is; returns whether QuickGELU must be forced."""
     if name in ("local-dir:", "hf-hub:"):
@@ -107,6 +148,8 @@ def _check_source(name: str, pretrained: str | None) -> bool:
     if Path(pretrained).is_file():
         quick = f"{name}-quickgelu"
         if quick in open_clip.list_models():
+            if _is_published(pretrained):
+                return True  # the one of OpenAI's
             _log.warning(
                 "%s is loaded into %s, which has GELU; weights that descend from OpenAI's need "
                 "QuickGELU, which can't be seen in a file: model=%r",
@@ -134,8 +177,10 @@ def load(
 
     Args:
         model: an open_clip name, `hf-hub:…`, `local-dir:…`, or the folder of a pymcip run.
-        pretrained: open_clip's tag or a checkpoint's path (read with `weights_only=True`);
-            `"random"` for random weights.
+        pretrained: open_clip's tag or a checkpoint's path (read with `weights_only=True`), with the
+            preprocessing that the model's tags have in common; `"random"` for random weights. A path
+            may be the name of a checkpoint of MCIP's authors, with or without ".pth": it is read from
+            this folder, with QuickGELU if it descends from OpenAI's weights.
         image_size: input size in pixels, if not the model's own.
         device: torch's name of a device; default: a GPU if there is one.
         precision: `"amp_bf16"` (bf16 autocast; fp32 on a CPU that would emulate bf16, see
@@ -145,15 +190,19 @@ def load(
         A `ClipModel`, in evaluation mode.
 
     Raises:
-        ConfigError: unknown model or tag; no weights named; the config of a folder names files that
+        ConfigError: unknown model or tag; no weights named; a checkpoint of MCIP's authors is of another
+            model or not there; the config of a folder names files that
             are not on this machine.
         MissingDependencyError: the model's text side needs transformers.
         CheckpointError: the checkpoint is damaged or of another model.
     """
     name = _resolve_name(model)
     chosen = _device(device)
+    if pretrained is not None and _is_published(pretrained):
+        pretrained = _published_file(name, pretrained)
     try:
         quick_gelu = _check_source(name, pretrained)
+        from_file = pretrained is not None and Path(pretrained).is_file()
         config = open_clip.get_model_config(name)
         check_config(name, config)
         with without_requests(name, config):
@@ -167,6 +216,7 @@ def load(
                 pretrained_text=False,
                 require_pretrained=pretrained != "random",
                 weights_only=True,
+                **(_preprocessing(name) if from_file else {}),
             )
             tokenizer = open_clip.get_tokenizer(name)
     except PymcipError:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import open_clip
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -106,11 +107,58 @@ def fixed_statistics(layers: list[nn.Module]) -> Iterator[None]:
             layer.train()
 
 
-def unlock_text_tower(clip: ClipModel) -> None:
-    """Let gradients into the text tower and its projector only."""
+def set_patch_dropout(clip: ClipModel, share: float) -> None:
+    """Let the image tower leave out this share of its patches, while it is in train mode (FLIP).
+
+    Args:
+        clip: the model, changed in place; its weights stay, and what it does in evaluation mode.
+        share: at least 0 and below 1; 0: change nothing.
+
+    Raises:
+        ConfigError: the image tower is no ViT of open_clip's or timm's.
+    """
+    if share == 0:
+        return
+    visual: Any = clip.model.visual
+    trunk: Any = getattr(visual, "trunk", None)
+    if hasattr(visual, "patch_dropout"):
+        visual.patch_dropout = open_clip.transformer.PatchDropout(share).train(visual.training)
+    elif hasattr(trunk, "patch_drop") and hasattr(trunk, "num_prefix_tokens"):
+        from timm.layers import PatchDropout
+
+        dropout = PatchDropout(share, num_prefix_tokens=trunk.num_prefix_tokens)
+        trunk.patch_drop = dropout.train(trunk.training)
+    else:
+        raise ConfigError(
+            f"patch_dropout={share} is for ViTs, and the image tower of {clip.name} is none that can "
+            "leave out patches; allowed for it: 0"
+        )
+
+
+def unlock_text_tower(clip: ClipModel, unlock_layers: int | None) -> None:
+    """Let gradients into the text tower and its projector only, or into its last groups.
+
+    Args:
+        clip: the model, changed in place.
+        unlock_layers: number of the last groups to train, as open_clip's `lock_text_tower` counts them
+            (the projection, the last block with the last norm, the blocks before it, one each, and the
+            embeddings); None: all.
+
+    Raises:
+        ConfigError: open_clip can't divide this text tower.
+    """
     clip.model.requires_grad_(False)
-    for _, parameter in text_parameters(clip.model):
+    parameters = [parameter for _, parameter in text_parameters(clip.model)]
+    for parameter in parameters:
         parameter.requires_grad_(True)
+    if unlock_layers is None:
+        return
+    clip.model.lock_text_tower(unlock_layers)  # type: ignore[operator]
+    if not any(parameter.requires_grad for parameter in parameters):
+        raise ConfigError(
+            f"rea_unlock_layers={unlock_layers} can't be done with the text tower of {clip.name}; "
+            "allowed for it: None (train all of it)"
+        )
 
 
 def discard_projector(clip: ClipModel, seed: int) -> None:

@@ -114,7 +114,7 @@ def softplus(
 ) -> tuple[Tensor, Tensor]:
     """The positives' losses [nnz] where they are apart, and their pulls [nnz], -dL/dlogits.
 
-    A row's pulls add up to dL/dlog_z, in this form and in the other.
+    A row's pulls add up to dL/dlog_z, in this form and in the other (without `repel`).
     """
     gap = log_z[rows] - logits
     return weights * torch.logaddexp(gap, torch.zeros_like(gap)), weights * torch.sigmoid(gap)
@@ -124,12 +124,17 @@ def negative_log_softmax(
     log_z: Tensor, logits: Tensor, weights: Tensor, indptr: Tensor, rows: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The same where a row's positives compete: the denominator holds them too."""
+    below = log_denominator(log_z, logits, indptr, rows)[rows] - logits  # -log p
+    of_row = row_sums(weights, indptr)[rows]
+    return weights * below, weights - of_row * (-below).exp()
+
+
+def log_denominator(log_z: Tensor, logits: Tensor, indptr: Tensor, rows: Tensor) -> Tensor:
+    """log D [B] of the rows where their positives compete: Z, and what the positives add to it."""
     highest = torch.segment_reduce(logits, "max", offsets=indptr, initial=-math.inf, unsafe=True)
     highest = finite(torch.maximum(log_z, highest))
     total = (log_z - highest).exp() + row_sums((logits - highest[rows]).exp(), indptr)
-    below = highest[rows] + total.log()[rows] - logits  # -log p
-    of_row = row_sums(weights, indptr)[rows]
-    return weights * below, weights - of_row * (-below).exp()
+    return highest + total.log()
 
 
 def through_norm(grad: Tensor, unit: Tensor, norms: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The two torch operators through which `margin_softmax` calls its back ends.
+"""The torch operators through which `margin_softmax` calls its back ends, and finds farthest columns.
 
 To torch they are opaque, so that torch.compile keeps them whole. They make all tensors dense, keep
 autocast away, and load the back end that they are given by name.
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pymcip.ops.dispatch import backends
 from pymcip.ops.margin_contract import Coefficients, Problem
+from pymcip.ops.margin_softmax_torch import farthest
 
 _PROBLEM = (
     "Tensor x, Tensor w, Tensor? w_norms, Tensor indptr, Tensor indices, Tensor rows, "
@@ -94,5 +95,20 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     return (x.new_empty(x.shape if need_x else 0), w.new_empty(w.shape if need_w else 0))
 
 
+@torch.library.custom_op(
+    "pymcip::margin_softmax_farthest", mutates_args=(), schema=f"({_PROBLEM}) -> Tensor"
+)
+def _farthest(*arguments: Any) -> Tensor:
+    problem = Problem(*map(_dense, arguments))
+    with _alone_on(problem.x.device):
+        return farthest(problem)
+
+
+@_farthest.register_fake
+def _(*arguments: Any) -> Tensor:
+    return torch.empty_like(Problem(*arguments).indptr[1:])
+
+
 SUMS = torch.ops.pymcip.margin_softmax_sums
 GRADIENTS = torch.ops.pymcip.margin_softmax_gradients
+FARTHEST = torch.ops.pymcip.margin_softmax_farthest

@@ -16,7 +16,12 @@ stay, each with its margin, so that they compete with each other:
     L_i = sum over p in P_i of a_ip (log D_i - s psi(cos_ip)),
           D_i = Z_i + sum over q in P_i of exp(s psi(cos_iq))
 
-With one positive per row both are the same.
+With one positive per row both are the same. To it `repel` = r adds, for a row with positives and
+negatives, r times the largest -log of the softmax's share of a negative, that of the lowest cosine:
+
+    r (log D_i - s min over j not in P_i of cos_ij)
+
+which pushes away what has most of the softmax, and draws the farthest column nearer.
 
 Where t + m > pi, cos(t + m) would rise again; `continuation` says what stands there instead:
 "linear": cos t - m sin m; "none": cos(t + m) all the same; "easy": margin only where cos t > 0.
@@ -24,8 +29,8 @@ The gradient is the exact one, psi'(cos t) = cos m + cos t sin m / sin t, with s
 
 The certified filter. The softmax mass of row i in a cell of 256 columns is its share of Z_i. With
 `delta` > 0, every block of 128 rows leaves out of its gradients the lightest cells, as long as no
-row loses more than `delta` of its mass: |error of dL_i/dx_i| <= s * delta * sum_p a_ip for unit
-x_i. Losses stay exact, and so do the positives' own terms.
+row loses more than `delta` of its mass: |error of dL_i/dx_i| <= s * delta * (sum_p a_ip + repel) for
+unit x_i. Losses stay exact, and so do the terms of the positives and of the farthest column.
 """
 
 from __future__ import annotations
@@ -36,6 +41,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from pymcip.ops.dispatch import select
 from pymcip.ops.margin_contract import (
@@ -43,6 +49,7 @@ from pymcip.ops.margin_contract import (
     CELL_ROWS,
     MIN_NORM,
     choose_cells,
+    log_denominator,
     margin_logit,
     mass_outside,
     negative_log_softmax,
@@ -51,7 +58,7 @@ from pymcip.ops.margin_contract import (
     softplus,
     through_norm,
 )
-from pymcip.ops.margin_operators import GRADIENTS, SUMS
+from pymcip.ops.margin_operators import FARTHEST, GRADIENTS, SUMS
 
 CONTINUATIONS = ("linear", "none", "easy")
 POSITIVES = ("apart", "compete")
@@ -68,6 +75,8 @@ class MarginOptions:
         margin: m, radians, 0 <= m < pi.
         continuation: "linear", "none" or "easy".
         positives: "apart", or "compete": a row's positives are in each other's denominator.
+        repel: r >= 0, of a row's farthest negative; for positives="compete". It costs one more product of
+            all rows and columns, in the rows' precision, and is not there for shards of the columns.
         compute: dtype of the operands of the matrix products; they are summed in fp32 (fp64 for
             float64). "auto": float64 for fp64 rows; on a GPU float16 for a float16 bank and
             bfloat16 otherwise; elsewhere float32.
@@ -83,6 +92,7 @@ class MarginOptions:
     margin: float = 0.0
     continuation: str = "linear"
     positives: str = "apart"
+    repel: float = 0.0
     compute: str = "auto"
     chunk: int = 8192
     scratch: int | None = None
@@ -98,6 +108,11 @@ class MarginOptions:
         ):  # fmt: skip
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name}={value!r}; allowed: {', '.join(allowed)}")
+        if not (self.repel == 0 or (self.repel > 0 and self.positives == "compete")):
+            raise ValueError(
+                f"repel={self.repel}, positives={self.positives!r}: need repel >= 0, and 0 unless "
+                "positives='compete'"
+            )
         if self.chunk < 1 or (self.scratch is not None and self.scratch < 1):
             raise ValueError(f"chunk={self.chunk}, scratch={self.scratch}; need at least 1")
         if not 0 <= self.delta < 1:
@@ -219,9 +234,21 @@ def margin_softmax_filtered(
     if weights is None:
         weights = (1 / counts.clamp_min(1).to(exact))[rows]
     norms = x.detach().to(exact).norm(dim=1).clamp_min(MIN_NORM)
+    farthest = None
+    if checked.repel > 0:
+        if shard is not None:
+            raise ValueError(
+                f"repel={checked.repel} can't be used with a shard of the columns; allowed: 0"
+            )
+        column = FARTHEST(
+            _unit(x.detach(), norms), w.detach(), w_norms, indptr, indices, rows, checked.scale,
+            exact, checked.step, checked.scratch_bytes(x.device),
+        )  # fmt: skip
+        one, other = (functional.normalize(v.to(exact), eps=MIN_NORM) for v in (x, w[column]))
+        farthest = (one * other).sum(1)
     loss, mass, cells = _MarginSoftmax.apply(  # type: ignore[no-untyped-call]
-        x, w, w_norms, norms, indptr, indices, rows, weights.detach().to(exact), shard, chosen,
-        dtype, checked,
+        x, w, farthest, w_norms, norms, indptr, indices, rows, weights.detach().to(exact), shard,
+        chosen, dtype, checked,
     )  # fmt: skip
     blocks = -(-x.shape[0] // CELL_ROWS)
     return loss, Skipped(mass, cells, blocks * -(-w.shape[0] // CELL_COLUMNS))
@@ -288,6 +315,7 @@ class _MarginSoftmax(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         w: Tensor,
+        farthest: Tensor | None,
         w_norms: Tensor | None,
         norms: Tensor,
         indptr: Tensor,
@@ -321,8 +349,15 @@ class _MarginSoftmax(torch.autograd.Function):
                 shares = shares * (local_log_z - log_z).exp().nan_to_num(0.0)[:, None]
         value, slope = margin_logit(cosine, options.margin, options.continuation)
         of_positives = negative_log_softmax if options.positives == "compete" else softplus
-        losses, pull = of_positives(log_z, options.scale * value, weights, indptr, rows)
-        loss = row_sums(losses, indptr)
+        logits = options.scale * value
+        losses, pull = of_positives(log_z, logits, weights, indptr, rows)
+        loss, repel = row_sums(losses, indptr), None
+        if farthest is not None:
+            log_d = log_denominator(log_z, logits, indptr, rows)
+            both = (indptr.diff() > 0) & (log_z > -math.inf)  # positives and negatives
+            repel = options.repel * both.to(log_z.dtype)
+            loss = loss + repel * (log_d - options.scale * farthest)
+            pull = pull - repel[rows] * (logits - log_d[rows]).exp()
         if filters:
             shares = shares * (indptr.diff() > 0)[:, None]
             active, mass = choose_cells(shares, options.delta / processes)
@@ -335,7 +370,7 @@ class _MarginSoftmax(torch.autograd.Function):
             mass, skipped = torch.zeros_like(log_z), torch.zeros_like(indptr[0])
         ctx.save_for_backward(
             x, w, w_norms, norms, indptr, local_ptr, local, local_rows, rows, log_z, pull, slope, own,
-            active, *kept,
+            active, repel, *kept,
         )  # fmt: skip
         ctx.shard, ctx.backend, ctx.dtype, ctx.options = shard, backend, dtype, options
         ctx.mark_non_differentiable(mass, skipped)
@@ -346,13 +381,18 @@ class _MarginSoftmax(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (
             x, w, w_norms, norms, indptr, local_ptr, local, local_rows, rows, log_z, pull, slope,
-            own, active, *kept,
+            own, active, repel, *kept,
         ) = ctx.saved_tensors  # fmt: skip
         options = ctx.options
         need_x, need_w = ctx.needs_input_grad[:2]
         unit = _unit(x, norms)
-        pull = pull * grad_outputs[0].to(pull.dtype)[rows]
+        grad = grad_outputs[0].to(pull.dtype)
+        pull = pull * grad[rows]
         negative = options.scale * row_sums(pull, indptr)
+        grad_farthest = None
+        if repel is not None:
+            negative = negative + options.scale * repel * grad
+            grad_farthest = -options.scale * repel * grad
         positive = -options.scale * slope * pull
         grad_unit, grad_w = GRADIENTS(
             unit, w, w_norms, local_ptr, local, local_rows, options.scale, ctx.dtype,
@@ -364,7 +404,7 @@ class _MarginSoftmax(torch.autograd.Function):
             if ctx.shard is not None:
                 torch.distributed.all_reduce(grad_unit, group=ctx.shard.group)
             grad_x = through_norm(grad_unit, unit, norms[:, None]).to(x.dtype)
-        return grad_x, grad_w if need_w else None, *[None] * 10
+        return grad_x, grad_w if need_w else None, grad_farthest, *[None] * 10
 
 
 def _unit(x: Tensor, norms: Tensor) -> Tensor:

@@ -76,6 +76,18 @@ def gradients(
     return grad_x, grad_w.to(w.dtype)
 
 
+def farthest(problem: Problem) -> Tensor:
+    """The column int64 [B] of each row's lowest cosine among its negatives; 0 where it has none."""
+    lowest = problem.x.new_full((problem.x.shape[0],), math.inf)
+    column = torch.zeros_like(problem.indptr[1:])
+    for start, columns in _unit_chunks(problem):
+        logits = _logits(problem, start, columns)
+        value, place = logits.masked_fill_(logits == -math.inf, math.inf).min(1)
+        column = torch.where(value < lowest, place + start, column)
+        lowest = torch.minimum(value, lowest)
+    return column
+
+
 def _unit_chunks(problem: Problem) -> Iterator[tuple[int, Tensor]]:
     """Unit rows of W in the rows' dtype, a chunk at a time, each with its first column's index."""
     w, norms, chunk = problem.w, problem.w_norms, problem.chunk

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from pymcip.contents import file_digest
-from pymcip.errors import BackendError, ConfigError, DataError, OutputExistsError
+from pymcip.errors import BackendError, ConfigError, DataError, OutputExistsError, reason_of
 from pymcip.files import atomic_path, read_json, write_json
 from pymcip.ops.arrays import (
     Array,
@@ -28,7 +28,7 @@ from pymcip.ops.arrays import (
     device_of,
     dtype_name,
 )
-from pymcip.ops.dispatch import backends, select
+from pymcip.ops.dispatch import FLOATS, backends, select
 
 FORMAT = 1  # of the saved folder and of the codes
 GROUP, STEP, FACTS = 32, 64, 4  # kGroup, kStep, kGroupFacts of csrc/topk_kernel.hpp
@@ -177,21 +177,27 @@ class PackedBank:
             }
             rows: Array = arrays.pop("rows")
             dtype, precision = facts["dtype"], facts["precision"]
-            if rows.ndim != 2 or rows.dtype != _stored(dtype) or precision not in PRECISIONS:
+            if dtype not in FLOATS or precision not in PRECISIONS:
+                raise ValueError(f"it holds rows of {dtype!r} in {precision!r}")
+            if rows.ndim != 2 or rows.dtype != _stored(dtype) or not rows.shape[1]:
                 raise ValueError(f"its rows are {rows.dtype} {rows.shape}, not {dtype}")
+            # The extension takes addresses: what it reads there must lie within the files.
             for name, (shape, stored) in code_shapes(rows.shape, precision).items():
                 array = arrays[name]
-                if array.shape != shape or array.dtype != stored or not array.flags.c_contiguous:
+                if array.shape != shape or array.dtype != stored:
                     raise ValueError(
                         f"the packed bank's {name} are {array.dtype} {array.shape}; its rows "
                         f"{rows.shape} need {stored} {shape}"
                     )
+                if not (array.flags.c_contiguous and array.flags.aligned):
+                    raise ValueError(f"the packed bank's {name} lie otherwise than when written")
             for name, digest in _digests(folder):
                 if facts["sha256"][name] != digest.hex():
                     raise ValueError(f"{name}.npy has another checksum than when it was written")
-        except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        except Exception as error:  # what a damaged file raises is not bounded by a list
             raise DataError(
-                f"{folder} holds no complete packed bank ({error}); write one with PackedBank.save"
+                f"{folder} holds no complete packed bank ({reason_of(error)}); write one with "
+                "PackedBank.save"
             ) from error
         if dtype == "bfloat16":
             rows = _tensor(rows).view(torch.bfloat16)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pymcip.configs import SweepConfig, TrainConfig, read_options
-from pymcip.contents import file_digests
+from pymcip.contents import digest_of_files
 from pymcip.data import load_images
 from pymcip.demo.points import (
     NO_CHANGES,
@@ -223,7 +223,7 @@ def _inputs(config: SweepConfig, study: _Study) -> tuple[list[Path], dict[str, s
     found = {**opened.fingerprints(study.base), "data": data.fingerprint()}
     names = study.evaluation["class_names"]
     if names is not None:
-        found["class_names"] = file_digests([names])
+        found["class_names"] = digest_of_files([names])
     return opened.files() + data.files(), found
 
 

@@ -22,7 +22,7 @@ from pymcip.training.image_stage import class_means
 from pymcip.training.optim import cosine_with_warmup
 from pymcip.training.sampling import Stream, random_generator
 
-WEIGHTS = 1.0, 1.5, 2.0, 3.0  # of the appended dimensions beside the joint embedding
+WEIGHTS = 1.0, 1.5, 2.0, 3.0, 5.0  # of the appended dimensions beside the joint embedding
 WEIGHT = 2.0  # where no classes are held out to choose one
 STEPS, BATCH = 300, 256  # of the head; more steps where three passes over the images take more
 RATE, WARMUP = 1e-2, 20

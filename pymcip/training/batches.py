@@ -17,6 +17,7 @@ import open_clip
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision import transforms
 
 from pymcip.configs import Workers
 from pymcip.data import ImageData
@@ -41,16 +42,21 @@ def random_state(seed: int) -> Iterator[None]:
         np.random.set_state(before[2])  # noqa: NPY002
 
 
-def train_transform(clip: ClipModel, size: int, aug_cfg: dict[str, Any]) -> Callable[[Any], Tensor]:
-    """open_clip's transform of training images, to crops of `size` pixels.
+def train_transform(
+    clip: ClipModel, size: int, aug_cfg: dict[str, Any], resize: float | None = None
+) -> Callable[[Any], Tensor]:
+    """open_clip's transform of training images, to crops of `size` pixels; or that of `resize`.
 
     Args:
         clip: the model.
         size: pixels of a side.
         aug_cfg: open_clip's `AugmentationCfg` as a dict.
+        resize: resize to squares of this many times `size`, whatever the image's proportions, crop and
+            flip at random, and jitter the colours by `color_jitter` of `aug_cfg`, a number for
+            brightness, contrast and saturation, or torchvision's three or four.
 
     Raises:
-        ConfigError: open_clip doesn't know `aug_cfg`, or would ignore a part of it.
+        ConfigError: open_clip doesn't know `aug_cfg`, or a part of it would be ignored.
     """
     transform = open_clip.transform
     allowed = {item.name for item in dataclasses.fields(transform.AugmentationCfg)}
@@ -60,6 +66,9 @@ def train_transform(clip: ClipModel, size: int, aug_cfg: dict[str, Any]) -> Call
             f"aug_cfg has unknown keys {unknown}; allowed (open_clip's AugmentationCfg): "
             f"{', '.join(sorted(allowed))}"
         )
+    described = transform.PreprocessCfg(**{**clip.preprocess_cfg, "size": size})
+    if resize is not None:
+        return _square_transform(described, size, aug_cfg, resize)
     # without timm, open_clip takes these in with no more than a warning and does not apply them
     ignored: list[str] = [name for name in ("ratio", "re_prob", "re_count") if name in aug_cfg]
     if "color_jitter" in aug_cfg and not aug_cfg.get("color_jitter_prob"):
@@ -69,11 +78,41 @@ def train_transform(clip: ClipModel, size: int, aug_cfg: dict[str, Any]) -> Call
             f"aug_cfg: open_clip applies {', '.join(ignored)} only with use_timm=True; add it"
             + (", or color_jitter_prob" if "color_jitter" in ignored else "")
         )
-    described = transform.PreprocessCfg(**{**clip.preprocess_cfg, "size": size})
     made: Callable[[Any], Tensor] = transform.image_transform_v2(
         described, is_train=True, aug_cfg=aug_cfg or None
     )
     return made
+
+
+def _square_transform(
+    described: open_clip.transform.PreprocessCfg, size: int, aug_cfg: dict[str, Any], resize: float
+) -> Callable[[Any], Tensor]:
+    if ignored := sorted(set(aug_cfg) - {"color_jitter"}):
+        raise ConfigError(
+            f"aug_cfg: {', '.join(ignored)} can't be applied with train_resize={resize}; allowed with "
+            "it: color_jitter"
+        )
+    jitter = aug_cfg.get("color_jitter") or ()
+    jitter = (jitter,) * 3 if isinstance(jitter, (int, float)) else tuple(jitter)
+    side = int(size * resize)
+    interpolation = transforms.InterpolationMode(described.interpolation)
+    try:
+        return transforms.Compose(
+            [
+                open_clip.transform.MaybeConvertMode(),
+                transforms.Resize((side, side), interpolation=interpolation),
+                transforms.RandomCrop(size),
+                transforms.RandomHorizontalFlip(),
+                *([transforms.ColorJitter(*jitter)] if jitter else []),
+                open_clip.transform.MaybeToTensor(),
+                transforms.Normalize(described.mean, described.std),
+            ]
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"aug_cfg: color_jitter={aug_cfg['color_jitter']!r} is not allowed ({error}); allowed: a "
+            "number such as 0.4, or torchvision's brightness, contrast, saturation and hue"
+        ) from error
 
 
 class AugmentedImages(Dataset[tuple[Tensor, int]]):

@@ -81,7 +81,7 @@ class ImageStage:
         clip: the model; its image tower is unlocked as `config` says.
         data: the N training images.
         config: the options of the run.
-        class_rows: [C, D], the class matrix at the start; None: random rows.
+        class_rows: [C, D], the class matrix at the start; None: random rows, as `class_init` says.
         bank: [M, D], the caption rows of MCArcMargin; None: no such loss.
         positives: the images' pseudo-captions among them.
         distillation: what is kept of the untrained model; None: nothing.
@@ -120,12 +120,15 @@ class ImageStage:
             chunk=config.loss_chunk,
             compute=compute,
         )
-        start = class_rows
-        if start is None:
-            generator = torch.Generator().manual_seed(config.seed)
-            start = torch.randn(classes.weight.shape, generator=generator)
+        generator = torch.Generator().manual_seed(config.seed)
         with torch.no_grad():
-            classes.weight.copy_(nn.functional.normalize(start, dim=1))
+            if class_rows is None and config.class_init == "xavier":
+                nn.init.xavier_uniform_(classes.weight, generator=generator)
+            else:
+                start = class_rows
+                if start is None:
+                    start = torch.randn(classes.weight.shape, generator=generator)
+                classes.weight.copy_(nn.functional.normalize(start, dim=1))
         self.classes = classes.to(clip.device)
         self.heads = nn.ModuleDict({"classes": self.classes})
         self.captions: MCArcMargin | None = None
@@ -136,6 +139,7 @@ class ImageStage:
                 margin=config.caption_margin,
                 continuation=config.continuation,
                 positives=config.positives,
+                repel=config.repel,
                 chunk=config.loss_chunk,
                 compute=compute,
                 delta=config.loss_delta,
@@ -144,8 +148,10 @@ class ImageStage:
             image_parameters(clip.model), lr=config.lr, wd=config.wd, exempt=config.wd_exempt
         )
         matrix = {
-            "params": [self.classes.weight], "weight_decay": 0.0, "peak_lr": config.lr_classes
-        }  # fmt: skip
+            "params": [self.classes.weight],
+            "weight_decay": 0.0 if config.wd_exempt else config.wd,
+            "peak_lr": config.lr_classes,
+        }
         self.optimizer: torch.optim.Optimizer = make_optimizer([*tower, matrix], config)
         self.convolutional = is_convolutional(clip.model)
         if clip.device.type == "cpu" and clip.precision == "amp_bf16":
@@ -165,7 +171,7 @@ class ImageStage:
                     "none; raise mixtures or batch_size to have any",
                     distillation.rate, config.batch_size,
                 )  # fmt: skip
-        transform = train_transform(clip, config.train_size, config.aug_cfg)
+        transform = train_transform(clip, config.train_size, config.aug_cfg, config.train_resize)
         self.images = AugmentedImages(data, transform, config.seed, generic)
 
     def train_mode(self) -> None:
@@ -219,8 +225,9 @@ class ImageStage:
     def backward(self, micro_batches: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         """Mean losses over the whole step, whichever way it is cut into micro-batches.
 
-        ArcMargin is averaged over all images, MCArcMargin over those that have pseudo-captions, the
-        terms of distillation each over its own images. Rows beyond `data` are generic images.
+        ArcMargin is averaged over all images, MCArcMargin over those that have pseudo-captions (or as
+        `caption_mean` says), the terms of distillation each over its own images. Rows beyond `data` are
+        generic images.
         """
         device, distillation = self.clip.device, self.distillation
         all_rows = [rows.numpy() for _, rows in micro_batches]
@@ -229,6 +236,8 @@ class ImageStage:
         captioned, columns = 0, None
         if self.positives is not None:
             captioned = max(1, sum(int((self.positives.counts(r) > 0).sum()) for r in trained))
+            if self.config.caption_mean == "all":
+                captioned = images_in_step
             if self.config.negatives == "batch":
                 own = np.unique(self.positives.take(np.concatenate(trained)).ids)
                 columns = torch.from_numpy(own).to(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,11 @@ from typing import Any
 import numpy as np
 
 from pymcip.configs import TrainConfig
-from pymcip.contents import file_digests
+from pymcip.contents import digest_of_files
 from pymcip.data import Captions, ImageData, load_captions, load_images
 from pymcip.data.class_names import ClassNames, ClassTexts, name_texts, read_class_names
 from pymcip.errors import DataError
 from pymcip.files import fingerprint
-from pymcip.model import ClipModel
-from pymcip.model.clip import weights_fingerprint
 from pymcip.training.probe_sources import ProbeSources, load_probe_sources
 from pymcip.training.sampling import Indices, Stream, random_generator
 
@@ -69,21 +68,23 @@ class Inputs:
         parts = [part for _, part in self._parts() if isinstance(part, ImageData)]
         return [path for part in parts for path in part.files()]
 
-    def fingerprints(self, config: TrainConfig, clip: ClipModel | None = None) -> dict[str, str]:
+    def fingerprints(
+        self, config: TrainConfig, weights: Mapping[str, str] | None = None
+    ) -> dict[str, str]:
         """What identifies data and weights by their content, by names for messages.
 
-        `clip`: the model before training; without it, its files stand for it.
+        `weights`: digests of the model's before training; without them, its files stand for it.
         """
         found, models = {}, ["mine_model", "mine_pretrained"]
-        if clip is not None:
-            found["weights of model"] = weights_fingerprint(clip.model.state_dict())
+        if weights is not None:
+            found["weights of model"] = fingerprint(weights)
         else:
             models += ["model", "pretrained"]
         for option in models:
             path = Path(str(getattr(config, option) or "").removeprefix("local-dir:"))
             if path != Path() and path.exists():
                 files = sorted(path.rglob("*")) if path.is_dir() else [path]
-                found[f"files of {option}"] = file_digests([f for f in files if f.is_file()])
+                found[f"files of {option}"] = digest_of_files([f for f in files if f.is_file()])
         for option, part in self._parts():
             if isinstance(part, ImageData):
                 stores = [store.fingerprint() for store in part.stores]

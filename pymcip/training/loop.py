@@ -236,13 +236,15 @@ def optimizer_step(run: Run, stage: Stage, micro_batches: list[Any]) -> dict[str
     parameters = [
         p for group in stage.optimizer.param_groups for p in group["params"] if p.grad is not None
     ]
-    heads = {id(p) for p in stage.heads.parameters()}
-    tower = [p for p in parameters if id(p) not in heads]
+    in_heads = {id(p) for p in stage.heads.parameters()}
+    heads = [p for p in parameters if id(p) in in_heads]
+    tower = [p for p in parameters if id(p) not in in_heads]
     limit = run.config.grad_clip_norm or math.inf
     values["grad_norm"] = nn.utils.clip_grad_norm_(tower, limit, foreach=True)
-    for p in parameters:
-        if id(p) in heads:
-            values["loss"] = values["loss"] + 0 * p.grad.sum()  # not finite if the gradient is not
+    if run.config.grad_clip_classes is not None:
+        nn.utils.clip_grad_norm_(heads, run.config.grad_clip_classes, foreach=True)
+    for p in heads:
+        values["loss"] = values["loss"] + 0 * p.grad.sum()  # not finite if the gradient is not
     read = torch.stack([value.float() for value in values.values()]).tolist()  # one synchronisation
     numbers = dict(zip(values, read, strict=True))
     if all(map(math.isfinite, numbers.values())):

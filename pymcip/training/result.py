@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -89,34 +90,48 @@ class TrainResult:
         write_json(self.out / RESULT, plain)
 
 
-def as_begun(config: TrainConfig) -> TrainConfig:
-    """The config with what its run in `config.out`, if there is one, took where it says "auto"."""
-    path = Path(config.out) / "config.json"
-    taken = read_json(path, {}, _AGAIN) if path.is_file() else {}
-    open_ones = [item.name for item in fields(config) if getattr(config, item.name) == "auto"]
-    return replace(config, **{name: taken[name] for name in open_ones if name in taken})
-
-
-def finished_result(config: TrainConfig, made_from: dict[str, str]) -> TrainResult | None:
-    """The result of the run in `config.out`, or None if something of it is left to do.
-
-    `made_from`: fingerprints of what this run reads, see `Inputs.fingerprints`.
+def read_begun(config: TrainConfig) -> dict[str, Any] | None:
+    """The options of the run in `config.out`; None if there is no run yet.
 
     Raises:
-        ConfigError: the folder holds something else, or a run with other options.
+        ConfigError: the folder holds something else.
+        DamagedFileError: they can't be read.
+    """
+    out = Path(config.out)
+    if (out / "config.json").is_file():
+        begun: dict[str, Any] = read_json(out / "config.json", {}, _AGAIN)
+        return begun
+    if holds_files(out) and [path.name for path in out.iterdir()] != [INPUTS]:
+        raise ConfigError(
+            f"resume='latest': {out} holds files but no config.json, so it is no pymcip run; "
+            "give the folder of a run, or one that is new or empty"
+        )
+    return None
+
+
+def as_begun(config: TrainConfig, begun: Mapping[str, Any] | None) -> TrainConfig:
+    """The config with what the run that was begun took where it says "auto"."""
+    if begun is None:
+        return config
+    open_ones = [item.name for item in fields(config) if getattr(config, item.name) == "auto"]
+    return replace(config, **{name: begun[name] for name in open_ones if name in begun})
+
+
+def finished_result(
+    config: TrainConfig, begun: Mapping[str, Any], made_from: dict[str, str]
+) -> TrainResult | None:
+    """The result of the run in `config.out`, or None if something of it is left to do.
+
+    `begun`: its options. `made_from`: fingerprints of what this run reads, see `Inputs.fingerprints`.
+
+    Raises:
+        ConfigError: it has other options.
         StaleEmbeddingsError: it holds a run of other data or weights.
         DamagedFileError: a file of the run can't be read.
     """
     out = Path(config.out)
-    if not (out / "config.json").is_file():
-        if holds_files(out) and [path.name for path in out.iterdir()] != [INPUTS]:
-            raise ConfigError(
-                f"resume='latest': {out} holds files but no config.json, so it is no pymcip run; "
-                "give the folder of a run, or one that is new or empty"
-            )
-        return None
     younger = {item.name: item.default for item in fields(config)}  # than the run: not in its file
-    before = {**younger, **read_json(out / "config.json", {}, _AGAIN)}
+    before = {**younger, **begun}
     now = config.to_dict()
     changed = [
         f"{name}: was {before.get(name)!r}, now {now[name]!r}"

@@ -40,7 +40,7 @@ def fit_settings(
         images: those that it is trained on.
 
     Raises:
-        ConfigError: the image tower doesn't take crops of `train_size` pixels, or open_clip not `aug_cfg`.
+        ConfigError: the image tower doesn't take crops of `train_size` pixels, or `aug_cfg` can't be applied.
     """
     taken: dict[str, Any] = {}
     reasons: dict[str, str] = {}
@@ -74,7 +74,7 @@ def fit_settings(
         **{item.name: getattr(config, item.name) for item in fields(config)} | taken
     )
     check_train_size(clip, settings.train_size)
-    train_transform(clip, settings.train_size, config.aug_cfg)
+    train_transform(clip, settings.train_size, config.aug_cfg, config.train_resize)
     return settings, reasons
 
 

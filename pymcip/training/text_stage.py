@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from pymcip.losses import info_nce
 from pymcip.metrics import expand_prompts
 from pymcip.mining import CaptionLists, CaptionTable, bounds_of
 from pymcip.model import ClipModel
+from pymcip.model.clip import MAX_LOGIT_SCALE
 from pymcip.model.towers import text_parameters, unlock_text_tower
 from pymcip.training.optim import make_optimizer, parameter_groups
 from pymcip.training.sampling import Stream, random_generator
@@ -111,13 +113,23 @@ class TextStage:
         self.samples_per_step = config.rea_batch_size * config.accum_freq
         self.rows = np.flatnonzero((pairs.captions.counts() > 0) | (pairs.names is not None))
         self.steps_per_epoch = max(1, len(self.rows) // self.samples_per_step)
-        unlock_text_tower(clip)
-        groups = parameter_groups(
-            text_parameters(clip.model), lr=config.rea_lr, wd=config.wd, exempt=config.wd_exempt
-        )
+        unlock_text_tower(clip, config.rea_unlock_layers)
+        trained = [*text_parameters(clip.model)]
+        if config.rea_logit_scale:
+            scale: nn.Parameter = clip.model.logit_scale.requires_grad_()  # type: ignore
+            trained.append(("logit_scale", scale))
+        groups = parameter_groups(trained, lr=config.rea_lr, wd=config.wd, exempt=config.wd_exempt)
         self.optimizer: torch.optim.Optimizer = make_optimizer(groups, config)
         self.heads = nn.ModuleDict()
-        self.scale = clip.logit_scale
+
+    def _scale(self) -> float | Tensor:
+        """CLIP's scale, at most 100; a trained one as open_clip's trainer keeps it, from 1."""
+        if not self.config.rea_logit_scale:
+            return self.clip.logit_scale
+        stored: Tensor = self.clip.model.logit_scale  # type: ignore[assignment]
+        with torch.no_grad():
+            stored.clamp_(0, math.log(MAX_LOGIT_SCALE))
+        return stored.exp()
 
     def train_mode(self) -> None:
         """Put all but the image tower into train mode."""
@@ -163,16 +175,18 @@ class TextStage:
         images = self.pairs.vectors[torch.from_numpy(rows)].to(device, torch.float32)
         pictures = rows if self.pairs.pictures is None else self.pairs.pictures[rows]
         ids = torch.from_numpy(pictures).to(device), torch.from_numpy(captions).to(device)
+        scale = self._scale()
         if len(micro_batches) == 1:
-            loss = info_nce(images, self._features(captions), self.scale, *ids)
+            loss = info_nce(images, self._features(captions), scale, *ids)
             loss.backward()  # type: ignore[no-untyped-call]
             return {"loss": loss.detach()}
         with torch.no_grad():
             features = torch.cat([self._features(part) for _, part in micro_batches])
         features.requires_grad_()
-        loss = info_nce(images, features, self.scale, *ids)
-        (slope,) = torch.autograd.grad(loss, features)
-        slopes = slope.split([len(part) for _, part in micro_batches])
+        loss = info_nce(images, features, scale, *ids)
+        loss.backward()  # type: ignore[no-untyped-call]
+        assert features.grad is not None
+        slopes = features.grad.split([len(part) for _, part in micro_batches])
         for (_, part), slope in zip(micro_batches, slopes, strict=True):
             (self._features(part) * slope).sum().backward()  # type: ignore[no-untyped-call]
         return {"loss": loss.detach()}

@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from pymcip.files import write_json
 from pymcip.mining import CaptionTable, mine_captions
 from pymcip.model import ClipModel, load_configured, plain_state
 from pymcip.model.appended import appended_clip
-from pymcip.model.towers import discard_projector
+from pymcip.model.towers import discard_projector, set_patch_dropout, unlock_text_tower
 from pymcip.ops.arrays import MatrixParts
 from pymcip.outputs import output_folder
 from pymcip.training.appended import WEIGHT, choose_weight, fit_appended
@@ -53,7 +53,7 @@ from pymcip.training.inputs import Inputs, open_inputs
 from pymcip.training.logs import MetricsLog, forget_after, log_file
 from pymcip.training.loop import Interruption, Run, Stage, fit, restore
 from pymcip.training.noise import noisy_captions
-from pymcip.training.result import INPUTS, TrainResult, as_begun, finished_result
+from pymcip.training.result import INPUTS, TrainResult, as_begun, finished_result, read_begun
 from pymcip.training.settings import fit_settings
 from pymcip.training.summary import log_end, log_start
 from pymcip.training.text_stage import TextStage, image_text_pairs
@@ -95,14 +95,18 @@ def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
             not finite or have grown a thousandfold. Nothing was exported.
     """
     config = TrainConfig.make(config, options)
-    if config.resume:
-        config = as_begun(config)
+    begun = read_begun(config) if config.resume else None
+    config = as_begun(config, begun)
     inputs = open_inputs(config)
     clip = load_configured(config).joint()
+    set_patch_dropout(clip, config.patch_dropout)
+    if config.realigns:
+        unlock_text_tower(clip, config.rea_unlock_layers)  # what can't be done is refused here
     settings, reasons = fit_settings(config, clip, inputs.images)
-    made_from = inputs.fingerprints(config, clip)
-    if config.resume:
-        finished = finished_result(config, made_from)
+    weights = {part: clip.weights(part) for part in ("image", "text")}
+    made_from = inputs.fingerprints(config, weights)
+    if begun is not None:
+        finished = finished_result(config, begun, made_from)
         if finished is not None:
             return finished
     with output_folder(config, resume=config.resume is not None, read=inputs.files()) as out:
@@ -111,17 +115,25 @@ def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
         (out / "checkpoints").mkdir(exist_ok=True)
         with Interruption().installed() as interruption, log_file(out / "out.log"):
             log_start(settings, reasons, clip, inputs)
-            result = _run(settings, out, clip, inputs, interruption)
+            cache = _cache(settings, out, clip, weights)
+            result = _run(settings, out, cache, inputs, interruption)
             log_end(result, settings)
             return result
 
 
 def _run(
-    config: TrainSettings, out: Path, clip: ClipModel, inputs: Inputs, interruption: Interruption
+    config: TrainSettings,
+    out: Path,
+    cache: EmbeddingCache,
+    inputs: Inputs,
+    interruption: Interruption,
 ) -> TrainResult:
-    """Embed, mine, run the stages in order, keep the budget, export."""
+    """Embed, mine, run the stages in order, keep the budget, export.
+
+    `cache`: of the untrained model, which is trained here.
+    """
     started = time.perf_counter()
-    cache = _cache(config, out, clip)
+    clip = cache.clip
     data, embedded, table = _embed_and_mine(config, out, cache, inputs)
     if config.projector == "discard":
         discard_projector(clip, config.seed)
@@ -272,10 +284,12 @@ def _run(
     return result
 
 
-def _cache(config: TrainSettings, out: Path, clip: ClipModel) -> EmbeddingCache:
+def _cache(
+    config: TrainSettings, out: Path, clip: ClipModel, weights: Mapping[str, str] | None = None
+) -> EmbeddingCache:
     """The run's embeddings by a model whose weights stay as they are while the cache is in use."""
     folder = config.cache if config.cache is not None else out / "embeddings"
-    return EmbeddingCache(clip, folder, workers=config.workers)
+    return EmbeddingCache(clip, folder, workers=config.workers, weights=weights)
 
 
 def _embed_and_mine(
