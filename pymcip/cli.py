@@ -75,7 +75,7 @@ COMMANDS = {
         "nearest captions of each embedded image",
         several=True,
     ),
-    "train": Command(TrainConfig, "pymcip.training:train", "fine-tune a model"),
+    "train": Command(TrainConfig, "pymcip.training:train", "fine-tune a model", several=True),
     "runs": Command(
         RunsConfig,
         "pymcip.training.runs:compare_runs",

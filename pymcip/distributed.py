@@ -6,6 +6,7 @@ every function here does nothing, and no process group is made. torch is importe
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import re
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
-from pymcip.errors import ConfigError, ResourceError, reason_of
+from pymcip.errors import ConfigError, PymcipError, ResourceError, reason_of
 
 STEP_TIMEOUT = timedelta(minutes=30)  # of an exchange within a training step
 WAIT_TIMEOUT = timedelta(days=7)  # of waiting for process 0, which embeds or measures
@@ -103,44 +104,46 @@ def own_device(device: str | None) -> str | None:
 
 @contextlib.contextmanager
 def joined(device: str | None = None) -> Iterator[None]:
-    """Let this process exchange with the others while the block runs.
+    """Let this process exchange with the others in the block; the first call joins them until it ends.
 
     Args:
         device: of this process, see `own_device`; on a GPU tensors go by NCCL, on the CPU by gloo.
 
     Raises:
-        ConfigError: the environment lacks the address of process 0.
+        ConfigError: the environment lacks the address of process 0, or the caller has joined them.
         ResourceError: another process ended, or did not answer in time.
     """
-    global _waiting
-    if world() == 1 or _waiting is not None:
+    if world() > 1 and _waiting is None:
+        _join(device)
+    with _explained():
         yield
-        return
+
+
+def _join(device: str | None) -> None:
+    global _waiting
     import torch
     from torch import distributed
 
+    rank()  # is checked before anything is joined
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ConfigError(
             f"the environment has WORLD_SIZE={world()} without {', '.join(missing)}; start the processes "
             "by torchrun, or unset WORLD_SIZE to run one"
         )
-    own = not distributed.is_initialized()
+    if distributed.is_initialized():
+        raise ConfigError(
+            "torch.distributed has a process group already; pymcip makes its own: call "
+            "torch.distributed.destroy_process_group() before"
+        )
+    name, backend = own_device(device), "gloo"
+    if name is not None and name.startswith("cuda"):
+        torch.cuda.set_device(name)
+        backend = "cpu:gloo,cuda:nccl"
     with _explained():
-        try:
-            if own:
-                name = own_device(device)
-                backend = "gloo"
-                if name is not None and name.startswith("cuda"):
-                    torch.cuda.set_device(name)
-                    backend = "cpu:gloo,cuda:nccl"
-                distributed.init_process_group(backend, timeout=STEP_TIMEOUT)
-            _waiting = distributed.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
-            yield
-        finally:
-            _waiting = None
-            if own and distributed.is_initialized():
-                distributed.destroy_process_group()
+        distributed.init_process_group(backend, timeout=STEP_TIMEOUT)
+        atexit.register(distributed.destroy_process_group)  # a process can join only once
+        _waiting = distributed.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
 
 
 @contextlib.contextmanager
@@ -149,7 +152,7 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not _LOST.search(str(error)) or isinstance(error, ResourceError):
+        if world() == 1 or isinstance(error, PymcipError) or not _LOST.search(str(error)):
             raise
         raise ResourceError(
             f"process {rank()} of {world()} lost the others: one of them ended or hung (its own message "
@@ -157,6 +160,11 @@ def _explained() -> Iterator[None]:
             f"{STEP_TIMEOUT} at most. {reason_of(error)}. Run the same command again (train: with "
             "resume='latest')"
         ) from error
+
+
+def waiting_group() -> Any:
+    """Return torch's group for exchanges on the CPU that may take long; None for one process."""
+    return _waiting
 
 
 def barrier() -> None:
@@ -192,14 +200,27 @@ def gathered(value: Any) -> list[Any]:
     return values
 
 
+def highest(*values: float) -> list[float]:
+    """Return the highest that a process gives, of each of the values; a part of a training step."""
+    if _waiting is None:
+        return list(values)
+    import torch
+
+    found = torch.tensor(values, dtype=torch.float64)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    numbers: list[float] = found.tolist()
+    return numbers
+
+
 @contextlib.contextmanager
-def first_alone() -> Iterator[None]:
-    """Let process 0 run the block first, and the others after it, when they find what it has made."""
-    if not is_first():
-        barrier()
-    yield
-    if is_first():
-        barrier()
+def alone() -> Iterator[None]:
+    """Let this process do in the block what only it does: nothing in it waits for the others."""
+    global _waiting
+    group, _waiting = _waiting, None
+    try:
+        yield
+    finally:
+        _waiting = group
 
 
 def share(count: int, of: int | None = None) -> range:

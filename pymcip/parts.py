@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, TypeAlias
 
-from pymcip.distributed import rank, world
+from pymcip.distributed import rank, waiting_group, world
 from pymcip.errors import ConfigError
 
 Shard: TypeAlias = tuple[int, int]  # i and n: the i-th of n shares of the work, i from 0 to n - 1
@@ -17,9 +17,11 @@ Shard: TypeAlias = tuple[int, int]  # i and n: the i-th of n shares of the work,
 WHOLE: Shard = (0, 1)
 
 
-def own_shard(option: str | None) -> Shard:
-    """The share of this process: shard i of n (the option's "i/n"), of which each of W ranks does a part."""
+def own_shard(option: str | None = None) -> Shard:
+    """The share of this process: of shard i of n (the option's "i/n") each of W joined ones does a part."""
     number, count = (0, 1) if option is None else map(int, option.split("/"))
+    if waiting_group() is None:
+        return number, count
     return number * world() + rank(), count * world()
 
 

@@ -305,8 +305,6 @@ def test_only_the_first_process_speaks(
 ) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    able = dataclasses.replace(cli.COMMANDS["train"], several=True)
-    monkeypatch.setitem(cli.COMMANDS, "train", able)
     stage.result = Trained(Path("runs/x"), {}, {}, None)
     assert main(TRAIN) == 0
     assert capsys.readouterr().out == ""

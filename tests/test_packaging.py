@@ -56,7 +56,7 @@ FLOORS = {
         benchmarks.cub200 benchmarks.gpr1200 benchmarks.imagenet benchmarks.instre benchmarks.objectnet
         benchmarks.revisited benchmarks.registry benchmarks.embedder benchmarks.suite benchmarks""",
     "evaluation": "evaluation.tables evaluation.own_data evaluation.run evaluation",
-    "training": """training.interpolation training.sampling training.batches training.mixtures
+    "training": """training.interpolation training.sampling training.replicas training.batches training.mixtures
         training.checkpoints training.divergence training.logs training.optim training.result training.runs training.pace training.loop
         training.probe_sources training.inputs training.distillation training.image_stage
         training.settings training.noise training.appended training.text_stage training.probe training.summary training.validation training.budget

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import pymcip
-from pymcip import workers
+from pymcip import parts, workers
 from pymcip.cli import main
 from pymcip.data import load_images
 from pymcip.embedding import EmbeddingFolder, embed_images
@@ -190,6 +190,8 @@ def test_a_shard_of_ranks_is_a_share_of_the_share(monkeypatch: pytest.MonkeyPatc
     assert own_shard(None) == (0, 1)
     assert own_shard("2/3") == (2, 3)
     monkeypatch.setenv("WORLD_SIZE", "4")
+    assert own_shard("2/3") == (2, 3)  # a process that has not joined the others works alone
+    monkeypatch.setattr(parts, "waiting_group", object)
     shares = set()
     for rank in range(4):
         monkeypatch.setenv("RANK", str(rank))

@@ -12,7 +12,7 @@ from pymcip.embedding.folder import EmbeddingFolder
 from pymcip.embedding.write import CAPTIONS_PER_IMAGE, embed_captions, embed_images
 from pymcip.files import fingerprint
 from pymcip.model import ClipModel
-from pymcip.parts import WHOLE, own_shard
+from pymcip.parts import own_shard
 
 CACHE_PART_SIZE = 20_000  # what a kill while embedding can cost a run
 
@@ -21,15 +21,9 @@ class EmbeddingCache:
     """Embeddings of one model in a folder that runs share: what is in it is not embedded again.
 
     Each set of images or captions has a subfolder, named by what it was made from. The model's
-    weights must not change while the cache is in use.
-
-    Args:
-        clip: the model.
-        folder: the folder.
-        batch_size, workers: as of `embed_images`.
-        weights: `clip.weights` of "image" and "text", if the caller has them already.
-        together: processes that are joined (see `pymcip.distributed`) share the work: all of them
-            ask for the same sets in the same order.
+    weights must not change while the cache is in use. Processes of torchrun share the parts; all of them
+    ask for the same sets in the same order. `weights`: `clip.weights` of "image" and "text", if the
+    caller has them already.
     """
 
     def __init__(
@@ -40,12 +34,10 @@ class EmbeddingCache:
         batch_size: int = 64,
         workers: Workers = 0,
         weights: Mapping[str, str] | None = None,
-        together: bool = False,
     ) -> None:
         self.clip, self.folder = clip, Path(folder)
         self.batch_size, self.workers = batch_size, workers
         self._weights = weights or {}
-        self._shard = own_shard(None) if together else WHOLE
         self._fingerprints: dict[str, str] = {}
 
     def images(self, data: ImageData) -> EmbeddingFolder:
@@ -58,7 +50,7 @@ class EmbeddingCache:
             part_size=CACHE_PART_SIZE,
             workers=self.workers,
             fingerprint_of_model=self._fingerprint("image"),
-            shard=self._shard,
+            shard=own_shard(),
         )
         return self._complete(folder)
 
@@ -71,14 +63,13 @@ class EmbeddingCache:
             batch_size=CAPTIONS_PER_IMAGE * self.batch_size,
             part_size=CACHE_PART_SIZE,
             fingerprint_of_model=self._fingerprint("text"),
-            shard=self._shard,
+            shard=own_shard(),
         )
         return self._complete(folder)
 
     def _complete(self, folder: EmbeddingFolder) -> EmbeddingFolder:
         """Wait until the others' parts are there, if there are others."""
-        if self._shard != WHOLE:
-            barrier()
+        barrier()
         return folder
 
     def _folder(self, part: str, data: ImageData | Captions) -> Path:

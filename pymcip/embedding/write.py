@@ -78,7 +78,12 @@ def embed(config: EmbedConfig | None = None, /, **options: Any) -> EmbeddingFold
         FolderInUseError: another process writes to `out`.
     """
     config = EmbedConfig.make(config, options)
-    shard = own_shard(config.shard)
+    with joined(config.device):
+        return _embed(config, own_shard(config.shard))
+
+
+def _embed(config: EmbedConfig, shard: Shard) -> EmbeddingFolder:
+    """Embed a shard's parts, and wait for the others of torchrun."""
     refuse_overwrite(config, shard)
     out = Path(config.out)
     images = None if config.images is None else load_images(config.images, labelled=False)
@@ -93,18 +98,17 @@ def embed(config: EmbedConfig | None = None, /, **options: Any) -> EmbeddingFold
         there = any((out / f"{kind}_fingerprint.json").is_file() for kind in METADATA)
         return there and not config.overwrite
 
-    with joined("cpu"):
-        with output_folder(config, resume=ours, read=read, shared=shard[1] > 1):
-            pass  # it is ours, and empty where it has to be; the parts hold it again
-        if images is not None:
-            embed_images(
-                clip, images, out,
-                batch_size=size, part_size=part_size, workers=config.workers, shard=shard,
-            )  # fmt: skip
-        if captions is not None:
-            size *= CAPTIONS_PER_IMAGE
-            embed_captions(clip, captions, out, batch_size=size, part_size=part_size, shard=shard)
-        barrier()
+    with output_folder(config, resume=ours, read=read, shared=shard[1] > 1):
+        pass  # it is ours, and empty where it has to be; the parts hold it again
+    if images is not None:
+        embed_images(
+            clip, images, out,
+            batch_size=size, part_size=part_size, workers=config.workers, shard=shard,
+        )  # fmt: skip
+    if captions is not None:
+        size *= CAPTIONS_PER_IMAGE
+        embed_captions(clip, captions, out, batch_size=size, part_size=part_size, shard=shard)
+    barrier()
     return EmbeddingFolder(out)
 
 

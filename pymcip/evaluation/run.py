@@ -102,7 +102,7 @@ def evaluate(
             f"evaluate was started as {world()} processes, which share embeddings by a folder that all "
             "can reach: give cache="
         )
-    with joined("cpu"):
+    with joined(chosen.device):
         return _evaluate_own(chosen) if chosen.suite is None else _evaluate_suite(chosen)
 
 
@@ -246,7 +246,7 @@ def _each_model(
             _log.info("evaluating %s", name)
             cache = EmbeddingCache(
                 clip, folder,
-                batch_size=config.batch_size, workers=config.workers, together=True,
+                batch_size=config.batch_size, workers=config.workers,
             )  # fmt: skip
             results.append(measure(cache))
             del clip, cache

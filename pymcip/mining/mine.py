@@ -115,6 +115,12 @@ def mine_captions(config: MineConfig | None = None, /, **options: Any) -> MineRe
         MissingDependencyError: `recall` is below 1, and faiss is not installed.
     """
     config = MineConfig.make(config, options)
+    with joined():
+        return _mine(config, own_shard(config.shard))
+
+
+def _mine(config: MineConfig, shard: Shard) -> MineResult:
+    """Do a shard's tasks, wait for the others of torchrun, and finish."""
     if config.recall < 1:
         import_faiss()
     images = EmbeddingFolder(config.images)
@@ -138,7 +144,6 @@ def mine_captions(config: MineConfig | None = None, /, **options: Any) -> MineRe
         "index": None if config.index is None else str(config.index),
         "seed": config.seed,
     }
-    shard = own_shard(config.shard)
     if shard[1] > 1 and config.recall < 1:
         raise ConfigError(
             f"recall={config.recall} with {shard[1]} processes: one process builds and asks an "
@@ -149,14 +154,13 @@ def mine_captions(config: MineConfig | None = None, /, **options: Any) -> MineRe
     def there() -> bool:
         return (out / "mine.json").is_file() and not config.overwrite
 
-    with joined("cpu"):
-        with output_folder(config, resume=there, shared=shard[1] > 1):
-            mining = _opened(config, out, there(), settings, images, captions, shard)
-            if not (out / "report.json").is_file():  # written last
-                mining.tasks.do(mining.search, shard)
-        barrier()
-        with hold(out, wait=True):
-            return _finished(config, out, mining, images, captions)
+    with output_folder(config, resume=there, shared=shard[1] > 1):
+        mining = _opened(config, out, there(), settings, images, captions, shard)
+        if not (out / "report.json").is_file():  # written last
+            mining.tasks.do(mining.search, shard)
+    barrier()
+    with hold(out, wait=True):
+        return _finished(config, out, mining, images, captions)
 
 
 def _opened(
