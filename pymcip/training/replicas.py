@@ -126,9 +126,9 @@ def replicated(function: Callable[..., Any], model: nn.Module) -> Callable[..., 
         return lambda *arguments, last: function(*arguments)
     # Looking for unused parameters keeps the order of the sums from one run to its resumption.
     replica = DistributedDataParallel(
-        _Function(function, model), broadcast_buffers=False, gradient_as_bucket_view=True,
-        find_unused_parameters=True,
-    )  # fmt: skip
+        _Function(function, model), gradient_as_bucket_view=True, find_unused_parameters=True
+    )
+    replica.broadcast_buffers = False  # no step changes them, see `check_processes`
     # The sum of a bucket; DDP's own hook would divide it by W.
     replica.register_comm_hook(
         None,
