@@ -9,7 +9,7 @@ from pymcip.configs.options import (
     read_options,
     required,
 )
-from pymcip.configs.search import IndexConfig, SearchConfig
+from pymcip.configs.search import IndexConfig, SearchConfig, ServeConfig
 from pymcip.configs.stages import (
     CheckConfig,
     DemoConfig,
@@ -25,7 +25,7 @@ from pymcip.configs.train import TrainConfig, TrainSettings
 
 __all__ = [
     "CheckConfig", "Config", "DemoConfig", "EmbedConfig", "EvaluateConfig", "ExportConfig", "IndexConfig",
-    "MineConfig", "ModelOptions", "RunsConfig", "SearchConfig", "Source", "Sources", "SweepConfig", "TrainConfig",
+    "MineConfig", "ModelOptions", "RunsConfig", "SearchConfig", "ServeConfig", "Source", "Sources", "SweepConfig", "TrainConfig",
     "TrainSettings", "Workers",
     "option", "read_options", "required",
 ]  # fmt: skip
