@@ -65,16 +65,10 @@ COMMANDS = {
         positional=("data",),
     ),
     "embed": Command(
-        EmbedConfig,
-        "pymcip.embedding:embed",
-        "images and captions into an embedding folder",
-        several=True,
+        EmbedConfig, "pymcip.embedding:embed", "images and captions into a folder", several=True
     ),
     "mine": Command(
-        MineConfig,
-        "pymcip.mining:mine_captions",
-        "nearest captions of each embedded image",
-        several=True,
+        MineConfig, "pymcip.mining:mine_captions", "nearest captions of each image", several=True
     ),
     "train": Command(TrainConfig, "pymcip.training:train", "fine-tune a model", several=True),
     "runs": Command(
@@ -140,7 +134,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = options.pop("debug", False) or os.environ.get("PYMCIP_DEBUG", "0") not in ("", "0")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     try:
-        # One voice of several processes: what the others would say, the first one says.
         logging.getLogger("pymcip").setLevel(logging.INFO if is_first() else logging.ERROR)
         if command == "env":
             return _show_environment()
@@ -312,8 +305,8 @@ def summary(result: Any) -> dict[str, Any]:
         for kind, name in (("img", "images"), ("text", "captions")):
             if result.has(kind):
                 complete, parts = result.part_counts(kind)  # other shards may be to come
-                size = sum(map(len, result.parts(kind))) if complete == parts else None
-                values[name] = f"{complete} of {parts} parts" if size is None else size
+                whole = complete == parts and sum(map(len, result.parts(kind)))
+                values[name] = whole or f"{complete} of {parts} parts"
     plain = (str, int, float, bool, dict, list, tuple, NoneType)
     return {
         name: str(value) if isinstance(value, os.PathLike) else value
