@@ -43,7 +43,6 @@ from pymcip.errors import ConfigError, PymcipError, ResourceError, did_you_mean,
 @dataclass(frozen=True)
 class Command:
     """A stage: the config that its flags come from, and `module:function` to call with it.
-
     `listing`: another `module:function`; `--list` prints its text, made from the flags in `listed`.
     `positional`: the options that may also be given without their flags; the last takes all words
     that are left. `several`: whether torchrun may start several processes of it.
@@ -66,10 +65,10 @@ COMMANDS = {
         positional=("data",),
     ),
     "embed": Command(
-        EmbedConfig, "pymcip.embedding:embed", "images and captions into an embedding folder"
+        EmbedConfig, "pymcip.embedding:embed", "images and captions into a folder", several=True
     ),
     "mine": Command(
-        MineConfig, "pymcip.mining:mine_captions", "nearest captions of each embedded image"
+        MineConfig, "pymcip.mining:mine_captions", "nearest captions of each image", several=True
     ),
     "train": Command(TrainConfig, "pymcip.training:train", "fine-tune a model", several=True),
     "runs": Command(
@@ -84,6 +83,7 @@ COMMANDS = {
         "image and text search, before and after; the paper's benchmarks",
         listing="pymcip.benchmarks:listing",
         listed=("data_root", "data_paths"),
+        several=True,
     ),
     "export": Command(
         ExportConfig, "pymcip.exporting:export", "weights for open_clip, an index for faiss"
@@ -134,9 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = options.pop("debug", False) or os.environ.get("PYMCIP_DEBUG", "0") not in ("", "0")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     try:
-        # One voice of several processes: what the others would say, the first one says.
-        level = logging.INFO if is_first() else logging.ERROR
-        logging.getLogger("pymcip").setLevel(level)
+        logging.getLogger("pymcip").setLevel(logging.INFO if is_first() else logging.ERROR)
         if command == "env":
             return _show_environment()
         if command == "recipes":
@@ -306,7 +304,9 @@ def summary(result: Any) -> dict[str, Any]:
         values = {"out": result.path, "skipped": len(result.skipped)}
         for kind, name in (("img", "images"), ("text", "captions")):
             if result.has(kind):
-                values[name] = sum(len(part) for part in result.parts(kind))
+                complete, parts = result.part_counts(kind)  # other shards may be to come
+                whole = complete == parts and sum(map(len, result.parts(kind)))
+                values[name] = whole or f"{complete} of {parts} parts"
     plain = (str, int, float, bool, dict, list, tuple, NoneType)
     return {
         name: str(value) if isinstance(value, os.PathLike) else value

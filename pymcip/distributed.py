@@ -57,6 +57,15 @@ def rank() -> int:
     return own
 
 
+def local_world() -> int:
+    """Return how many processes torchrun started on this machine; 1 without it.
+
+    Raises:
+        ConfigError: LOCAL_WORLD_SIZE is no number.
+    """
+    return max(1, _number("LOCAL_WORLD_SIZE", 1))
+
+
 def is_first() -> bool:
     """Whether this process is number 0, the only one that writes files that all share."""
     return rank() == 0
@@ -201,16 +210,6 @@ def highest(*values: float) -> list[float]:
     torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
     numbers: list[float] = found.tolist()
     return numbers
-
-
-@contextlib.contextmanager
-def first_alone() -> Iterator[None]:
-    """Let process 0 run the block first, and the others after it, when they find what it has made."""
-    if not is_first():
-        barrier()
-    yield
-    if is_first():
-        barrier()
 
 
 @contextlib.contextmanager

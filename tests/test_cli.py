@@ -332,7 +332,7 @@ def test_embed_mine_evaluate_export(
     mined = ["mine", "--images", str(emb), "--out", str(tmp_path / "mined")]
     assert main([*mined, "--threshold", "-1", "--k", "2"]) == 0
     *table, line = capsys.readouterr().out.splitlines()
-    assert json.loads(line) == {"out": str(tmp_path / "mined"), "threshold": -1}
+    assert json.loads(line) == {"out": str(tmp_path / "mined"), "threshold": -1, "missing": 0}
     for row in (
         "| images with captions | 12 (100%) |",
         "| captions of each of these, mean | 2.0 |",

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 import pymcip
-from pymcip.cli import main
 from pymcip.errors import ConfigError
 from pymcip.training.checkpoints import checkpoint_files, load_checkpoint
 from tests.conftest import CAPTIONS, COLOURS, computed_of, picture
@@ -241,11 +240,3 @@ def test_an_environment_that_is_not_torchruns_is_refused(
         second(**values)
         with pytest.raises(ConfigError, match=message):
             pymcip.train(**options)
-
-
-def test_other_commands_refuse_several_processes(
-    second: Callable[..., None], capsys: pytest.CaptureFixture[str]
-) -> None:
-    second(WORLD_SIZE="2", RANK="0")
-    assert main(["demo"]) == 2
-    assert "runs in one process, and torchrun started 2" in capsys.readouterr().err

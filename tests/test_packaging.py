@@ -35,7 +35,7 @@ OPTIONAL = (
 # Data flows one way. Every module of the package stands on one floor, and imports only modules that are
 # named before it, here and on the floors above this one in the list; functions do, too.
 FLOORS = {
-    "what everything stands on": "errors distributed progress markdown folders files contents",
+    "what everything stands on": "errors distributed parts progress markdown folders files contents",
     "options": "configs.options configs.recipes configs.stages configs.search configs.train configs.sweep configs",
     "ops": """ops.margin_contract ops.arrays ops.recall ops.dispatch ops.faiss_import
         ops.margin_softmax_cpu ops.margin_softmax_torch ops.canonical ops.margin_operators ops.ordering

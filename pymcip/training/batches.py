@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import transforms
 
+from pymcip.configs import Workers
 from pymcip.data import ImageData
 from pymcip.errors import ConfigError
 from pymcip.model import ClipModel
@@ -145,7 +146,7 @@ def image_batches(
     epoch: int,
     batch_size: int,
     numbers: Iterable[int],
-    workers: int,
+    workers: Workers,
     pin_memory: bool,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The epoch's batches with these numbers: pixels [B, 3, H, W], rows int64 [B].

@@ -27,7 +27,7 @@ import numpy as np
 
 from pymcip.configs import TrainConfig, TrainSettings
 from pymcip.data import ImageData
-from pymcip.distributed import alone, barrier, broadcast, first_alone, is_first, joined
+from pymcip.distributed import alone, barrier, broadcast, is_first, joined
 from pymcip.embedding import EmbeddingCache, EmbeddingFolder
 from pymcip.errors import DataError
 from pymcip.exporting import write_export
@@ -338,18 +338,14 @@ def _embed_and_mine(
         return data, embedded, None
     assert inputs.captions is not None  # `TrainConfig.problems` sees to it
     captions = cache.captions(inputs.captions)
-    with first_alone():
-        if is_first():
-            table = mine_captions(
-                images=embedded.path,
-                captions=captions.path,
-                out=out / "mined",
-                k=config.k,
-                threshold=config.threshold,
-                seed=config.seed,
-            ).table
-        else:
-            table = CaptionTable.load(out / "mined")
+    table = mine_captions(
+        images=embedded.path,
+        captions=captions.path,
+        out=out / "mined",
+        k=config.k,
+        threshold=config.threshold,
+        seed=config.seed,
+    ).table
     if config.caption_noise > 0:  # mined/ keeps what was mined
         table = noisy_captions(table, config.caption_noise, config.seed)
     return data, embedded, table
