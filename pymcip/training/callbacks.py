@@ -53,7 +53,8 @@ class Callbacks:
     One that returns True ends the stage that is being trained. All that follows its last epoch
     follows then too: its evaluation, re-alignment if the method has it, the alignment budget, the
     export. An exception ends the run as it is, without an export; `resume="latest"` continues it
-    from its last checkpoint.
+    from its last checkpoint. Of several processes (torchrun) each needs them, and the first one calls
+    them for all.
 
     Attributes:
         on_step: after every step.
