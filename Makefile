@@ -89,6 +89,7 @@ demo: setup
 	$(BIN)/pymcip demo
 
 bench: setup
+	$(BIN)/python -m pip install --quiet "$$(ls dist/*.whl)[bench]"
 	$(BIN)/python bench/bench_margin_softmax.py
 	$(BIN)/python bench/bench_topk.py
 	$(BIN)/python bench/bench_metrics.py
