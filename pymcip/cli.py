@@ -30,6 +30,7 @@ from pymcip.configs import (
     MineConfig,
     RunsConfig,
     SearchConfig,
+    ServeConfig,
     SweepConfig,
     TrainConfig,
     read_options,
@@ -96,6 +97,12 @@ COMMANDS = {
         "pymcip.search.show:search_and_show",
         "images of an index by texts, pictures or both",
         positional=("index", "text"),
+    ),
+    "serve": Command(
+        ServeConfig,
+        "pymcip.search.serve:serve",
+        "a page in the browser to search an index with",
+        positional=("index",),
     ),
     "demo": Command(
         DemoConfig, "pymcip.demo:run_demo", "the whole way on a small world of pictures"

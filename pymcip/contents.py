@@ -48,6 +48,11 @@ def file_digest(path: str | os.PathLike[str]) -> bytes:
     return _read(os.path.abspath(path))[1]  # noqa: PTH100
 
 
+def picture_digest(digest: bytes, crop: bytes = b"") -> str:
+    """What a picture is known by, 32 hex digits: of its file's digest and the box it is cut to."""
+    return (digest_of(digest + crop) if crop else digest).hex()[:32]
+
+
 def file_digests(paths: Sequence[str | os.PathLike[str]]) -> Digests:
     """SHA-256 of what each file holds: uint8 [N, 32]; zeros where it can't be read."""
     names = [os.path.abspath(path) for path in paths]  # noqa: PTH100

@@ -406,7 +406,7 @@ def test_no_command_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_every_stage_has_a_command() -> None:
     names = {"check", "embed", "mine", "train", "evaluate", "export", "demo", "sweep", "index"}
-    assert set(COMMANDS) == names | {"search", "runs"}
+    assert set(COMMANDS) == names | {"search", "serve", "runs"}
     for command in COMMANDS.values():
         assert issubclass(command.config, Config)
     assert isinstance(build_parser(), argparse.ArgumentParser)

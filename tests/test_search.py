@@ -101,6 +101,13 @@ def test_queries_are_as_documented(build: Build, tiny_clip: ClipModel, photos: P
         index, unit(0.25 * texts + 0.75 * pictures), 7,
     )  # fmt: skip
     check(search("red apple", without="green"), index, unit(2 * s - t), 7)
+    row = search(image=opened[1], k=1)[0].row
+    check(
+        search("red apple", row, without=0),
+        index,
+        unit(2 * unit(s + unit(stored(index)[row])) - unit(stored(index)[0])),
+        7,
+    )
     check(
         search(image=paths, without=["green", paths[0]]),
         index, unit(2 * pictures - unit(t + a)), 7,
@@ -254,7 +261,10 @@ def test_another_model_is_refused(build: Build, tmp_path: Path) -> None:
         ({"text": [None]}, "text=None is not allowed"),
         ({"image": "nowhere.jpg"}, "nowhere.jpg can't be read: No such file"),
         ({"image": "index.json"}, "index.json can't be decoded"),
-        ({"image": [3]}, "image=3 is not allowed"),
+        ({"image": [3.5]}, "image=3.5 is not allowed"),
+        ({"image": 7}, "image=7 is not allowed; the index has the rows 0 to 6"),
+        ({"image": True}, "image=True is not allowed"),
+        ({"image": Image.new("RGB", (100_000, 1))}, "100000 x 1 pixels become .* are refused"),
         ({"image": Image.new("F", (9, 9), 7.0)}, "can't be converted to RGB: its float pixels"),
         ({"text": "a", "weight": 2}, "weight=2 is not allowed"),
         ({"text": "a", "strength": float("nan")}, "strength=nan is not allowed"),
@@ -263,7 +273,7 @@ def test_another_model_is_refused(build: Build, tmp_path: Path) -> None:
         ({"text": "a", "where": {"colour": "red"}}, "where={'colour': …} is not allowed; allowed: label"),
         ({"text": "a", "where": {"label": "cat"}}, "no image has the label 'cat'; there are class0, class1"),
         ({"text": "a", "where": {"label": []}}, "where.*empty"),
-        ({"text": "a", "without": [4]}, "is not allowed"),
+        ({"text": "a", "without": [-1]}, "is not allowed"),
     ],
 )  # fmt: skip
 def test_bad_queries(

@@ -1,7 +1,7 @@
 """The options of every stage, one frozen dataclass each; the command line is made from them."""
 
 from pymcip.configs.options import Config, Source, Sources, option, read_options, required
-from pymcip.configs.search import IndexConfig, SearchConfig
+from pymcip.configs.search import IndexConfig, SearchConfig, ServeConfig
 from pymcip.configs.stages import (
     CheckConfig,
     DemoConfig,
@@ -17,7 +17,7 @@ from pymcip.configs.train import TrainConfig, TrainSettings
 
 __all__ = [
     "CheckConfig", "Config", "DemoConfig", "EmbedConfig", "EvaluateConfig", "ExportConfig", "IndexConfig",
-    "MineConfig", "ModelOptions", "RunsConfig", "SearchConfig", "Source", "Sources", "SweepConfig", "TrainConfig",
+    "MineConfig", "ModelOptions", "RunsConfig", "SearchConfig", "ServeConfig", "Source", "Sources", "SweepConfig", "TrainConfig",
     "TrainSettings",
     "option", "read_options", "required",
 ]  # fmt: skip

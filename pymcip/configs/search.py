@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from pymcip.configs.options import Config, Source, Sources, option, required
@@ -53,4 +54,26 @@ class SearchConfig(Config):
         problems = super().problems()
         if not self.text and not self.image:
             problems.append("nothing to look for: give a text, --image, or both")
+        return problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig(Config):
+    """Options of `pymcip serve`: a page to search an index with."""
+
+    index: Source = required("folder that pymcip index has written")
+    baseline: Source | None = option(
+        None, "index of the same images by another model, shown beside the first"
+    )
+    host: str = option("127.0.0.1", "address to listen on; beyond this machine it takes a token")
+    port: int = option(8000, "port to listen on; 0: a free one", at_least=0, at_most=65_535)
+    token: str | None = option(
+        None, "what every request must bring; default: none on this machine, else a random one"
+    )
+    device: str | None = option(None, "cpu, cuda, cuda:1, …; default: a GPU if there is one")
+
+    def problems(self) -> list[str]:
+        problems = super().problems()
+        if self.token is not None and not re.fullmatch(r"[\w.~-]{8,200}", self.token, re.ASCII):
+            problems.append("token= must be 8 to 200 letters, digits and . _ ~ -")
         return problems

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from pymcip.contents import digest_of
+from pymcip.contents import digest_of, picture_digest
 from pymcip.data.decode import crop, decode
 from pymcip.data.stores import Int64, Store
 from pymcip.data.tally import LeftOut
@@ -113,9 +113,7 @@ class ImageData:
         return image if self.crops is None else crop(image, self.crops[index], key)
 
     def _with_crop(self, index: int, digest: bytes) -> str:
-        if self.crops is not None:
-            digest = digest_of(digest + self.crops[index].tobytes())
-        return digest.hex()[:32]
+        return picture_digest(digest, b"" if self.crops is None else self.crops[index].tobytes())
 
     def select(self, indices: npt.ArrayLike) -> ImageData:
         """Return the images at `indices` (int [M]), in that order; the classes stay the same."""

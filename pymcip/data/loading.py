@@ -65,7 +65,6 @@ class DecodedImages(Dataset[Decoded | Skipped]):
         self.data = data
         self.indices = np.asarray(indices, np.int64)
         self.transform = transform
-        self._side = _shortest_side(transform)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -74,16 +73,32 @@ class DecodedImages(Dataset[Decoded | Skipped]):
         index = int(self.indices[position])
         try:
             image, content = self.data.read_with_digest(index)
-            _check_cost(image, self._side)
+            pixels = transformed(image, self.transform, self.data.key(index))
         except DecodeError as error:
             return Skipped(index, self.data.key(index), str(error))
-        try:
-            return Decoded(index, self.transform(image), content)
-        except Exception as error:  # a transform may raise anything on a picture of odd size
-            reason = (
-                f"{self.data.key(index)}: the transform fails ({type(error).__name__}: {error})"
-            )
-            return Skipped(index, self.data.key(index), reason)
+        return Decoded(index, pixels, content)
+
+
+def transformed(image: Image.Image, transform: Callable[[Any], Tensor], key: str) -> Tensor:
+    """Transform an RGB image: float32 [3, H, W].
+
+    Raises:
+        DecodeError: it is so long that it has more pixels after the transform's resize than Pillow
+            allows; or the transform fails on it.
+    """
+    side, most = _shortest_side(transform), Image.MAX_IMAGE_PIXELS
+    shorter, longer = sorted(image.size)
+    if side is not None and most is not None and side * side * longer > most * shorter:
+        raise DecodeError(
+            f"{image.width} x {image.height} pixels become {side * side * longer // shorter} where the "
+            f"shorter side is resized to {side}; more than {most} are refused (PIL.Image.MAX_IMAGE_PIXELS)"
+        )
+    try:
+        return transform(image)
+    except Exception as error:  # a transform may raise anything on a picture of odd size
+        raise DecodeError(
+            f"{key}: the transform fails ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _shortest_side(transform: Any) -> int | None:
@@ -92,19 +107,6 @@ def _shortest_side(transform: Any) -> int | None:
         if isinstance(step, Resize) and isinstance(step.size, int):
             return step.size
     return None
-
-
-def _check_cost(image: Image.Image, side: int | None) -> None:
-    """Refuse a picture so long that it has more pixels after the transform's resize than Pillow allows."""
-    most = Image.MAX_IMAGE_PIXELS
-    if side is None or most is None:
-        return
-    shorter, longer = sorted(image.size)
-    if side * side * longer > most * shorter:
-        raise DecodeError(
-            f"{image.width} x {image.height} pixels become {side * side * longer // shorter} where the "
-            f"shorter side is resized to {side}; more than {most} are refused (PIL.Image.MAX_IMAGE_PIXELS)"
-        )
 
 
 def collate(items: Sequence[Decoded | Skipped]) -> Batch:

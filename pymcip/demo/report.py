@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pymcip.demo.recipe import BASE
 from pymcip.demo.sprites import CREDIT
 from pymcip.markdown import markdown_table
 
@@ -90,7 +93,19 @@ def format_table(table: Table) -> str:
     )
 
 
-def format_report(document: dict[str, Any], markdown: str) -> str:
+def page_commands(folder: Path) -> str:
+    """The commands that open a page on a seed's test scenes: before, and after with appended dimensions."""
+    images = shlex.quote(str(folder / "world" / "test-*.tar"))
+    models = {"before": BASE, "after": str(folder / "runs" / "appended")}
+    before, after = (shlex.quote(str(folder / f"{name}.index")) for name in models)
+    lines = [
+        f"pymcip index {images} --model {shlex.quote(model)} --out {out}\n"
+        for model, out in zip(models.values(), (before, after), strict=True)
+    ]
+    return "".join(lines) + f"pymcip serve {after} --baseline {before}\n"
+
+
+def format_report(document: dict[str, Any], markdown: str, commands: str) -> str:
     """report.md: the table, the pattern, and what was run, as told by report.json's document."""
     world = document["recipe"]["world"]
     count = len(document["seeds"])
@@ -127,6 +142,13 @@ the {world["test_classes"]} test classes. T2I R@5: a scene's caption finds it am
   of the training or test scenes. It has met the test emoji under their names in other scenes, as a
   CLIP trained on the web has met most things; fine-tuning meets none of them.
 - {document["seconds"]:.0f} seconds in all. Every setting is in `report.json`.
+
+## See it
+
+These commands index the first seed's test scenes and open a page to search them, before and after fine-tuning:
+
+```
+{commands}```
 
 ![Random test scenes and their nearest others, before and after](retrieval.png)
 

@@ -25,6 +25,7 @@ from pymcip.demo.report import (
     format_report,
     format_table,
     mean_table,
+    page_commands,
 )
 from pymcip.demo.sprites import CREDIT, load_sprites
 from pymcip.demo.world import prepare_world
@@ -95,7 +96,9 @@ def _run(config: DemoConfig, recipe: Recipe, out: Path, started: float) -> DemoR
         "credit": CREDIT,
     }
     write_json(out / "report.json", document)
-    write_text(out / "report.md", format_report(document, markdown))
+    commands = page_commands(out / "seed0")
+    write_text(out / "report.md", format_report(document, markdown, commands))
+    _log.info("to search the test scenes in the browser, before and after:\n%s", commands.rstrip())
     return DemoResult(out, seeds, table, seconds, pattern, markdown)
 
 

@@ -62,7 +62,8 @@ def build_index(config: IndexConfig | None = None, /, **options: Any) -> IndexRe
     data = load_images(sources, labelled=False)
     clip = load_configured(config)
     model, pretrained = config.model.removeprefix("local-dir:"), config.pretrained
-    about = {
+    about: dict[str, Any] = {
+        "images": sources,
         "model": _absolute(model) if Path(model).is_dir() else config.model,
         "pretrained": _absolute(pretrained)
         if pretrained and Path(pretrained).is_file()

@@ -1,6 +1,7 @@
 """Search in an index that `build_index` has written, by texts, pictures or both.
 
-    index.json               the model, its fingerprint, and which folder holds the embeddings
+    index.json               the model, its fingerprint, the sources of images, and which folder
+                             holds the embeddings
     embeddings-…/            an embedding folder (clip-retrieval's layout), skipped.tsv included
 
 The search is exact: `pymcip.ops.topk` over the memory-mapped parts.
@@ -26,6 +27,7 @@ from torch.nn.functional import normalize
 
 from pymcip.configs import Source
 from pymcip.data.decode import decode, to_rgb
+from pymcip.data.loading import transformed
 from pymcip.data.sources import some
 from pymcip.embedding import EmbeddingFolder
 from pymcip.errors import ConfigError, DataError, DecodeError, StaleEmbeddingsError
@@ -38,7 +40,7 @@ ABOUT = "index.json"
 FILTERS = {"label": "label", "path": "image_path"}  # what `where` may name, and its column
 _AGAIN = "Build the index again with overwrite=True"
 
-Picture = Source | Image.Image
+Picture = Source | Image.Image | int
 
 
 @dataclass(frozen=True)
@@ -79,13 +81,15 @@ class Index:
     def __init__(
         self, folder: Source, *, clip: ClipModel | None = None, device: str | None = None
     ) -> None:
-        about = read_about(Path(folder))
+        self.folder = Path(folder)
+        about = read_about(self.folder)
         if about["embeddings"] is None:
             raise DataError(f"{folder} is not finished; run pymcip index again, which continues it")
-        self.embeddings = EmbeddingFolder(Path(folder) / about["embeddings"])
+        self.sources: list[str] = about["images"]
+        self.embeddings = EmbeddingFolder(self.folder / about["embeddings"])
         self._vectors = MatrixParts(self.embeddings.parts("img"))
         metadata = self.embeddings.metadata("img")
-        self._metadata = metadata.select(["image_path", "label", "captions"])
+        self._metadata = metadata.select(["image_path", "label", "captions", "content", "index"])
         options = {name: about[name] for name in ("pretrained", "image_size", "precision")}
         self.clip = clip or load(about["model"], device=device, **options)
         same = replace(self.clip, precision=about["precision"])  # bf16 or fp32 does not matter
@@ -119,9 +123,9 @@ class Index:
 
         Args:
             text: what to look for.
-            image: pictures to look for the like of: paths, or PIL images.
+            image: pictures to look for the like of: paths, PIL images, or rows of the index (int).
             weight: of `image` beside `text`, 0 to 1; it counts only where both are given.
-            without: what to go away from: texts as str, pictures as Path or PIL image.
+            without: what to go away from: texts as str, pictures as Path, PIL image or row.
             k: results, at most.
             where: only images whose "label" or "path" is one of these: {"label": ["cat", "dog"]}.
             strength: of a model's appended dimensions in picture queries, 0 (the joint model alone)
@@ -144,11 +148,24 @@ class Index:
             raise ConfigError("nothing to look for: give text=, image=, or both")
         query = self._query(texts, pictures, away, float(weight), strength)
         found, scores = self._nearest(query.numpy(), k, self._allowed(where))
-        described = self._metadata.take(pa.array(found)).to_pylist()
         return [
             Hit(item["image_path"], item["label"], tuple(item["captions"]), score, row)
-            for item, score, row in zip(described, scores.tolist(), found.tolist(), strict=True)
+            for item, score, row in zip(
+                self.describe(found), scores.tolist(), found.tolist(), strict=True
+            )
         ]
+
+    def describe(self, rows: npt.ArrayLike) -> list[dict[str, Any]]:
+        """Return what the index knows of rows (int [n]): image_path, label, captions, content, index."""
+        described: list[dict[str, Any]] = self._metadata.take(
+            pa.array(np.asarray(rows, np.int64))
+        ).to_pylist()
+        return described
+
+    def same_images(self, other: Index) -> bool:
+        """Whether another index holds the same images in the same rows."""
+        columns = ["image_path", "content"]
+        return bool(self._metadata.select(columns).equals(other._metadata.select(columns)))
 
     def _query(
         self,
@@ -183,10 +200,19 @@ class Index:
         return self.clip.encode_texts(texts)
 
     def _embed_pictures(self, pictures: list[Any], strength: float | None) -> Tensor:
-        if not pictures:
-            return torch.empty(0, self.clip.embed_dim)
-        pixels = torch.stack([self.clip.preprocess_val(_opened(item)) for item in pictures])
-        return self.clip.as_queries(self.clip.encode_images(pixels), strength)
+        vectors = [torch.empty(0, self.clip.embed_dim), *map(self._embed_picture, pictures)]
+        return self.clip.as_queries(torch.cat(vectors), strength)
+
+    def _embed_picture(self, picture: Any) -> Tensor:
+        """The vector of a picture as the index stores it: float32 [1, D]."""
+        if isinstance(picture, int):
+            if isinstance(picture, bool) or not 0 <= picture < len(self):
+                raise ConfigError(
+                    f"image={picture!r} is not allowed; the index has the rows 0 to {len(self) - 1}"
+                )
+            return torch.from_numpy(self._vectors[np.array([picture])].astype(np.float32))
+        pixels = transformed(_opened(picture), self.clip.preprocess_val, "the picture")
+        return self.clip.encode_images(pixels[None])
 
     def _allowed(self, where: dict[str, Any] | None) -> npt.NDArray[np.int64] | None:
         """The rows, ascending, that a filter admits; None: all."""
@@ -240,7 +266,7 @@ def read_about(folder: Path) -> dict[str, Any]:
     if not (folder / ABOUT).is_file():
         raise DataError(f"{folder} is no index: there is no {ABOUT} in it. Make one: pymcip index")
     fields = {
-        "model": str, "pretrained": (str, type(None)), "image_size": (int, type(None)),
+        "images": list, "model": str, "pretrained": (str, type(None)), "image_size": (int, type(None)),
         "precision": str, "model_fingerprint": str, "embeddings": (str, type(None)),
     }  # fmt: skip
     about: dict[str, Any] = read_json(folder / ABOUT, fields, _AGAIN)
@@ -251,7 +277,7 @@ def _listed(name: str, given: Any) -> list[Any]:
     """One value or several as a list."""
     if given is None:
         return []
-    if isinstance(given, (str, os.PathLike, Image.Image)):
+    if isinstance(given, (str, os.PathLike, Image.Image, int)):
         return [given]
     if isinstance(given, (list, tuple)):
         return list(given)
@@ -265,7 +291,9 @@ def _opened(picture: Any) -> Image.Image:
         except (OSError, ValueError) as error:  # also where its file is damaged
             raise DecodeError(f"the PIL image can't be converted to RGB: {error}") from error
     if not isinstance(picture, (str, os.PathLike)):
-        raise ConfigError(f"image={picture!r} is not allowed; allowed: a path or a PIL image")
+        raise ConfigError(
+            f"image={picture!r} is not allowed; allowed: a path, a PIL image or a row"
+        )
     try:
         return decode(Path(picture).read_bytes(), str(picture))
     except OSError as error:

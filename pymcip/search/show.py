@@ -5,19 +5,17 @@ from __future__ import annotations
 import base64
 import dataclasses
 import html
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from pymcip.configs import SearchConfig
-from pymcip.data.decode import decode
-from pymcip.errors import DecodeError
+from pymcip.errors import DataError
 from pymcip.files import write_text
 from pymcip.model import load
+from pymcip.search.gallery import Gallery
 from pymcip.search.index import Hit, Index
 
-THUMBNAIL = 224  # pixels of the longer side
 STYLE = """
 body { font: 15px system-ui, sans-serif; margin: 1.5rem; color-scheme: light dark }
 ol { display: grid; grid-template-columns: repeat(auto-fill, minmax(14rem, 1fr)); gap: 1rem; padding: 0 }
@@ -49,7 +47,8 @@ def search_and_show(config: SearchConfig) -> str:
         strength=config.strength,
     )
     if config.html is not None:
-        write_text(config.html, page(hits, " + ".join(map(str, [*config.text, *config.image]))))
+        query = " + ".join(map(str, [*config.text, *config.image]))
+        write_text(config.html, page(hits, query, Gallery(index)))
     if config.json:
         return "".join(json.dumps(dataclasses.asdict(hit)) + "\n" for hit in hits)
     return table(hits)
@@ -66,13 +65,13 @@ def table(hits: Sequence[Hit]) -> str:
     return "".join(f"{row[0]:>4}  {row[1]:>7}  {row[2]:<{width}}  {row[3]}\n" for row in rows)
 
 
-def page(hits: Sequence[Hit], query: str) -> str:
-    """A page of HTML that holds its thumbnails; of what is no file of its own only the path is shown."""
+def page(hits: Sequence[Hit], query: str, gallery: Gallery) -> str:
+    """A page of HTML that holds its thumbnails; where an image is gone, only the path is shown."""
     items = []
     for hit in hits:
         captions = "".join(f"<br>{html.escape(text)}" for text in hit.captions)
         items.append(
-            f"<li>{_thumbnail(hit.path)}<b>{hit.score:.4f}</b> {html.escape(hit.label or '')}<br>"
+            f"<li>{_thumbnail(gallery, hit.row)}<b>{hit.score:.4f}</b> {html.escape(hit.label or '')}<br>"
             f"<small>{html.escape(hit.path)}{captions}</small></li>\n"
         )
     title = html.escape(query)
@@ -83,15 +82,11 @@ def page(hits: Sequence[Hit], query: str) -> str:
     )
 
 
-def _thumbnail(path: str) -> str:
+def _thumbnail(gallery: Gallery, row: int) -> str:
     try:
-        image = decode(Path(path).read_bytes(), path)
-    except (OSError, DecodeError):
+        data = base64.b64encode(gallery.thumbnail(row)).decode()
+    except DataError:
         return ""
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    data = base64.b64encode(buffer.getvalue()).decode()
     return f'<img alt="" src="data:image/jpeg;base64,{data}">'
 
 
