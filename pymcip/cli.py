@@ -36,16 +36,16 @@ from pymcip.configs import (
     read_options,
 )
 from pymcip.configs.recipes import describe_recipes
-from pymcip.errors import PymcipError, ResourceError, did_you_mean, reason_of
+from pymcip.distributed import is_first, world
+from pymcip.errors import ConfigError, PymcipError, ResourceError, did_you_mean, reason_of
 
 
 @dataclass(frozen=True)
 class Command:
     """A stage: the config that its flags come from, and `module:function` to call with it.
-
     `listing`: another `module:function`; `--list` prints its text, made from the flags in `listed`.
     `positional`: the options that may also be given without their flags; the last takes all words
-    that are left.
+    that are left. `several`: whether torchrun may start several processes of it.
     """
 
     config: type[Config]
@@ -54,6 +54,7 @@ class Command:
     listing: str | None = None
     listed: tuple[str, ...] = ()
     positional: tuple[str, ...] = ()
+    several: bool = False
 
 
 COMMANDS = {
@@ -64,12 +65,12 @@ COMMANDS = {
         positional=("data",),
     ),
     "embed": Command(
-        EmbedConfig, "pymcip.embedding:embed", "images and captions into an embedding folder"
+        EmbedConfig, "pymcip.embedding:embed", "images and captions into a folder", several=True
     ),
     "mine": Command(
-        MineConfig, "pymcip.mining:mine_captions", "nearest captions of each embedded image"
+        MineConfig, "pymcip.mining:mine_captions", "nearest captions of each image", several=True
     ),
-    "train": Command(TrainConfig, "pymcip.training:train", "fine-tune a model"),
+    "train": Command(TrainConfig, "pymcip.training:train", "fine-tune a model", several=True),
     "runs": Command(
         RunsConfig,
         "pymcip.training.runs:compare_runs",
@@ -82,6 +83,7 @@ COMMANDS = {
         "image and text search, before and after; the paper's benchmarks",
         listing="pymcip.benchmarks:listing",
         listed=("data_root", "data_paths"),
+        several=True,
     ),
     "export": Command(
         ExportConfig, "pymcip.exporting:export", "weights for open_clip, an index for faiss"
@@ -131,13 +133,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = options.pop("command")
     debug = options.pop("debug", False) or os.environ.get("PYMCIP_DEBUG", "0") not in ("", "0")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("pymcip").setLevel(logging.INFO)
     try:
+        logging.getLogger("pymcip").setLevel(logging.INFO if is_first() else logging.ERROR)
         if command == "env":
             return _show_environment()
         if command == "recipes":
             print(describe_recipes(), end="", flush=True)
             return 0
+        if world() > 1 and not COMMANDS[command].several:
+            raise ConfigError(
+                f"it runs in one process, and torchrun started {world()}; start it without torchrun. "
+                f"Commands for several: {', '.join(n for n, c in COMMANDS.items() if c.several)}"
+            )
         return _run(COMMANDS[command], options)
     except BrokenPipeError:  # `pymcip env | head` has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -266,7 +273,7 @@ def _run(command: Command, options: dict[str, Any]) -> int:
     if isinstance(result, str):  # a text for people or programs, and nothing else
         print(result, end="", flush=True)
         return 0
-    if os.environ.get("RANK", "0") == "0":  # one voice when torchrun starts several processes
+    if is_first():
         table = getattr(result, "markdown", None) or getattr(result, "table", None)
         if isinstance(table, str) and table:
             print(table)
@@ -297,7 +304,9 @@ def summary(result: Any) -> dict[str, Any]:
         values = {"out": result.path, "skipped": len(result.skipped)}
         for kind, name in (("img", "images"), ("text", "captions")):
             if result.has(kind):
-                values[name] = sum(len(part) for part in result.parts(kind))
+                complete, parts = result.part_counts(kind)  # other shards may be to come
+                whole = complete == parts and sum(map(len, result.parts(kind)))
+                values[name] = whole or f"{complete} of {parts} parts"
     plain = (str, int, float, bool, dict, list, tuple, NoneType)
     return {
         name: str(value) if isinstance(value, os.PathLike) else value

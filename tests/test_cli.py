@@ -28,7 +28,7 @@ TRAIN = ["train", "--model", "m", "--train-data", "d", "--out", "o", "--captions
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Keep one test's environment and log level from the next."""
-    for name in ("PYMCIP_DEBUG", "RANK"):
+    for name in ("PYMCIP_DEBUG", "RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     level = logging.getLogger("pymcip").level
     yield
@@ -304,6 +304,7 @@ def test_only_the_first_process_speaks(
     stage: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     stage.result = Trained(Path("runs/x"), {}, {}, None)
     assert main(TRAIN) == 0
     assert capsys.readouterr().out == ""
@@ -331,7 +332,7 @@ def test_embed_mine_evaluate_export(
     mined = ["mine", "--images", str(emb), "--out", str(tmp_path / "mined")]
     assert main([*mined, "--threshold", "-1", "--k", "2"]) == 0
     *table, line = capsys.readouterr().out.splitlines()
-    assert json.loads(line) == {"out": str(tmp_path / "mined"), "threshold": -1}
+    assert json.loads(line) == {"out": str(tmp_path / "mined"), "threshold": -1, "missing": 0}
     for row in (
         "| images with captions | 12 (100%) |",
         "| captions of each of these, mean | 2.0 |",

@@ -170,12 +170,14 @@ def test_damaged_block(
     stopping_topk(monkeypatch, at=2)
     with pytest.raises(KeyboardInterrupt):
         pymcip.mine_captions(**options(embedded, tmp_path))
-    file = tmp_path / "out" / "blocks" / "images_0_6.npz"
+    file = tmp_path / "out" / "blocks" / "images_0_6_captions_0_8.npz"
     np.savez(file, ids=np.zeros((6, 2), np.int64), cosines=np.zeros((6, 2), np.float32))
-    with pytest.raises(DataError, match=r"images_0_6\.npz is damaged: it holds \(6, 2\), not"):
+    with pytest.raises(
+        DataError, match=r"images_0_6_captions_0_8\.npz is damaged: it holds \(6, 2\), not"
+    ):
         pymcip.mine_captions(**options(embedded, tmp_path))
     file.write_bytes(b"PK no")
-    with pytest.raises(DataError, match=r"images_0_6\.npz is damaged.*mine again"):
+    with pytest.raises(DataError, match=r"images_0_6_captions_0_8\.npz is damaged.*mine again"):
         pymcip.mine_captions(**options(embedded, tmp_path))
 
 

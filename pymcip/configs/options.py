@@ -21,7 +21,9 @@ from pymcip.errors import ConfigError, did_you_mean
 
 Source = str | os.PathLike[str]
 Sources = Source | tuple[Source, ...]
+Workers = int | Literal["auto"]
 ConfigType = TypeVar("ConfigType", bound="Config")
+WORKERS = "decoding processes; 0 decodes in the main one; auto: the cores by processes of torchrun, at most 16"
 BOUNDS = {
     "at_least": (">=", operator.ge),
     "more_than": (">", operator.gt),
@@ -80,6 +82,11 @@ class Config:
     def problems(self) -> list[str]:
         """Problems that a type or a single range can't express; stages extend it."""
         problems = []
+        shard = getattr(self, "shard", None)
+        number, _, count = (shard or "0/1").partition("/")
+        digits = number.isdecimal() and count.isdecimal() and len(number + count) < 20
+        if not digits or int(number) >= int(count):
+            problems.append(f"shard={shard!r} is not allowed; allowed: i/n, with i from 0 to n - 1")
         if getattr(self, "overwrite", False) and getattr(self, "resume", None):
             problems.append("overwrite=True and resume='latest' exclude each other; give one")
         for name, value in vars(self).items():

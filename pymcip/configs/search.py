@@ -5,7 +5,15 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from pymcip.configs.options import Config, Source, Sources, option, required
+from pymcip.configs.options import (
+    WORKERS,
+    Config,
+    Source,
+    Sources,
+    Workers,
+    option,
+    required,
+)
 from pymcip.configs.stages import ModelOptions
 
 
@@ -19,7 +27,7 @@ class IndexConfig(ModelOptions):
     part_size: int = option(
         20_000, "rows per part file; a kill loses what is embedded of one", at_least=1
     )
-    workers: int = option(0, "decoding processes; 0 decodes in the main process", at_least=0)
+    workers: Workers = option("auto", WORKERS, at_least=0)
     overwrite: bool = option(False, "replace what is in `out`, whatever model it is of")
 
 

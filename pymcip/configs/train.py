@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from pymcip.configs.options import Source, Sources, option, required
+from pymcip.configs.options import WORKERS, Source, Sources, Workers, option, required
 from pymcip.configs.recipes import read_recipe
 from pymcip.configs.stages import ModelOptions
 
@@ -98,7 +98,7 @@ class TrainConfig(ModelOptions):
     )
     accum_freq: int = option(1, "micro-batches per optimizer step", at_least=1)
     grad_checkpointing: bool = option(False, "recompute activations to save memory")
-    workers: int = option(0, "decoding processes; 0 decodes in the main process", at_least=0)
+    workers: Workers = option("auto", WORKERS, at_least=0)
     seed: int = option(0, "seed of everything random", at_least=0)
     aug_cfg: dict[str, Any] = option(
         {}, "open_clip's AugmentationCfg: scale=(0.5,1.0) use_timm=True color_jitter=0.2"

@@ -33,6 +33,7 @@ class ImageData:
         class_sources: int64 [C], the source each class belongs to.
         crops: float32 [N, 4], the box each image is cut to (see `cropped`), or None.
         left_out: what the sources hold beside these images and could be one, and why it is none.
+        least_side: see `reduced`; None: images are read at their full size.
     """
 
     stores: list[Store]
@@ -43,6 +44,7 @@ class ImageData:
     class_sources: Int64
     crops: npt.NDArray[np.float32] | None = None
     left_out: tuple[LeftOut, ...] = ()
+    least_side: int | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -109,8 +111,9 @@ class ImageData:
 
     def _decoded(self, index: int, content: bytes) -> Image.Image:
         key = self.key(index)
-        image = decode(content, key)
-        return image if self.crops is None else crop(image, self.crops[index], key)
+        if self.crops is None:
+            return decode(content, key, self.least_side)
+        return crop(decode(content, key), self.crops[index], key)
 
     def _with_crop(self, index: int, digest: bytes) -> str:
         return picture_digest(digest, b"" if self.crops is None else self.crops[index].tobytes())
@@ -163,6 +166,16 @@ class ImageData:
             raise DataError(f"the crop of {self.key(row)}, {table[row].tolist()}, is empty")
         return replace(self, crops=table)
 
+    def reduced(self, least_side: int) -> ImageData:
+        """Return the same images, of which large JPEGs are read at a part of their size; see `decode`.
+
+        Images with crops are read at their full size: the boxes are in its pixels.
+
+        Args:
+            least_side: pixels that the shorter side keeps at least.
+        """
+        return replace(self, least_side=least_side)
+
     def fingerprint(self) -> str:
         """Identify the images by what they hold, as SHA-256 in hex; see `pymcip.contents`.
 
@@ -175,4 +188,6 @@ class ImageData:
             digest.update(np.ascontiguousarray(column).data)
         if self.crops is not None:
             digest.update(np.ascontiguousarray(self.crops).data)
+        if self.least_side is not None:
+            digest.update(f"reduced {self.least_side}".encode())
         return digest.hexdigest()

@@ -7,6 +7,7 @@ import shlex
 from datetime import timedelta
 
 from pymcip.configs import TrainSettings
+from pymcip.distributed import world
 from pymcip.model import ClipModel
 from pymcip.training.inputs import Inputs
 from pymcip.training.result import TrainResult
@@ -33,6 +34,12 @@ def log_start(
             "captions= is given, and method=%r does not use it; mcip, mcip+ and re-alignment do",
             config.method,
         )
+    if world() > 1:
+        each = config.accum_freq // world()
+        _log.info(
+            "%d processes, each with %d of a step's %d micro-batches; the global batch is %d images",
+            world(), each, config.accum_freq, config.accum_freq * config.batch_size,
+        )  # fmt: skip
     inputs.log_what_is_measured(config.holdout)
     for name, reason in reasons.items():
         _log.info("%s: %s (%s)", name, getattr(config, name), reason)

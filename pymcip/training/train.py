@@ -27,6 +27,7 @@ import numpy as np
 
 from pymcip.configs import TrainConfig, TrainSettings
 from pymcip.data import ImageData
+from pymcip.distributed import alone, barrier, broadcast, is_first, joined
 from pymcip.embedding import EmbeddingCache, EmbeddingFolder
 from pymcip.errors import DataError
 from pymcip.exporting import write_export
@@ -44,7 +45,6 @@ from pymcip.training.checkpoints import (
     checkpoint_files,
     load_checkpoint,
     load_weights,
-    seed_random_states,
 )
 from pymcip.training.distillation import Distillation
 from pymcip.training.divergence import refuse_diverged, weight_norms
@@ -53,6 +53,7 @@ from pymcip.training.inputs import Inputs, open_inputs
 from pymcip.training.logs import MetricsLog, forget_after, log_file
 from pymcip.training.loop import Interruption, Run, Stage, fit, restore
 from pymcip.training.noise import noisy_captions
+from pymcip.training.replicas import check_processes
 from pymcip.training.result import INPUTS, TrainResult, as_begun, finished_result, read_begun
 from pymcip.training.settings import fit_settings
 from pymcip.training.summary import log_end, log_start
@@ -95,6 +96,12 @@ def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
             not finite or have grown a thousandfold. Nothing was exported.
     """
     config = TrainConfig.make(config, options)
+    with joined(config.device):
+        return _train(config)
+
+
+def _train(config: TrainConfig) -> TrainResult:
+    """Check everything, then hold the run's folder and run; of several processes the first writes."""
     begun = read_begun(config) if config.resume else None
     config = as_begun(config, begun)
     inputs = open_inputs(config)
@@ -103,19 +110,24 @@ def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
     if config.realigns:
         unlock_text_tower(clip, config.rea_unlock_layers)  # what can't be done is refused here
     settings, reasons = fit_settings(config, clip, inputs.images)
+    check_processes(settings, clip, len(inputs.images))
     weights = {part: clip.weights(part) for part in ("image", "text")}
     made_from = inputs.fingerprints(config, weights)
     if begun is not None:
         finished = finished_result(config, begun, made_from)
         if finished is not None:
             return finished
+    cache = _cache(settings, Path(settings.out), clip, weights)
+    barrier()  # all have read what the folder holds
+    if not is_first():
+        with Interruption().installed() as interruption:
+            return _run(settings, Path(settings.out), cache, inputs, interruption)
     with output_folder(config, resume=config.resume is not None, read=inputs.files()) as out:
         write_json(out / INPUTS, made_from)
         write_json(out / "config.json", settings.to_dict())
         (out / "checkpoints").mkdir(exist_ok=True)
         with Interruption().installed() as interruption, log_file(out / "out.log"):
             log_start(settings, reasons, clip, inputs)
-            cache = _cache(settings, out, clip, weights)
             result = _run(settings, out, cache, inputs, interruption)
             log_end(result, settings)
             return result
@@ -157,8 +169,9 @@ def _run(
                 generic=inputs.generic,
                 left_out=inputs.probe.held_back(config.seed) if inputs.probe is not None else None,
             )  # fmt: skip
-    if inputs.probe is not None:
-        budget = AlignmentBudget(config, inputs.probe, clip, data, captions)
+    if inputs.probe is not None and is_first():
+        with alone():
+            budget = AlignmentBudget(config, inputs.probe, clip, data, captions)
 
     norms = weight_norms(clip.model)
 
@@ -169,14 +182,16 @@ def _run(
     state = load_checkpoint(files[-1]) if config.resume and files else None
     if state is None:
         position = Position()
-        seed_random_states(config.seed)
     else:
         position = Position(**{item.name: state[item.name] for item in fields(Position)})
         load_weights(clip.model, state, files[-1], config.model)
         _log.info("resuming from %s", files[-1])
-    metrics, seconds = forget_after(out / "metrics.jsonl", position)
+    metrics: dict[str, float] = {}
+    seconds = 0.0
+    if is_first():
+        metrics, seconds = forget_after(out / "metrics.jsonl", position)
     validation = None
-    if inputs.validation is not None:
+    if inputs.validation is not None and is_first():
         validation = Validation(
             clip, inputs.validation, inputs.validation_names,
             held_out=inputs.held_out, workers=config.workers, metrics=metrics,
@@ -209,9 +224,11 @@ def _run(
 
     def end_of_epoch(run: Run, stage: Stage) -> None:
         refuse_diverged(clip.model, norms)
-        for part in (validation, budget):
-            if part is not None:
-                part.after_epoch(run, stage)
+        with alone():
+            for part in (validation, budget):  # of the first process
+                if part is not None:
+                    part.after_epoch(run, stage)
+        barrier()
 
     stages: list[Callable[[], Stage]] = [image_stage] if config.trains_images else []
     if config.realigns:
@@ -223,64 +240,73 @@ def _run(
             checkpoint=files[-1] if state is not None else None,
         )  # fmt: skip
         if validation is not None:
-            validation.start(run)
-        while position.stage < len(stages) and not interruption.requested:
+            with alone():
+                validation.start(run)
+        barrier()
+        while position.stage < len(stages) and not interruption.agreed:
             stage = stages[position.stage]()
             if state is not None:
                 restore(state, stage)
                 state = None
             fit(run, stage)
-            if not interruption.requested:
+            if not interruption.agreed:
                 position.stage, position.epoch, position.step = position.stage + 1, 0, 0
                 run.save(None)
 
     if run.checkpoint is None:  # nothing to train but the head of the appended dimensions
         run.save(None)
     assert run.checkpoint is not None
-    exported = alignment = final = None
-    if not interruption.requested:
-        refuse_diverged(clip.model, norms, position)
-        tuned = clip
-        if config.extra_dims and stages:
-            tuned = replace(clip, model=copy.deepcopy(clip.model))
-        if budget is not None:
-            alignment = budget.keep(run)
-        elif config.extra_dims:
-            clip.model.visual.load_state_dict(original)  # type: ignore[union-attr,operator]
-        if config.extra_dims:
-            caches = _cache(config, out, clip), _cache(config, out, tuned)
-            head, gate = fit_appended(config, *caches, [data])
-            weight = WEIGHT
-            if inputs.held_out and inputs.validation is not None:
-                weight = choose_weight(*caches, inputs.validation, head, gate)
-                final = fit_appended(config, *caches, [data, inputs.validation])
-            tower: Any = None if tuned is clip else tuned.model.visual
-            clip = appended_clip(clip, tower, head, weight, gate)
-        if config.extra_dims or alignment is None or alignment["respected"]:
-            drawn_back = alignment is not None and alignment["coefficient"] < 1
-            if validation is not None:
-                validation.finish(run, clip, changed=config.extra_dims > 0 or drawn_back)
-            if final is not None:  # has seen the classes that were held out to measure the model
-                clip = replace(clip, head=final[0], gate=final[1])  # type: ignore[call-arg]
-            exported = write_export(clip, out / "exported")
-    best = out / "checkpoints" / "best.pt"
-    result = TrainResult(
-        out=out,
-        method=config.method,
-        metrics=validation.metrics if validation is not None else {},
-        before=validation.before if validation is not None else {},
-        checkpoint=run.checkpoint,
-        best_checkpoint=best if best.is_file() else None,
-        state_dict=exported.state_dict if exported else None,
-        hub=exported.hub if exported else None,
-        steps=position.global_step,
-        skipped_steps=position.skipped_steps,
-        seconds=log.seconds,
-        interrupted=interruption.requested,
-        alignment=alignment,
-    )
-    if not interruption.requested:
-        result.write()
+    if not is_first():
+        others: TrainResult = broadcast(None)
+        return others
+    with alone():
+        exported = alignment = final = None
+        if not interruption.agreed:
+            refuse_diverged(clip.model, norms, position)
+            tuned = clip
+            if config.extra_dims and stages:
+                tuned = replace(clip, model=copy.deepcopy(clip.model))
+            if budget is not None:
+                alignment = budget.keep(run)
+            elif config.extra_dims:
+                clip.model.visual.load_state_dict(original)  # type: ignore[union-attr,operator]
+            if config.extra_dims:
+                caches = _cache(config, out, clip), _cache(config, out, tuned)
+                head, gate = fit_appended(config, *caches, [data])
+                weight = WEIGHT
+                if inputs.held_out and inputs.validation is not None:
+                    weight = choose_weight(*caches, inputs.validation, head, gate)
+                    final = fit_appended(config, *caches, [data, inputs.validation])
+                tower: Any = None if tuned is clip else tuned.model.visual
+                clip = appended_clip(clip, tower, head, weight, gate)
+            if config.extra_dims or alignment is None or alignment["respected"]:
+                drawn_back = alignment is not None and alignment["coefficient"] < 1
+                if validation is not None:
+                    validation.finish(run, clip, changed=config.extra_dims > 0 or drawn_back)
+                if (
+                    final is not None
+                ):  # has seen the classes that were held out to measure the model
+                    clip = replace(clip, head=final[0], gate=final[1])  # type: ignore[call-arg]
+                exported = write_export(clip, out / "exported")
+        best = out / "checkpoints" / "best.pt"
+        result = TrainResult(
+            out=out,
+            method=config.method,
+            metrics=validation.metrics if validation is not None else {},
+            before=validation.before if validation is not None else {},
+            checkpoint=run.checkpoint,
+            best_checkpoint=best if best.is_file() else None,
+            state_dict=exported.state_dict if exported else None,
+            hub=exported.hub if exported else None,
+            steps=position.global_step,
+            skipped_steps=position.skipped_steps,
+            seconds=log.seconds,
+            interrupted=interruption.agreed,
+            alignment=alignment,
+        )
+        if not interruption.agreed:
+            result.write()
+    broadcast(result)
     return result
 
 
@@ -311,9 +337,10 @@ def _embed_and_mine(
     if not config.needs_captions:
         return data, embedded, None
     assert inputs.captions is not None  # `TrainConfig.problems` sees to it
+    captions = cache.captions(inputs.captions)
     table = mine_captions(
         images=embedded.path,
-        captions=cache.captions(inputs.captions).path,
+        captions=captions.path,
         out=out / "mined",
         k=config.k,
         threshold=config.threshold,

@@ -6,7 +6,7 @@ import logging
 
 import numpy as np
 
-from pymcip.configs import TrainSettings
+from pymcip.configs import TrainSettings, Workers
 from pymcip.data import ImageData
 from pymcip.data.class_names import ClassNames
 from pymcip.evaluation import evaluate_model, in_words
@@ -39,7 +39,7 @@ class Validation:
         class_names: ClassNames | None,
         *,
         held_out: bool,
-        workers: int,
+        workers: Workers,
         metrics: dict[str, float],
     ) -> None:
         self.clip, self.data, self.class_names, self.workers = clip, data, class_names, workers
