@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pymcip.configs.options import (
     WORKERS,
     Config,
+    DataOptions,
     Source,
     Sources,
     Workers,
@@ -18,7 +19,7 @@ from pymcip.configs.stages import ModelOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class IndexConfig(ModelOptions):
+class IndexConfig(ModelOptions, DataOptions):
     """Options of `pymcip.build_index`: a folder of images into a folder to search in."""
 
     images: Sources = required("image sources: ImageFolder, CSV/TSV/parquet, tar shards")

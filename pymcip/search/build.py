@@ -10,6 +10,7 @@ from typing import Any
 
 from pymcip.configs import IndexConfig, Source
 from pymcip.data import load_images
+from pymcip.data.column_names import columns_named
 from pymcip.data.sources import as_list
 from pymcip.embedding import EmbeddingFolder, embed_images
 from pymcip.errors import StaleEmbeddingsError
@@ -66,7 +67,8 @@ def build_index(config: IndexConfig | None = None, /, **options: Any) -> IndexRe
         import_faiss()
     out = Path(config.out)
     sources: list[Source] = [_absolute(source) for source in as_list(config.images)]
-    data = load_images(sources, labelled=False)
+    with columns_named(config.columns):
+        data = load_images(sources, labelled=False)
     clip = load_configured(config)
     model, pretrained = config.model.removeprefix("local-dir:"), config.pretrained
     about: dict[str, Any] = {
