@@ -75,15 +75,15 @@ class ImageData:
         """Return the files that hold the images of all sources."""
         return [path for store in self.stores for path in store.files()]
 
-    def read(self, index: int) -> Image.Image:
-        """Decode one image to RGB; see `decode`.
+    def read(self, index: int, side: int | None = None) -> Image.Image:
+        """Decode one image to RGB; see `decode`. With crops, `side` makes nothing quicker.
 
         Raises:
             DecodeError: it is cut short, no image, or a decompression bomb.
             DataError: its file is gone or has shrunk.
         """
         store, row = self._place(index)
-        return self._decoded(index, store.read(row))
+        return self._decoded(index, store.read(row), side)
 
     def read_with_digest(self, index: int) -> tuple[Image.Image, str]:
         """Decode one image, and digest (hex) its file's bytes and its crop; raises as `read`.
@@ -107,10 +107,11 @@ class ImageData:
         store, row = self._place(index)
         return store.size(row)
 
-    def _decoded(self, index: int, content: bytes) -> Image.Image:
+    def _decoded(self, index: int, content: bytes, side: int | None = None) -> Image.Image:
         key = self.key(index)
-        image = decode(content, key)
-        return image if self.crops is None else crop(image, self.crops[index], key)
+        if self.crops is None:
+            return decode(content, key, side)
+        return crop(decode(content, key), self.crops[index], key)
 
     def _with_crop(self, index: int, digest: bytes) -> str:
         return picture_digest(digest, b"" if self.crops is None else self.crops[index].tobytes())

@@ -53,6 +53,7 @@ from pymcip.training.inputs import Inputs, open_inputs
 from pymcip.training.logs import MetricsLog, forget_after, log_file
 from pymcip.training.loop import Interruption, Run, Stage, fit, restore
 from pymcip.training.noise import noisy_captions
+from pymcip.training.report import report_run
 from pymcip.training.result import INPUTS, TrainResult, as_begun, finished_result, read_begun
 from pymcip.training.settings import fit_settings
 from pymcip.training.summary import log_end, log_start
@@ -67,7 +68,7 @@ def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
 
     Writes a run folder: `config.json`, `inputs.json` (what the data and weights were), `out.log`, `metrics.jsonl`, `embeddings/` and `mined/` (the
     pseudo-captions), `checkpoints/`, `exported/` (plain open_clip weights), `result.json`;
-    with a budget `alignment.json`.
+    with a budget `alignment.json`; at last `report.html`, which shows what came of it.
 
     With `alignment_budget` the tuned weights are drawn back towards the original ones as far as the
     budget asks for (`TrainResult.alignment`); if nothing keeps it, nothing is exported.
@@ -116,25 +117,27 @@ def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
         with Interruption().installed() as interruption, log_file(out / "out.log"):
             log_start(settings, reasons, clip, inputs)
             cache = _cache(settings, out, clip, weights)
-            result = _run(settings, out, cache, inputs, interruption)
+            result = _run(settings, reasons, out, cache, inputs, interruption)
             log_end(result, settings)
             return result
 
 
 def _run(
     config: TrainSettings,
+    reasons: Mapping[str, str],
     out: Path,
     cache: EmbeddingCache,
     inputs: Inputs,
     interruption: Interruption,
 ) -> TrainResult:
-    """Embed, mine, run the stages in order, keep the budget, export.
+    """Embed, mine, run the stages in order, keep the budget, export, report.
 
-    `cache`: of the untrained model, which is trained here.
+    `reasons`: of what was chosen for the run. `cache`: of the untrained model, which is trained here.
     """
     started = time.perf_counter()
     clip = cache.clip
-    data, embedded, table = _embed_and_mine(config, out, cache, inputs)
+    data, mined, table = _embed_and_mine(config, out, cache, inputs)
+    embedded = mined
     if config.projector == "discard":
         discard_projector(clip, config.seed)
         cache = _cache(config, out, clip)
@@ -280,6 +283,7 @@ def _run(
         alignment=alignment,
     )
     if not interruption.requested:
+        report_run(result, config, reasons, inputs, mined, validation)
         result.write()
     return result
 
