@@ -92,7 +92,7 @@ demo: setup
 # Reads docstrings from the source folder, and the options from the installed package.
 docs: setup
 	$(BIN)/python -m pip install --quiet "$$(ls dist/*.whl)[docs]"
-	$(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 bench: setup
 	$(BIN)/python bench/bench_margin_softmax.py
