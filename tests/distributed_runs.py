@@ -60,8 +60,15 @@ def gradients(classes: int) -> dict[str, Any]:
     }
 
 
-def train(options: dict[str, Any], disturb: str | None = None, at: int = 0) -> dict[str, Any]:
-    """A run; in its step `at` the last process `disturb`s: "nan", "SIGTERM" or "SIGKILL"."""
+def train(
+    options: dict[str, Any], disturb: str | None = None, at: int = 0, end: int = 0
+) -> dict[str, Any]:
+    """A run; in its step `at` the last process `disturb`s: "nan", "SIGTERM" or "SIGKILL".
+
+    `end`: the step after which a callback of the first process ends a stage.
+    """
+    calls = []
+    ending = pymcip.Callbacks(on_step=lambda s: calls.append(s) or s.global_step == end)  # type: ignore[func-returns-value]
     inner = loop.optimizer_step
 
     def disturbed(run: Any, stage: Any, micro_batches: Any) -> dict[str, float]:
@@ -86,14 +93,14 @@ def train(options: dict[str, Any], disturb: str | None = None, at: int = 0) -> d
 
     loop.optimizer_step, loop.Run.save = disturbed, saved
     try:
-        result = pymcip.train(**options)
+        result = pymcip.train(**options, callbacks=ending if end else None)
     except pymcip.errors.PymcipError as error:
         return {"error": f"{type(error).__name__}: {error}"}
     finally:
         loop.optimizer_step, loop.Run.save = inner, last
     return {
         "steps": result.steps, "skipped": result.skipped_steps, "interrupted": result.interrupted,
-        "checkpoint": result.checkpoint.name, "weights": weights,
+        "checkpoint": result.checkpoint.name, "weights": weights, "calls": len(calls),
     }  # fmt: skip
 
 

@@ -76,7 +76,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, world: dict[str, Any]) -> di
     folder = tmp_path_factory.mktemp("jobs")
     out = {
         name: str(folder / name)
-        for name in ("whole", "bank", "nan", "stopped", "half", "many", "few")
+        for name in ("whole", "bank", "nan", "stopped", "half", "ended", "many", "few")
     }
     gpr = {**world, "method": "gpr", "distill": 0, "mixtures": 0}
     appended = {"method": "appended", "distill": 0, "mixtures": 0, "epochs": 1}
@@ -93,6 +93,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, world: dict[str, Any]) -> di
         "stopped": {"options": {**world, "out": out["stopped"]}, "disturb": "SIGTERM", "at": 3},
         "half": {"options": {**world, "out": out["half"]}, "disturb": "SIGTERM", "at": 3},
         "resumed": {"options": {**world, "out": out["stopped"]}},
+        "ended": {"options": {**gpr, "out": out["ended"]}, "end": 2},
         "many": {"options": {**world, "out": out["many"], "accum_freq": 3}},
         "few": {"options": {**world, "out": out["few"], "batch_size": 7}},
     }  # fmt: skip
@@ -140,7 +141,7 @@ def test_a_run_is_that_of_one_process(
 
 
 def test_the_towers_stay_equal(found: dict[str, Any]) -> None:
-    for name in ("whole", "bank", "nan", "resumed"):
+    for name in ("whole", "bank", "nan", "ended", "resumed"):
         first, second = (result["weights"] for result in found[name])
         assert all(torch.equal(first[key], second[key]) for key in first)
 
@@ -163,6 +164,11 @@ def test_a_signal_to_one_process_ends_all(found: dict[str, Any]) -> None:
     for result in found["stopped"]:
         assert (result["steps"], result["interrupted"]) == (3, "SIGTERM")
         assert result["checkpoint"] == "step_00000003.pt"
+
+
+def test_a_callback_of_the_first_process_ends_the_stage_of_all(found: dict[str, Any]) -> None:
+    assert [result["steps"] for result in found["ended"]] == [2, 2]
+    assert [result["calls"] for result in found["ended"]] == [2, 0]
 
 
 def test_it_resumes_to_the_same_bits(found: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from pymcip.benchmarks import (
 from pymcip.configs import EvaluateConfig
 from pymcip.data import load_images
 from pymcip.data.class_names import read_class_names
+from pymcip.data.column_names import columns_named
 from pymcip.distributed import barrier, is_first, joined, world
 from pymcip.embedding import EmbeddingCache
 from pymcip.errors import ConfigError, DataError
@@ -108,8 +109,9 @@ def evaluate(
 
 def _evaluate_own(config: EvaluateConfig) -> EvaluateResult:
     assert config.data is not None
-    data = load_images(config.data, labelled=False)
-    knn_data = None if config.knn_data is None else load_images(config.knn_data)
+    with columns_named(config.columns):
+        data = load_images(config.data, labelled=False)
+        knn_data = None if config.knn_data is None else load_images(config.knn_data)
     names = None if config.class_names is None else read_class_names(config.class_names)
     own = check_own(data, knn_data, names, config.duplicates)
     options = protocol_options(config)

@@ -31,6 +31,7 @@ from pymcip.ops.topk import topk
 RERANK = 30  # candidates that are scored exactly, per place asked for; and at least 100 in all
 GRAPH_LISTS = 1 << 13  # from so many on, the nearest centroids are found by a graph (HNSW)
 _LIST_ROWS = 39  # least rows per list and per value of a code's byte, as faiss wants it
+LEAST_ROWS = 256 * _LIST_ROWS  # of a bank
 _CODED_ROWS = 1 << 16  # that train the codes
 _BYTES = 32 << 20  # of a block of rows in fp32
 
@@ -80,10 +81,10 @@ class ApproximateIndex:
         count, columns = parts.shape
         report = progress or (lambda done, total: None)
         most = count // _LIST_ROWS
-        if most < 256:
+        if count < LEAST_ROWS:
             raise DataError(
                 f"a bank of {count} rows is too small to train an approximate index: it needs "
-                f"{256 * _LIST_ROWS} rows; search it exactly with pymcip.ops.topk"
+                f"{LEAST_ROWS} rows; search it exactly with pymcip.ops.topk"
             )
         lists = min(round(4 * math.sqrt(count)), most) if lists is None else lists
         if not 1 <= lists <= most:

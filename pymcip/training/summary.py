@@ -69,6 +69,8 @@ def evaluate_command(result: TrainResult, config: TrainSettings) -> str:
         words += ["--baseline-pretrained", config.pretrained]
     data = config.val_data if config.val_data is not None else "DATA"
     words += ["--data", *map(str, data if isinstance(data, tuple) else (data,))]
+    if config.columns and config.val_data is not None:
+        words += ["--columns", *(f"{role}={name}" for role, name in config.columns.items())]
     return shlex.join(words)
 
 

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from pymcip.configs import TrainConfig, TrainSettings
 from pymcip.data import ImageData
 from pymcip.distributed import alone, barrier, broadcast, is_first, joined
 from pymcip.embedding import EmbeddingCache, EmbeddingFolder
-from pymcip.errors import DataError
+from pymcip.errors import ConfigError, DataError
 from pymcip.exporting import write_export
 from pymcip.files import write_json
 from pymcip.mining import CaptionTable, mine_captions
@@ -40,6 +41,7 @@ from pymcip.ops.arrays import MatrixParts
 from pymcip.outputs import output_folder
 from pymcip.training.appended import WEIGHT, choose_weight, fit_appended
 from pymcip.training.budget import AlignmentBudget
+from pymcip.training.callbacks import Callbacks
 from pymcip.training.checkpoints import (
     Position,
     checkpoint_files,
@@ -63,7 +65,9 @@ from pymcip.training.validation import Validation
 _log = logging.getLogger("pymcip.training")
 
 
-def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
+def train(
+    config: TrainConfig | None = None, /, *, callbacks: Callbacks | None = None, **options: Any
+) -> TrainResult:
     """Fine-tune an open_clip model for image search; `pymcip.TrainConfig` lists the options.
 
     Writes a run folder: `config.json`, `inputs.json` (what the data and weights were), `out.log`, `metrics.jsonl`, `embeddings/` and `mined/` (the
@@ -84,6 +88,9 @@ def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
     With `resume="latest"` a run that was killed continues from its last checkpoint, on the CPU to the
     same bits as if it had not been.
 
+    `callbacks` are called at steps, evaluations and the ends of epochs, and may end a stage early; see
+    `pymcip.Callbacks`.
+
     Raises:
         ConfigError, DataError: something is wrong with options or data; nothing was written.
         OutputExistsError: `out` holds something.
@@ -96,11 +103,15 @@ def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
             not finite or have grown a thousandfold. Nothing was exported.
     """
     config = TrainConfig.make(config, options)
+    if not isinstance(callbacks, (Callbacks, NoneType)):
+        raise ConfigError(
+            f"callbacks={callbacks!r:.60} is not allowed; allowed: pymcip.Callbacks(on_epoch=…), or None"
+        )
     with joined(config.device):
-        return _train(config)
+        return _train(config, callbacks or Callbacks())
 
 
-def _train(config: TrainConfig) -> TrainResult:
+def _train(config: TrainConfig, callbacks: Callbacks) -> TrainResult:
     """Check everything, then hold the run's folder and run; of several processes the first writes."""
     begun = read_begun(config) if config.resume else None
     config = as_begun(config, begun)
@@ -121,14 +132,14 @@ def _train(config: TrainConfig) -> TrainResult:
     barrier()  # all have read what the folder holds
     if not is_first():
         with Interruption().installed() as interruption:
-            return _run(settings, Path(settings.out), cache, inputs, interruption)
+            return _run(settings, Path(settings.out), cache, inputs, interruption, callbacks)
     with output_folder(config, resume=config.resume is not None, read=inputs.files()) as out:
         write_json(out / INPUTS, made_from)
         write_json(out / "config.json", settings.to_dict())
         (out / "checkpoints").mkdir(exist_ok=True)
         with Interruption().installed() as interruption, log_file(out / "out.log"):
             log_start(settings, reasons, clip, inputs)
-            result = _run(settings, out, cache, inputs, interruption)
+            result = _run(settings, out, cache, inputs, interruption, callbacks)
             log_end(result, settings)
             return result
 
@@ -139,6 +150,7 @@ def _run(
     cache: EmbeddingCache,
     inputs: Inputs,
     interruption: Interruption,
+    callbacks: Callbacks,
 ) -> TrainResult:
     """Embed, mine, run the stages in order, keep the budget, export.
 
@@ -229,6 +241,12 @@ def _run(
                 if part is not None:
                     part.after_epoch(run, stage)
         barrier()
+        measured = {}
+        if validation is not None:
+            measured = {"metrics": validation.metrics, "before": validation.before}
+        if inputs.validation is not None:
+            run.call_back("on_evaluation", stage, **measured)
+        run.call_back("on_epoch", stage, **measured)
 
     stages: list[Callable[[], Stage]] = [image_stage] if config.trains_images else []
     if config.realigns:
@@ -237,7 +255,7 @@ def _run(
     with MetricsLog(out, config.report_to, config.to_dict(), seconds) as log:
         run = Run(
             clip, config, out, log, interruption, position, end_of_epoch,
-            checkpoint=files[-1] if state is not None else None,
+            checkpoint=files[-1] if state is not None else None, callbacks=callbacks,
         )  # fmt: skip
         if validation is not None:
             with alone():
@@ -337,15 +355,17 @@ def _embed_and_mine(
     if not config.needs_captions:
         return data, embedded, None
     assert inputs.captions is not None  # `TrainConfig.problems` sees to it
-    captions = cache.captions(inputs.captions)
-    table = mine_captions(
-        images=embedded.path,
-        captions=captions.path,
-        out=out / "mined",
-        k=config.k,
-        threshold=config.threshold,
-        seed=config.seed,
-    ).table
+    if inputs.table is not None:
+        table = inputs.table.of(embedded.contents(), data.key)
+    else:
+        table = mine_captions(
+            images=embedded.path,
+            captions=cache.captions(inputs.captions).path,
+            out=out / "mined",
+            k=config.k,
+            threshold=config.threshold,
+            seed=config.seed,
+        ).table
     if config.caption_noise > 0:  # mined/ keeps what was mined
         table = noisy_captions(table, config.caption_noise, config.seed)
     return data, embedded, table
