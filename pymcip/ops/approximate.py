@@ -165,8 +165,10 @@ class ApproximateIndex:
         """The k best rows for each query among those looked at, and the recall of that.
 
         Args:
-            queries, k, threshold, backend, threads: as for `topk`, which gives the exact answers.
+            queries: as for `topk`, which gives the exact answers.
             bank: the one that the index was built from.
+            k: as for `topk`.
+            threshold: as for `topk`.
             recall: the share of the exact answer that should be found; nprobe is chosen for it, on
                 a sample of queries of its own. Default 0.95, unless `nprobe` is given.
             nprobe: lists to search per query.
@@ -174,7 +176,9 @@ class ApproximateIndex:
                 costs M D products; and as many again to choose nprobe. 0 measures nothing.
             population: of how many queries these are a random sample themselves, if of more than
                 these. Error and interval of the recall are for them.
+            backend: of the exact answers, as for `topk`.
             seed: of the samples.
+            threads: as for `topk`.
             progress: called with the queries finished and to finish, the samples among them.
 
         Raises:
