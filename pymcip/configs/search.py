@@ -29,6 +29,13 @@ class IndexConfig(ModelOptions, DataOptions):
         20_000, "rows per part file; a kill loses what is embedded of one", at_least=1
     )
     workers: Workers = option("auto", WORKERS, at_least=0)
+    recall: float = option(
+        1.0,
+        "share of the exact results that a search finds; below 1 by an approximate index, for a million "
+        "images and more (needs pymcip[faiss])",
+        more_than=0,
+        at_most=1,
+    )
     overwrite: bool = option(False, "replace what is in `out`, whatever model it is of")
 
 
