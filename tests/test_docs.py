@@ -192,7 +192,7 @@ def test_a_block_is_of_a_known_kind_and_its_options_are_real(block: Block) -> No
                 continue
             config = CONFIGS.get(ast.unparse(call.func).removeprefix("pymcip."))
             if config is not None:
-                known = {item.name for item in dataclasses.fields(config)} | {"recipe"}
+                known = {item.name for item in dataclasses.fields(config)} | {"recipe", "callbacks"}
                 assert {keyword.arg for keyword in call.keywords} <= known
 
 
