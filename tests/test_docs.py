@@ -28,6 +28,7 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"```(\w*)$")
 NOT_RUN = re.compile(r"<!-- not run: \S.* -->$")
+FILE = re.compile(r"(?:bench|csrc|docs|pymcip|tests|triton_kernels)/[a-z\d_./*-]+")
 LANGUAGES = {"", "text", "python", "bash"}
 CLASSES = ("fruit", "vegetable", "bread", "milk")
 OTHER_PROGRAMS = {"cd", "curl", "export", "git"}
@@ -209,7 +210,7 @@ def flags() -> set[str]:
 
 
 @each_page
-def test_commands_options_and_names_in_the_text_are_real(page: Path) -> None:
+def test_commands_options_names_and_files_in_the_text_are_real(page: Path) -> None:
     known = flags()
     for code in re.findall(r"`([^`]+)`", take_apart(page)[1]):
         words = code.replace("…", "").split()
@@ -219,6 +220,8 @@ def test_commands_options_and_names_in_the_text_are_real(page: Path) -> None:
             assert words[0].split("=")[0] in known | OTHER_FLAGS, code
         elif name := re.match(r"pymcip(\.\w+)+", code):
             pkgutil.resolve_name(name[0])
+        elif FILE.fullmatch(code):
+            assert any(ROOT.glob(code)), f"there is no {code}"
 
 
 def anchors(page: Path) -> set[str]:
