@@ -36,7 +36,7 @@ OPTIONAL = (
 # Data flows one way. Every module of the package stands on one floor, and imports only modules that are
 # named before it, here and on the floors above this one in the list; functions do, too.
 FLOORS = {
-    "what everything stands on": "errors distributed parts progress markdown folders files contents",
+    "what everything stands on": "errors distributed parts progress markdown pages folders files contents",
     "options": "configs.options configs.recipes configs.stages configs.search configs.train configs.sweep configs",
     "ops": """ops.margin_contract ops.arrays ops.recall ops.dispatch ops.faiss_import
         ops.margin_softmax_cpu ops.margin_softmax_torch ops.canonical ops.margin_operators ops.ordering
@@ -58,11 +58,11 @@ FLOORS = {
         benchmarks.query_sets benchmarks.webdataset benchmarks.aircraft benchmarks.captions
         benchmarks.cub200 benchmarks.gpr1200 benchmarks.imagenet benchmarks.instre benchmarks.objectnet
         benchmarks.revisited benchmarks.registry benchmarks.embedder benchmarks.suite benchmarks""",
-    "evaluation": "evaluation.tables evaluation.own_data evaluation.run evaluation",
+    "evaluation": "evaluation.tables evaluation.examples evaluation.own_data evaluation.report evaluation.run evaluation",
     "training": """training.interpolation training.sampling training.replicas training.batches training.mixtures
         training.callbacks training.checkpoints training.divergence training.logs training.optim training.result training.runs training.pace training.loop
         training.probe_sources training.inputs training.distillation training.image_stage
-        training.settings training.noise training.appended training.text_stage training.probe training.summary training.validation training.budget
+        training.settings training.noise training.appended training.text_stage training.probe training.summary training.validation training.report training.budget
         training.train training""",
     "demo": """demo.sprites demo.scenes demo.captions demo.world demo.recipe demo.neighbours demo.report
         demo.points demo.run demo""",

@@ -117,7 +117,9 @@ class EvaluateConfig(ModelOptions, DataOptions):
     data_root: Source | None = option(None, "folder of the suite's data sets; see --list")
     data_paths: dict[str, Any] = option({}, "folders of single data sets: gpr1200=/data/gpr")
     benchmarks: tuple[str, ...] = option((), "only these of the suite; default: all that are there")
-    out: Source | None = option(None, "folder for metrics.json and table.md; default: don't write")
+    out: Source | None = option(
+        None, "folder for metrics.json, table.md and report.html; default: don't write"
+    )
     baseline: str | None = option(
         None, "model to put beside it in the same table (before/after); takes what `model` takes"
     )

@@ -31,7 +31,7 @@ from pymcip.training.pace import Pace
 from pymcip.training.replicas import change_rows, to_first
 
 MAX_BAD_STEPS_IN_A_ROW = 10
-_WORDS = {  # for the parts of the loss
+LOSS_WORDS = {  # for the parts of the loss
     "arc_margin": "class labels",
     "caption_margin": "pseudo-captions",
     "distill": "distillation",
@@ -343,7 +343,7 @@ def _log_line(run: Run, stage: Stage, seconds: float) -> None:
     }
     run.log.write(record)
     if "loss" in record:
-        parts = [f"{_WORDS[name]} {record[name]:.3f}" for name in record if name in _WORDS]
+        parts = [f"{LOSS_WORDS[name]} {record[name]:.3f}" for name in record if name in LOSS_WORDS]
         _log.info(
             "%s stage, epoch %d of %d, step %d of %d: loss %.3f%s, gradient norm %.2f, learning rate "
             "%.1e, %.1f samples/s",
