@@ -39,6 +39,7 @@ from pymcip.ops.arrays import MatrixParts
 from pymcip.outputs import output_folder
 from pymcip.training.appended import WEIGHT, choose_weight, fit_appended
 from pymcip.training.budget import AlignmentBudget
+from pymcip.training.card import model_card
 from pymcip.training.checkpoints import (
     Position,
     checkpoint_files,
@@ -265,7 +266,8 @@ def _run(
                 validation.finish(run, clip, changed=config.extra_dims > 0 or drawn_back)
             if final is not None:  # has seen the classes that were held out to measure the model
                 clip = replace(clip, head=final[0], gate=final[1])  # type: ignore[call-arg]
-            exported = write_export(clip, out / "exported")
+            card = model_card(config, reasons, inputs, validation, alignment)
+            exported = write_export(clip, out / "exported", card)
     best = out / "checkpoints" / "best.pt"
     result = TrainResult(
         out=out,
