@@ -129,7 +129,7 @@ def budget_in_words(found: Mapping[str, Any] | None) -> Iterator[str]:
         return
     probe = found["probe"]
     yield (
-        f"At most {found['budget']:.3g} of the untrained model's alignment of images and texts may be "
+        f"At most {100 * found['budget']:.3g} % of the untrained model's alignment of images and texts may be "
         f"lost. It was asked {probe['images']:,} images and {probe['captions']:,} texts "
         f"({probe['source']})."
     )
@@ -137,7 +137,7 @@ def budget_in_words(found: Mapping[str, Any] | None) -> Iterator[str]:
         yield (
             f"Kept: {found['kept']:.4f}, with a standard error of {found['standard_error']:.4f} "
             f"(images to texts {found['image_to_text']:.4f}, texts to images "
-            f"{found['text_to_image']:.4f}). The weights are {found['coefficient']:.0%} of the way from "
+            f"{found['text_to_image']:.4f}). The weights are {100 * found['coefficient']:.0f} % of the way from "
             f"the untrained to the tuned ones, which keep {found['kept_tuned']:.4f}."
         )
     else:
