@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pymcip.errors import DamagedFileError, ResourceError, reason_of
-from pymcip.folders import record_file, temporary_name
+from pymcip.folders import record_files, temporary_name
 
 _AGAIN = "Remove it and run the same command again"
 
@@ -55,7 +55,7 @@ def atomic_path(
         for file in written:
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
-            record_file(target / file.relative_to(temporary))
+        record_files(target / file.relative_to(temporary) for file in written)
         if temporary.is_dir() and target.exists():
             _exchange(temporary, target)
             if owned is not None:

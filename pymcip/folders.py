@@ -1,7 +1,8 @@
-"""Output folders in use: one process writes to a folder at a time, and what it writes is listed.
+"""Output folders in use: one process writes to a folder at a time, or several that share a run.
 
 `hold` takes the lock of a folder, `.pymcip-lock`. While it is held, `pymcip.files` lists every file
 that it writes below the folder in `.pymcip-files`: only these are removed by `overwrite`.
+Processes that share a run hold the folder together; each writes files of its own.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def holds_files(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def hold(folder: Path, *, wait: bool = False) -> Iterator[None]:
+def hold(folder: Path, *, wait: bool = False, shared: bool = False) -> Iterator[None]:
     """Keep other threads, processes and hosts from writing to a folder while the block runs.
 
     The lock is the kernel's, so that it ends with its process; where a file system has none, the
@@ -63,6 +64,7 @@ def hold(folder: Path, *, wait: bool = False) -> Iterator[None]:
     Args:
         folder: exists.
         wait: wait for another one to end; else refuse.
+        shared: other processes may hold it too, if they share it. Nothing is removed then.
 
     Raises:
         FolderInUseError: another one holds it.
@@ -72,9 +74,10 @@ def hold(folder: Path, *, wait: bool = False) -> Iterator[None]:
     if _holders.get(folder) == me:
         yield
         return
-    descriptor = _take(folder, me, wait)
+    descriptor = _take(folder, me, wait, shared)
     try:
-        _sweep(folder)
+        if not shared:
+            _sweep(folder)
         with _guard:
             _listed[folder] = set(manifest(folder))
         yield
@@ -82,18 +85,31 @@ def hold(folder: Path, *, wait: bool = False) -> Iterator[None]:
         with _guard:
             _listed.pop(folder, None)
             _holders.pop(folder, None)
-        (folder / LOCK).unlink(missing_ok=True)
+        if not shared or _is_last(descriptor):
+            (folder / LOCK).unlink(missing_ok=True)
         os.close(descriptor)
 
 
-def _take(folder: Path, me: int, wait: bool) -> int:
+def _is_last(descriptor: int) -> bool:
+    """Whether no other process shares the lock of an open file; True where there are no locks."""
+    if fcntl is not None:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return False
+        except OSError:  # a file system without locks
+            pass
+    return True
+
+
+def _take(folder: Path, me: int, wait: bool, shared: bool) -> int:
     """Take the lock; returns its open file."""
     announced = False
     while True:
         with _guard:
             # A look at the file of a lock that this process holds would end the lock.
             taken = folder in _holders
-            descriptor, holder = (None, _self()) if taken else _try_lock(folder / LOCK)
+            descriptor, holder = (None, _self()) if taken else _try_lock(folder / LOCK, shared)
             if descriptor is not None:
                 _holders[folder] = me
                 return descriptor
@@ -114,7 +130,7 @@ def _self() -> dict[str, Any]:
     return {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
 
 
-def _try_lock(path: Path) -> tuple[int | None, dict[str, Any]]:
+def _try_lock(path: Path, shared: bool) -> tuple[int | None, dict[str, Any]]:
     """The locked file, open; or None and who holds it."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
     try:
@@ -122,10 +138,11 @@ def _try_lock(path: Path) -> tuple[int | None, dict[str, Any]]:
         holder = holder if isinstance(holder, dict) else {}
     except ValueError:
         holder = {}
-    free = not holder or _has_ended(holder)
+    together = shared and bool(holder.get("shared"))
+    free = not holder or together or _has_ended(holder)
     if fcntl is not None:
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             free = True
         except (BlockingIOError, PermissionError):
             free = False
@@ -139,10 +156,10 @@ def _try_lock(path: Path) -> tuple[int | None, dict[str, Any]]:
     if not free:
         os.close(descriptor)
         return None, holder
-    if holder:
+    if holder and not together:
         _log.info("%s: process %s ended and left its lock", path.parent, holder.get("pid"))
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps(_self()).encode(), 0)
+    os.pwrite(descriptor, json.dumps({**_self(), "shared": shared}).encode(), 0)
     return descriptor, holder
 
 
@@ -180,19 +197,23 @@ def _sweep(folder: Path) -> None:
 # --- what was written ----------------------------------------------------------------------------
 
 
-def record_file(path: Path) -> None:
-    """List a file in the manifests of the folders above it that are held. Before it is written."""
-    path = Path(os.path.abspath(path))  # noqa: PTH100
+def record_files(paths: Iterable[Path]) -> None:
+    """List files in the manifests of the folders above them that are held. Before they are written.
+
+    Processes that share a folder list all its files at once, at their start: lines that several
+    append at the same time can be lost on a network disk.
+    """
+    absolute = [Path(os.path.abspath(path)) for path in paths]  # noqa: PTH100
     with _guard:
-        for folder, names in _listed.items():
-            if not path.is_relative_to(folder):
-                continue
-            name = path.relative_to(folder).as_posix()
-            if name not in names:
-                names.add(name)
-                line = json.dumps(name).encode() + b"\n"  # may hold line ends of its own
+        for folder, known in _listed.items():
+            below = (path for path in absolute if path.is_relative_to(folder))
+            names = dict.fromkeys(path.relative_to(folder).as_posix() for path in below)
+            new = [name for name in names if name not in known]
+            known.update(new)
+            lines = (json.dumps(name).encode() + b"\n" for name in new)  # may hold line ends
+            if new:
                 with (folder / MANIFEST).open("ab") as handle:
-                    handle.write(line)
+                    handle.write(b"".join(lines))
 
 
 def manifest(folder: Path) -> list[str]:

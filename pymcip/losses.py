@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pymcip.ops.margin_softmax import MarginOptions, margin_softmax
+from pymcip.ops.margin_softmax import MarginOptions, Shard, margin_softmax
 
 
 class ArcMargin(nn.Module):
@@ -18,6 +18,7 @@ class ArcMargin(nn.Module):
 
     The loss runs over the whole class matrix without a B x C matrix in fp32. `options` are the
     fields of `pymcip.ops.margin_softmax.MarginOptions`: scale, continuation, compute, scratch, …
+    With a `shard` of several processes, `weight` holds its `num_classes` rows of the whole matrix.
     """
 
     def __init__(
@@ -27,12 +28,13 @@ class ArcMargin(nn.Module):
         *,
         margin: float = 0.3,
         backend: str = "auto",
+        shard: Shard | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
         self.options, self.backend = MarginOptions(margin=margin, **options), backend
-        self.weight = nn.Parameter(torch.empty(num_classes, dim))
-        nn.init.normal_(self.weight, std=dim**-0.5)
+        self.shard = shard
+        self.weight = nn.Parameter(torch.empty(num_classes, dim).normal_(std=dim**-0.5))
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         """Per-image losses [B], fp32, of embeddings x [B, D] (any norm) with labels int64 [B]."""
@@ -41,6 +43,7 @@ class ArcMargin(nn.Module):
             self.weight,
             torch.arange(len(labels) + 1, device=labels.device),
             labels,
+            shard=self.shard,
             backend=self.backend,
             **asdict(self.options),
         )
@@ -65,17 +68,20 @@ class MCArcMargin(nn.Module):
     share that the softmax gives to the farthest row that isn't the image's. `options` are the fields of
     `MarginOptions`: scale, margin, continuation, positives, repel, compute, delta, … On a GPU a bank in
     half precision is used as it is.
+    With a `shard` of several processes, `bank` holds its rows of the whole one.
     """
 
     bank: Tensor
     norms: Tensor
 
-    def __init__(self, bank: Tensor, *, backend: str = "auto", **options: Any) -> None:
+    def __init__(
+        self, bank: Tensor, *, backend: str = "auto", shard: Shard | None = None, **options: Any
+    ) -> None:
         super().__init__()
         self.register_buffer("bank", bank, persistent=False)
         norms = torch.cat([part.float().norm(dim=1) for part in bank.split(65_536)])
         self.register_buffer("norms", norms, persistent=False)
-        self.options, self.backend = MarginOptions(**options), backend
+        self.options, self.backend, self.shard = MarginOptions(**options), backend, shard
 
     def forward(
         self,
@@ -91,10 +97,15 @@ class MCArcMargin(nn.Module):
         weights: [nnz], for example from the captions' cosines; default 1/|P|. columns: int64 [K] in
         rising order, the rows of the bank that take part, all positives among them; default: all.
         """
-        bank, norms = self.bank, self.norms
+        bank, norms, shard = self.bank, self.norms, self.shard
         if columns is not None:
-            bank, norms = bank[columns], norms[columns]
             indices = torch.searchsorted(columns, indices)
+            if shard is not None:  # those of `columns` that this process has
+                ends = torch.tensor([shard.first, shard.first + len(bank)], device=columns.device)
+                first, last = torch.searchsorted(columns, ends).tolist()
+                columns = columns[first:last] - shard.first
+                shard = replace(shard, first=first)
+            bank, norms = bank[columns], norms[columns]
         return margin_softmax(
             x,
             bank,
@@ -102,6 +113,7 @@ class MCArcMargin(nn.Module):
             indices,
             weights=weights,
             w_norms=norms,
+            shard=shard,
             backend=self.backend,
             **asdict(self.options),
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,12 @@ _log = logging.getLogger("pymcip.files")
 
 @contextlib.contextmanager
 def output_folder(
-    config: Any, *, resume: bool = False, read: Iterable[Path] = (), also: Iterable[Config] = ()
+    config: Any,
+    *,
+    resume: bool | Callable[[], bool] = False,
+    read: Iterable[Path] = (),
+    also: Iterable[Config] = (),
+    shared: bool = False,
 ) -> Iterator[Path]:
     """Make and hold `config.out` while the block runs; see `pymcip.folders.hold`.
 
@@ -28,9 +33,11 @@ def output_folder(
 
     Args:
         config: with `out` and `overwrite`.
-        resume: keep what is in it.
+        resume: keep what is in it; or a function that says so, which is asked when there is
+            something in it: another process may just have begun.
         read: files that the stage reads, as its indexes have found them.
         also: configs of other stages that are run from this one, whose inputs count too.
+        shared: other processes may share it, see `pymcip.folders.hold`.
 
     Raises:
         OutputExistsError: it is a file; or it is not empty, and neither overwritten nor resumed; or
@@ -40,7 +47,9 @@ def output_folder(
     out = Path(config.out)
     if out.exists() and not out.is_dir():
         raise OutputExistsError(f"{out} is a file; give a folder that is new or empty.")
-    if holds_files(out) and not resume:
+    filled = holds_files(out)
+    resume = resume() if callable(resume) else resume
+    if filled and not resume:
         if not config.overwrite:
             raise OutputExistsError(
                 f"the output folder {out} is not empty; give a new one, or overwrite=True to "
@@ -54,7 +63,7 @@ def output_folder(
                 "them yourself"
             )
     out.mkdir(parents=True, exist_ok=True)
-    with hold(out):
+    with hold(out, wait=shared, shared=shared):
         if config.overwrite and not resume:
             others = remove_written(out)
             if others:

@@ -13,8 +13,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data import default_collate as torch_collate
 
+from pymcip.configs import Workers
+from pymcip.distributed import local_world
+from pymcip.environment import usable_cores
 from pymcip.errors import PymcipError, ResourceError
 
+MOST, FEWEST = 16, 4  # processes
+BATCHES = 4  # that a process makes, at least: it takes a moment to start
 _ON = "then run the same command again (train: with resume='latest')"
 
 
@@ -64,10 +69,22 @@ class _Collate:
         return batch
 
 
+def decoding_processes(workers: Workers) -> int:
+    """How many processes `workers` asks for.
+
+    "auto": the cores that this process may use, shared with the other processes of torchrun on this
+    machine, at most 16. Without a GPU fewer than 4 are none: the model takes the same cores.
+    """
+    if workers != "auto":
+        return workers
+    cores = usable_cores() // local_world()
+    return 0 if cores < FEWEST and not torch.cuda.is_available() else min(MOST, cores)
+
+
 def load_batches(
     items: Dataset[Any],
     *,
-    workers: int,
+    workers: Workers,
     collate: Callable[[Any], Any] = torch_collate,
     **options: Any,
 ) -> Iterator[Any]:
@@ -75,7 +92,8 @@ def load_batches(
 
     Args:
         items: the data set; may raise PymcipError.
-        workers: processes; 0 makes the batches in this one.
+        workers: processes; 0 makes the batches in this one; "auto": `decoding_processes`, but no
+            more than there is work for.
         collate: makes a batch, a sequence that may hold tensors, of a list of items.
         options: other arguments of `DataLoader`.
 
@@ -83,9 +101,14 @@ def load_batches(
         PymcipError: what `items` raises, with its own message.
         ResourceError: a worker was ended by the system; shared memory or open files don't suffice.
     """
+    processes = decoding_processes(workers)
+    if workers == "auto":
+        given = options.get("batch_sampler")
+        batches = len(items) // options["batch_size"] if given is None else len(given)  # type: ignore[arg-type]
+        processes = min(processes, batches // BATCHES)
     loader = DataLoader(
         _Items(items),
-        num_workers=workers,
+        num_workers=processes,
         collate_fn=_Collate(collate),
         generator=torch.Generator(),  # its own: reading data must not move the global one
         **options,
@@ -96,7 +119,7 @@ def load_batches(
                 raise batch.error
             yield batch
     except (RuntimeError, OSError) as error:
-        limit = _limit(str(error), workers)
+        limit = _limit(str(error), processes)
         if limit is None or isinstance(error, PymcipError):
             raise
         raise limit from error

@@ -52,11 +52,11 @@ PROGRAMS: dict[str, list[list[str]]] = {
         ]
         for architecture in ARCHITECTURES
     ],
-    "compiled": [
+    "compiled_kernels": [
         _compiled("compile_margin_softmax.py", *CAPABILITIES),
         _compiled("compile_topk.py", *CAPABILITIES),
     ],
-    "counted": [_compiled("count_kernels.py")],
+    "counted_kernels": [_compiled("count_kernels.py")],
 }  # fmt: skip
 
 

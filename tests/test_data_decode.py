@@ -127,3 +127,26 @@ def test_batch_without_any_image(shards: Callable[..., list[Path]]) -> None:
 
 def _mean(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.asarray(image).mean(axis=(0, 1)))[:, None, None].float()
+
+
+def test_large_jpegs_are_read_at_a_part_of_their_size(shards: Callable[..., list[Path]]) -> None:
+    """The part is the least of 1, 1/2, 1/4 and 1/8 that keeps the shorter side as long as asked."""
+    large = picture(0, size=40).resize((330, 250), Image.Resampling.BICUBIC)
+    samples = [
+        {"jpg": large, "cls": 0},
+        {"png": encoded(large, "PNG"), "cls": 1},
+        {"jpg": picture(1, size=90), "cls": 0},
+    ]
+    data = load_images(shards(samples)[0].parent)
+    for least, size in [(251, (330, 250)), (125, (165, 125)), (124, (165, 125)), (60, (83, 63))]:
+        reduced = data.reduced(least)
+        assert reduced.read(0).size == size
+        assert reduced.read(1).size == (330, 250)
+        assert reduced.fingerprint() != data.fingerprint()
+    boxed = data.cropped([0, 0, 200, 200]).reduced(60)
+    assert boxed.read(0).tobytes() == data.cropped([0, 0, 200, 200]).read(0).tobytes()
+    whole, part = (
+        np.asarray(found.read(0).resize((33, 25)), float) for found in (data, data.reduced(60))
+    )
+    assert 0 < np.abs(whole - part).mean() < 3  # of 255, of a picture of noise and edges
+    assert data.reduced(60).digest(0) == data.digest(0)

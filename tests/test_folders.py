@@ -24,7 +24,7 @@ HOLDS = """
 import sys, time
 from pathlib import Path
 from pymcip.folders import hold
-with hold(Path(sys.argv[1])):
+with hold(Path(sys.argv[1]), shared="shared" in sys.argv):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -49,6 +49,30 @@ def test_a_folder_is_held_by_one_process_and_freed_when_it_is_killed(tmp_path: P
     with hold(tmp_path):
         pass
     assert files(tmp_path) == {}
+
+
+def test_processes_share_a_folder_that_no_other_may_have_meanwhile(tmp_path: Path) -> None:
+    child = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(tmp_path), "shared"], stdout=subprocess.PIPE, cwd="/"
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == b"held\n"
+    theirs = temporary_name(tmp_path / "part.npy")
+    theirs.write_text("being written")
+    with hold(tmp_path, shared=True):
+        write_text(tmp_path / "mine.txt", "1")
+    with pytest.raises(FolderInUseError), hold(tmp_path):
+        pass
+    assert files(tmp_path).keys() == {theirs.name, "mine.txt", LOCK, MANIFEST}
+    child.kill()
+    child.wait()
+    child.stdout.close()
+    with hold(tmp_path):
+        pass
+    assert files(tmp_path).keys() == {"mine.txt", MANIFEST}
+    with hold(tmp_path, shared=True):
+        pass
+    assert not (tmp_path / LOCK).exists()
 
 
 def test_threads_wait_for_each_other_and_one_may_enter_twice(tmp_path: Path) -> None:

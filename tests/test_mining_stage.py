@@ -46,6 +46,7 @@ def test_stage(embedded: EmbeddingFolder, tmp_path: Path) -> None:
         "mine.json",
         "report.json",
         "sample.tsv",
+        "sources.npz",
     ]
     assert json.loads((result.out / "report.json").read_text()) == result.report
     lines = [line.split("\t") for line in (result.out / "sample.tsv").read_text().splitlines()]
@@ -170,12 +171,14 @@ def test_damaged_block(
     stopping_topk(monkeypatch, at=2)
     with pytest.raises(KeyboardInterrupt):
         pymcip.mine_captions(**options(embedded, tmp_path))
-    file = tmp_path / "out" / "blocks" / "images_0_6.npz"
+    file = tmp_path / "out" / "blocks" / "images_0_6_captions_0_8.npz"
     np.savez(file, ids=np.zeros((6, 2), np.int64), cosines=np.zeros((6, 2), np.float32))
-    with pytest.raises(DataError, match=r"images_0_6\.npz is damaged: it holds \(6, 2\), not"):
+    with pytest.raises(
+        DataError, match=r"images_0_6_captions_0_8\.npz is damaged: it holds \(6, 2\), not"
+    ):
         pymcip.mine_captions(**options(embedded, tmp_path))
     file.write_bytes(b"PK no")
-    with pytest.raises(DataError, match=r"images_0_6\.npz is damaged.*mine again"):
+    with pytest.raises(DataError, match=r"images_0_6_captions_0_8\.npz is damaged.*mine again"):
         pymcip.mine_captions(**options(embedded, tmp_path))
 
 

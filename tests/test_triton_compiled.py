@@ -34,43 +34,43 @@ def rows_of(name: str) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def compiled() -> list[dict[str, Any]]:
+def compiled_kernels() -> list[dict[str, Any]]:
     """Resources of what runs without timing, on every kind of GPU."""
-    return rows_of("compiled")
+    return rows_of("compiled_kernels")
 
 
 @pytest.fixture(scope="module")
-def counted() -> list[dict[str, Any]]:
+def counted_kernels() -> list[dict[str, Any]]:
     """What Triton would compile for the GPU tests."""
-    return rows_of("counted")
+    return rows_of("counted_kernels")
 
 
-def test_kernels_fit_and_do_not_spill(compiled: list[dict[str, Any]]) -> None:
-    assert {row["capability"] for row in compiled} == set(map(int, CAPABILITIES))
-    assert {row["kernel"] for row in compiled} == PRODUCTS | {"prepare", "refine"}
-    for row in compiled:
+def test_kernels_fit_and_do_not_spill(compiled_kernels: list[dict[str, Any]]) -> None:
+    assert {row["capability"] for row in compiled_kernels} == set(map(int, CAPABILITIES))
+    assert {row["kernel"] for row in compiled_kernels} == PRODUCTS | {"prepare", "refine"}
+    for row in compiled_kernels:
         assert row["local"] == 0, row
         assert row["stack"] <= STACK, row
         assert row["registers"] <= 255, row
         assert row["shared"] <= SHARED[row["capability"]], row
 
 
-def test_products_use_the_tensor_cores(compiled: list[dict[str, Any]]) -> None:
-    for row in compiled:
+def test_products_use_the_tensor_cores(compiled_kernels: list[dict[str, Any]]) -> None:
+    for row in compiled_kernels:
         if row["kernel"] in PRODUCTS:
             assert row[TENSOR_CORES[row["capability"]]] > 0, row
             assert row["tma"] > 0 or row["capability"] == 80, row
 
 
-def test_nothing_depends_on_the_order_of_programs(compiled: list[dict[str, Any]]) -> None:
-    for row in compiled:
+def test_nothing_depends_on_the_order_of_programs(compiled_kernels: list[dict[str, Any]]) -> None:
+    for row in compiled_kernels:
         if row["kernel"] != "screen":  # appends to lists that are sorted afterwards
             assert row["atomics"] == 0, row
         if row["kernel"] == "refine":  # flushed scores would not be canonical
             assert row["flushes"] == 0, row
 
 
-def test_gpu_tests_compile_few_kernels(counted: list[dict[str, Any]]) -> None:
+def test_gpu_tests_compile_few_kernels(counted_kernels: list[dict[str, Any]]) -> None:
     """Each takes a second or more, of the minutes that a GPU check has."""
-    kernels = Counter(row["kernel"] for row in counted)
+    kernels = Counter(row["kernel"] for row in counted_kernels)
     assert kernels.total() <= 80, kernels

@@ -1,6 +1,14 @@
 """The options of every stage, one frozen dataclass each; the command line is made from them."""
 
-from pymcip.configs.options import Config, Source, Sources, option, read_options, required
+from pymcip.configs.options import (
+    Config,
+    Source,
+    Sources,
+    Workers,
+    option,
+    read_options,
+    required,
+)
 from pymcip.configs.search import IndexConfig, SearchConfig, ServeConfig
 from pymcip.configs.stages import (
     CheckConfig,
@@ -18,6 +26,6 @@ from pymcip.configs.train import TrainConfig, TrainSettings
 __all__ = [
     "CheckConfig", "Config", "DemoConfig", "EmbedConfig", "EvaluateConfig", "ExportConfig", "IndexConfig",
     "MineConfig", "ModelOptions", "RunsConfig", "SearchConfig", "ServeConfig", "Source", "Sources", "SweepConfig", "TrainConfig",
-    "TrainSettings",
+    "TrainSettings", "Workers",
     "option", "read_options", "required",
 ]  # fmt: skip

@@ -5,12 +5,21 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from pymcip.configs.options import Config, Source, Sources, option, required
+from pymcip.configs.options import (
+    WORKERS,
+    Config,
+    DataOptions,
+    Source,
+    Sources,
+    Workers,
+    option,
+    required,
+)
 from pymcip.configs.stages import ModelOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class IndexConfig(ModelOptions):
+class IndexConfig(ModelOptions, DataOptions):
     """Options of `pymcip.build_index`: a folder of images into a folder to search in."""
 
     images: Sources = required("image sources: ImageFolder, CSV/TSV/parquet, tar shards")
@@ -19,7 +28,14 @@ class IndexConfig(ModelOptions):
     part_size: int = option(
         20_000, "rows per part file; a kill loses what is embedded of one", at_least=1
     )
-    workers: int = option(0, "decoding processes; 0 decodes in the main process", at_least=0)
+    workers: Workers = option("auto", WORKERS, at_least=0)
+    recall: float = option(
+        1.0,
+        "share of the exact results that a search finds; below 1 by an approximate index, for a million "
+        "images and more (needs pymcip[faiss])",
+        more_than=0,
+        at_most=1,
+    )
     overwrite: bool = option(False, "replace what is in `out`, whatever model it is of")
 
 

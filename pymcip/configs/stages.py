@@ -6,7 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pymcip.configs.options import Config, Source, Sources, option, required
+from pymcip.configs.options import (
+    WORKERS,
+    Config,
+    DataOptions,
+    Source,
+    Sources,
+    Workers,
+    option,
+    required,
+)
+
+SHARD = "i/n, i from 0 to n-1: do one of n shares of the work; n calls into the same folder do all"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +41,7 @@ class ModelOptions(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedConfig(ModelOptions):
+class EmbedConfig(ModelOptions, DataOptions):
     """Options of `pymcip.embed`: images and captions into a clip-retrieval folder."""
 
     out: Source = required("folder to write: img_emb/, text_emb/, metadata/")
@@ -38,13 +49,20 @@ class EmbedConfig(ModelOptions):
     captions: Sources | None = option(None, "caption sources: text, TSV, parquet, tar shards")
     batch_size: int = option(64, "images (and 4x as many captions) per forward pass", at_least=1)
     part_size: int = option(100_000, "rows per part file", at_least=1)
-    workers: int = option(0, "decoding processes; 0 decodes in the main process", at_least=0)
+    workers: Workers = option("auto", WORKERS, at_least=0)
+    reduced_decoding: bool = option(
+        False,
+        "read JPEGs at a half, a quarter or an eighth of their size where that leaves twice the "
+        "model's: faster; embeddings differ a little from open_clip's",
+    )
+    shard: str | None = option(None, SHARD)
     overwrite: bool = option(False, "replace what is in `out`")
 
     def problems(self) -> list[str]:
+        problems = super().problems()
         if self.images is None and self.captions is None:
-            return ["nothing to embed: give images=, captions=, or both"]
-        return []
+            problems.append("nothing to embed: give images=, captions=, or both")
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,16 +92,18 @@ class MineConfig(Config):
     backend: str = option("auto", "back end of the top-k op; see pymcip.ops.explain('topk')")
     threads: int | None = option(None, "CPU threads; default: all", at_least=1)
     seed: int = option(0, "seed of all samples, and of the approximate index")
+    shard: str | None = option(None, SHARD)
     overwrite: bool = option(False, "replace what is in `out`")
 
     def problems(self) -> list[str]:
+        problems = super().problems()
         if self.index is not None and self.recall == 1:
-            return ["index is for approximate search: give recall too, such as 0.95"]
-        return []
+            problems.append("index is for approximate search: give recall too, such as 0.95")
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(ModelOptions):
+class EvaluateConfig(ModelOptions, DataOptions):
     """Options of `pymcip.evaluate`: on the user's own `data`, or a `suite` of public benchmarks."""
 
     data: Sources | None = option(
@@ -146,7 +166,7 @@ class EvaluateConfig(ModelOptions):
     )
     recall_at: tuple[int, ...] = option((1, 5, 10), "the k of text and image R@k", at_least=1)
     batch_size: int = option(64, "images per forward pass", at_least=1)
-    workers: int = option(0, "decoding processes; 0 decodes in the main process", at_least=0)
+    workers: Workers = option("auto", WORKERS, at_least=0)
     resume: Literal["latest"] | None = option(None, "keep the embeddings that are in `out`")
     overwrite: bool = option(False, "replace what is in `out`")
 
@@ -160,8 +180,10 @@ class EvaluateConfig(ModelOptions):
         if self.suite is not None:
             if self.data_root is None and not self.data_paths:
                 problems.append("suite= needs data_root=, the folder that holds the data sets")
-            if self.class_names is not None or self.knn_data is not None:
-                problems.append("class_names and knn_data belong to data=; a suite brings its own")
+            if self.class_names is not None or self.knn_data is not None or self.columns:
+                problems.append(
+                    "class_names, columns and knn_data belong to data=; a suite brings its own"
+                )
         if not self.recall_at:
             problems.append("recall_at=(): give ranks of 1 or more")
         return problems
@@ -180,7 +202,7 @@ class ExportConfig(ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckConfig(Config):
+class CheckConfig(DataOptions):
     """Options of `pymcip.check`: what pymcip sees in a data source."""
 
     data: Sources = required("sources of images or of captions, as the other stages take them")

@@ -68,7 +68,7 @@ _SIDECARS = {
 }  # fmt: skip
 
 
-def decode(content: bytes, key: str, side: int | None = None) -> Image.Image:
+def decode(content: bytes, key: str, least: int | None = None) -> Image.Image:
     """Decode an image file to RGB, as open_clip's loaders do.
 
     The first frame is taken, an alpha channel is dropped, the EXIF orientation is left as it is;
@@ -77,10 +77,10 @@ def decode(content: bytes, key: str, side: int | None = None) -> Image.Image:
     clip both).
 
     Args:
-        content: of the file.
-        key: its name for messages.
-        side: a picture of so many pixels a side is enough: large JPEGs are decoded to a part of their
-            size, which is quicker, but never below twice that.
+        content: the file's bytes.
+        key: what errors call it.
+        least: a JPEG may come at a half, a quarter or an eighth of its size, if its shorter side
+            keeps so many pixels: its decoder leaves the finer detail out, which is faster.
 
     Raises:
         DecodeError: it is cut short, no image, of 32-bit integers or of floats beyond 0 to 1, which
@@ -92,8 +92,8 @@ def decode(content: bytes, key: str, side: int | None = None) -> Image.Image:
         pixels = image.width * image.height
         if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:
             raise Image.DecompressionBombError(f"{pixels} pixels")
-        if side is not None:
-            image.draft(None, (2 * side, 2 * side))
+        if least is not None:
+            image.draft(None, (least, least))  # type: ignore[arg-type]  # the mode stays
         image.load()
         return to_rgb(image, key, significant_bits(content))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

@@ -33,6 +33,7 @@ class ImageData:
         class_sources: int64 [C], the source each class belongs to.
         crops: float32 [N, 4], the box each image is cut to (see `cropped`), or None.
         left_out: what the sources hold beside these images and could be one, and why it is none.
+        least_side: see `reduced`; None: images are read at their full size.
     """
 
     stores: list[Store]
@@ -43,6 +44,7 @@ class ImageData:
     class_sources: Int64
     crops: npt.NDArray[np.float32] | None = None
     left_out: tuple[LeftOut, ...] = ()
+    least_side: int | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -75,15 +77,15 @@ class ImageData:
         """Return the files that hold the images of all sources."""
         return [path for store in self.stores for path in store.files()]
 
-    def read(self, index: int, side: int | None = None) -> Image.Image:
-        """Decode one image to RGB; see `decode`. With crops, `side` makes nothing quicker.
+    def read(self, index: int) -> Image.Image:
+        """Decode one image to RGB; see `decode`.
 
         Raises:
             DecodeError: it is cut short, no image, or a decompression bomb.
             DataError: its file is gone or has shrunk.
         """
         store, row = self._place(index)
-        return self._decoded(index, store.read(row), side)
+        return self._decoded(index, store.read(row))
 
     def read_with_digest(self, index: int) -> tuple[Image.Image, str]:
         """Decode one image, and digest (hex) its file's bytes and its crop; raises as `read`.
@@ -107,10 +109,10 @@ class ImageData:
         store, row = self._place(index)
         return store.size(row)
 
-    def _decoded(self, index: int, content: bytes, side: int | None = None) -> Image.Image:
+    def _decoded(self, index: int, content: bytes) -> Image.Image:
         key = self.key(index)
         if self.crops is None:
-            return decode(content, key, side)
+            return decode(content, key, self.least_side)
         return crop(decode(content, key), self.crops[index], key)
 
     def _with_crop(self, index: int, digest: bytes) -> str:
@@ -164,6 +166,16 @@ class ImageData:
             raise DataError(f"the crop of {self.key(row)}, {table[row].tolist()}, is empty")
         return replace(self, crops=table)
 
+    def reduced(self, least_side: int) -> ImageData:
+        """Return the same images, of which large JPEGs are read at a part of their size; see `decode`.
+
+        Images with crops are read at their full size: the boxes are in its pixels.
+
+        Args:
+            least_side: pixels that the shorter side keeps at least.
+        """
+        return replace(self, least_side=least_side)
+
     def fingerprint(self) -> str:
         """Identify the images by what they hold, as SHA-256 in hex; see `pymcip.contents`.
 
@@ -176,4 +188,6 @@ class ImageData:
             digest.update(np.ascontiguousarray(column).data)
         if self.crops is not None:
             digest.update(np.ascontiguousarray(self.crops).data)
+        if self.least_side is not None:
+            digest.update(f"reduced {self.least_side}".encode())
         return digest.hexdigest()

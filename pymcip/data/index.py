@@ -31,7 +31,7 @@ from pymcip.data.labels import (
 )
 from pymcip.data.parquet_images import ParquetStore
 from pymcip.data.sources import as_list, find, folder_files, some, suffix
-from pymcip.data.stores import FileStore, Int64, ShardIndex, ShardStore, statuses_of
+from pymcip.data.stores import FileStore, Int64, ShardIndex, ShardStore, states_of
 from pymcip.data.tally import Tally
 from pymcip.data.walk import Folder, class_folder
 from pymcip.errors import DataError
@@ -171,7 +171,7 @@ def _index(source: Source) -> Indexed:
 def _index_folder(folder: Path) -> Indexed:
     tally = Tally()
     found = Folder(str(folder), tally)
-    names = [image.name for image in found.images]
+    names = found.names
     if not names:
         tally.report(folder)
         raise DataError(
@@ -204,9 +204,7 @@ def _index_folder(folder: Path) -> Indexed:
         for row, name in enumerate(names):
             label, titles[row] = _beside(folder, name, found.sidecars, tally, with_json=sharded)
             labels[row] = labels[row] or label
-    return joined(
-        "folder", folder, names, labels, titles, [image.status for image in found.images], tally
-    )
+    return joined("folder", folder, names, labels, titles, found.states, tally)
 
 
 def _beside(
@@ -264,7 +262,7 @@ def _index_tables(paths: list[Path]) -> Indexed:
         if found.files is None:
             raise DataError(
                 f"{path} has no column filepath; it has {', '.join(found.names) or 'none'}. Expected a "
-                "header with filepath, label and optionally title"
+                "header with filepath, label and optionally title, or columns={'filepath': NAME}"
             )
         if None in found.files:
             row = found.files.index(None)
@@ -290,7 +288,7 @@ def _index_tables(paths: list[Path]) -> Indexed:
     if not names:
         raise DataError(f"{some(paths)}: the table has no rows")
     return joined(
-        "table", base, names, labels, titles, statuses_of("table", base, names), tally, where
+        "table", base, names, labels, titles, states_of("table", base, names), tally, where
     )
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
 from pymcip.data.columns import TEXTS
@@ -14,6 +14,7 @@ from pymcip.data.labels import plain
 from pymcip.data.sources import some
 from pymcip.data.stores import FileStore, Store
 from pymcip.data.tally import Tally
+from pymcip.data.walk import States
 from pymcip.errors import DataError
 
 
@@ -45,25 +46,23 @@ def joined(
     names: Sequence[str],
     labels: Sequence[str | None],
     titles: Sequence[Sequence[str]] | None,
-    statuses: Sequence[os.stat_result],
+    states: States,
     tally: Tally,
     where: Sequence[str] | None = None,
 ) -> Indexed:
     """Join the rows that lead to one file: by another spelling, a link, or for another caption.
 
+    `states`: uint64 [N, 3] of the files, see `pymcip.data.walk.state_of`.
+
     Raises:
         DataError: a file has several labels.
     """
-    first_of: dict[tuple[int, ...], int] = {}
     rows: list[int] = []  # the first of each file
     texts: dict[int, list[str]] = {}
     found: list[str | None] = list(labels)
     conflicts = []
     others = 0
-    for row, status in enumerate(statuses):
-        # Some file systems have no inodes: a name is all there is to go by then.
-        place = (status.st_dev, status.st_ino) if status.st_ino else (-1, hash(names[row]))
-        first = first_of.setdefault(place, row)
+    for row, first in enumerate(_firsts(names, states)):
         if titles is not None and titles[row]:
             texts.setdefault(first, []).extend(text.strip() for text in titles[row])
         if first == row:
@@ -92,15 +91,27 @@ def joined(
     if any(texts.values()):
         kept = ([text for text in dict.fromkeys(texts.get(row, ())) if text] for row in rows)
         captions = pa.array(kept, TEXTS)
-    store = FileStore(
-        kind, base, [names[row] for row in rows], captions, [statuses[row] for row in rows]
-    )
+    store = FileStore(kind, base, [names[row] for row in rows], captions, states[rows])
     return Indexed(
         store,
         [found[row] for row in rows],
         tally,
         None if where is None else [where[row] for row in rows],
     )
+
+
+def _firsts(names: Sequence[str], states: States) -> Sequence[int]:
+    """Return for each row the first one that leads to the same file."""
+    inodes = states[:, 1]
+    if inodes.all() and len(np.unique(inodes)) == len(inodes):
+        return range(len(names))
+    first_of: dict[tuple[int, ...], int] = {}
+    found = []
+    for row, (device, inode, _) in enumerate(states.tolist()):
+        # Some file systems have no inodes: a name is all there is to go by then.
+        place = (device, inode) if inode else (-1, hash(names[row]))
+        found.append(first_of.setdefault(place, row))
+    return found
 
 
 def _named(names: Sequence[str], where: Sequence[str] | None, row: int) -> str:

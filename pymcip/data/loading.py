@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import Resize
 
+from pymcip.configs import Workers
 from pymcip.data.images import ImageData
 from pymcip.errors import DecodeError
 from pymcip.workers import load_batches
@@ -86,7 +87,7 @@ def transformed(image: Image.Image, transform: Callable[[Any], Tensor], key: str
         DecodeError: it is so long that it has more pixels after the transform's resize than Pillow
             allows; or the transform fails on it.
     """
-    side, most = _shortest_side(transform), Image.MAX_IMAGE_PIXELS
+    side, most = shortest_side(transform), Image.MAX_IMAGE_PIXELS
     shorter, longer = sorted(image.size)
     if side is not None and most is not None and side * side * longer > most * shorter:
         raise DecodeError(
@@ -101,7 +102,7 @@ def transformed(image: Image.Image, transform: Callable[[Any], Tensor], key: str
         ) from error
 
 
-def _shortest_side(transform: Any) -> int | None:
+def shortest_side(transform: Any) -> int | None:
     """Return to how many pixels a transform resizes the shorter side; None if it doesn't."""
     for step in getattr(transform, "transforms", [transform]):
         if isinstance(step, Resize) and isinstance(step.size, int):
@@ -127,7 +128,7 @@ def iterate_batches(
     transform: Callable[[Any], Tensor],
     *,
     batch_size: int,
-    workers: int = 0,
+    workers: Workers = 0,
 ) -> Iterator[Batch]:
     """Yield the images at `indices`, in that order, `batch_size` at a time.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeAlias
@@ -19,7 +20,7 @@ import pyarrow as pa
 from pymcip.contents import Digests, digest_of, digest_of_files, file_digests
 from pymcip.data.labels import plain
 from pymcip.data.sources import some
-from pymcip.data.walk import status_of
+from pymcip.data.walk import States, as_states, state_of
 from pymcip.errors import DataError, DecodeError
 from pymcip.progress import progress
 
@@ -64,7 +65,7 @@ class FileStore:
         base: the folder.
         names: of the files, below it or absolute.
         titles: the captions of each, or None.
-        statuses: of the files, where the caller has them; default: they are asked for.
+        states: uint64 [N, 3] of the files, where the caller has them; default: they are asked for.
     """
 
     _digests: Digests | None = None  # of the files, once they are known
@@ -75,14 +76,14 @@ class FileStore:
         base: Path,
         names: list[str],
         titles: pa.Array | None,
-        statuses: Sequence[os.stat_result] | None = None,
+        states: States | None = None,
     ) -> None:
         self._kind = kind
         self._base = base
         self._names = pa.array([os.fsencode(name) for name in names], pa.large_binary())
         self._titles = titles
-        statuses = statuses_of(kind, base, names) if statuses is None else statuses
-        self._sizes = np.fromiter((status.st_size for status in statuses), np.int64, len(names))
+        states = states_of(kind, base, names) if states is None else states
+        self._sizes = states[:, 2].astype(np.int64)
 
     def _path(self, row: int) -> str:
         return os.path.join(self._base, os.fsdecode(self._names[row].as_py()))  # noqa: PTH118
@@ -120,19 +121,19 @@ class FileStore:
         return [self._kind, names, titles, digest_of(self._digests.tobytes()).hex()]
 
 
-def statuses_of(kind: str, base: Path, names: Sequence[str]) -> list[os.stat_result]:
-    """Return the status of every file.
+def states_of(kind: str, base: Path, names: Sequence[str]) -> States:
+    """Return the state of every file, uint64 [N, 3]; see `pymcip.data.walk.state_of`.
 
     Raises:
         DataError: some are missing or no regular files.
     """
-    statuses: list[os.stat_result] = []
+    states = array("Q")
     missing = []
     folder = str(base)
     for name in progress(names, description="checking image files", unit="file"):
         path = os.path.join(folder, name)  # noqa: PTH118  a million times
         try:
-            statuses.append(status_of(path))
+            states.extend(state_of(path))
         except (OSError, ValueError):  # ValueError: a null byte in the name
             missing.append(plain(path))
     if missing:
@@ -144,7 +145,7 @@ def statuses_of(kind: str, base: Path, names: Sequence[str]) -> list[os.stat_res
                 else ""
             )
         )
-    return statuses
+    return as_states(states)
 
 
 class _Descriptor:

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
-from typing import NamedTuple
+from array import array
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 from pymcip.data.decode import kind_of_suffix, looks_like_image
 from pymcip.data.labels import is_ignored
 from pymcip.data.tally import Tally
 
-
-class Found(NamedTuple):
-    """An image file: its name below the folder, and its status."""
-
-    name: str
-    status: os.stat_result
+States: TypeAlias = npt.NDArray[np.uint64]
 
 
 class Folder:
     """A folder's images, found once.
 
     Attributes:
-        images: in the order of their names: in each folder the files before the folders.
+        names: of the images, below the folder, in their order: in each folder files before folders.
+        states: uint64 [N, 3], see `state_of`.
         sidecars: names, below the folder, of files that may describe an image (.txt, .json).
     """
 
@@ -31,15 +30,18 @@ class Folder:
         self.path, self._tally = path, tally
         self.sidecars: set[str] = set()
         self.by_content: list[str] = []
-        self.images = list(self._walk("", (os.path.realpath(path),)))
+        self.names: list[str] = []
+        states = array("Q")
+        self._walk("", (os.path.realpath(path),), states)
+        self.states = as_states(states)
         if self.by_content:
             tally.remarks.append(
                 f"{len(self.by_content)} files are images by their content though their names do "
                 f"not say so, and are taken: {', '.join(self.by_content[:5])}"
             )
 
-    def _walk(self, below: str, chain: tuple[str, ...]) -> Iterator[Found]:
-        """Yield the images of a subfolder (a name with "/" at its end, or ""), then those in it.
+    def _walk(self, below: str, chain: tuple[str, ...], states: array[int]) -> None:
+        """Add the images of a subfolder (a name with "/" at its end, or ""), then those in it.
 
         `chain`: where the folders really are through which the walk came here.
         """
@@ -60,7 +62,8 @@ class Folder:
                 elif entry.is_dir():
                     folders.append(entry)
                 elif self._is_image(entry, name):
-                    yield Found(name, entry.stat())
+                    states.extend(_state(entry.stat()))
+                    self.names.append(name)
             except OSError as error:
                 self._tally.add(entry.path, f"it can't be opened ({error.strerror})")
         for entry in folders:
@@ -70,7 +73,7 @@ class Folder:
                 if any(f"{above}/".startswith(f"{place}/") for above in chain):
                     self._tally.add(entry.path, "a link to a folder that it lies in")
                     continue
-            yield from self._walk(f"{below}{entry.name}/", (*chain, place))
+            self._walk(f"{below}{entry.name}/", (*chain, place), states)
 
     def _is_image(self, entry: os.DirEntry[str], name: str) -> bool:
         if not entry.is_file():
@@ -98,12 +101,21 @@ class Folder:
         return False
 
 
-def status_of(path: str) -> os.stat_result:
-    """Return the status of a regular file; raises OSError if it is missing or none."""
+def state_of(path: str) -> tuple[int, int, int]:
+    """Return device, inode and size of a regular file; raises OSError if it is missing or none."""
     status = os.stat(path)  # noqa: PTH116  a million times
     if not stat.S_ISREG(status.st_mode):
         raise OSError(0, "no regular file")
-    return status
+    return _state(status)
+
+
+def _state(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_dev, status.st_ino, status.st_size
+
+
+def as_states(numbers: array[int]) -> States:
+    """Return what `state_of` says of N files, one after the other, as uint64 [N, 3]."""
+    return np.frombuffer(numbers, np.uint64).reshape(-1, 3)
 
 
 def class_folder(name: str) -> str | None:

@@ -6,6 +6,7 @@
     text_emb/text_emb_0.npy          float16 [m, D], unit rows
     text_metadata/metadata_0.parquet index, caption, cut (longer than the model's context)
     img_fingerprint.json, text_fingerprint.json, skipped.tsv
+    skipped/images_0_99999.tsv       the same of one part, until all parts are there
 
 clip-retrieval pairs images and captions row by row; here they are two corpora of different length,
 so `metadata/` describes the images alone and the captions have a folder of their own. `index` is a
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -41,6 +43,7 @@ Matrix: TypeAlias = npt.NDArray[Any]
 METADATA: dict[Kind, str] = {"img": "metadata", "text": "text_metadata"}
 WHAT: dict[Kind, str] = {"img": "images", "text": "captions"}
 AGAIN = "Embed into a new folder"  # what to do about damage
+SKIPPED, LISTS = "skipped.tsv", "skipped"  # lists of parts, until all parts are there
 CHECKSUM = b"sha256"  # of a part's vectors: its name in the schema of the part's metadata
 
 _log = logging.getLogger("pymcip.embedding")
@@ -97,6 +100,14 @@ class EmbeddingFolder:
         files = self._part_files(kind)
         return [[path.name for path in files], digest_of_files(files)]
 
+    def part_counts(self, kind: Kind) -> tuple[int, int]:
+        """Return how many parts are complete, and how many there will be."""
+        files = len(self._part_files(kind))
+        made_from = self.fingerprint(kind)
+        if not made_from:
+            return files, files
+        return min(files, len(self._metadata_files(kind))), int(made_from["parts"])
+
     def parts(self, kind: Kind) -> list[Matrix]:
         """Open the parts, each a memory-mapped float16 or float32 [n, D], in row order.
 
@@ -107,9 +118,7 @@ class EmbeddingFolder:
         if kind in self._checked:
             return self._checked[kind]
         files = self._part_files(kind)
-        wanted = int(self.fingerprint(kind).get("parts", len(files)))
-        described = self._metadata_files(kind)
-        complete = min(len(files), len(described)) if self.fingerprint(kind) else len(files)
+        complete, wanted = self.part_counts(kind)
         if not files or complete < wanted:
             raise DataError(
                 f"{self.path} holds {complete} of {wanted} parts of {WHAT[kind]}; "
@@ -123,7 +132,7 @@ class EmbeddingFolder:
                     "parts must be of one model. Embed anew"
                 )
         if self.fingerprint(kind):
-            _check_sums(files, described)
+            _check_sums(files, self._metadata_files(kind))
             self._checked[kind] = parts
             return parts
         numbers = [int(found[-1]) for path in files if (found := re.findall(r"\d+", path.stem))]
@@ -327,32 +336,60 @@ def read_fingerprint(path: Path) -> dict[str, Any]:
 def read_skipped(folder: Path) -> list[Skipped]:
     """What skipped.tsv lists: images of all parts that could not be decoded, by index.
 
-    Before them, with the index -1, what was left out when the sources were indexed.
+    Before them, with the index -1, what was left out when the sources were indexed. A part made
+    since skipped.tsv was written has a list of its own, which counts for its images.
     """
-    path = folder / "skipped.tsv"
-    if not path.is_file():
-        return []
+    try:
+        lists = {path: _read_list(path) for path in (folder / LISTS).glob("images_*_*.tsv")}
+    except FileNotFoundError:  # merged meanwhile: skipped.tsv is written before they are removed
+        return read_skipped(folder)
+    ranges = [tuple(map(int, path.stem.split("_")[1:])) for path in lists]
+    items = [item for items in lists.values() for item in items]
+    if (folder / SKIPPED).is_file():
+        items += (
+            item
+            for item in _read_list(folder / SKIPPED)
+            if not any(first <= item.index <= last for first, last in ranges)
+        )
+    return sorted(items, key=lambda item: item.index)
+
+
+def write_part_list(folder: Path, first: int, last: int, skipped: Sequence[Skipped]) -> None:
+    """Write the list of a part, of the images `first` to `last`."""
+    _write_list(folder / part_list(first, last), skipped)
+
+
+def part_list(first: int, last: int) -> str:
+    """The name of a part's list."""
+    return f"{LISTS}/images_{first}_{last}.tsv"
+
+
+def merge_skipped(folder: Path, left_out: Sequence[LeftOut]) -> None:
+    """Write skipped.tsv anew from the lists of all parts, in a folder that is held by one process.
+
+    What was left out when the sources were indexed comes first. Without any there is no file.
+    """
+    found = [Skipped(-1, item.key, item.reason) for item in left_out]
+    found += (item for item in read_skipped(folder) if item.index >= 0)
+    if found or (folder / SKIPPED).is_file():
+        _write_list(folder / SKIPPED, found)
+    shutil.rmtree(folder / LISTS, ignore_errors=True)
+
+
+def _write_list(path: Path, skipped: Sequence[Skipped]) -> None:
+    lines = ["index\tkey\treason\n"]
+    for item in skipped:
+        cells = (" ".join(text.split()) for text in (item.key, item.reason))
+        lines.append("\t".join([str(item.index), *cells]) + "\n")
+    write_text(path, "".join(lines))
+
+
+def _read_list(path: Path) -> list[Skipped]:
     try:
         lines = path.read_bytes().decode("utf-8", "surrogateescape").split("\n")[1:]
         cells = (line.split("\t") for line in lines if line)
         return [Skipped(int(index), key, reason) for index, key, reason in cells]
+    except FileNotFoundError:
+        raise
     except (OSError, ValueError) as error:
         raise damaged(path, error, AGAIN) from error
-
-
-def replace_skipped(folder: Path, first: int, last: int, skipped: Sequence[Skipped]) -> None:
-    """Replace skipped.tsv's lines of images `first` to `last`; without any there is no file."""
-    before = read_skipped(folder)
-    others = [item for item in before if not first <= item.index <= last]
-    if not skipped and len(others) == len(before):
-        return
-    lines = ["index\tkey\treason\n"]
-    for item in sorted([*others, *skipped], key=lambda item: item.index):
-        cells = (" ".join(text.split()) for text in (item.key, item.reason))
-        lines.append("\t".join([str(item.index), *cells]) + "\n")
-    write_text(folder / "skipped.tsv", "".join(lines))
-
-
-def replace_left_out(folder: Path, left_out: Sequence[LeftOut]) -> None:
-    """Replace skipped.tsv's lines of what was left out when the sources were indexed."""
-    replace_skipped(folder, -1, -1, [Skipped(-1, item.key, item.reason) for item in left_out])

@@ -8,6 +8,7 @@ or data is refused.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,32 +20,39 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet
 
-from pymcip.configs import EmbedConfig, Source
+from pymcip.configs import EmbedConfig, Source, Workers
 from pymcip.contents import file_digest
 from pymcip.data import Captions, ImageData, load_captions, load_images
-from pymcip.data.loading import Skipped, iterate_batches
+from pymcip.data.column_names import columns_named
+from pymcip.data.loading import Skipped, iterate_batches, shortest_side
 from pymcip.data.sources import some
+from pymcip.distributed import barrier, joined
 from pymcip.embedding.folder import (
     CHECKSUM,
+    LISTS,
     METADATA,
+    SKIPPED,
     WHAT,
     EmbeddingFolder,
     Kind,
     Matrix,
+    merge_skipped,
+    part_list,
     read_fingerprint,
-    replace_left_out,
-    replace_skipped,
+    write_part_list,
 )
-from pymcip.errors import DataError, DecodeError, StaleEmbeddingsError
+from pymcip.errors import ConfigError, DataError, DecodeError, StaleEmbeddingsError
 from pymcip.files import atomic_path, write_json
-from pymcip.folders import hold
+from pymcip.folders import hold, record_files
 from pymcip.model import ClipModel, load_configured
 from pymcip.model.clip import warn_of_cut
 from pymcip.ops.arrays import MatrixParts
 from pymcip.outputs import output_folder
+from pymcip.parts import WHOLE, Shard, own_shard, refuse_overwrite
 from pymcip.progress import progress
 
 PART_SIZE = 100_000
+REDUCED = 2  # times the model's size is what `reduced_decoding` leaves of the shorter side
 CAPTIONS_PER_IMAGE = 4  # captions per forward pass, in multiples of the images' batch size
 
 _log = logging.getLogger("pymcip.embedding")
@@ -58,9 +66,10 @@ def embed(config: EmbedConfig | None = None, /, **options: Any) -> EmbeddingFold
     """Embed images, captions or both into one folder; see `EmbedConfig` for the options.
 
     Complete parts that are there already are kept, if they were made with the same model and data.
+    Processes of torchrun, or calls with `shard`, share the parts; the folder is the same to the byte.
 
     Returns:
-        The folder, opened.
+        The folder, opened; `part_counts` says whether parts of other shards are missing.
 
     Raises:
         ConfigError: an option is wrong, or the model is not known.
@@ -70,21 +79,38 @@ def embed(config: EmbedConfig | None = None, /, **options: Any) -> EmbeddingFold
         FolderInUseError: another process writes to `out`.
     """
     config = EmbedConfig.make(config, options)
+    with joined(config.device):
+        return _embed(config, own_shard(config.shard))
+
+
+def _embed(config: EmbedConfig, shard: Shard) -> EmbeddingFolder:
+    """Embed a shard's parts, and wait for the others of torchrun."""
+    refuse_overwrite(config, shard)
     out = Path(config.out)
-    images = None if config.images is None else load_images(config.images, labelled=False)
-    captions = None if config.captions is None else load_captions(config.captions)
+    with columns_named(config.columns):
+        images = None if config.images is None else load_images(config.images, labelled=False)
+        captions = None if config.captions is None else load_captions(config.captions)
     clip = load_configured(config)
-    ours = any((out / f"{kind}_fingerprint.json").is_file() for kind in METADATA)
+    if config.reduced_decoding and images is not None:
+        images = images.reduced(REDUCED * _side(clip))
     read = [] if images is None else images.files()
     size, part_size = config.batch_size, config.part_size
-    with output_folder(config, resume=ours and not config.overwrite, read=read):
-        if images is not None:
-            embed_images(
-                clip, images, out, batch_size=size, part_size=part_size, workers=config.workers
-            )
-        if captions is not None:
-            size *= CAPTIONS_PER_IMAGE
-            embed_captions(clip, captions, out, batch_size=size, part_size=part_size)
+
+    def ours() -> bool:
+        there = any((out / f"{kind}_fingerprint.json").is_file() for kind in METADATA)
+        return there and not config.overwrite
+
+    with output_folder(config, resume=ours, read=read, shared=shard[1] > 1):
+        pass  # it is ours, and empty where it has to be; the parts hold it again
+    if images is not None:
+        embed_images(
+            clip, images, out,
+            batch_size=size, part_size=part_size, workers=config.workers, shard=shard,
+        )  # fmt: skip
+    if captions is not None:
+        size *= CAPTIONS_PER_IMAGE
+        embed_captions(clip, captions, out, batch_size=size, part_size=part_size, shard=shard)
+    barrier()
     return EmbeddingFolder(out)
 
 
@@ -95,8 +121,9 @@ def embed_images(
     *,
     batch_size: int = 64,
     part_size: int = PART_SIZE,
-    workers: int = 0,
+    workers: Workers = 0,
     fingerprint_of_model: str | None = None,
+    shard: Shard = WHOLE,
     known: Sequence[EmbeddingFolder] = (),
 ) -> EmbeddingFolder:
     """Embed all images of `data` that can be decoded; the others are listed in skipped.tsv.
@@ -111,6 +138,7 @@ def embed_images(
         part_size: images per part file, skipped ones counted.
         workers: decoding processes; 0 decodes in this one.
         fingerprint_of_model: `clip.fingerprint("image")`, if the caller has computed it already.
+        shard: (i, n) makes the parts p with p % n == i alone; see `pymcip.parts`.
         known: folders of the same model, finished or not: an image whose content is there is not
             embedded again.
 
@@ -157,11 +185,16 @@ def embed_images(
         }
         return vectors[kept], pa.table(described), skipped
 
-    folder = _write_parts("img", clip, data, Path(out), part_size, make_part, fingerprint_of_model)
-    if data.left_out:
+    folder = _write_parts(
+        "img", clip, data, Path(out), part_size, make_part, fingerprint_of_model, shard
+    )
+    complete, parts = folder.part_counts("img")
+    if complete < parts:
+        return folder
+    if data.left_out or (folder.path / LISTS).is_dir():
         with hold(folder.path, wait=True):
-            replace_left_out(folder.path, data.left_out)
-    skipped, listed = folder.skipped, folder.path / "skipped.tsv"
+            merge_skipped(folder.path, data.left_out)
+    skipped, listed = folder.skipped, folder.path / SKIPPED
     if len(skipped) == len(data):
         reasons = some((item["reason"] for item in skipped[:6]), len(skipped))
         raise DataError(f"not one of {len(data)} images can be decoded: {reasons}. See {listed}")
@@ -181,6 +214,7 @@ def embed_captions(
     batch_size: int = 256,
     part_size: int = PART_SIZE,
     fingerprint_of_model: str | None = None,
+    shard: Shard = WHOLE,
 ) -> EmbeddingFolder:
     """Embed all captions.
 
@@ -191,6 +225,7 @@ def embed_captions(
         batch_size: captions per forward pass.
         part_size: captions per part file.
         fingerprint_of_model: `clip.fingerprint("text")`, if the caller has computed it already.
+        shard: as of `embed_images`.
 
     Raises:
         DataError: an embedding is not finite.
@@ -212,10 +247,23 @@ def embed_captions(
         return vectors, pa.table(described), []
 
     folder = _write_parts(
-        "text", clip, captions, Path(out), part_size, make_part, fingerprint_of_model
+        "text", clip, captions, Path(out), part_size, make_part, fingerprint_of_model, shard
     )
-    warn_of_cut(folder.captions_cut, len(captions), clip.context_length)
+    complete, parts = folder.part_counts("text")
+    if complete == parts:
+        warn_of_cut(folder.captions_cut, len(captions), clip.context_length)
     return folder
+
+
+def _side(clip: ClipModel) -> int:
+    """To how many pixels the model's transform resizes the shorter side."""
+    side = shortest_side(clip.preprocess_val)
+    if side is None:
+        raise ConfigError(
+            f"reduced_decoding needs a transform that resizes the shorter side of an image; the one of "
+            f"{clip.name} is {' '.join(clip.transform.split())}. Leave reduced_decoding out"
+        )
+    return side
 
 
 def _digest(data: ImageData, index: int) -> str:
@@ -253,8 +301,9 @@ def _write_parts(
     part_size: int,
     make_part: MakePart,
     fingerprint_of_model: str | None,
+    shard: Shard,
 ) -> EmbeddingFolder:
-    """Make and write the parts that are missing: indices p * part_size and up form part p."""
+    """Make and write a shard's missing parts: indices p * part_size and up form part p."""
     total, parts = len(data), -(-len(data) // part_size)
     part_of_model = "image" if kind == "img" else "text"
     made_from = {
@@ -277,35 +326,44 @@ def _write_parts(
         )
         for name in names
     ]
+    bounds = [(p * part_size, min(total, (p + 1) * part_size)) for p in range(parts)]
+    number, count = shard
 
     def missing_parts() -> list[int]:
         _check_fresh(folder, kind, made_from)
-        return [p for p in range(parts) if not all(file.is_file() for file in files[p])]
+        own = range(number, parts, count)
+        return [p for p in own if not all(file.is_file() for file in files[p])]
 
-    if not missing_parts():
+    fingerprint = folder / f"{kind}_fingerprint.json"
+    if not missing_parts() and fingerprint.is_file():
         return EmbeddingFolder(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with hold(folder, wait=True):
+    with hold(folder, wait=True, shared=count > 1):
         missing = missing_parts()  # another process may have made some
-        if not (folder / f"{kind}_fingerprint.json").is_file():
-            write_json(folder / f"{kind}_fingerprint.json", made_from)
+        lists = [folder / part_list(first, last - 1) for first, last in bounds]
+        record_files([*itertools.chain(*files), *lists, fingerprint, folder / SKIPPED])
+        if not fingerprint.is_file():
+            write_json(fingerprint, made_from)
+        for path in (folder / f"{kind}_emb", folder / METADATA[kind]):
+            path.mkdir(exist_ok=True)
+        rows = [last - first for first, last in bounds[number::count]]
         with progress(
-            total=total,
-            initial=missing[0] * part_size if missing else total,
+            total=sum(rows),
+            initial=sum(rows) - sum(bounds[p][1] - bounds[p][0] for p in missing),
             description=f"embedding {WHAT[kind]}",
             unit=WHAT[kind][:-1],
         ) as bar:
-            for number in missing:
-                indices = np.arange(number * part_size, min(total, (number + 1) * part_size))
-                vectors, metadata, skipped = make_part(indices, bar.update)
-                with atomic_path(files[number][0]) as temporary:
+            for p in missing:
+                first, last = bounds[p]
+                vectors, metadata, skipped = make_part(np.arange(first, last), bar.update)
+                with atomic_path(files[p][0]) as temporary:
                     with temporary.open("wb") as handle:
                         np.save(handle, vectors)
                     checksum = file_digest(temporary).hex()
                 if kind == "img":
-                    replace_skipped(folder, int(indices[0]), int(indices[-1]), skipped)
+                    write_part_list(folder, first, last - 1, skipped)
                 metadata = metadata.replace_schema_metadata({CHECKSUM: checksum})
-                with atomic_path(files[number][1]) as temporary:
+                with atomic_path(files[p][1]) as temporary:
                     pa.parquet.write_table(metadata, temporary, write_page_checksum=True)
     return EmbeddingFolder(folder)
 
@@ -313,8 +371,9 @@ def _write_parts(
 def _check_fresh(folder: Path, kind: Kind, made_from: dict[str, Any]) -> None:
     """Compare what the embeddings in a folder were made from, if there are any."""
     path = folder / f"{kind}_fingerprint.json"
+    there = any((folder / f"{kind}_emb").glob("*.npy"))  # first: it is written before any of them
     if not path.is_file():
-        if any((folder / f"{kind}_emb").glob("*.npy")):
+        if there:
             raise StaleEmbeddingsError(
                 f"{folder}/{kind}_emb holds embeddings without {path.name}: what they were made "
                 "from is not known. Embed into another folder, or give overwrite=True"

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from pymcip.benchmarks import SuiteOptions, protocols
 from pymcip.benchmarks.contract import Captioned, Int64, Labelled
 from pymcip.benchmarks.embedder import CachedEmbedder
+from pymcip.configs import Workers
 from pymcip.data import ImageData
 from pymcip.data.class_names import ClassNames, ClassTexts, class_texts, rows_of_classes
 from pymcip.data.labels import difference
@@ -90,7 +91,7 @@ def evaluate_model(
     knn_temperature: float = KNN_TEMPERATURE,
     recall_at: Sequence[int] = RECALL_AT,
     batch_size: int = 64,
-    workers: int = 0,
+    workers: Workers = 0,
     counts: dict[str, int] | None = None,
     duplicates: Duplicates = "join",
 ) -> dict[str, float]:

@@ -53,7 +53,7 @@ class Thumbnails:
             return self._numbers[key]
         if time.monotonic() < self.until and self.room > 0:
             try:
-                content = thumbnail(data.read(row, SIDE), SIDE, QUALITY)
+                content = thumbnail(data.reduced(2 * SIDE).read(row), SIDE, QUALITY)
             except (DataError, OSError):  # gone since it was measured
                 self.missing += 1
                 return None

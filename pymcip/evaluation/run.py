@@ -7,7 +7,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -25,7 +25,9 @@ from pymcip.benchmarks import (
 from pymcip.configs import EvaluateConfig
 from pymcip.data import load_images
 from pymcip.data.class_names import read_class_names
+from pymcip.data.column_names import columns_named
 from pymcip.data.tally import LeftOut
+from pymcip.distributed import barrier, is_first, joined, world
 from pymcip.embedding import EmbeddingCache
 from pymcip.errors import ConfigError, DataError
 from pymcip.evaluation.own_data import OwnData, check_own, measure_own
@@ -85,7 +87,9 @@ def evaluate(
     `pymcip.benchmarks.listing` says what each needs and where to get it.
 
     `image_size`, `device` and `precision` hold for both models. With `out`, the folder gets
-    metrics.json, table.md and report.html, which shows what the models find.
+    metrics.json, table.md and report.html, which shows what the models find. Processes of torchrun
+    share the embedding, then each computes the figures, which are the same to the bit, and the first
+    one writes them.
 
     Raises:
         ConfigError: the options are wrong.
@@ -99,13 +103,20 @@ def evaluate(
         options = {"model": os.fspath(config), **options}
         config = None
     chosen = EvaluateConfig.make(config, options)
-    return _evaluate_own(chosen) if chosen.suite is None else _evaluate_suite(chosen)
+    if world() > 1 and chosen.cache is None and (chosen.suite is None or chosen.out is None):
+        raise ConfigError(
+            f"evaluate was started as {world()} processes, which share embeddings by a folder that all "
+            "can reach: give cache="
+        )
+    with joined(chosen.device):
+        return _evaluate_own(chosen) if chosen.suite is None else _evaluate_suite(chosen)
 
 
 def _evaluate_own(config: EvaluateConfig) -> EvaluateResult:
     assert config.data is not None
-    data = load_images(config.data, labelled=False)
-    knn_data = None if config.knn_data is None else load_images(config.knn_data)
+    with columns_named(config.columns):
+        data = load_images(config.data, labelled=False)
+        knn_data = None if config.knn_data is None else load_images(config.knn_data)
     names = None if config.class_names is None else read_class_names(config.class_names)
     own = check_own(data, knn_data, names, config.duplicates)
     options = protocol_options(config)
@@ -288,28 +299,35 @@ def _each_model(
             )
             _log.info("evaluating %s", name)
             cache = EmbeddingCache(
-                clip, folder, batch_size=config.batch_size, workers=config.workers
-            )
+                clip, folder,
+                batch_size=config.batch_size, workers=config.workers,
+            )  # fmt: skip
             results.append(measure(cache))
             del clip, cache
     return results
 
 
-def _prepare(
-    config: EvaluateConfig, read: Iterable[Path]
-) -> contextlib.AbstractContextManager[Path | None]:
-    """Make and hold the output folder, if one is asked for; `read`: files of the data."""
-    if config.out is None:
-        return contextlib.nullcontext()
+@contextlib.contextmanager
+def _prepare(config: EvaluateConfig, read: Iterable[Path]) -> Iterator[Path | None]:
+    """Make and hold the output folder, if one is asked for; `read`: files of the data.
+
+    Of several processes the first one does, before the others go on.
+    """
+    if config.out is None or not is_first():
+        barrier()
+        yield None if config.out is None else Path(config.out)
+        return
     out = Path(config.out)
     known = manifest(out) or any((out / name).exists() for name in ("metrics.json", "embeddings"))
-    return output_folder(config, resume=bool(config.resume and known), read=read)
+    with output_folder(config, resume=bool(config.resume and known), read=read):
+        barrier()
+        yield out
 
 
 def _write(
     result: EvaluateResult, config: EvaluateConfig, more: dict[str, Any] | None = None
 ) -> None:
-    if result.out is None:
+    if result.out is None or not is_first():
         return
     document = {
         name: value for name, value in asdict(result).items() if name not in ("table", "out")

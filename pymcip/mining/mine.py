@@ -7,10 +7,13 @@ product of two stored rows, rounded to fp32 once; rows stored as float16 have un
 With `recall` below 1 the blocks are searched for by a `pymcip.ops.ApproximateIndex`, for corpora
 that are too large for that: cosines are exact too, but captions may be missing, and how many are
 is measured on a sample of the images.
+
+Several processes do the tasks of one table, see `pymcip.parts`: it is the same to the bit.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import shutil
 from collections.abc import Sequence
@@ -21,10 +24,14 @@ from typing import Any
 import numpy as np
 
 from pymcip.configs import MineConfig, Source
+from pymcip.distributed import barrier, joined
 from pymcip.embedding import EmbeddingFolder, Matrix
-from pymcip.errors import DataError, StaleEmbeddingsError
+from pymcip.errors import ConfigError, DataError, StaleEmbeddingsError
 from pymcip.files import damaged, read_json, write_json, write_text
+from pymcip.folders import hold
+from pymcip.mining.given import save_sources
 from pymcip.mining.report import (
+    AutoThreshold,
     auto_threshold,
     describe_table,
     explain_nothing,
@@ -33,19 +40,23 @@ from pymcip.mining.report import (
     sample_rows,
 )
 from pymcip.mining.search import (
+    BANK_ROWS,
     RECALL_ROWS,
+    Search,
+    Tasks,
     approximate_search,
     exact_search,
     images_per_block,
-    mine_blocks,
     search_device,
 )
 from pymcip.mining.table import CaptionTable
 from pymcip.ops.arrays import MatrixParts, dtype_name
 from pymcip.ops.faiss_import import import_faiss
 from pymcip.outputs import output_folder
+from pymcip.parts import WHOLE, Shard, own_shard, refuse_overwrite
 
 MOST_WITHOUT = 0.5  # of the images may have no caption without a warning
+TASKS = "blocks"  # folder of the tasks' files, until all are done
 AGAIN = "Give overwrite=True to mine again"  # what to do about damage
 
 _log = logging.getLogger("pymcip.mining")
@@ -53,16 +64,36 @@ _log = logging.getLogger("pymcip.mining")
 
 @dataclass(frozen=True)
 class MineResult:
-    """What `mine_captions` found; `report` is also in report.json, `markdown` is its gist for people."""
+    """What `mine_captions` found; `report` is also in report.json, `markdown` is its gist for people.
 
-    table: CaptionTable
+    `missing`: how many tasks other shards have still to do; until then there is no table, and the
+    report is empty.
+    """
+
     threshold: float
     report: dict[str, Any] = field(repr=False)
     out: Path
+    missing: int = 0
+
+    @functools.cached_property
+    def table(self) -> CaptionTable:
+        """The table in `out`.
+
+        Raises:
+            DataError: it is not complete.
+        """
+        if self.missing:
+            raise DataError(
+                f"{self.out} has no table yet: {self.missing} of its tasks are not done. Start the "
+                "shards that do them, or run the same command without shard"
+            )
+        return CaptionTable.load(self.out)
 
     @property
     def markdown(self) -> str:
         """How many images have captions, how many captions are used, and the cosines."""
+        if self.missing:
+            return f"{self.missing} tasks are not done yet; other shards have to do them."
         return report_table(self.report)
 
 
@@ -70,8 +101,9 @@ def mine_captions(config: MineConfig | None = None, /, **options: Any) -> MineRe
     """Mine the pseudo-captions of embedded images; see `MineConfig` for the options.
 
     Writes into `out`: caption_table.npz and .parquet, report.json, and sample.tsv (some images with
-    their captions, to look at). An interrupted run that is started again mines
-    the blocks of images that are missing; a finished one is opened.
+    their captions, to look at), and sources.npz (what `train` compares with its data). An interrupted
+    run that is started again does the tasks that are missing; a finished one is opened. Processes of
+    torchrun, or calls with `shard`, share the tasks; who finds all of them done writes the table.
 
     Raises:
         ConfigError: an option is wrong.
@@ -84,6 +116,12 @@ def mine_captions(config: MineConfig | None = None, /, **options: Any) -> MineRe
         MissingDependencyError: `recall` is below 1, and faiss is not installed.
     """
     config = MineConfig.make(config, options)
+    with joined():
+        return _mine(config, own_shard(config.shard))
+
+
+def _mine(config: MineConfig, shard: Shard) -> MineResult:
+    """Do a shard's tasks, wait for the others of torchrun, and finish."""
     if config.recall < 1:
         import_faiss()
     images = EmbeddingFolder(config.images)
@@ -107,46 +145,88 @@ def mine_captions(config: MineConfig | None = None, /, **options: Any) -> MineRe
         "index": None if config.index is None else str(config.index),
         "seed": config.seed,
     }
-    resume = (out / "mine.json").is_file() and not config.overwrite
-    with output_folder(config, resume=resume):
-        return _mine(config, out, resume, settings, images, captions)
+    if shard[1] > 1 and config.recall < 1:
+        raise ConfigError(
+            f"recall={config.recall} with {shard[1]} processes: one process builds and asks an "
+            "approximate index. Start one, without shard; or give recall=1, which they can share"
+        )
+    refuse_overwrite(config, shard)
+
+    def there() -> bool:
+        return (out / "mine.json").is_file() and not config.overwrite
+
+    with output_folder(config, resume=there, shared=shard[1] > 1):
+        mining = _opened(config, out, there(), settings, images, captions, shard)
+        if not (out / "report.json").is_file():  # written last
+            mining.tasks.do(mining.search, shard)
+    barrier()
+    with hold(out, wait=True):
+        return _finished(config, out, mining, images, captions)
 
 
-def _mine(
+def _opened(
     config: MineConfig,
     out: Path,
     resume: bool,
     settings: dict[str, Any],
     images: EmbeddingFolder,
     captions: EmbeddingFolder,
-) -> MineResult:
-    """Mine into a folder that is held, or read what was mined there."""
+    shard: Shard,
+) -> _Mining:
+    """Prepare mining in a folder that is held: new, or with the settings that it was begun with."""
     image_parts, caption_parts = images.parts("img"), captions.parts("text")
-    block_rows = _block_rows(config.k, caption_parts, config.backend)
+    _check_parts(image_parts, caption_parts)
+    grid = _grid(config.k, image_parts, caption_parts, config.backend, shard)
     if resume:
-        stored: dict[str, Any] = {"recall": 1.0, "index": None, "block_rows": block_rows}
+        stored: dict[str, Any] = {"recall": 1.0, "index": None, **grid}
         stored |= read_json(out / "mine.json", {}, AGAIN)
         _check_settings(out, stored, settings)
-        block_rows = stored["block_rows"]
-        if not isinstance(block_rows, int) or block_rows < 1:
-            raise damaged(out / "mine.json", f"'block_rows' is {block_rows!r}", AGAIN)
-    write_json(out / "mine.json", {**settings, "block_rows": block_rows})
-    blocks = out / "blocks"
-    if (out / "report.json").is_file():  # written last
-        shutil.rmtree(blocks, ignore_errors=True)  # of a run that was killed while removing them
-        report = read_json(out / "report.json", {"threshold": float, "images": int}, AGAIN)
-        return MineResult(CaptionTable.load(out), report["threshold"], report, out)
+        for name in grid:
+            grid[name] = stored[name]
+            if not isinstance(grid[name], int) or grid[name] < 1:
+                raise damaged(out / "mine.json", f"{name!r} is {grid[name]!r}", AGAIN)
+    write_json(out / "mine.json", {**settings, **grid})
     names = ("k", "threshold", "recall", "index", "backend", "threads", "seed")
     chosen: dict[str, Any] = {name: getattr(config, name) for name in names}
-    table, report = mine_table(
-        image_parts, caption_parts, **chosen, blocks=blocks, block_rows=block_rows
-    )
-    report["captions_cut"] = captions.captions_cut  # at the model's context
-    table.save(out)
-    write_text(out / "sample.tsv", sample_lines(table, images, captions, config.seed))
-    write_json(out / "report.json", report)
-    shutil.rmtree(blocks)
-    return MineResult(table, report["threshold"], report, out)
+    return _prepared(image_parts, caption_parts, **chosen, folder=out / TASKS, grid=grid)
+
+
+def _finished(
+    config: MineConfig,
+    out: Path,
+    mining: _Mining,
+    images: EmbeddingFolder,
+    captions: EmbeddingFolder,
+) -> MineResult:
+    """Write the table if all tasks are done and no other process has; the folder is held."""
+    if not (out / "report.json").is_file():
+        missing = mining.tasks.missing()
+        if missing:
+            _log.info("%d of %d tasks are not done: other shards'", missing, len(mining.tasks))
+            return MineResult(mining.lowest, {}, out, missing)
+        table, report = _measured(mining)
+        report["captions_cut"] = captions.captions_cut  # at the model's context
+        table.save(out)
+        save_sources(out, images, captions)
+        write_text(out / "sample.tsv", sample_lines(table, images, captions, config.seed))
+        write_json(out / "report.json", report)
+    shutil.rmtree(out / TASKS, ignore_errors=True)
+    report = read_json(out / "report.json", {"threshold": float, "images": int}, AGAIN)
+    return MineResult(report["threshold"], report, out)
+
+
+@dataclass(frozen=True)
+class _Mining:
+    """Tasks and how to do them, with what the report says of the search."""
+
+    tasks: Tasks
+    search: Search
+    captions: MatrixParts
+    lowest: float
+    given: bool
+    random_pairs: AutoThreshold
+    measured: dict[str, Any] | None
+    backend: str
 
 
 def mine_table(
@@ -160,8 +240,8 @@ def mine_table(
     backend: str = "auto",
     threads: int | None = None,
     seed: int = 0,
-    blocks: Path | None = None,
     block_rows: int | None = None,
+    bank_rows: int | None = None,
 ) -> tuple[CaptionTable, dict[str, Any]]:
     """Mine the k nearest captions of each image, those with a cosine of at least `threshold`.
 
@@ -172,14 +252,14 @@ def mine_table(
         threshold: lowest cosine, inclusive, compared in fp32; or "auto", see `auto_threshold`.
         recall: share of the pairs to find. 1: all, by exact search; less: about this share, by an
             approximate index (faiss).
-        index: folder of the approximate index, which is built if there is none; default: in `blocks`.
+        index: folder of the approximate index, which is built if there is none; default: kept
+            nowhere.
         backend: of the op; see `pymcip.ops.explain("topk")`.
         threads: CPU threads; default: torch's number.
         seed: of the samples of random pairs and of images, and of the index.
-        blocks: folder that keeps finished blocks of images, for a run that is started again with
-            the same arguments; None keeps nothing.
-        block_rows: images per block, at most; default: see `images_per_block`. The result doesn't
+        block_rows: images per task, at most; default: see `images_per_block`. The result doesn't
             depend on it.
+        bank_rows: captions per task, likewise.
 
     Returns:
         The table of N images, and a report: `images`, `captions`, `k`, `threshold`,
@@ -194,6 +274,33 @@ def mine_table(
         MissingDependencyError: `recall` is below 1, and faiss is not installed.
     """
     _check_parts(image_parts, caption_parts)
+    grid = _grid(k, image_parts, caption_parts, backend, WHOLE)
+    grid |= {"block_rows": block_rows} if block_rows is not None else {}
+    grid |= {"bank_rows": bank_rows} if bank_rows is not None else {}
+    mining = _prepared(
+        image_parts, caption_parts,
+        k=k, threshold=threshold, recall=recall, index=index, backend=backend, threads=threads,
+        seed=seed, folder=None, grid=grid,
+    )  # fmt: skip
+    mining.tasks.do(mining.search, WHOLE)
+    return _measured(mining)
+
+
+def _prepared(
+    image_parts: Sequence[Matrix],
+    caption_parts: Sequence[Matrix],
+    *,
+    k: int,
+    threshold: float | str,
+    recall: float,
+    index: Source | None,
+    backend: str,
+    threads: int | None,
+    seed: int,
+    folder: Path | None,
+    grid: dict[str, int],
+) -> _Mining:
+    """Prepare what `mine_table` does; `folder`: of the tasks' files and of the index, or None."""
     random_pairs = auto_threshold(image_parts, caption_parts, seed=seed)
     lowest = random_pairs.value if isinstance(threshold, str) else float(threshold)
     if lowest <= random_pairs.median:
@@ -203,25 +310,37 @@ def mine_table(
             lowest, random_pairs.median, random_pairs.value,
         )  # fmt: skip
     images, captions = MatrixParts(image_parts), MatrixParts(caption_parts)
-    measured: dict[str, Any] = {"recall": 1.0}
+    bank_rows = grid["bank_rows"]
+    measured: dict[str, Any] | None = None
     if recall < 1:
-        folder = Path(index) if index is not None else None if blocks is None else blocks / "index"
+        kept = Path(index) if index is not None else None if folder is None else folder / "index"
         search, measured = approximate_search(
             captions, k, lowest,
             recall=recall, sampled=sample_rows(images, 2 * RECALL_ROWS, np.random.default_rng(seed)),
-            population=len(images), folder=folder,
-            measured_file=None if blocks is None else blocks / "approximate.json",
+            population=len(images), folder=kept,
+            measured_file=None if folder is None else folder / "approximate.json",
             backend=backend, threads=threads, seed=seed,
         )  # fmt: skip
+        bank_rows = len(captions)  # the index knows them all
     else:
         search = exact_search(captions, k, lowest, backend=backend, threads=threads)
-    rows = block_rows or _block_rows(k, caption_parts, backend)
-    table = mine_blocks(images, len(captions), search, k, blocks, rows)
+    tasks = Tasks(images, len(captions), k, folder, grid["block_rows"], bank_rows)
+    given = not isinstance(threshold, str)
+    return _Mining(tasks, search, captions, lowest, given, random_pairs, measured, backend)
+
+
+def _measured(mining: _Mining) -> tuple[CaptionTable, dict[str, Any]]:
+    """The table of all tasks, and the report of `mine_table`."""
+    table, lowest = mining.tasks.table(), mining.lowest
     if not len(table.ids):
-        raise DataError(explain_nothing(images, captions, lowest, random_pairs, backend))
-    report = describe_table(table, k, lowest, random_pairs, given=not isinstance(threshold, str))
-    report["recall"] = measured["recall"]
-    report["approximate"] = measured if recall < 1 else None
+        raise DataError(
+            explain_nothing(
+                mining.tasks.images, mining.captions, lowest, mining.random_pairs, mining.backend
+            )
+        )
+    report = describe_table(table, mining.tasks.k, lowest, mining.random_pairs, given=mining.given)
+    report["recall"] = 1.0 if mining.measured is None else mining.measured["recall"]
+    report["approximate"] = mining.measured
     counts = table.counts()
     _log.info(
         "%d of %d images have captions with a cosine of at least %.3f: %.1f each",
@@ -233,7 +352,7 @@ def mine_table(
             "%.0f %% of the images have no pseudo-caption, so these teach nothing about texts. Give a "
             "lower threshold (now %.3f; threshold='auto' takes %.3f), or captions that are closer to "
             "the images",
-            100 * without, lowest, random_pairs.value,
+            100 * without, lowest, mining.random_pairs.value,
         )  # fmt: skip
     return table, report
 
@@ -250,9 +369,20 @@ def _check_parts(image_parts: Sequence[Matrix], caption_parts: Sequence[Matrix])
             raise DataError(f"there are no embedded {what} to mine; embed some with pymcip.embed")
 
 
-def _block_rows(k: int, caption_parts: Sequence[Matrix], backend: str) -> int:
+def _grid(
+    k: int,
+    image_parts: Sequence[Matrix],
+    caption_parts: Sequence[Matrix],
+    backend: str,
+    shard: Shard,
+) -> dict[str, int]:
+    """Rows of a task, so that every process has one."""
     device = search_device(backend, dtype_name(caption_parts[0]))
-    return images_per_block(k, caption_parts[0].shape[1], device)
+    most = images_per_block(k, caption_parts[0].shape[1], device)
+    banks = -(-sum(map(len, caption_parts)) // BANK_ROWS)
+    blocks = -(-shard[1] // banks)
+    each = -(-sum(map(len, image_parts)) // blocks)
+    return {"block_rows": max(1, min(most, each)), "bank_rows": BANK_ROWS}
 
 
 def _check_settings(out: Path, stored: dict[str, Any], settings: dict[str, Any]) -> None:

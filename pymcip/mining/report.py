@@ -161,7 +161,9 @@ def explain_nothing(
 ) -> str:
     """The error message if no caption reaches the threshold, with the best cosine of a sample."""
     sampled = sample_rows(images, SAMPLE_ROWS, np.random.default_rng(0))
-    _, cosines = exact_search(captions, 1, None, backend=backend)(sampled, lambda *_: None)
+    _, cosines = exact_search(captions, 1, None, backend=backend)(
+        sampled, (0, len(captions)), lambda *_: None
+    )
     best = float(cosines.max())
     advice = f"give threshold='auto' ({random_pairs.value:.3f} here)"
     if best < random_pairs.value:

@@ -1,6 +1,7 @@
-"""Searching captions, exactly or with an approximate index, block by block of images.
+"""Searching captions, exactly or with an approximate index, task by task.
 
-Each finished block is a file, so that a run can be continued.
+A task is a block of images and a range of the captions. Each finished one is a file, so that a run
+can be continued, by any number of processes.
 """
 
 from __future__ import annotations
@@ -18,23 +19,29 @@ import torch
 
 from pymcip.embedding import Matrix
 from pymcip.files import damaged, read_json, read_npz, write_json, write_npz
+from pymcip.folders import record_files
 from pymcip.mining.table import CaptionTable, Float32, Int64, bounds_of
 from pymcip.ops import ApproximateIndex, topk
 from pymcip.ops.arrays import MatrixParts, Progress, as_numpy, dtype_name
+from pymcip.ops.canonical import first_k
 from pymcip.ops.dispatch import backends
 from pymcip.ops.topk_cpu import pass_queries
+from pymcip.parts import Shard
 from pymcip.progress import progress
 
-_AGAIN = "Remove it and mine again"
 GPU_BLOCK_ROWS = 1 << 17
+BANK_ROWS = (
+    1 << 24
+)  # captions of a task, at most: 26 GB of 768 columns in fp16, which stay in memory
 RECALL_ROWS = 256  # images whose exact captions an approximate search is compared with
 
 _AGAIN = "Remove it and mine again"
 
 _log = logging.getLogger("pymcip.mining")
-# Of a block of images [rows, D]: ids and cosines [rows, k], -1 and -inf where there are fewer. The
-# callback is called with the work done and the work to do.
-Search: TypeAlias = Callable[[Matrix, Progress], tuple[Int64, Float32]]
+Range: TypeAlias = tuple[int, int]  # first and last + 1
+# Of a block of images [rows, D] and a range of captions: ids and cosines [rows, k], -1 and -inf where
+# there are fewer. The callback is called with the work done and the work to do.
+Search: TypeAlias = Callable[[Matrix, Range, Progress], tuple[Int64, Float32]]
 
 
 def search_device(backend: str, dtype: str) -> torch.device:
@@ -71,15 +78,16 @@ def exact_search(
             # Reads ahead: a part that is not in memory takes half the time.
             part._mmap.madvise(mmap.MADV_SEQUENTIAL)  # type: ignore[attr-defined]
 
-    def search(images: Matrix, report: Progress) -> tuple[Int64, Float32]:
+    def search(images: Matrix, bank: Range, report: Progress) -> tuple[Int64, Float32]:
         queries: Any = images
         if device.type != "cpu":
             queries = torch.from_numpy(np.array(images)).to(device)
-        ids, cosines = topk(
-            queries, captions.parts, k, threshold,
+        found, cosines = topk(
+            queries, captions.pieces(*bank), k, threshold,
             backend=backend, threads=threads, progress=report,
         )  # fmt: skip
-        return as_numpy(ids), as_numpy(cosines)
+        ids = as_numpy(found)
+        return np.where(ids < 0, ids, ids + bank[0]), as_numpy(cosines)
 
     return search
 
@@ -164,7 +172,7 @@ def approximate_search(
             measured["nprobe"], measured["lists"],
         )  # fmt: skip
 
-    def search(images: Matrix, report: Progress) -> tuple[Int64, Float32]:
+    def search(images: Matrix, _: Range, report: Progress) -> tuple[Int64, Float32]:
         found = index.search(
             images, captions.parts, k, threshold,
             nprobe=measured["nprobe"], sample=0,
@@ -186,69 +194,124 @@ def _with_bar(description: str, work: Callable[[Progress], Any]) -> Any:
         return work(report)
 
 
-def mine_blocks(
-    images: MatrixParts, captions: int, search: Search, k: int, folder: Path | None, rows: int
-) -> CaptionTable:
-    """Search the captions of all images, and keep each finished block in a file.
-
-    Blocks are of one size, to a row. A file is named after the rows of its block.
+class Tasks:
+    """The grid of tasks that images and captions are cut into, and what was found by those done.
 
     Args:
         images: unit rows [N, D].
         captions: how many captions there are.
-        search: finds the captions of a block.
         k: captions per image, at most.
-        folder: of the blocks' files; blocks found there are read. None keeps nothing.
-        rows: images per block, at most.
+        folder: of the tasks' files; those found there are done. None keeps all in memory.
+        rows: images per block, at most. Blocks are of one size, to a row.
+        bank_rows: captions per range, likewise.
 
-    Raises:
-        DamagedFileError: the file of a block is damaged.
+    A file is named after its images and captions.
     """
-    count = -(-len(images) // rows)
-    bounds = [len(images) * number // count for number in range(count + 1)]
-    places = list(itertools.pairwise(bounds))
-    files = [None if folder is None else folder / f"images_{a}_{b}.npz" for a, b in places]
-    finished = [file is not None and file.is_file() for file in files]
-    ready = sum(b - a for (a, b), done in zip(places, finished, strict=True) if done)
-    if ready:
-        _log.info("%d of %d images were mined before; mining the others", ready, len(images))
-    found = []
-    with progress(
-        total=len(images) * captions,
-        initial=ready * captions,
-        description="mining",
-        unit="cosine",
-        unit_scale=True,
-    ) as bar:
-        for (first, last), file, done in zip(places, files, finished, strict=True):
-            if file is not None and done:
-                found.append(_present(*_read_block(file, (last - first, k), captions)))
-                continue
-            start, work = bar.n, (last - first) * captions
 
-            def report(done: int, total: int) -> None:
-                bar.update(start + work * done // max(1, total) - bar.n)  # noqa: B023
+    def __init__(
+        self,
+        images: MatrixParts,
+        captions: int,
+        k: int,
+        folder: Path | None,
+        rows: int,
+        bank_rows: int,
+    ) -> None:
+        self.images, self.captions, self.k, self.folder = images, captions, k, folder
+        self._blocks, self._banks = _cut(len(images), rows), _cut(captions, bank_rows)
+        # In this order one range of the captions after the other is read, and stays in memory.
+        self._all = [(block, bank) for bank in self._banks for block in self._blocks]
+        self._memory: dict[str, tuple[Int64, Float32]] = {}
 
-            ids, cosines = search(images[first:last], report)
-            report(1, 1)
-            if file is not None:
-                write_npz(file, ids=ids, cosines=cosines)
-            found.append(_present(ids, cosines))
-    counts, all_ids, all_cosines = (np.concatenate(column) for column in zip(*found, strict=True))
-    return CaptionTable(bounds_of(counts), all_ids, all_cosines, captions)
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def missing(self) -> int:
+        """How many tasks are not done."""
+        return sum(not self._is_done(task) for task in self._all)
+
+    def do(self, search: Search, shard: Shard) -> None:
+        """Do those of a shard's tasks that are not done; the shard's are neighbours."""
+        number, count = shard
+        own = self._all[len(self) * number // count : len(self) * (number + 1) // count]
+        open_tasks = [task for task in own if not self._is_done(task)]
+        ready = len(own) - len(open_tasks)
+        if ready:
+            _log.info("%d of %d tasks were done before; doing the others", ready, len(own))
+        if self.folder is not None:
+            record_files(self.folder / _name(task) for task in self._all)
+        with progress(
+            total=sum(map(_work, own)),
+            initial=sum(map(_work, own)) - sum(map(_work, open_tasks)),
+            description="mining",
+            unit="cosine",
+            unit_scale=True,
+        ) as bar:
+            for task in open_tasks:
+                (first, last), bank = task
+                start, work = bar.n, _work(task)
+
+                def report(done: int, total: int) -> None:
+                    bar.update(start + work * done // max(1, total) - bar.n)  # noqa: B023
+
+                found = search(self.images[first:last], bank, report)
+                report(1, 1)
+                if self.folder is None:
+                    self._memory[_name(task)] = found
+                else:
+                    write_npz(self.folder / _name(task), ids=found[0], cosines=found[1])
+
+    def table(self) -> CaptionTable:
+        """Merge what all tasks have found: by cosine descending, then by id ascending.
+
+        Raises:
+            DamagedFileError: the file of a task is damaged.
+        """
+        found = []
+        for block in self._blocks:
+            parts = [self._read((block, bank)) for bank in self._banks]
+            ids, cosines = (np.concatenate(column, axis=1) for column in zip(*parts, strict=True))
+            found.append(_present(*first_k(ids, cosines, self.k)))
+        counts, ids, cosines = (np.concatenate(column) for column in zip(*found, strict=True))
+        return CaptionTable(bounds_of(counts), ids, cosines, self.captions)
+
+    def _is_done(self, task: tuple[Range, Range]) -> bool:
+        if self.folder is None:
+            return _name(task) in self._memory
+        return (self.folder / _name(task)).is_file()
+
+    def _read(self, task: tuple[Range, Range]) -> tuple[Int64, Float32]:
+        if self.folder is None:
+            return self._memory[_name(task)]
+        file, ((first, last), bank) = self.folder / _name(task), task
+        stored = read_npz(file, {"ids": ("int64", 2), "cosines": ("float32", 2)}, _AGAIN)
+        ids, cosines = stored["ids"], stored["cosines"]
+        if not ids.shape == cosines.shape == (last - first, self.k):
+            raise damaged(file, f"it holds {ids.shape}, not {(last - first, self.k)}", _AGAIN)
+        if ids.size and not (ids.min() >= -1 and ids.max() < bank[1]):
+            raise damaged(file, f"it has numbers of captions beyond {bank[1]}", _AGAIN)
+        return ids, cosines
+
+
+def _cut(count: int, rows: int) -> list[Range]:
+    """Cut rows into as few ranges as needed, all of one size, to a row."""
+    pieces = -(-count // rows)
+    bounds = [count * number // pieces for number in range(pieces + 1)]
+    return list(itertools.pairwise(bounds))
+
+
+def _name(task: tuple[Range, Range]) -> str:
+    (first, last), (start, end) = task
+    return f"images_{first}_{last}_captions_{start}_{end}.npz"
+
+
+def _work(task: tuple[Range, Range]) -> int:
+    """How many cosines a task computes."""
+    (first, last), (start, end) = task
+    return (last - first) * (end - start)
 
 
 def _present(ids: Int64, cosines: Float32) -> tuple[Int64, Int64, Float32]:
     """How many captions each image of a block has, and their ids and cosines in one row."""
     there = ids >= 0
     return there.sum(axis=1), ids[there], cosines[there]
-
-
-def _read_block(file: Path, shape: tuple[int, int], captions: int) -> tuple[Int64, Float32]:
-    stored = read_npz(file, {"ids": ("int64", 2), "cosines": ("float32", 2)}, _AGAIN)
-    ids, cosines = stored["ids"], stored["cosines"]
-    if not ids.shape == cosines.shape == shape:
-        raise damaged(file, f"it holds {ids.shape}, not {shape}", _AGAIN)
-    if ids.size and not -1 <= ids.min() <= ids.max() < captions:
-        raise damaged(file, f"it has numbers of captions beyond {captions}", _AGAIN)
-    return ids, cosines

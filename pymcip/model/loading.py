@@ -12,6 +12,7 @@ import open_clip
 import torch
 
 from pymcip.configs import ModelOptions
+from pymcip.distributed import own_device
 from pymcip.errors import CheckpointError, ConfigError, PymcipError, reason_of
 from pymcip.model.appended import with_appended
 from pymcip.model.clip import ClipModel, is_convolutional
@@ -36,7 +37,8 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def _device(device: str | None) -> torch.device:
-    """The named device; without a name a GPU, if torch sees one."""
+    """The named device; without a name a GPU, if torch sees one. Each of several processes has its own."""
+    device = own_device(device)
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -81,11 +81,7 @@ class MatrixParts:
             if step != 1:
                 message = f"rows {rows} are asked for; allowed: a step of 1, or an array of numbers"
                 raise IndexError(message)
-            pieces = [
-                part[max(0, first - start) : last - start]
-                for start, part in zip(self.starts, self.parts, strict=False)
-                if start < last and start + len(part) > first
-            ] or [self.parts[0][:0]]
+            pieces = self.pieces(first, last)
             if len(pieces) == 1:
                 return as_numpy(pieces[0]).astype(self.dtype, copy=False)
             return np.concatenate([as_numpy(piece).astype(self.dtype) for piece in pieces])
@@ -98,6 +94,14 @@ class MatrixParts:
             places = np.flatnonzero(owners == owner)
             taken[places] = as_numpy(self.parts[owner][rows[places] - self.starts[owner]])
         return taken
+
+    def pieces(self, first: int, last: int) -> list[Array]:
+        """Return rows `first` to `last` - 1 as views of the parts that hold them; one at least."""
+        return [
+            part[max(0, first - start) : last - start]
+            for start, part in zip(self.starts, self.parts, strict=False)
+            if start < last and start + len(part) > first
+        ] or [self.parts[0][:0]]
 
     def blocks(self, rows: int) -> Iterator[tuple[int, np.ndarray]]:
         """Read all rows in order, at most `rows` at a time; each block comes with its first row.

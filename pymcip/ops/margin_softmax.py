@@ -148,7 +148,7 @@ class MarginOptions:
 
 @dataclass(frozen=True)
 class Shard:
-    """This process's part of the columns: `w` holds rows first .. first + C of the whole matrix.
+    """This process's part of the columns: `w` holds rows first .. first + C of the whole matrix, maybe none.
 
     Column indices stay those of the whole matrix. All processes of `group` (None: the default
     group) call the op with the same x, indptr and indices; three small all-reduces in the forward
@@ -270,7 +270,7 @@ def _check(
 ) -> None:
     if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[1]:
         raise ValueError(f"x {tuple(x.shape)} and w {tuple(w.shape)}: need [B, D] and [C, D]")
-    if w.shape[0] == 0 or w.shape[1] == 0:
+    if (w.shape[0] == 0 and shard is None) or w.shape[1] == 0:
         raise ValueError(f"w is {tuple(w.shape)}: need at least one column and one dimension")
     if not x.is_floating_point() or not w.is_floating_point():
         raise ValueError(f"x is {x.dtype} and w is {w.dtype}: both must be floating point")
@@ -340,7 +340,11 @@ class _MarginSoftmax(torch.autograd.Function):
             options.step, options.scratch_bytes(x.device), backend,
         )  # fmt: skip
         filters = options.delta > 0 and (need_x or need_w)
-        log_z, cosine, shares, kept = SUMS(*problem, need_x, need_w, filters)
+        if w.shape[0]:
+            log_z, cosine, shares, kept = SUMS(*problem, need_x, need_w, filters)
+        else:  # a shard without columns adds nothing to Z
+            log_z, cosine = torch.full_like(norms, -math.inf), norms[:0]
+            shares, kept = norms.new_empty(len(norms), 0), []
         processes = 1
         if shard is not None:
             local_log_z = log_z
@@ -394,11 +398,14 @@ class _MarginSoftmax(torch.autograd.Function):
             negative = negative + options.scale * repel * grad
             grad_farthest = -options.scale * repel * grad
         positive = -options.scale * slope * pull
-        grad_unit, grad_w = GRADIENTS(
-            unit, w, w_norms, local_ptr, local, local_rows, options.scale, ctx.dtype,
-            options.step, options.scratch_bytes(x.device), ctx.backend, log_z, negative,
-            positive if own is None else positive[own], active, kept, need_x, need_w,
-        )  # fmt: skip
+        if w.shape[0]:
+            grad_unit, grad_w = GRADIENTS(
+                unit, w, w_norms, local_ptr, local, local_rows, options.scale, ctx.dtype,
+                options.step, options.scratch_bytes(x.device), ctx.backend, log_z, negative,
+                positive if own is None else positive[own], active, kept, need_x, need_w,
+            )  # fmt: skip
+        else:
+            grad_unit, grad_w = torch.zeros_like(unit), torch.zeros_like(w)
         grad_x = None
         if need_x:
             if ctx.shard is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import transforms
 
+from pymcip.configs import Workers
 from pymcip.data import ImageData
 from pymcip.errors import ConfigError
 from pymcip.model import ClipModel
@@ -144,15 +145,17 @@ def image_batches(
     *,
     epoch: int,
     batch_size: int,
-    first_batch: int,
-    num_batches: int,
-    workers: int,
+    numbers: Iterable[int],
+    workers: Workers,
     pin_memory: bool,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches `first_batch` … `num_batches - 1` of the epoch: pixels [B, 3, H, W], rows int64 [B]."""
-    last = min(num_batches * batch_size, len(order))
+    """The epoch's batches with these numbers: pixels [B, 3, H, W], rows int64 [B].
+
+    Batch n has the places n * batch_size and up of the order; those beyond its end are left out.
+    """
     batches = [
-        [(epoch, i, int(order[i])) for i in range(start, min(start + batch_size, last))]
-        for start in range(first_batch * batch_size, last, batch_size)
+        [(epoch, i, int(order[i])) for i in range(start, min(start + batch_size, len(order)))]
+        for start in (number * batch_size for number in numbers)
+        if start < len(order)
     ]
     yield from load_batches(images, workers=workers, batch_sampler=batches, pin_memory=pin_memory)

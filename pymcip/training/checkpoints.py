@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-import random
 import zipfile
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from pymcip.distributed import is_first, world
 from pymcip.errors import CheckpointError, reason_of
 from pymcip.files import atomic_path
 
@@ -35,39 +34,14 @@ class Position:
     steps_in_sums: int = 0
 
 
-def random_states() -> dict[str, Any]:
-    """Every generator that a training step may draw from, as tensors and plain numbers."""
-    legacy: Any = np.random.get_state()  # noqa: NPY002
-    name, keys, *rest = legacy
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
-        "python": random.getstate(),
-    }
-
-
-def seed_random_states(seed: int) -> None:
-    """Seed every generator that a training step may draw from."""
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002
-    random.seed(seed)
-
-
-def restore_random_states(states: dict[str, Any]) -> None:
-    """Put every generator back into the state that `random_states` recorded."""
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])
-    name, keys, *rest = states["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
-
-
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> Path:
-    """Write `step_<global step>.pt`, then drop all but the last two (and the best)."""
+    """Write `step_<global step>.pt`, then drop all but the last two (and the best).
+
+    Of several processes the first one writes.
+    """
     path = folder / f"step_{state['global_step']:08d}.pt"
+    if not is_first():
+        return path
     with atomic_path(path) as temporary, temporary.open("wb") as handle:
         torch.save({"format": FORMAT, **state}, handle)  # a file's name would be part of it
     for old in checkpoint_files(folder)[:-KEPT]:
@@ -97,7 +71,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             damaged = archive.testzip()
         if damaged is not None:
             raise ValueError(f"its part {damaged} has another checksum than when it was written")
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=world() > 1
+        )
     except Exception as error:  # what a damaged file raises is not bounded by a list
         raise CheckpointError(
             f"{path} can't be read as a pymcip checkpoint: {reason_of(error)}.\nMove it away to "
@@ -110,7 +86,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             "pymcip version that wrote it, or train anew."
         )
     plain = {item.name: type(item.default) for item in fields(Position) if item.name != "sums"}
-    parts = dict.fromkeys(("sums", "model", "heads", "optimizer", "random"), dict)
+    parts = dict.fromkeys(("sums", "model", "heads", "optimizer"), dict)
     wrong = [
         name
         for name, kind in (plain | parts).items()

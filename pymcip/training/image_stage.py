@@ -5,9 +5,9 @@ A stage says what its batches are and how a step's gradients come about; `loop.f
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pymcip.configs import TrainSettings
 from pymcip.data import ImageData
+from pymcip.distributed import broadcast, is_first, rows_of, share, world
 from pymcip.losses import ArcMargin, MCArcMargin
 from pymcip.mining import CaptionLists, CaptionTable
 from pymcip.model import ClipModel, is_convolutional
@@ -32,7 +33,8 @@ from pymcip.ops.arrays import MatrixParts
 from pymcip.training.batches import AugmentedImages, image_batches, train_transform
 from pymcip.training.distillation import Distillation
 from pymcip.training.optim import make_optimizer, parameter_groups
-from pymcip.training.sampling import Stream, epoch_order, random_generator
+from pymcip.training.replicas import check_steps, gather, replicated, shard_of, total
+from pymcip.training.sampling import Stream, epoch_order, random_generator, seed_micro_batch
 
 _log = logging.getLogger("pymcip.training")
 
@@ -61,9 +63,10 @@ def order_caption_bank(
 ) -> tuple[np.ndarray, CaptionLists]:
     """Order a bank by its clusters, so that whole cells of it can be left out of a step.
 
-    `loss_delta` bounds what is left out (`pymcip.ops.margin_softmax`).
+    `loss_delta` bounds what is left out (`pymcip.ops.margin_softmax`). Of several processes the first one
+    finds the order.
     """
-    order = order_bank(bank, seed=seed, device=device)
+    order = broadcast(order_bank(bank, seed=seed, device=device) if is_first() else None)
     return bank[order], CaptionLists(positives.indptr, order.argsort()[positives.ids])
 
 
@@ -72,6 +75,22 @@ def class_means(labels: np.ndarray, num_classes: int, vectors: np.ndarray) -> Te
     rows = torch.from_numpy(np.asarray(vectors, dtype=np.float32))
     sums = torch.zeros(num_classes, rows.shape[1])
     return nn.functional.normalize(sums.index_add_(0, torch.from_numpy(labels), rows), dim=1)
+
+
+def image_features(clip: ClipModel, pixels: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor]:
+    """Features of images and of their mixtures: in one pass, if they don't change each other's.
+
+    Where batch norms take statistics of the batch, mixtures stay out of them.
+    """
+    if not len(mixed):
+        return clip.image_features(pixels), mixed
+    visual: nn.Module = clip.model.visual  # type: ignore[assignment]
+    if norms := training_batch_norms(visual):
+        features = clip.image_features(pixels)
+        with fixed_statistics(norms):
+            return features, clip.image_features(mixed)
+    features = clip.image_features(torch.cat([pixels, mixed]))
+    return features[: len(pixels)], features[len(pixels) :]
 
 
 class ImageStage:
@@ -106,14 +125,17 @@ class ImageStage:
         self.epochs, self.warmup = config.epochs, config.warmup
         self.samples_per_step = config.batch_size * config.accum_freq
         self.steps_per_epoch = max(1, len(data) // self.samples_per_step)
+        check_steps(len(data), config.accum_freq, batch_size=config.batch_size)
         unlock_image_tower(clip, projector=config.projector, unlock_layers=config.unlock_layers)
         # The margin losses multiply in what the model runs in; the class rows stay fp32.
         compute = "auto" if clip.precision == "amp_bf16" else "float32"
         if compute == "auto" and clip.device.type == "cpu":
             compute = "bfloat16"
+        own = rows_of(data.num_classes)
         classes = ArcMargin(
-            data.num_classes,
+            own.stop - own.start,
             clip.embed_dim,
+            shard=shard_of(own),
             scale=config.scale,
             margin=config.margin,
             continuation=config.continuation,
@@ -121,20 +143,22 @@ class ImageStage:
             compute=compute,
         )
         generator = torch.Generator().manual_seed(config.seed)
+        shape = data.num_classes, clip.embed_dim
+        if class_rows is None and config.class_init == "xavier":
+            start = nn.init.xavier_uniform_(torch.empty(shape), generator=generator)
+        else:
+            start = torch.randn(shape, generator=generator) if class_rows is None else class_rows
+            start = nn.functional.normalize(start, dim=1)
         with torch.no_grad():
-            if class_rows is None and config.class_init == "xavier":
-                nn.init.xavier_uniform_(classes.weight, generator=generator)
-            else:
-                start = class_rows
-                if start is None:
-                    start = torch.randn(classes.weight.shape, generator=generator)
-                classes.weight.copy_(nn.functional.normalize(start, dim=1))
+            classes.weight.copy_(start[own])
         self.classes = classes.to(clip.device)
         self.heads = nn.ModuleDict({"classes": self.classes})
         self.captions: MCArcMargin | None = None
         if bank is not None:
+            own = rows_of(len(bank))
             self.captions = MCArcMargin(
-                torch.from_numpy(np.array(bank)).to(clip.device),
+                torch.from_numpy(np.array(bank[own])).to(clip.device),
+                shard=shard_of(own),
                 scale=config.caption_scale,
                 margin=config.caption_margin,
                 continuation=config.continuation,
@@ -173,14 +197,19 @@ class ImageStage:
                 )  # fmt: skip
         transform = train_transform(clip, config.train_size, config.aug_cfg, config.train_resize)
         self.images = AugmentedImages(data, transform, config.seed, generic)
+        self.features = replicated(partial(image_features, clip), clip.model)
 
     def train_mode(self) -> None:
         """Put the image tower into train mode, the rest of the model into evaluation mode."""
         image_tower_to_train_mode(self.clip.model, self.config.freeze_bn_stats)
 
     def steps(self, epoch: int, first_step: int) -> Iterator[list[Any]]:
-        """Yield each remaining step's micro-batches: pixels [B, 3, H, W] and rows int64 [B]."""
+        """Yield each remaining step's micro-batches: pixels [B, 3, H, W] and rows int64 [B].
+
+        Those of other processes have None in place of the pixels.
+        """
         config, accumulate = self.config, self.config.accum_freq
+        own = share(accumulate)
         order = epoch_order(
             self.data.labels,
             self.data.source_ids,
@@ -198,36 +227,33 @@ class ImageStage:
             order,
             epoch=epoch,
             batch_size=batch_size,
-            first_batch=first_step * accumulate,
-            num_batches=self.steps_per_epoch * accumulate,
+            numbers=[
+                step * accumulate + number
+                for step in range(first_step, self.steps_per_epoch)
+                for number in own
+            ],
             workers=config.workers,
             pin_memory=self.clip.device.type == "cuda",
         )
         for step in range(first_step, self.steps_per_epoch):
             self.place = (epoch, step)
-            yield list(itertools.islice(batches, accumulate))  # fewer, if there are so few images
+            starts = range(step * accumulate * batch_size, len(order), batch_size)[:accumulate]
+            yield [  # fewer, if there are so few images
+                next(batches)
+                if number in own
+                else (None, torch.from_numpy(order[start : start + batch_size]))
+                for number, start in enumerate(starts)
+            ]
 
-    def _features(self, pixels: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor]:
-        """Features of images and of their mixtures: in one pass, if they don't change each other's.
-
-        Where batch norms take statistics of the batch, mixtures stay out of them.
-        """
-        if not len(mixed):
-            return self.clip.image_features(pixels), mixed
-        visual: nn.Module = self.clip.model.visual  # type: ignore[assignment]
-        if norms := training_batch_norms(visual):
-            features = self.clip.image_features(pixels)
-            with fixed_statistics(norms):
-                return features, self.clip.image_features(mixed)
-        features = self.clip.image_features(torch.cat([pixels, mixed]))
-        return features[: len(pixels)], features[len(pixels) :]
-
-    def backward(self, micro_batches: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    def backward(self, micro_batches: list[tuple[Tensor | None, Tensor]]) -> dict[str, Tensor]:
         """Mean losses over the whole step, whichever way it is cut into micro-batches.
 
         ArcMargin is averaged over all images, MCArcMargin over those that have pseudo-captions (or as
         `caption_mean` says), the terms of distillation each over its own images. Rows beyond `data` are
         generic images.
+
+        Of W processes each runs its share of the micro-batches. The margin losses of W micro-batches, one
+        of each process, are found together, by all of them; what distillation adds is each one's own.
         """
         device, distillation = self.clip.device, self.distillation
         all_rows = [rows.numpy() for _, rows in micro_batches]
@@ -246,9 +272,16 @@ class ImageStage:
             extra_in_step = max(1, sum(distillation.extra(len(rows)) for rows in trained))
             drawn = distillation.captions.vectors(*self.place, device)
         totals: dict[str, Tensor] = {}
-        for number, (pixels, _) in enumerate(micro_batches):
+        turns = list(
+            zip(*(share(len(micro_batches), rank) for rank in range(world())), strict=True)
+        )
+        for number, together in zip(share(len(micro_batches)), turns, strict=True):
+            seed_micro_batch(self.config.seed, Stream.IMAGE_DROPOUT, *self.place, number)
             rows, own = all_rows[number], trained[number]
-            pixels = pixels.to(device, non_blocking=True)
+            shown = np.concatenate([trained[i] for i in together])
+            loaded = micro_batches[number][0]
+            assert loaded is not None
+            pixels = loaded.to(device, non_blocking=True)
             mixed = pixels[:0]
             if distillation is not None and distillation.generic is None:
                 mixed = distillation.mixed(pixels, *self.place, number)
@@ -257,32 +290,41 @@ class ImageStage:
                     images.contiguous(memory_format=torch.channels_last)
                     for images in (pixels, mixed)
                 )
-            all_features, mixed_features = self._features(pixels, mixed)
+            last = together == turns[-1]
+            all_features, mixed_features = self.features(pixels, mixed, last=last)
             features = all_features[: len(own)]
-            labels = torch.from_numpy(self.data.labels[own]).to(device)
-            parts = {"arc_margin": self.classes(features, labels).sum() / images_in_step}
+            gathered = gather(features)
+            labels = torch.from_numpy(self.data.labels[shown]).to(device)
+            parts = {"arc_margin": self.classes(gathered, labels).sum() / images_in_step}
             if self.captions is not None and self.positives is not None:
-                lists = self.positives.take(own)
+                lists = self.positives.take(shown)
                 indptr = torch.from_numpy(lists.indptr).to(device)
                 indices = torch.from_numpy(lists.ids).to(device)
                 parts["caption_margin"] = features.new_zeros(())
                 if columns is None or len(columns):  # some image of the step has a pseudo-caption
-                    losses = self.captions(features, indptr, indices, columns=columns)
+                    losses = self.captions(gathered, indptr, indices, columns=columns)
                     parts["caption_margin"] = losses.sum() / captioned
             if distillation is not None:
                 known = distillation.cached(rows, device)
-                total = distillation.sum(features, known[: len(own)], drawn)
-                parts["distill"] = total / images_in_step
+                divergence = distillation.sum(features, known[: len(own)], drawn)
+                parts["distill"] = divergence / images_in_step
                 if len(mixed):
-                    total = distillation.sum(mixed_features, distillation.taught(mixed), drawn)
-                    parts["distill_mixtures"] = total / extra_in_step
+                    taught = distillation.taught(mixed)
+                    divergence = distillation.sum(mixed_features, taught, drawn)
+                    parts["distill_mixtures"] = divergence / extra_in_step
                 elif len(rows) > len(own):
                     generic = all_features[len(own) : len(rows)]
-                    total = distillation.sum(generic, known[len(own) :], drawn)
-                    parts["distill_data"] = total / extra_in_step
+                    divergence = distillation.sum(generic, known[len(own) :], drawn)
+                    parts["distill_data"] = divergence / extra_in_step
             weighted = (self.weights[name] * part for name, part in parts.items())
             loss = sum(weighted, torch.zeros((), device=device))
             loss.backward()  # type: ignore[no-untyped-call]
             for name, value in {"loss": loss, **parts}.items():
                 totals[name] = totals.get(name, 0) + value.detach()
+        local = [name for name in totals if name.startswith("distill")]
+        if local and world() > 1:
+            sums = total(torch.stack([totals[name] for name in local]))
+            for name, value in zip(local, sums, strict=True):
+                totals["loss"] = totals["loss"] + self.weights[name] * (value - totals[name])
+                totals[name] = value
         return totals

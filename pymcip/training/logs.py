@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,9 +12,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from pymcip.distributed import is_first
 from pymcip.errors import MissingDependencyError
 from pymcip.files import damaged, write_text
-from pymcip.folders import record_file
+from pymcip.folders import record_files
 from pymcip.training.checkpoints import Position
 
 _REMOVE = "Remove the line and run the same command again"
@@ -26,7 +28,7 @@ Tracker: TypeAlias = tuple[Callable[[dict[str, Any], int], object], Callable[[],
 def log_file(path: Path) -> Iterator[None]:
     """Also write pymcip's log messages to `path` while the block runs."""
     logger = logging.getLogger("pymcip")
-    record_file(path)
+    record_files([path])
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     level = logger.level
@@ -43,6 +45,8 @@ def log_file(path: Path) -> Iterator[None]:
 class MetricsLog:
     """metrics.jsonl: one JSON object a line; also sends numbers to the chosen trackers.
 
+    Of several processes the first one writes.
+
     Args:
         folder: of the run.
         report_to: names of trackers.
@@ -53,10 +57,11 @@ class MetricsLog:
     def __init__(
         self, folder: Path, report_to: tuple[str, ...], config: dict[str, Any], seconds: float = 0.0
     ) -> None:
-        self.path = folder / "metrics.jsonl"
+        self.path = folder / "metrics.jsonl" if is_first() else Path(os.devnull)
         self.started = time.perf_counter() - seconds
-        record_file(self.path)
-        self.trackers = [_open_tracker(name, folder, config) for name in report_to]
+        record_files([self.path])
+        trackers = report_to if is_first() else ()
+        self.trackers = [_open_tracker(name, folder, config) for name in trackers]
         self.handle = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
 
     def __enter__(self) -> MetricsLog:
@@ -156,7 +161,7 @@ def _open_tracker(name: str, folder: Path, config: dict[str, Any]) -> Tracker:
 
             writer = SummaryWriter(str(folder / "tensorboard"))
             for file in (folder / "tensorboard").iterdir():
-                record_file(file)
+                record_files([file])
 
             def log(numbers: dict[str, Any], step: int) -> None:
                 for key, value in numbers.items():

@@ -9,28 +9,26 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from pymcip.configs import TrainSettings
+from pymcip.distributed import highest, is_first, rows_of
 from pymcip.errors import CheckpointError, TrainingDivergedError
 from pymcip.model import ClipModel
 from pymcip.model.towers import training_batch_norms
 from pymcip.progress import progress
-from pymcip.training.checkpoints import (
-    Position,
-    random_states,
-    restore_random_states,
-    save_checkpoint,
-)
+from pymcip.training.callbacks import Callbacks, TrainState
+from pymcip.training.checkpoints import Position, save_checkpoint
 from pymcip.training.logs import MetricsLog
 from pymcip.training.optim import cosine_with_warmup
 from pymcip.training.pace import Pace
+from pymcip.training.replicas import change_rows, to_first
 
 MAX_BAD_STEPS_IN_A_ROW = 10
 LOSS_WORDS = {  # for the parts of the loss
@@ -53,16 +51,19 @@ class Stage(Protocol):
     samples_per_step: int
     warmup: int
     optimizer: torch.optim.Optimizer
-    heads: nn.ModuleDict  # trained beside the model, and saved with it
+    heads: nn.ModuleDict  # trained beside the model, and saved with it; rows of matrices
 
     def train_mode(self) -> None:
         """Put the model's parts into train or evaluation mode."""
 
     def steps(self, epoch: int, first_step: int) -> Iterator[list[Any]]:
-        """The micro-batches of each remaining step of the epoch."""
+        """The micro-batches of each remaining step of the epoch, in every process all of them."""
 
     def backward(self, micro_batches: list[Any]) -> dict[str, Tensor]:
-        """Add the step's gradients; return its detached scalars, "loss" among them."""
+        """Add the step's gradients; return its detached scalars, "loss" among them.
+
+        Of several processes each runs its share of the micro-batches, and returns the whole scalars.
+        """
 
 
 class Interruption:
@@ -70,10 +71,15 @@ class Interruption:
 
     Outside of the loop (while embedding or mining, where finished parts are on disk) the first
     signal ends the work at once, as the second one does everywhere.
+
+    Attributes:
+        requested: the signal that this process was sent.
+        agreed: one that a process of the run was sent, when all have exchanged it (`agree`).
     """
 
     def __init__(self) -> None:
         self.requested: str | None = None
+        self.agreed: str | None = None
         self.deferring = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -82,6 +88,13 @@ class Interruption:
         if not (first and self.deferring):
             raise KeyboardInterrupt(self.requested)
         _log.info("%s: writing a checkpoint after this step", self.requested)
+
+    def agree(self, failed: bool = False) -> bool:
+        """Exchange with the other processes what was requested, and whether a step `failed` in one."""
+        number = signal.Signals[self.requested] if self.requested else 0
+        any_failed, any_number = highest(failed, number)
+        self.agreed = signal.Signals(int(any_number)).name if any_number else None
+        return bool(any_failed)
 
     @contextmanager
     def installed(self) -> Iterator[Interruption]:
@@ -120,15 +133,22 @@ class Run:
     end_of_epoch: Callable[[Run, Stage], None]  # evaluation; may raise position.best_score
     checkpoint: Path | None = None
     pace: Pace | None = None  # of the stage
+    callbacks: Callbacks = field(default_factory=Callbacks)
+    ended: bool = False  # the stage, by a callback
 
     def save(self, stage: Stage | None) -> Path:
-        """Write a checkpoint at the run's position; None: between two stages."""
+        """Write a checkpoint at the run's position; None: between two stages.
+
+        It holds the whole class matrix, so that any number of processes can resume from it.
+        """
+        heads: dict[str, Tensor] = stage.heads.state_dict() if stage else {}
+        optimizer = stage.optimizer.state_dict() if stage else {}
+        heads, optimizer = change_rows(heads, optimizer, to_first)
         state = {
             **asdict(self.position),
             "model": self.clip.model.state_dict(),
-            "heads": stage.heads.state_dict() if stage else {},
-            "optimizer": stage.optimizer.state_dict() if stage else {},
-            "random": random_states(),
+            "heads": heads,
+            "optimizer": optimizer,
         }
         self.checkpoint = save_checkpoint(self.out / "checkpoints", state)
         return self.checkpoint
@@ -138,14 +158,45 @@ class Run:
         place = {"epoch": self.position.epoch, "global_step": self.position.global_step}
         self.log.write({name: measured, "stage": stage.name, **place})
 
+    def call_back(self, name: str, stage: Stage, **values: dict[str, float]) -> None:
+        """Call the user's function `name` with `values`; it may end the stage.
+
+        Of several processes the first one calls it, and tells the others.
+        """
+        if getattr(self.callbacks, name) is None:
+            return
+        position = self.position
+        state = TrainState(
+            out=self.out,
+            stage=stage.name,
+            epoch=position.epoch,
+            epochs=stage.epochs,
+            step=position.step,
+            steps_per_epoch=stage.steps_per_epoch,
+            global_step=position.global_step,
+            **{
+                key: MappingProxyType(dict(values.get(key, {})))
+                for key in ("losses", "metrics", "before")
+            },
+        )
+        if highest(is_first() and self.callbacks.ends_stage(name, state))[0]:
+            self.ended = True
+            _log.info(
+                "%s returned True: the %s stage ends in epoch %d of %d, after step %d of %d",
+                name, stage.name, position.epoch + 1, stage.epochs, position.step,
+                stage.steps_per_epoch,
+            )  # fmt: skip
+
 
 def restore(state: dict[str, Any], stage: Stage) -> None:
-    """Put optimizer, heads and random states of a checkpoint back (the model is loaded before)."""
+    """Put optimizer and heads of a checkpoint back (the model is loaded before)."""
     try:
         if state["optimizer"]:
-            stage.heads.load_state_dict(state["heads"])
-            stage.optimizer.load_state_dict(state["optimizer"])
-        restore_random_states(state["random"])
+            heads, optimizer = change_rows(
+                state["heads"], state["optimizer"], lambda rows: rows[rows_of(len(rows))].clone()
+            )
+            stage.heads.load_state_dict(heads)
+            stage.optimizer.load_state_dict(optimizer)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"the checkpoint does not belong to this run's {stage.name} stage: {error}. Move it away "
@@ -154,7 +205,7 @@ def restore(state: dict[str, Any], stage: Stage) -> None:
 
 
 def fit(run: Run, stage: Stage) -> None:
-    """Run `stage` from `run.position` to its end, or until an interruption is requested.
+    """Run `stage` from `run.position` to its end, or until a callback or an interruption ends it.
 
     A checkpoint is written before the first step (so that there is always one to name), every
     `save_steps`, at every epoch's last step (before its evaluation), and on interruption.
@@ -167,18 +218,20 @@ def fit(run: Run, stage: Stage) -> None:
         stage.name, stage.epochs, stage.steps_per_epoch, stage.samples_per_step,
     )  # fmt: skip
     run.pace = Pace(run.config.workers)
-    while position.epoch < stage.epochs:
+    run.ended = False
+    while position.epoch < stage.epochs and not run.ended:
         with run.interruption.deferred():
             run_epoch(run, stage)
             run.save(stage)
-        if run.interruption.requested:
+        run.interruption.agree()
+        if run.interruption.agreed:
             return
         run.end_of_epoch(run, stage)
         position.epoch, position.step = position.epoch + 1, 0
 
 
 def run_epoch(run: Run, stage: Stage) -> None:
-    """Run the steps of an epoch that `run.position` leaves; ends early if interrupted."""
+    """Run the steps of an epoch that `run.position` leaves; ends early if asked to."""
     position, config = run.position, run.config
     total = stage.epochs * stage.steps_per_epoch
     stage.train_mode()
@@ -208,9 +261,12 @@ def run_epoch(run: Run, stage: Stage) -> None:
                 position.sums[name] = position.sums.get(name, 0.0) + value
             position.steps_in_sums += bool(values)
             bar.update()
+            losses = {**values, "lr": stage.optimizer.param_groups[0]["lr"]} if values else {}
+            run.call_back("on_step", stage, losses=losses)
             if (
                 position.global_step % config.log_steps == 0
                 or position.step == stage.steps_per_epoch
+                or run.ended
             ):
                 _log_line(run, stage, time.perf_counter() - clock)
                 clock = time.perf_counter()
@@ -221,7 +277,7 @@ def run_epoch(run: Run, stage: Stage) -> None:
                     f"last good checkpoint is {run.checkpoint}. Lower lr, or train with "
                     "precision='fp32'."
                 )
-            if run.interruption.requested:
+            if run.interruption.agreed or run.ended:
                 return
             unfinished = position.step < stage.steps_per_epoch
             if unfinished and position.global_step % config.save_steps == 0:
@@ -247,7 +303,8 @@ def optimizer_step(run: Run, stage: Stage, micro_batches: list[Any]) -> dict[str
         values["loss"] = values["loss"] + 0 * p.grad.sum()  # not finite if the gradient is not
     read = torch.stack([value.float() for value in values.values()]).tolist()  # one synchronisation
     numbers = dict(zip(values, read, strict=True))
-    if all(map(math.isfinite, numbers.values())):
+    failed = not all(map(math.isfinite, read))
+    if not run.interruption.agree(failed):
         stage.optimizer.step()
         run.position.bad_steps_in_a_row = 0
         return numbers

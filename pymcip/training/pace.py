@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any
 
+from pymcip.configs import Workers
 from pymcip.environment import usable_cores
+from pymcip.workers import decoding_processes
 
 STEPS = 20  # that are measured, but for those that start worker processes
 LONG = 3600.0  # seconds
@@ -25,8 +27,8 @@ class Pace:
         clock: seconds, as `time.perf_counter` gives them.
     """
 
-    def __init__(self, workers: int, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.workers, self.clock = workers, clock
+    def __init__(self, workers: Workers, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.workers, self.clock = decoding_processes(workers), clock
         self.steps = 0
         self.seconds = self.waited = 0.0
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pymcip.configs import TrainConfig
+from pymcip.configs import TrainConfig, Workers
 from pymcip.data import Captions, ImageData, load_captions, load_images
 from pymcip.data.class_names import read_class_names
 from pymcip.data.images import UNLABELLED
@@ -156,7 +156,7 @@ def probe_pixels(
     training: ImageData,
     count: int,
     seed: int,
-    workers: int,
+    workers: Workers,
 ) -> tuple[Tensor, Indices]:
     """Pixels [<= count, 3, H, W], float16, of the probe's images under the evaluation transform.
 

@@ -6,9 +6,11 @@ so that a run resumed in mid-epoch needs to know nothing but the number of steps
 
 from __future__ import annotations
 
+import random
 from enum import Enum
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 Indices = NDArray[np.int64]
@@ -36,11 +38,21 @@ class Stream(Enum):
     APPENDED_HEAD = (10, 0)
     APPENDED_GATE = (10, 1)
     HELD_OUT = (11,)
+    IMAGE_DROPOUT = (12, 0)
+    TEXT_DROPOUT = (12, 1)
 
 
 def random_generator(seed: int, stream: Stream, *place: int) -> np.random.Generator:
     """A generator that depends on seed, purpose and place (such as epoch and step) alone."""
     return np.random.default_rng(np.random.SeedSequence([seed, *stream.value, *place]))
+
+
+def seed_micro_batch(seed: int, stream: Stream, epoch: int, step: int, micro_batch: int) -> None:
+    """Seed every generator that a tower may draw from (dropout), by the place in the run alone."""
+    drawn = random_generator(seed, stream, epoch, step, micro_batch).integers(1 << 63, size=3)
+    torch.manual_seed(int(drawn[0]))
+    np.random.seed(int(drawn[1]) % 2**32)  # noqa: NPY002
+    random.seed(int(drawn[2]))
 
 
 def epoch_order(

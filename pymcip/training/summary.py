@@ -7,6 +7,7 @@ import shlex
 from datetime import timedelta
 
 from pymcip.configs import TrainSettings
+from pymcip.distributed import world
 from pymcip.evaluation.report import REPORT
 from pymcip.model import ClipModel
 from pymcip.training.inputs import Inputs
@@ -34,6 +35,12 @@ def log_start(
             "captions= is given, and method=%r does not use it; mcip, mcip+ and re-alignment do",
             config.method,
         )
+    if world() > 1:
+        each = config.accum_freq // world()
+        _log.info(
+            "%d processes, each with %d of a step's %d micro-batches; the global batch is %d images",
+            world(), each, config.accum_freq, config.accum_freq * config.batch_size,
+        )  # fmt: skip
     inputs.log_what_is_measured(config.holdout)
     for name, reason in reasons.items():
         _log.info("%s: %s (%s)", name, getattr(config, name), reason)
@@ -65,6 +72,8 @@ def evaluate_command(result: TrainResult, config: TrainSettings) -> str:
         words += ["--baseline-pretrained", config.pretrained]
     data = config.val_data if config.val_data is not None else "DATA"
     words += ["--data", *map(str, data if isinstance(data, tuple) else (data,))]
+    if config.columns and config.val_data is not None:
+        words += ["--columns", *(f"{role}={name}" for role, name in config.columns.items())]
     return shlex.join(words)
 
 

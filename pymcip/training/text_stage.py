@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pymcip.configs import TrainSettings
 from pymcip.data import Captions, ImageData
 from pymcip.data.class_names import ClassTexts
+from pymcip.distributed import share
 from pymcip.embedding import EmbeddingFolder
 from pymcip.errors import DataError
 from pymcip.losses import info_nce
@@ -23,7 +24,8 @@ from pymcip.model import ClipModel
 from pymcip.model.clip import MAX_LOGIT_SCALE
 from pymcip.model.towers import text_parameters, unlock_text_tower
 from pymcip.training.optim import make_optimizer, parameter_groups
-from pymcip.training.sampling import Stream, random_generator
+from pymcip.training.replicas import check_steps, gather, replicated
+from pymcip.training.sampling import Stream, random_generator, seed_micro_batch
 
 NAME_SHARE = 0.5  # of the texts of re-alignment, where classes have names
 
@@ -112,8 +114,12 @@ class TextStage:
         self.epochs, self.warmup = config.rea_epochs, config.rea_warmup
         self.samples_per_step = config.rea_batch_size * config.accum_freq
         self.rows = np.flatnonzero((pairs.captions.counts() > 0) | (pairs.names is not None))
+        self.place = (0, 0)  # epoch and step of the micro-batches given out last
         self.steps_per_epoch = max(1, len(self.rows) // self.samples_per_step)
+        check_steps(len(self.rows), config.accum_freq, rea_batch_size=config.rea_batch_size)
         unlock_text_tower(clip, config.rea_unlock_layers)
+        # Made before the scale is unlocked: every process finds the whole gradient of that.
+        self.features = replicated(clip.text_features, clip.model)
         trained = [*text_parameters(clip.model)]
         if config.rea_logit_scale:
             scale: nn.Parameter = clip.model.logit_scale.requires_grad_()  # type: ignore
@@ -143,6 +149,7 @@ class TextStage:
         captions = self._choose_texts(rows, generator)
         size, step_size = self.config.rea_batch_size, self.samples_per_step
         for step in range(first_step, self.steps_per_epoch):
+            self.place = (epoch, step)
             starts = range(step * step_size, min((step + 1) * step_size, len(rows)), size)
             yield [(rows[i : i + size], captions[i : i + size]) for i in starts]
 
@@ -159,15 +166,12 @@ class TextStage:
         drawn[captioned] = pairs.captions.ids[places[captioned]]
         return drawn
 
-    def _features(self, captions: np.ndarray) -> Tensor:
-        tokens = self.clip.tokenizer([self.pairs.texts[i] for i in captions])
-        return self.clip.text_features(tokens.to(self.clip.device))
-
     def backward(self, micro_batches: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Tensor]:
         """The loss of the whole step: with several micro-batches all of it acts as negatives.
 
         Text features are first computed without a graph; each micro-batch is then run again with the
-        gradient that the loss of the whole step has at its features (open_clip's accumulation).
+        gradient that the loss of the whole step has at its features (open_clip's accumulation). Of
+        several processes each runs its share of the micro-batches; all find the whole loss.
         """
         device = self.clip.device
         rows = np.concatenate([rows for rows, _ in micro_batches])
@@ -175,18 +179,27 @@ class TextStage:
         images = self.pairs.vectors[torch.from_numpy(rows)].to(device, torch.float32)
         pictures = rows if self.pairs.pictures is None else self.pairs.pictures[rows]
         ids = torch.from_numpy(pictures).to(device), torch.from_numpy(captions).to(device)
-        scale = self._scale()
+        scale, own = self._scale(), share(len(micro_batches))
         if len(micro_batches) == 1:
-            loss = info_nce(images, self._features(captions), scale, *ids)
+            loss = info_nce(images, self._features(0, captions, last=True), scale, *ids)
             loss.backward()  # type: ignore[no-untyped-call]
             return {"loss": loss.detach()}
         with torch.no_grad():
-            features = torch.cat([self._features(part) for _, part in micro_batches])
+            parts = [self._features(i, micro_batches[i][1], last=True) for i in own]
+            features = gather(torch.cat(parts))
         features.requires_grad_()
         loss = info_nce(images, features, scale, *ids)
         loss.backward()  # type: ignore[no-untyped-call]
         assert features.grad is not None
         slopes = features.grad.split([len(part) for _, part in micro_batches])
-        for (_, part), slope in zip(micro_batches, slopes, strict=True):
-            (self._features(part) * slope).sum().backward()  # type: ignore[no-untyped-call]
+        for i in own:
+            again = self._features(i, micro_batches[i][1], last=i == own[-1])
+            (again * slopes[i]).sum().backward()  # type: ignore[no-untyped-call]
         return {"loss": loss.detach()}
+
+    def _features(self, number: int, captions: np.ndarray, *, last: bool) -> Tensor:
+        """The features of a micro-batch's texts, with the same dropout whenever they are made."""
+        seed_micro_batch(self.config.seed, Stream.TEXT_DROPOUT, *self.place, number)
+        tokens = self.clip.tokenizer([self.pairs.texts[i] for i in captions])
+        features: Tensor = self.features(tokens.to(self.clip.device), last=last)
+        return features

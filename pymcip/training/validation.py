@@ -9,7 +9,7 @@ from dataclasses import asdict
 import numpy as np
 
 from pymcip.benchmarks import SuiteOptions
-from pymcip.configs import TrainSettings
+from pymcip.configs import TrainSettings, Workers
 from pymcip.data import ImageData
 from pymcip.data.class_names import ClassNames
 from pymcip.embedding import EmbeddingCache
@@ -46,7 +46,7 @@ class Validation:
         class_names: ClassNames | None,
         *,
         held_out: bool,
-        workers: int,
+        workers: Workers,
         metrics: dict[str, float],
     ) -> None:
         self.clip, self.data, self.class_names, self.workers = clip, data, class_names, workers

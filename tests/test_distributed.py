@@ -1,0 +1,248 @@
+"""Training by two processes: what one process finds, whole checkpoints, and ends that all agree on."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pymcip
+from pymcip.errors import ConfigError
+from pymcip.training.checkpoints import checkpoint_files, load_checkpoint
+from tests.conftest import CAPTIONS, COLOURS, computed_of, picture
+
+SCRIPT = Path(__file__).with_name("distributed_runs.py")
+SPEC = importlib.util.spec_from_file_location("distributed_runs", SCRIPT)
+assert SPEC is not None
+assert SPEC.loader is not None
+runs = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(runs)
+CLASSES = [1003, 5, 1]  # an uneven cut, and a process without rows
+ROUNDING = 1e-5  # of fp32 sums in another order, over some steps
+STEPS = 10  # 6 on images, 4 on texts
+
+
+def torchrun(*arguments: Any, cwd: Path, status: int = 0, restarts: int = 0) -> str:
+    """Start two processes by torchrun, and return what they print."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    words = ["--standalone", "--nproc-per-node", "2", "--max-restarts", restarts, *arguments]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *map(str, words)],
+        capture_output=True, text=True, timeout=300, check=False, cwd=cwd, env=environment,
+    )  # fmt: skip
+    assert done.returncode == status, done.stderr
+    return done.stdout + done.stderr
+
+
+def run_jobs(folder: Path, jobs: list[dict[str, Any]], restarts: int = 0) -> list[list[Any]]:
+    """What each job found, in each of two processes."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    torchrun(SCRIPT, folder, cwd=folder, restarts=restarts)
+    names = [[folder / f"{number}-{rank}.pt" for rank in range(2)] for number in range(len(jobs))]
+    return [[torch.load(name, weights_only=True) for name in pair] for pair in names]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> dict[str, Any]:
+    """Options of a run whose steps have two micro-batches, but for its folder."""
+    folder = tmp_path_factory.mktemp("world")
+    for label in range(3):
+        (folder / "train" / f"class{label}").mkdir(parents=True)
+        for index in range(4):
+            image = picture(label * 1000 + index, COLOURS[label])
+            image.save(folder / "train" / f"class{label}" / f"{index}.jpg")
+    (folder / "captions.txt").write_text("".join(f"{line}\n" for line in CAPTIONS))
+    return {
+        "model": f"local-dir:{tiny_model_dir}", "train_data": str(folder / "train"),
+        "captions": str(folder / "captions.txt"), "threshold": -1.0, "k": 2, "holdout": 0,
+        "method": "mcip+rea", "distill": 1.0, "mixtures": 0.5, "negatives": "bank",
+        "device": "cpu", "precision": "fp32", "epochs": 2, "batch_size": 2, "accum_freq": 2,
+        "lr": 1e-3, "warmup": 2, "log_steps": 1, "save_steps": 2, "rea_epochs": 2,
+        "rea_batch_size": 3, "rea_lr": 1e-3, "resume": "latest",
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory, world: dict[str, Any]) -> dict[str, Any]:
+    """What two processes found of the jobs, by name."""
+    folder = tmp_path_factory.mktemp("jobs")
+    out = {
+        name: str(folder / name)
+        for name in ("whole", "bank", "nan", "stopped", "half", "ended", "many", "few")
+    }
+    gpr = {**world, "method": "gpr", "distill": 0, "mixtures": 0}
+    appended = {"method": "appended", "distill": 0, "mixtures": 0, "epochs": 1}
+    jobs: dict[str, dict[str, Any]] = {f"gradients {n}": {"classes": n} for n in CLASSES}
+    jobs |= {
+        "whole": {"options": {**world, "out": out["whole"]}},
+        "bank": {
+            "options": {
+                **world, **appended, "out": out["bank"], "alignment_budget": 0.9,
+                "val_data": world["train_data"],
+            }
+        },
+        "nan": {"options": {**gpr, "out": out["nan"]}, "disturb": "nan", "at": 3},
+        "stopped": {"options": {**world, "out": out["stopped"]}, "disturb": "SIGTERM", "at": 3},
+        "half": {"options": {**world, "out": out["half"]}, "disturb": "SIGTERM", "at": 3},
+        "resumed": {"options": {**world, "out": out["stopped"]}},
+        "ended": {"options": {**gpr, "out": out["ended"]}, "end": 2},
+        "many": {"options": {**world, "out": out["many"], "accum_freq": 3}},
+        "few": {"options": {**world, "out": out["few"], "batch_size": 7}},
+    }  # fmt: skip
+    results = dict(zip(jobs, run_jobs(folder, list(jobs.values())), strict=True))
+    return {"folder": folder, **results}
+
+
+def close(one: Any, other: Any, tolerance: float) -> bool:
+    return bool((one - other).abs().max() <= tolerance * max(1.0, float(other.abs().max())))
+
+
+@pytest.mark.parametrize("classes", CLASSES)
+def test_a_step_has_the_gradients_of_one_process(classes: int, found: dict[str, Any]) -> None:
+    whole = runs.gradients(classes)
+    for own in found[f"gradients {classes}"]:
+        assert close(own["loss"], whole["loss"], 1e-11)
+        for one, other in zip(own["tower"], whole["tower"], strict=True):
+            assert close(one, other, 1e-11)
+    first, _ = found[f"gradients {classes}"]
+    assert close(first["matrix"], whole["matrix"], 1e-11)
+
+
+def test_a_run_is_that_of_one_process(
+    world: dict[str, Any], found: dict[str, Any], tmp_path: Path
+) -> None:
+    one = pymcip.train(**world, out=tmp_path / "one")
+    assert one.steps == STEPS
+    two = found["folder"] / "whole"
+    assert [result["steps"] for result in found["whole"]] == [STEPS, STEPS]
+    lines = zip(computed_of(one.out), computed_of(two), strict=True)
+    for line, other in lines:
+        assert line.keys() == other.keys()
+        assert line["stage"] == other["stage"]
+        assert line.get("caption_margin", 1) > 0
+        for name in line.keys() - {"stage"}:
+            tolerance = pytest.approx(line[name], rel=10 * ROUNDING, abs=ROUNDING)
+            assert other[name] == tolerance, name
+    states = [
+        load_checkpoint(checkpoint_files(out / "checkpoints")[-1])["model"]
+        for out in (one.out, two)
+    ]
+    for name, value in states[0].items():
+        assert close(states[1][name], value, 1e-3), name
+    assert "2 processes, each with 1 of a step's 2 micro-batches" in (two / "out.log").read_text()
+
+
+def test_the_towers_stay_equal(found: dict[str, Any]) -> None:
+    for name in ("whole", "bank", "nan", "ended", "resumed"):
+        first, second = (result["weights"] for result in found[name])
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_the_default_method_and_a_budget_run(found: dict[str, Any]) -> None:
+    assert [result["steps"] for result in found["bank"]] == [3, 3]
+    out = found["folder"] / "bank"
+    result = json.loads((out / "result.json").read_text())
+    assert result["metrics"]
+    assert result["alignment"]["kept"]
+    assert pymcip.load(str(out), device="cpu").embed_dim == 16 + 64
+
+
+def test_a_step_that_fails_in_one_process_is_skipped_by_all(found: dict[str, Any]) -> None:
+    assert [result["skipped"] for result in found["nan"]] == [1, 1]
+    assert [result["steps"] for result in found["nan"]] == [6, 6]
+
+
+def test_a_signal_to_one_process_ends_all(found: dict[str, Any]) -> None:
+    for result in found["stopped"]:
+        assert (result["steps"], result["interrupted"]) == (3, "SIGTERM")
+        assert result["checkpoint"] == "step_00000003.pt"
+
+
+def test_a_callback_of_the_first_process_ends_the_stage_of_all(found: dict[str, Any]) -> None:
+    assert [result["steps"] for result in found["ended"]] == [2, 2]
+    assert [result["calls"] for result in found["ended"]] == [2, 0]
+
+
+def test_it_resumes_to_the_same_bits(found: dict[str, Any]) -> None:
+    for whole, resumed in zip(found["whole"], found["resumed"], strict=True):
+        assert resumed["steps"] == whole["steps"]
+        for name, value in whole["weights"].items():
+            assert torch.equal(value, resumed["weights"][name]), name
+
+
+def test_what_cannot_be_shared_out_is_refused(found: dict[str, Any]) -> None:
+    for result in found["many"]:
+        assert "ConfigError: accum_freq=3" in result["error"]
+        assert "allowed with them: accum_freq=2, 4" in result["error"]
+    for result in found["few"]:
+        assert "ConfigError: 12 images" in result["error"]
+        assert "batch_size of 6 at most" in result["error"]
+    assert not (found["folder"] / "many").exists()
+
+
+def test_one_process_resumes_what_two_began(world: dict[str, Any], found: dict[str, Any]) -> None:
+    """Interrupted in its image stage: the class matrix and its moments are whole."""
+    out = found["folder"] / "half"
+    state = load_checkpoint(checkpoint_files(out / "checkpoints")[-1])
+    assert state["heads"]["classes.weight"].shape == (3, 16)
+    (number,) = state["optimizer"]["param_groups"][-1]["params"]
+    assert state["optimizer"]["state"][number]["exp_avg_sq"].shape == (3, 16)
+    result = pymcip.train(**world, out=out)
+    assert result.steps == STEPS
+    for line, other in zip(computed_of(out), computed_of(found["folder"] / "whole"), strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=10 * ROUNDING)
+
+
+def test_torchrun_restarts_a_run_that_lost_a_process(
+    world: dict[str, Any], found: dict[str, Any], tmp_path: Path
+) -> None:
+    jobs = [{"options": {**world, "out": str(tmp_path / "run")}, "disturb": "SIGKILL", "at": 6}]
+    (results,) = run_jobs(tmp_path, jobs, restarts=1)
+    for result, whole in zip(results, found["whole"], strict=True):
+        assert result["steps"] == STEPS
+        for name, value in whole["weights"].items():
+            assert torch.equal(value, result["weights"][name]), name
+
+
+def test_the_command_line_has_one_voice(world: dict[str, Any], tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**world, "method": "gpr", "distill": 0, "mixtures": 0}))
+    said = torchrun(
+        "-m", "pymcip", "train", "--config", config, "--out", tmp_path / "run", cwd=tmp_path
+    )
+    assert said.count("6 steps in") == 1
+    assert said.count('"steps": 6') == 1
+
+
+@pytest.fixture
+def second(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    def environment(**values: str) -> None:
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    return environment
+
+
+def test_an_environment_that_is_not_torchruns_is_refused(
+    second: Callable[..., None], world: dict[str, Any], tmp_path: Path
+) -> None:
+    options = {**world, "out": tmp_path / "run"}
+    cases = [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two'"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK=2 and WORLD_SIZE=2"),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, "without MASTER_ADDR, MASTER_PORT"),
+    ]
+    for values, message in cases:
+        second(**values)
+        with pytest.raises(ConfigError, match=message):
+            pymcip.train(**options)
