@@ -18,7 +18,7 @@ SANITIZE_VENV := .venv-sanitize
 SOURCES := $(shell find csrc pymcip triton_kernels -type f ! -name '*.pyc' 2>/dev/null) \
            CMakeLists.txt pyproject.toml
 
-.PHONY: help setup lint test sanitize demo bench gpu-wheels gpu-check gpu-check-rehearsal clean
+.PHONY: help setup lint test sanitize demo docs bench gpu-wheels gpu-check gpu-check-rehearsal clean
 
 help:
 	@echo "make setup      .venv with the package, installed as a wheel, and all it needs"
@@ -26,6 +26,7 @@ help:
 	@echo "make test       lint, then the whole test suite against the installed wheel"
 	@echo "make sanitize   the tests of top-k and ranks against a build with AddressSanitizer and UBSan (GCC)"
 	@echo "make demo       run 'pymcip demo'"
+	@echo "make docs       the pages of docs/ as a web site in build/site; warnings are errors"
 	@echo "make bench      time the ops against their rivals on the CPU"
 	@echo "make gpu-wheels what gpu-check may lack on a machine without a network, into gpu-wheels/"
 	@echo "make gpu-check  build with CUDA, run the GPU tests and benches (GPU_PYTHON=python with torch)"
@@ -88,7 +89,13 @@ sanitize: setup
 demo: setup
 	$(BIN)/pymcip demo
 
+# Reads docstrings from the source folder, and the options from the installed package.
+docs: setup
+	$(BIN)/python -m pip install --quiet "$$(ls dist/*.whl)[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 bench: setup
+	$(BIN)/python -m pip install --quiet "$$(ls dist/*.whl)[bench]"
 	$(BIN)/python bench/bench_margin_softmax.py
 	$(BIN)/python bench/bench_topk.py
 	$(BIN)/python bench/bench_metrics.py

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pymcip.model import ClipModel, load
     from pymcip.search import Hit, Index, IndexResult, build_index
     from pymcip.studies import SweepResult, sweep
+    from pymcip.training.callbacks import Callbacks, TrainState
     from pymcip.training.result import TrainResult
     from pymcip.training.train import train
 
@@ -57,12 +58,13 @@ _MODULES = {
     "model": ["ClipModel", "load"],
     "search": ["Hit", "Index", "IndexResult", "build_index"],
     "studies": ["SweepResult", "sweep"],
-    "training": ["TrainResult", "train"],
+    "training": ["Callbacks", "TrainResult", "TrainState", "train"],
 }
 PARTS = ("losses", "metrics", "ops")  # modules that are public as a whole
 _WHERE = {name: f"pymcip.{module}" for module, names in _MODULES.items() for name in names}
 
 __all__ = [
+    "Callbacks",
     "CaptionTable",
     "CheckConfig",
     "CheckResult",
@@ -84,6 +86,7 @@ __all__ = [
     "SweepResult",
     "TrainConfig",
     "TrainResult",
+    "TrainState",
     "__version__",
     "build_index",
     "check",

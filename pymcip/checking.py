@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 
 from pymcip.configs import CheckConfig
 from pymcip.data import Captions, ImageData, load_captions, load_images
+from pymcip.data.column_names import columns_named
 from pymcip.data.decode import kind_of_suffix
 from pymcip.data.sources import some
 from pymcip.data.stores import FileStore
@@ -93,10 +94,12 @@ def _load(config: CheckConfig) -> tuple[ImageData | Captions, str]:
     A reason that any file of captions gives is left out.
     """
     try:
-        return load_images(config.data, labelled=False), ""
+        with columns_named(config.columns):
+            return load_images(config.data, labelled=False), ""
     except DataError as error:
         try:
-            captions = load_captions(config.data)
+            with columns_named(config.columns):
+                captions = load_captions(config.data)
         except DataError as other:
             raise DataError(f"as images: {error}\nas captions: {other}") from error
         return captions, "" if "no column filepath" in str(error) else str(error)

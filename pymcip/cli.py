@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import dataclasses
-import itertools
 import json
 import logging
 import os
@@ -16,7 +14,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 import pymcip
 from pymcip.configs import (
@@ -38,6 +36,7 @@ from pymcip.configs import (
 from pymcip.configs.recipes import describe_recipes
 from pymcip.distributed import is_first, world
 from pymcip.errors import ConfigError, PymcipError, ResourceError, did_you_mean, reason_of
+from pymcip.flags import Several, add_option, finish_of
 
 
 @dataclass(frozen=True)
@@ -176,6 +175,13 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"pymcip {pymcip.__version__}")
+    parser.add_argument(
+        "--print-completion",
+        action=_PrintCompletion,
+        choices=("bash", "zsh"),
+        default=argparse.SUPPRESS,
+        help="print a script that completes commands and options in this shell, and stop",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     shown = commands.add_parser("env", help="what a bug report needs", allow_abbrev=False)
     _add_debug(shown)
@@ -196,7 +202,7 @@ def build_parser() -> argparse.ArgumentParser:
             type=Path,
             default=argparse.SUPPRESS,
             metavar="FILE",
-            help="JSON file of options, such as a run's config.json; flags override it",
+            help="JSON or YAML file of options, such as a run's config.json; flags override it",
         )
         _add_debug(stage)
         if command.config is TrainConfig:
@@ -227,8 +233,8 @@ def build_parser() -> argparse.ArgumentParser:
                 option,
                 nargs="*",
                 type=lambda word: [word],
-                action=_Several,
-                finish=_finish(hints[option]),
+                action=Several,
+                finish=finish_of(hints[option]),
                 default=argparse.SUPPRESS,
                 metavar=option.upper(),
                 help="the same as --" + option,
@@ -237,9 +243,9 @@ def build_parser() -> argparse.ArgumentParser:
         for title, names in command.config.GROUPS.items():
             group = stage.add_argument_group(title)
             for field in names.split():
-                _add_option(group, items.pop(field), hints[field])
+                add_option(group, items.pop(field), hints[field])
         for field, item in items.items():
-            _add_option(stage, item, hints[field])
+            add_option(stage, item, hints[field])
     return parser
 
 
@@ -256,7 +262,7 @@ def _parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) ->
 
 
 def make_config(kind: type[Config], options: dict[str, Any]) -> Config:
-    """Make a stage's config from parsed flags; `config` among them names a JSON file."""
+    """Make a stage's config from parsed flags; `config` among them names a file of them."""
     path = options.pop("config", None)
     return kind.make(
         None, {**read_options(path, "--config"), **options} if path is not None else options
@@ -315,6 +321,24 @@ def summary(result: Any) -> dict[str, Any]:
     }
 
 
+class _PrintCompletion(argparse.Action):
+    """Print shtab's completion of the parser, and exit."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        try:
+            shtab = import_module("shtab")
+        except ImportError:
+            parser.error(f"{option_string} needs a package: pip install 'pymcip[completion]'")
+        print(shtab.complete(parser, values))
+        parser.exit()
+
+
 def _show_environment() -> int:
     environment = import_module("pymcip.environment")
     print(environment.format_report(environment.environment_report()), flush=True)
@@ -325,125 +349,6 @@ def _add_debug(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks of errors"
     )
-
-
-def _add_option(
-    parser: argparse._ActionsContainer, item: dataclasses.Field[Any], hint: Any
-) -> None:
-    flag = "--" + item.name.replace("_", "-")
-    common: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(item)}
-    several = {**common, "action": _Several, "nargs": "+"}
-    parts = _parts(hint)
-    lists = [get_args(part)[0] for part in parts if get_origin(part) is tuple]
-    elements = [leaf for part in lists for leaf in _parts(part)]
-    if bool in parts:
-        parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
-    elif any(get_origin(part) is dict for part in parts):
-        parser.add_argument(flag, type=_pair, finish=dict, metavar="KEY=VALUE", **several)
-    elif lists:
-        convert, metavar = _words(elements), _metavar(elements)
-        parser.add_argument(flag, type=convert, finish=_finish(hint), metavar=metavar, **several)
-    else:
-        flags = [flag, "-" + item.name] if len(item.name) == 1 else [flag]
-        parser.add_argument(*flags, type=_converter(parts), metavar=_metavar(parts), **common)
-
-
-class _Several(argparse.Action):
-    """Store what `finish` makes of the values of all words, each of which is a list of some."""
-
-    def __init__(self, *arguments: Any, finish: Callable[[list[Any]], Any], **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.finish = finish
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        setattr(namespace, self.dest, self.finish(list(itertools.chain.from_iterable(values))))
-
-
-def _finish(hint: Any) -> Callable[[list[Any]], Any]:
-    """Make the function that turns the words of an option into its value: of `Sources`, or a tuple."""
-    return _one_or_all if str in _parts(hint) else tuple
-
-
-def _one_or_all(values: list[Any]) -> Any:
-    return tuple(values) if len(values) > 1 else values[0]
-
-
-def _pair(word: str) -> list[tuple[str, Any]]:
-    """Take `key=value` apart; the value is a Python literal or else text."""
-    key, equals, text = word.partition("=")
-    if not equals or not key:
-        raise argparse.ArgumentTypeError(f"{word!r} is not of the form key=value")
-    try:
-        return [(key, ast.literal_eval(text))]
-    except (ValueError, SyntaxError):
-        return [(key, text)]
-
-
-def _words(elements: Sequence[Any]) -> Callable[[str], list[Any]]:
-    """Make the function that converts a word of one value or of several with commas between them."""
-    convert = _converter(elements)
-    if str in elements:  # a text may hold commas of its own
-        return lambda word: [convert(word)]
-    return lambda words: [convert(word) for word in words.split(",") if word]
-
-
-def _parts(hint: Any) -> list[Any]:
-    """Take a union apart, and a Literal into its choices; other types stand for themselves."""
-    origin = get_origin(hint)
-    if origin is Literal:
-        return list(get_args(hint))
-    if origin in (tuple, dict, os.PathLike) or not get_args(hint):
-        return [hint]
-    return [leaf for part in get_args(hint) for leaf in _parts(part)]
-
-
-def _converter(parts: Sequence[Any]) -> Callable[[str], Any]:
-    """Make the function that turns a word into the first of the types that takes it."""
-
-    def convert(word: str) -> Any:
-        if word in parts:  # a choice of a Literal
-            return word
-        if NoneType in parts and str not in parts and word.lower() == "none":
-            return None
-        for kind in (int, float):
-            if kind in parts:
-                try:
-                    return kind(word)
-                except ValueError:
-                    continue
-        if str in parts:
-            return word
-        raise argparse.ArgumentTypeError(f"{word!r} is not allowed; allowed: {_metavar(parts)}")
-
-    return convert
-
-
-def _metavar(parts: Sequence[Any]) -> str:
-    choices = [part for part in parts if isinstance(part, str)]
-    kinds = [kind.__name__.upper() for kind in (int, float) if kind in parts]
-    texts = ["TEXT"] if str in parts else []
-    none = ["none"] if NoneType in parts and (kinds or choices) and str not in parts else []
-    return "|".join([*choices, *kinds, *texts, *none])
-
-
-def _help(item: dataclasses.Field[Any]) -> str:
-    text = str(item.metadata["help"])
-    if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
-        text += " (required)"
-    elif isinstance(item.default, tuple):
-        if item.default:
-            text += f" (default: {' '.join(repr(value) for value in item.default)})"
-    elif item.default is not dataclasses.MISSING and not isinstance(item.default, (NoneType, bool)):
-        text += f" (default: {item.default})"
-    elif isinstance(item.default, bool):
-        text += f" (default: {'yes' if item.default else 'no'})"
-    return text.replace("%", "%%")
 
 
 if __name__ == "__main__":

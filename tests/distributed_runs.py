@@ -70,15 +70,19 @@ def train(
     options: dict[str, Any],
     disturb: str | None = None,
     at: int = 0,
+    end: int = 0,
     killed_save: int | None = None,
     kills: int = 0,
 ) -> dict[str, Any]:
     """A run; in its step `at` the last process `disturb`s: "nan", "SIGTERM" or "SIGKILL".
 
+    `end`: the step after which a callback of the first process ends a stage.
     `killed_save`: a step at whose checkpoint process 0 is killed when half of it is written, after
     one restart; that half stays as OUT.half. `kills`: how often a random process is killed at a random
     moment, 1 to 9 steps after its start; OUT.kills has a line for each.
     """
+    calls = []
+    ending = pymcip.Callbacks(on_step=lambda s: calls.append(s) or s.global_step == end)  # type: ignore[func-returns-value]
     inner, write = loop.optimizer_step, torch.save
     saving = threading.Event()
     chance = random.Random(STARTED_BEFORE)
@@ -130,14 +134,14 @@ def train(
 
     loop.optimizer_step, loop.Run.save, torch.save = disturbed, saved, cut_off
     try:
-        result = pymcip.train(**options)
+        result = pymcip.train(**options, callbacks=ending if end else None)
     except pymcip.errors.ConfigError as error:
         return {"error": f"{type(error).__name__}: {error}"}
     finally:
         loop.optimizer_step, loop.Run.save, torch.save = inner, last, write
     return {
         "steps": result.steps, "skipped": result.skipped_steps, "interrupted": result.interrupted,
-        "checkpoint": result.checkpoint.name, "weights": weights,
+        "checkpoint": result.checkpoint.name, "weights": weights, "calls": len(calls),
     }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ import pymcip
 from pymcip import cli
 from pymcip.cli import COMMANDS, build_parser, main, make_config
 from pymcip.configs import Config, EvaluateConfig, TrainConfig
-from pymcip.errors import ConfigError, DataError, PymcipError
+from pymcip.errors import ConfigError, DataError, MissingDependencyError, PymcipError
 
 TRAIN = ["train", "--model", "m", "--train-data", "d", "--out", "o", "--captions", "c"]
 
@@ -196,6 +196,50 @@ def test_config_file_with_flags_over_it(tmp_path: Path) -> None:
     assert got == dataclasses.replace(written, lr=1e-6, train_data="x")
 
 
+def test_a_yaml_file_of_options(tmp_path: Path) -> None:
+    path = tmp_path / "options.yml"
+    path.write_text(
+        "model: m\n"
+        "train_data: [a, b]\n"
+        "out: o\n"
+        "captions: c  # a corpus\n"
+        "lr: 1e-5\n"  # a text in YAML 1.1
+        "wd: -0\n"
+        "eps: 2.5e-8\n"
+        "grad_clip_norm: null\n"
+        "wd_exempt: no\n"
+        "aug_cfg: {scale: [0.5, 1], color_jitter: 2E-1}\n"
+    )
+    assert parse("train", "--config", str(path), "--k", "5") == TrainConfig(
+        model="m", train_data=("a", "b"), out="o", captions="c", lr=1e-5, wd=0, eps=2.5e-8,
+        grad_clip_norm=None, wd_exempt=False, aug_cfg={"scale": [0.5, 1], "color_jitter": 0.2}, k=5,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a: [", "is not YAML: while parsing"),
+        ("- a", "holds list; needed: lines of the form option: value"),
+        ("1: a", "needed: lines of the form option: value"),
+        ("!!python/object/apply:os.getcwd []", "is not YAML: could not determine a constructor"),
+    ],
+)
+def test_yaml_files_that_are_wrong(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "options.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        parse("train", "--config", str(path))
+
+
+def test_yaml_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "options.yaml"
+    path.write_text("model: m")
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    with pytest.raises(MissingDependencyError, match="pip install pyyaml; or write"):
+        parse("train", "--config", str(path))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -213,6 +257,30 @@ def test_config_files_that_are_wrong(tmp_path: Path, content: str | None, messag
         path.write_text(content)
     with pytest.raises(ConfigError, match=message):
         parse("evaluate", "--config", str(path))
+
+
+# --print-completion
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_knows_the_options(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("shtab")
+    with pytest.raises(SystemExit) as raised:
+        main(["--print-completion", shell])
+    assert raised.value.code == 0
+    script = capsys.readouterr().out
+    assert all(name in script for name in COMMANDS)
+    assert "--caption-table" in script
+
+
+def test_completion_says_what_it_needs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    with pytest.raises(SystemExit) as raised:
+        main(["--print-completion", "bash"])
+    assert raised.value.code == 2
+    assert "pip install 'pymcip[completion]'" in capsys.readouterr().err
 
 
 # Errors and exit statuses

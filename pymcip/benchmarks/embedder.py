@@ -12,6 +12,7 @@ from torch import Tensor
 from pymcip.benchmarks.contract import Int64
 from pymcip.data import Captions, ImageData
 from pymcip.data.sources import some
+from pymcip.data.tally import LeftOut
 from pymcip.embedding import EmbeddingCache, EmbeddingFolder
 from pymcip.errors import DataError
 from pymcip.metrics import expand_prompts, prompt_ensemble
@@ -44,6 +45,10 @@ class CachedEmbedder:
         for item in skipped:
             _log.warning("left out: %s", item["reason"])
         return _other_rows(data, [item["index"] for item in skipped])
+
+    def undecodable(self, data: ImageData) -> list[LeftOut]:
+        """Return the images that can't be decoded, and why."""
+        return [LeftOut(item["key"], item["reason"]) for item in self._folder(data).skipped]
 
     def contents(self, data: ImageData) -> list[str]:
         """Return what identifies the content of each image that can be decoded: M digests."""

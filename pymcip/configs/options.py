@@ -2,7 +2,7 @@
 
 A config is checked as a whole when it is made: every problem is reported at once, before any work
 starts. Only what needs no file and no torch is checked here; data and models are checked by the
-stage that opens them, still before it does any work. `pymcip.cli` makes its flags from the fields.
+stage that opens them, still before it does any work. `pymcip.flags` makes flags from the fields.
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ import json
 import math
 import operator
 import os
+import re
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from types import NoneType
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from pymcip.errors import ConfigError, did_you_mean
+from pymcip.errors import ConfigError, MissingDependencyError, did_you_mean
 
 Source = str | os.PathLike[str]
 Sources = Source | tuple[Source, ...]
+ROLES = ("filepath", "label", "caption")  # of the columns of a table
 Workers = int | Literal["auto"]
 ConfigType = TypeVar("ConfigType", bound="Config")
 WORKERS = "decoding processes; 0 decodes in the main one; auto: the cores by processes of torchrun, at most 16"
@@ -123,21 +126,68 @@ class Config:
         return values
 
 
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(Config):
+    """How the data of a stage are read. Shared by every stage that reads images or captions."""
+
+    columns: dict[str, Any] = option(
+        {},
+        "names of the tables' columns where they aren't recognised: filepath=NAME label=NAME caption=NAME",
+    )
+
+    def problems(self) -> list[str]:
+        problems = super().problems()
+        for role, name in self.columns.items():
+            if role not in ROLES:
+                allowed = f"allowed: {', '.join(ROLES)}{did_you_mean(role, ROLES)}"
+                problems.append(f"columns: {role!r} is nothing that a column can be; {allowed}")
+            if not isinstance(name, (str, int)) or isinstance(name, bool):
+                problems.append(
+                    f"columns: {role}={name!r} is not allowed; allowed: a column's name"
+                )
+        if len(set(map(str, self.columns.values()))) < len(self.columns):
+            problems.append(f"columns={self.columns}: one column can't be two things")
+        return problems
+
+
 def read_options(path: Path, name: str) -> dict[str, Any]:
-    """Read a JSON file of options, such as a run's config.json; `name` is what to call it in errors.
+    """Read a file of options, such as a run's config.json; `name` is what to call it in errors.
+
+    It is YAML if its name ends so (.yaml, .yml), else JSON.
 
     Raises:
-        ConfigError: it can't be read, or holds no JSON object.
+        ConfigError: it can't be read, or holds no options.
+        MissingDependencyError: it is YAML, and PyYAML is not installed.
     """
+    kind = "YAML" if path.suffix.lower() in (".yaml", ".yml") else "JSON"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if kind == "JSON" else _parse_yaml(text)
     except OSError as error:
         raise ConfigError(f"{name} {path} can't be read: {error.strerror}") from error
     except ValueError as error:
-        raise ConfigError(f"{name} {path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{name} {path} holds {type(values).__name__}; needed: a JSON object")
+        raise ConfigError(f"{name} {path} is not {kind}: {error}") from error
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        needed = "a JSON object" if kind == "JSON" else "lines of the form option: value"
+        raise ConfigError(f"{name} {path} holds {type(values).__name__}; needed: {needed}")
     return values
+
+
+def _parse_yaml(text: str) -> Any:
+    """Parse YAML, where 1e-5 is a number too, as in YAML 1.2; raises ValueError."""
+    try:
+        yaml = import_module("yaml")
+    except ImportError as error:
+        raise MissingDependencyError(
+            "a YAML file needs PyYAML: pip install pyyaml; or write the options as JSON"
+        ) from error
+    loader = type("Loader", (yaml.SafeLoader,), {})
+    number = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
+    loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))  # type: ignore[attr-defined]
+    try:
+        return yaml.load(text, loader)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def _is_finite(value: Any) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pymcip.configs.options import (
     WORKERS,
     Config,
+    DataOptions,
     Source,
     Sources,
     Workers,
@@ -18,7 +19,7 @@ from pymcip.configs.stages import ModelOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class IndexConfig(ModelOptions):
+class IndexConfig(ModelOptions, DataOptions):
     """Options of `pymcip.build_index`: a folder of images into a folder to search in."""
 
     images: Sources = required("image sources: ImageFolder, CSV/TSV/parquet, tar shards")
@@ -28,6 +29,13 @@ class IndexConfig(ModelOptions):
         20_000, "rows per part file; a kill loses what is embedded of one", at_least=1
     )
     workers: Workers = option("auto", WORKERS, at_least=0)
+    recall: float = option(
+        1.0,
+        "share of the exact results that a search finds; below 1 by an approximate index, for a million "
+        "images and more (needs pymcip[faiss])",
+        more_than=0,
+        at_most=1,
+    )
     overwrite: bool = option(False, "replace what is in `out`, whatever model it is of")
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pymcip.configs.options import (
     WORKERS,
     Config,
+    DataOptions,
     Source,
     Sources,
     Workers,
@@ -40,7 +41,7 @@ class ModelOptions(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedConfig(ModelOptions):
+class EmbedConfig(ModelOptions, DataOptions):
     """Options of `pymcip.embed`: images and captions into a clip-retrieval folder."""
 
     out: Source = required("folder to write: img_emb/, text_emb/, metadata/")
@@ -102,7 +103,7 @@ class MineConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(ModelOptions):
+class EvaluateConfig(ModelOptions, DataOptions):
     """Options of `pymcip.evaluate`: on the user's own `data`, or a `suite` of public benchmarks."""
 
     data: Sources | None = option(
@@ -116,7 +117,9 @@ class EvaluateConfig(ModelOptions):
     data_root: Source | None = option(None, "folder of the suite's data sets; see --list")
     data_paths: dict[str, Any] = option({}, "folders of single data sets: gpr1200=/data/gpr")
     benchmarks: tuple[str, ...] = option((), "only these of the suite; default: all that are there")
-    out: Source | None = option(None, "folder for metrics.json and table.md; default: don't write")
+    out: Source | None = option(
+        None, "folder for metrics.json, table.md and report.html; default: don't write"
+    )
     baseline: str | None = option(
         None, "model to put beside it in the same table (before/after); takes what `model` takes"
     )
@@ -177,8 +180,10 @@ class EvaluateConfig(ModelOptions):
         if self.suite is not None:
             if self.data_root is None and not self.data_paths:
                 problems.append("suite= needs data_root=, the folder that holds the data sets")
-            if self.class_names is not None or self.knn_data is not None:
-                problems.append("class_names and knn_data belong to data=; a suite brings its own")
+            if self.class_names is not None or self.knn_data is not None or self.columns:
+                problems.append(
+                    "class_names, columns and knn_data belong to data=; a suite brings its own"
+                )
         if not self.recall_at:
             problems.append("recall_at=(): give ranks of 1 or more")
         return problems
@@ -197,7 +202,7 @@ class ExportConfig(ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckConfig(Config):
+class CheckConfig(DataOptions):
     """Options of `pymcip.check`: what pymcip sees in a data source."""
 
     data: Sources = required("sources of images or of captions, as the other stages take them")

@@ -35,7 +35,8 @@ class SweepConfig(Config):
     )
     seeds: int = option(1, "how many seeds to run; tables give mean and deviation", at_least=1)
     train: Source | None = option(
-        None, "JSON file of train's options, such as a run's config.json; default: the demo's"
+        None,
+        "JSON or YAML file of train's options, such as a run's config.json; default: the demo's",
     )
     data: Sources | None = option(
         None, "images to evaluate on, with `train`; default: its val_data and val_class_names"
@@ -86,7 +87,7 @@ class SweepConfig(Config):
                     problems += error.problems
         if self.train is None:
             problems += [
-                f"{name} is for your own data: give `train` too, a JSON file of train's options"
+                f"{name} is for your own data: give `train` too, a file of train's options"
                 for name in ("data", "class_names")
                 if getattr(self, name) is not None
             ]

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from pymcip.configs.options import WORKERS, Source, Sources, Workers, option, required
+from pymcip.configs.options import (
+    WORKERS,
+    DataOptions,
+    Source,
+    Sources,
+    Workers,
+    option,
+    required,
+)
 from pymcip.configs.recipes import read_recipe
 from pymcip.configs.stages import ModelOptions
 
@@ -16,20 +24,20 @@ APPENDED_DIMS = 64  # of the method appended, likewise
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(ModelOptions):
+class TrainConfig(ModelOptions, DataOptions):
     """Options of `pymcip.train`."""
 
     GROUPS: ClassVar[dict[str, str]] = {
         "what matters most": """model pretrained train_data out method captions val_data epochs workers
             resume""",
-        "data": """val_class_names train_weights class_balanced holdout aug_cfg train_size train_resize
+        "data": """columns val_class_names train_weights class_balanced holdout aug_cfg train_size train_resize
             image_size""",
         "model": "appended_dims projector unlock_layers freeze_bn_stats patch_dropout",
         "schedule": """batch_size lr lr_classes wd wd_exempt beta1 beta2 eps warmup lr_floor grad_clip_norm
             grad_clip_classes accum_freq""",
         "loss": """scale margin caption_scale caption_margin continuation lambda_class lambda_caption
             class_init positives negatives repel caption_mean loss_delta""",
-        "pseudo-captions": "threshold k caption_noise mine_model mine_pretrained",
+        "pseudo-captions": "threshold k caption_table caption_noise mine_model mine_pretrained",
         "alignment": """alignment_budget probe_data probe_captions probe_class_names distill
             distill_temperature distill_captions distill_data mixtures""",
         "re-alignment": """rea_data rea_k rea_class_names rea_templates rea_epochs rea_batch_size rea_lr
@@ -147,6 +155,11 @@ class TrainConfig(ModelOptions):
         at_most=1,
     )
     k: int = option(10, "pseudo-captions per image, at most", at_least=1)
+    caption_table: Source | None = option(
+        None,
+        "folder of a mine run, whose table is taken instead of mining; it must be of these captions "
+        "and of these images, or more",
+    )
     caption_noise: float = option(
         0.0,
         "share of pseudo-captions that random ones replace (for studies)",
@@ -244,7 +257,7 @@ class TrainConfig(ModelOptions):
     log_steps: int = option(20, "steps between lines of metrics.jsonl", at_least=1)
     resume: Literal["latest"] | None = option(None, "continue the run in `out`")
     overwrite: bool = option(False, "replace what is in `out`")
-    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = option(
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = option(
         (), "also log to these (imported only then)"
     )
 
@@ -318,6 +331,13 @@ class TrainConfig(ModelOptions):
                 f"train_weights has {len(self.train_weights)} values for {len(sources)} sources "
                 "of train_data; give one per source"
             )
+        if self.caption_table is not None:
+            own = {name: getattr(self, name) for name in ("threshold", "k", "mine_model")}
+            problems += [
+                f"caption_table was mined with {name} of its own; leave {name}={value!r} out"
+                for name, value in own.items()
+                if value != type(self).__dataclass_fields__[name].default
+            ]
         if self.rea_class_names is not None and self.rea_data is not None:
             problems.append(
                 "rea_class_names are those of train_data, and rea_data takes its place; give one of them"

@@ -17,6 +17,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
+from pymcip.data.column_names import (
+    FILE_COLUMNS,
+    LABEL_COLUMNS,
+    caption_columns,
+    first_of,
+    key_of,
+    keys_of,
+)  # fmt: skip
 from pymcip.data.columns import TEXTS, parquet_columns, read_parquet, text_lists, texts
 from pymcip.data.json_annotations import read_json
 from pymcip.data.labels import label_of
@@ -27,13 +35,6 @@ from pymcip.data.tally import LeftOut
 from pymcip.errors import DataError
 
 TABLES = (".txt", ".csv", ".tsv", ".parquet", ".json", ".jsonl")
-FILE_COLUMNS = (
-    "filepath", "file_path", "file_name", "filename", "image_path", "image_name", "img_path", "path",
-    "image", "img",
-)  # fmt: skip
-LABEL_COLUMNS = ("label", "cls", "class", "class_name")
-CAPTION_COLUMNS = ("caption", "title", "text", "comment", "sentence", "raw")
-_NUMBERED = re.compile(r"(.*?)s?(_raw|_?\d+)?")
 _SAMPLE = 200  # lines that a text is recognised by
 _DELIMITERS = ("\t", ",", ";", "|")
 _OWN = {".csv": ",", ".tsv": "\t"}
@@ -126,7 +127,7 @@ def _parquet(path: Path, images: bool) -> Annotations:
     content: str | None = None
     if images:
         columns = parquet_columns(path)
-        known = {_key(name): name for name in reversed(columns)}
+        known = dict(reversed(list(zip(keys_of(columns), columns, strict=True))))
         content = image_column(path, [known[name] for name in FILE_COLUMNS if name in known])
 
     def choose(names: Sequence[str]) -> list[str]:
@@ -137,7 +138,7 @@ def _parquet(path: Path, images: bool) -> Annotations:
     if content is not None:
         result.content, result.files = content, None
         result.kind += f", images themselves from {content}"
-        label = _first(result.names, LABEL_COLUMNS)
+        label = first_of(result.names, LABEL_COLUMNS)
         named = class_names_of(path, label) if label is not None else []
         if named:
             result.labels = [_name_of(number, named) for number in result.labels]
@@ -153,56 +154,35 @@ def _name_of(number: str | None, names: Sequence[str]) -> str | None:
 
 def has_captions(path: Path) -> bool:
     """Return whether a parquet file has a column of captions; raises DataError if it is none."""
-    return bool(_caption_columns(parquet_columns(path), every=False))
+    return bool(caption_columns(parquet_columns(path), every=False))
 
 
 # Which columns
 
 
-def _key(name: str) -> str:
-    return name.strip().strip("\ufeff").lower()
-
-
-def _first(names: Sequence[str], known: Sequence[str]) -> str | None:
-    lowered = {_key(name): name for name in reversed(names)}
-    return next((lowered[name] for name in known if name in lowered), None)
-
-
-def _caption_columns(names: Sequence[str], *, every: bool) -> list[str]:
-    """Return the columns of captions: those of the first kind, or with `every` title and caption."""
-    found: dict[str, list[str]] = {}
-    for name in names:
-        match = _NUMBERED.fullmatch(_key(name))
-        if match and match[1] in CAPTION_COLUMNS:
-            found.setdefault(match[1], []).append(name)
-    both = [*found.get("title", []), *found.get("caption", [])] if every else []
-    return both or next((found[kind] for kind in CAPTION_COLUMNS if kind in found), [])
-
-
 def _wanted(path: Path, names: Sequence[str], images: bool) -> list[str]:
-    captions = _caption_columns(names, every=images)
+    captions = caption_columns(names, every=images)
     if not images and not captions:
         raise DataError(
             f"{path} has no column caption, title or text; it starts with {some(names)}. Give the "
-            "caption column one of these names"
+            "caption column one of these names, or say which it is: columns={'caption': NAME}"
         )
-    others = [_first(names, FILE_COLUMNS), _first(names, LABEL_COLUMNS)] if images else []
+    others = [first_of(names, FILE_COLUMNS), first_of(names, LABEL_COLUMNS)] if images else []
     wanted = list(dict.fromkeys(name for name in (*others, *captions) if name is not None))
-    keys = [_key(name) for name in names]
+    keys = keys_of(names)
     for name in wanted:
-        if keys.count(_key(name)) > 1:
-            raise DataError(
-                f"{path} has {keys.count(_key(name))} columns {name}; give each a name of its own"
-            )
+        same = keys.count(keys[names.index(name)])
+        if same > 1:
+            raise DataError(f"{path} has {same} columns {name}; give each a name of its own")
     return wanted
 
 
 def _from_table(table: Table, images: bool) -> Annotations:
     names = table.names
-    columns = [name for name in _caption_columns(names, every=images) if name in table.columns]
+    columns = [name for name in caption_columns(names, every=images) if name in table.columns]
     lists = [text_lists(table, name) for name in columns]
-    file = _first(list(table.columns), FILE_COLUMNS) if images else None
-    label = _first(names, LABEL_COLUMNS) if images else None
+    file = first_of(list(table.columns), FILE_COLUMNS) if images else None
+    label = first_of(names, LABEL_COLUMNS) if images else None
     described = [f"captions from {', '.join(columns)}"] if columns else []
     described += [f"images from {file}"] if file else []
     described += [f"labels from {label}"] if label else []
@@ -267,7 +247,7 @@ def _text(path: Path, layout: _Layout, images: bool) -> Annotations:
 
 def _files_and_captions(names: Sequence[str]) -> bool:
     """Return whether the first column is the image, the last the caption, a number between them."""
-    first, last = _first(names[:1], FILE_COLUMNS), _caption_columns(names[-1:], every=False)
+    first, last = first_of(names[:1], FILE_COLUMNS), caption_columns(names[-1:], every=False)
     return first is not None and bool(last) and len(names) in (2, 3)
 
 
@@ -276,7 +256,9 @@ def _repaired(path: Path, delimiter: str, names: list[str]) -> Table:
     table = read_delimited(
         path, delimiter, lambda _: [names[0], names[-1]], [names[0], names[-1]], how="rest"
     )
-    skipped = _key(table.columns[names[0]][0].as_py()) == _key(names[0])  # the header is a row here
+    skipped = key_of(table.columns[names[0]][0].as_py()) == key_of(
+        names[0]
+    )  # the header is a row here
     files, captions = (table.columns[name].to_pylist() for name in (names[0], names[-1]))
     if len(names) == 3:
         for row, text in enumerate(captions):
@@ -319,7 +301,8 @@ def _recognise(path: Path, kind: str) -> _Layout:
     if kind == ".csv":
         raise DataError(
             f"{path} has no column caption, title or text; it starts with "
-            f"{some(split_line(head[0], ','))}. Give the caption column one of these names"
+            f"{some(split_line(head[0], ','))}. Give the caption column one of these names, or "
+            "say which it is: columns={'caption': NAME}"
         )
     bare = _without_header(path, head, kind)
     if bare is not None:
@@ -346,14 +329,14 @@ def _with_header(head: Sequence[str], kind: str) -> _Layout | None:
     order = [_OWN[kind]] if kind in _OWN else []
     for delimiter in dict.fromkeys([*order, *_DELIMITERS]):
         names = split_line(head[0], delimiter)
-        known = [_first(names, FILE_COLUMNS), _first(names, LABEL_COLUMNS)]
-        score = sum(name is not None for name in known) + len(_caption_columns(names, every=True))
+        known = [first_of(names, FILE_COLUMNS), first_of(names, LABEL_COLUMNS)]
+        score = sum(name is not None for name in known) + len(caption_columns(names, every=True))
         if kind == ".txt" and (known[0] is None or score < 2 or len(names) < 2):
             continue
         if score > best[0]:
             best = score, delimiter
     if best[0] == 0:
-        alone = kind == ".txt" and _key(head[0]) in ("caption", "captions")
+        alone = kind == ".txt" and key_of(head[0]) in ("caption", "captions")
         return _Layout("", "\t") if alone else None
     return _Layout("", best[1])
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pymcip.errors import DecodeError
 
@@ -106,6 +106,15 @@ def decode(content: bytes, key: str, least: int | None = None) -> Image.Image:
         if isinstance(error, UnidentifiedImageError):
             what = "not an image, or of a kind that Pillow does not read"
         raise DecodeError(f"{key} can't be decoded ({len(content)} bytes): {what}") from error
+
+
+def thumbnail(image: Image.Image, side: int, quality: int = 85) -> bytes:
+    """Make a JPEG of an RGB image, upright and at most `side` pixels wide and high."""
+    small = ImageOps.exif_transpose(image)
+    small.thumbnail((side, side))
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
 
 
 def crop(image: Image.Image, box: npt.NDArray[np.float32], key: str) -> Image.Image:

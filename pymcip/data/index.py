@@ -262,7 +262,7 @@ def _index_tables(paths: list[Path]) -> Indexed:
         if found.files is None:
             raise DataError(
                 f"{path} has no column filepath; it has {', '.join(found.names) or 'none'}. Expected a "
-                "header with filepath, label and optionally title"
+                "header with filepath, label and optionally title, or columns={'filepath': NAME}"
             )
         if None in found.files:
             row = found.files.index(None)

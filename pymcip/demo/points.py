@@ -31,7 +31,7 @@ OF_CAPTION_LOSS = {
     "lambda_class", "lambda_caption", "caption_scale", "caption_margin", "positives", "negatives",
     "loss_delta", "repel", "caption_mean",
 }  # fmt: skip
-OF_MINING = {"threshold", "k", "caption_noise", "mine_model", "mine_pretrained"}
+OF_MINING = {"threshold", "k", "caption_table", "caption_noise", "mine_model", "mine_pretrained"}
 Changes = Mapping[str, Mapping[str, Any]]  # by method: options that it has in place of the base's
 NO_CHANGES: Changes = {}
 
@@ -88,7 +88,7 @@ def second_stage(config: TrainConfig, model: str) -> TrainConfig:
     Pseudo-captions are those of the first stage: mined by the model that it started from.
     """
     miner = (config.mine_model, config.mine_pretrained)
-    if config.mine_model is None:
+    if config.mine_model is None and config.caption_table is None:
         miner = (config.model, config.pretrained)
     return replace(
         config,

@@ -23,6 +23,7 @@ import pyarrow.parquet
 from pymcip.configs import EmbedConfig, Source, Workers
 from pymcip.contents import file_digest
 from pymcip.data import Captions, ImageData, load_captions, load_images
+from pymcip.data.column_names import columns_named
 from pymcip.data.loading import Skipped, iterate_batches, shortest_side
 from pymcip.data.sources import some
 from pymcip.distributed import barrier, joined
@@ -86,8 +87,9 @@ def _embed(config: EmbedConfig, shard: Shard) -> EmbeddingFolder:
     """Embed a shard's parts, and wait for the others of torchrun."""
     refuse_overwrite(config, shard)
     out = Path(config.out)
-    images = None if config.images is None else load_images(config.images, labelled=False)
-    captions = None if config.captions is None else load_captions(config.captions)
+    with columns_named(config.columns):
+        images = None if config.images is None else load_images(config.images, labelled=False)
+        captions = None if config.captions is None else load_captions(config.captions)
     clip = load_configured(config)
     if config.reduced_decoding and images is not None:
         images = images.reduced(REDUCED * _side(clip))

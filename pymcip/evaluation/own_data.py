@@ -19,13 +19,23 @@ from pymcip.data import ImageData
 from pymcip.data.class_names import ClassNames, ClassTexts, class_texts, rows_of_classes
 from pymcip.data.labels import difference
 from pymcip.data.sources import some
+from pymcip.data.tally import LeftOut
 from pymcip.embedding import EmbeddingCache
 from pymcip.errors import DataError
-from pymcip.metrics import KNN_TEMPERATURE
+from pymcip.evaluation.examples import (
+    Examples,
+    Ranking,
+    by_captions,
+    by_names,
+    by_pictures,
+    drawn_queries,
+)
+from pymcip.metrics import KNN_TEMPERATURE, full_ranking_ap
 from pymcip.model import ClipModel
 
 Duplicates: TypeAlias = Literal["join", "keep"]
 TEMPLATES = ("a photo of a {}.", "{}")
+RECALL_AT = (1, 5, 10)
 
 _log = logging.getLogger("pymcip.evaluation")
 
@@ -50,6 +60,25 @@ class OwnData:
     duplicates: Duplicates = "join"
 
 
+@dataclass(frozen=True)
+class Measured:
+    """One model on a user's data.
+
+    Attributes:
+        metrics: what `evaluate_model` returns.
+        counts: what it fills `counts` with.
+        examples: what the model finds.
+        names: of the data's classes, in words where they are known.
+        left_out: what is not measured, and why.
+    """
+
+    metrics: dict[str, float]
+    counts: dict[str, int]
+    examples: Examples
+    names: Sequence[str]
+    left_out: list[LeftOut]
+
+
 def evaluate_model(
     clip: ClipModel,
     data: ImageData,
@@ -60,7 +89,7 @@ def evaluate_model(
     knn_k: int = 21,
     knn_vote: Literal["weighted", "majority"] = "weighted",
     knn_temperature: float = KNN_TEMPERATURE,
-    recall_at: Sequence[int] = (1, 5, 10),
+    recall_at: Sequence[int] = RECALL_AT,
     batch_size: int = 64,
     workers: Workers = 0,
     counts: dict[str, int] | None = None,
@@ -109,10 +138,10 @@ def evaluate_model(
     options = SuiteOptions(knn_k=knn_k, knn_vote=knn_vote, knn_temperature=knn_temperature)
     with tempfile.TemporaryDirectory(prefix="pymcip-") as folder:
         cache = EmbeddingCache(clip, folder, batch_size=batch_size, workers=workers)
-        metrics, found = measure_own(own, cache, options, templates, recall_at)
+        measured = measure_own(own, cache, options, templates, recall_at)
     if counts is not None:
-        counts.update(found)
-    return metrics
+        counts.update(measured.counts)
+    return measured.metrics
 
 
 def check_own(
@@ -164,13 +193,10 @@ def measure_own(
     own: OwnData,
     cache: EmbeddingCache,
     options: SuiteOptions,
-    templates: Sequence[str],
-    recall_at: Sequence[int],
-) -> tuple[dict[str, float], dict[str, int]]:
+    templates: Sequence[str] = TEMPLATES,
+    recall_at: Sequence[int] = RECALL_AT,
+) -> Measured:
     """Measure one model by the protocols that the data allow.
-
-    Returns:
-        What `evaluate_model` returns, and the numbers with which it fills `counts`.
 
     Raises:
         DataError: no image can be decoded, or those that can leave nothing to measure.
@@ -184,8 +210,23 @@ def measure_own(
         (text, place) for place, texts in enumerate(pictures.titles(images)) for text in texts
     ]
     found: dict[str, float] = {}
+    shown: list[Ranking] = []
+    told: list[Ranking] = []
+    by_class: list[tuple[int, int, float]] = []
+    chosen = drawn_queries(classes.labels)
     if several:
-        found["i2i_map"] = protocols.full_ranking(classes, embed, options)["map"]
+        precisions = full_ranking_ap(
+            embed.images(images, classes.rows),
+            classes.labels,
+            queries=embed.queries(images, classes.rows),
+        )
+        found["i2i_map"] = float(precisions.mean())
+        sizes = np.bincount(classes.labels)
+        sums = np.bincount(classes.labels, weights=precisions)
+        by_class = [
+            (int(c), int(sizes[c]), float(sums[c] / sizes[c])) for c in np.flatnonzero(sizes)
+        ]
+        shown = by_pictures(classes, chosen, embed)
         found["i2i_r1"] = protocols.nearest_other(classes, embed, options)["r1"]
     voters = own_voters = None
     if own.voters is not None:
@@ -202,6 +243,7 @@ def measure_own(
         named = replace(_by_texts(own.names, classes), templates=tuple(templates))
         top = protocols.zero_shot(named, embed, options)
         found["zero_shot"], found["zero_shot_top5"] = top["top1"], top["top5"]
+        told = by_names(named, chosen, embed)
     if len(classes.labels) and own.descriptions is not None:
         described = _by_texts(own.descriptions, classes)
         found["t2i_map"] = protocols.descriptions(described, embed, options)["map"]
@@ -216,7 +258,7 @@ def measure_own(
             "there is nothing to measure: the images have no captions, and labels of one class "
             f"only ({images.class_names[classes.labels[0]]!r}); give images of two classes or more"
         )
-    return found, {
+    counts = {
         "images": len(pictures.rows),
         "labelled": len(classes.labels),
         "classes": len(np.unique(classes.labels)),
@@ -225,6 +267,13 @@ def measure_own(
         "skipped": len(images) - sum(map(len, pictures.members)),
         "texts_cut": embed.texts_cut,
     }
+    if captions:
+        told = by_captions(images, pictures.rows, texts, owners, embed)
+    left_out = [*images.left_out, *embed.undecodable(images)]
+    class_names = images.class_names
+    if own.names is not None:
+        class_names = [own.names.texts[text] for text in own.names.of_class]
+    return Measured(found, counts, Examples(shown, told, by_class), class_names, left_out)
 
 
 @dataclass(frozen=True)

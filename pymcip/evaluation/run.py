@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
@@ -24,10 +25,13 @@ from pymcip.benchmarks import (
 from pymcip.configs import EvaluateConfig
 from pymcip.data import load_images
 from pymcip.data.class_names import read_class_names
+from pymcip.data.column_names import columns_named
+from pymcip.data.tally import LeftOut
 from pymcip.distributed import barrier, is_first, joined, world
 from pymcip.embedding import EmbeddingCache
 from pymcip.errors import ConfigError, DataError
 from pymcip.evaluation.own_data import OwnData, check_own, measure_own
+from pymcip.evaluation.report import LeftOuts, Model, Named, Thumbnails, write_report
 from pymcip.evaluation.tables import (
     comparison_table,
     model_headings,
@@ -39,7 +43,7 @@ from pymcip.folders import manifest
 from pymcip.model import load
 from pymcip.outputs import output_folder
 
-Measured = TypeVar("Measured")
+Result = TypeVar("Result")
 
 _log = logging.getLogger("pymcip.evaluation")
 
@@ -55,7 +59,8 @@ class EvaluateResult:
     `counts` the images of each, `missing` why the others were not measured.
 
     `table` is markdown: a row per metric or benchmark, columns for the baseline, the model and the
-    difference (only the model without a baseline). `out` holds metrics.json and table.md, or is None.
+    difference (only the model without a baseline). `out` holds metrics.json, table.md
+    and report.html, or is None.
     """
 
     metrics: dict[str, float]
@@ -82,8 +87,9 @@ def evaluate(
     `pymcip.benchmarks.listing` says what each needs and where to get it.
 
     `image_size`, `device` and `precision` hold for both models. With `out`, the folder gets
-    metrics.json and table.md. Processes of torchrun share the embedding, then each computes the
-    figures, which are the same to the bit, and the first one writes them.
+    metrics.json, table.md and report.html, which shows what the models find. Processes of torchrun
+    share the embedding, then each computes the figures, which are the same to the bit, and the first
+    one writes them.
 
     Raises:
         ConfigError: the options are wrong.
@@ -108,8 +114,9 @@ def evaluate(
 
 def _evaluate_own(config: EvaluateConfig) -> EvaluateResult:
     assert config.data is not None
-    data = load_images(config.data, labelled=False)
-    knn_data = None if config.knn_data is None else load_images(config.knn_data)
+    with columns_named(config.columns):
+        data = load_images(config.data, labelled=False)
+        knn_data = None if config.knn_data is None else load_images(config.knn_data)
     names = None if config.class_names is None else read_class_names(config.class_names)
     own = check_own(data, knn_data, names, config.duplicates)
     options = protocol_options(config)
@@ -121,22 +128,52 @@ def _evaluate_own(config: EvaluateConfig) -> EvaluateResult:
 def _measure_own(
     config: EvaluateConfig, own: OwnData, options: SuiteOptions, out: Path | None
 ) -> EvaluateResult:
+    started = time.monotonic()
     measured = _each_model(
         config,
         config.cache,
         lambda cache: measure_own(own, cache, options, config.templates, config.recall_at),
     )
-    results = [metrics for metrics, _ in measured]
-    counts = measured[-1][1]
+    results = [each.metrics for each in measured]
+    counts = measured[-1].counts
+    headings = model_headings(_models(config))
     result = EvaluateResult(
         metrics=results[-1],
         baseline=results[0] if config.baseline is not None else None,
-        table=comparison_table(model_headings(_models(config)), results, _notes(counts, config)),
+        table=comparison_table(headings, results, _notes(counts, config)),
         counts=counts,
         out=out,
     )
     _write(result, config)
+    if out is not None:
+        models = [
+            Model(heading, each.metrics, each.examples)
+            for heading, each in zip(headings, measured, strict=True)
+        ]
+        _report(
+            out, models, Named(own.images, measured[-1].names), measured[-1].left_out,
+            seconds=time.monotonic() - started, note=_notes(counts, config),
+        )  # fmt: skip
     return result
+
+
+def _report(
+    out: Path,
+    models: list[Model],
+    data: Named | None,
+    left_out: list[LeftOut],
+    *,
+    seconds: float,
+    what: str = "images are not measured",
+    **more: Any,
+) -> None:
+    """Write report.html; `more`: as `write_report`."""
+    kinds = [LeftOuts(what, left_out)]
+    title = " and ".join(model.heading for model in models)
+    path = write_report(
+        out, f"pymcip evaluate: {title}", models, data, kinds, Thumbnails(seconds), **more
+    )
+    _log.info("the report, for a browser: %s", path)
 
 
 def _evaluate_suite(config: EvaluateConfig) -> EvaluateResult:
@@ -199,6 +236,23 @@ def _measure_suite(
         missing=missing,
     )
     _write(result, config, {"protocol": asdict(options), "baseline_details": results[0].scores})
+    if out is not None:
+        about = {item.benchmark.name: item for item in found}
+        headings = model_headings(models)
+        _report(
+            out,
+            [Model(name, each.figures) for name, each in zip(headings, results, strict=True)],
+            None,
+            [LeftOut(name, reason) for name, reason in missing.items()],
+            what="benchmarks are not measured",
+            seconds=0,
+            words=lambda name: (
+                name,
+                f"{about[name].benchmark.group} {about[name].benchmark.metric}, on "
+                f"{about[name].images:,} images"
+                + "".join(f"; {note}" for note in about[name].notes),
+            ),
+        )
     return result
 
 
@@ -225,8 +279,8 @@ def _models(config: EvaluateConfig) -> list[tuple[str, str | None]]:
 def _each_model(
     config: EvaluateConfig,
     folder: str | os.PathLike[str] | None,
-    measure: Callable[[EmbeddingCache], Measured],
-) -> list[Measured]:
+    measure: Callable[[EmbeddingCache], Result],
+) -> list[Result]:
     """Measure the baseline, if there is one, then the model: one is in memory at a time.
 
     Embeddings go into `folder`, or into a temporary one.

@@ -19,6 +19,16 @@ _TITLES = {
     "zero_shot_top5": "zero-shot top-5",
     "t2i_map": "text-to-image mAP (class descriptions)",
 }
+_MEANINGS = {
+    "i2i_map": "Every image ranks all images by how like it they are. 100: those of its own class come "
+    "first, for every image.",
+    "i2i_r1": "How often the image most like another one is of the same class.",
+    "knn": "How often the images most like another one tell its class, by their vote.",
+    "zero_shot": "How often the class name nearest to an image is its own. It measures whether images and "
+    "texts still fit together.",
+    "zero_shot_top5": "How often an image's own class name is among the five nearest.",
+    "t2i_map": "The description of each class ranks all images. 100: those of the class come first.",
+}
 
 
 def metric_title(key: str) -> str:
@@ -27,6 +37,18 @@ def metric_title(key: str) -> str:
         return _TITLES[key]
     way, rank = key.split("_r")
     return f"{'text-to-image' if way == 't2i' else 'image-to-text'} R@{rank}"
+
+
+def metric_in_words(key: str) -> tuple[str, str]:
+    """Name a metric of `evaluate_model`, and say in plain words what it measures."""
+    if key in _MEANINGS:
+        return metric_title(key), _MEANINGS[key]
+    way, rank = key.split("_r")
+    asked, own = (
+        ("a caption", "its own image") if way == "t2i" else ("an image", "a caption of its own")
+    )
+    place = "first" if rank == "1" else f"among the first {rank}"
+    return metric_title(key), f"How often {asked} finds {own} {place}."
 
 
 def in_words(figures: Mapping[str, float], before: Mapping[str, float] | None = None) -> str:

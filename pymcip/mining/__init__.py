@@ -1,5 +1,6 @@
 """Pseudo-captions: the captions of a corpus that lie nearest to each image."""
 
+from pymcip.mining.given import GivenTable
 from pymcip.mining.mine import MineResult, mine_captions, mine_table
 from pymcip.mining.report import AutoThreshold, auto_threshold
 from pymcip.mining.search import images_per_block, search_device
@@ -9,6 +10,7 @@ __all__ = [
     "AutoThreshold",
     "CaptionLists",
     "CaptionTable",
+    "GivenTable",
     "MineResult",
     "auto_threshold",
     "bounds_of",

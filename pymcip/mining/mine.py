@@ -29,6 +29,7 @@ from pymcip.embedding import EmbeddingFolder, Matrix
 from pymcip.errors import ConfigError, DataError, StaleEmbeddingsError
 from pymcip.files import damaged, read_json, write_json, write_text
 from pymcip.folders import hold
+from pymcip.mining.given import save_sources
 from pymcip.mining.report import (
     AutoThreshold,
     auto_threshold,
@@ -100,9 +101,9 @@ def mine_captions(config: MineConfig | None = None, /, **options: Any) -> MineRe
     """Mine the pseudo-captions of embedded images; see `MineConfig` for the options.
 
     Writes into `out`: caption_table.npz and .parquet, report.json, and sample.tsv (some images with
-    their captions, to look at). An interrupted run that is started again does
-    the tasks that are missing; a finished one is opened. Processes of torchrun, or calls with
-    `shard`, share the tasks; who finds all of them done writes the table.
+    their captions, to look at), and sources.npz (what `train` compares with its data). An interrupted
+    run that is started again does the tasks that are missing; a finished one is opened. Processes of
+    torchrun, or calls with `shard`, share the tasks; who finds all of them done writes the table.
 
     Raises:
         ConfigError: an option is wrong.
@@ -206,6 +207,7 @@ def _finished(
         table, report = _measured(mining)
         report["captions_cut"] = captions.captions_cut  # at the model's context
         table.save(out)
+        save_sources(out, images, captions)
         write_text(out / "sample.tsv", sample_lines(table, images, captions, config.seed))
         write_json(out / "report.json", report)
     shutil.rmtree(out / TASKS, ignore_errors=True)

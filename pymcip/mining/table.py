@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -50,10 +50,14 @@ class CaptionLists:
 
     def take(self, images: Int64) -> CaptionLists:
         """The lists of some images (int64 [B]) in that order; those of others are not read."""
+        indptr, places = self._places(images)
+        return CaptionLists(indptr, self.ids[places])
+
+    def _places(self, images: Int64) -> tuple[Int64, Int64]:
+        """Bounds of the lists of some images (int64 [B]), and where their entries are."""
         counts = self.counts(images)
         indptr = bounds_of(counts)
-        places = np.arange(indptr[-1]) + np.repeat(self.indptr[images] - indptr[:-1], counts)
-        return CaptionLists(indptr, self.ids[places])
+        return indptr, np.arange(indptr[-1]) + np.repeat(self.indptr[images] - indptr[:-1], counts)
 
 
 def bounds_of(counts: npt.ArrayLike) -> Int64:
@@ -83,6 +87,11 @@ class CaptionTable(CaptionLists):
         image %= len(self)
         place = slice(self.indptr[image], self.indptr[image + 1])
         return self.ids[place], self.cosines[place]
+
+    def take(self, images: Int64) -> CaptionTable:
+        """The table of some images (int64 [B]) in that order."""
+        indptr, places = self._places(images)
+        return replace(self, indptr=indptr, ids=self.ids[places], cosines=self.cosines[places])
 
     def save(self, folder: Source) -> None:
         """Write caption_table.npz, and caption_table.parquet (image, caption, cosine)."""

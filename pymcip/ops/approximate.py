@@ -31,6 +31,7 @@ from pymcip.ops.topk import topk
 RERANK = 30  # candidates that are scored exactly, per place asked for; and at least 100 in all
 GRAPH_LISTS = 1 << 13  # from so many on, the nearest centroids are found by a graph (HNSW)
 _LIST_ROWS = 39  # least rows per list and per value of a code's byte, as faiss wants it
+LEAST_ROWS = 256 * _LIST_ROWS  # of a bank
 _CODED_ROWS = 1 << 16  # that train the codes
 _BYTES = 32 << 20  # of a block of rows in fp32
 
@@ -80,10 +81,10 @@ class ApproximateIndex:
         count, columns = parts.shape
         report = progress or (lambda done, total: None)
         most = count // _LIST_ROWS
-        if most < 256:
+        if count < LEAST_ROWS:
             raise DataError(
                 f"a bank of {count} rows is too small to train an approximate index: it needs "
-                f"{256 * _LIST_ROWS} rows; search it exactly with pymcip.ops.topk"
+                f"{LEAST_ROWS} rows; search it exactly with pymcip.ops.topk"
             )
         lists = min(round(4 * math.sqrt(count)), most) if lists is None else lists
         if not 1 <= lists <= most:
@@ -164,8 +165,10 @@ class ApproximateIndex:
         """The k best rows for each query among those looked at, and the recall of that.
 
         Args:
-            queries, k, threshold, backend, threads: as for `topk`, which gives the exact answers.
+            queries: as for `topk`, which gives the exact answers.
             bank: the one that the index was built from.
+            k: as for `topk`.
+            threshold: as for `topk`.
             recall: the share of the exact answer that should be found; nprobe is chosen for it, on
                 a sample of queries of its own. Default 0.95, unless `nprobe` is given.
             nprobe: lists to search per query.
@@ -173,7 +176,9 @@ class ApproximateIndex:
                 costs M D products; and as many again to choose nprobe. 0 measures nothing.
             population: of how many queries these are a random sample themselves, if of more than
                 these. Error and interval of the recall are for them.
+            backend: of the exact answers, as for `topk`.
             seed: of the samples.
+            threads: as for `topk`.
             progress: called with the queries finished and to finish, the samples among them.
 
         Raises:

@@ -10,12 +10,15 @@ from typing import Any
 
 from pymcip.configs import IndexConfig, Source
 from pymcip.data import load_images
+from pymcip.data.column_names import columns_named
 from pymcip.data.sources import as_list
 from pymcip.embedding import EmbeddingFolder, embed_images
 from pymcip.errors import StaleEmbeddingsError
 from pymcip.files import fingerprint, write_json
 from pymcip.model import load_configured
+from pymcip.ops.faiss_import import import_faiss
 from pymcip.outputs import output_folder
+from pymcip.search.approximate import prepare_approximate
 from pymcip.search.index import ABOUT, read_about
 
 
@@ -31,6 +34,7 @@ class IndexResult:
         removed: rows that were in it before and whose content is gone.
         skipped: images that can't be decoded, listed in `embeddings`/skipped.tsv.
         left_out: what else was left out, listed there too.
+        recall: of approximate search, measured by pictures and by texts; None: search is exact.
     """
 
     out: Path
@@ -40,6 +44,7 @@ class IndexResult:
     removed: int
     skipped: int
     left_out: int
+    recall: dict[str, float] | None = None
 
 
 def build_index(config: IndexConfig | None = None, /, **options: Any) -> IndexResult:
@@ -55,11 +60,15 @@ def build_index(config: IndexConfig | None = None, /, **options: Any) -> IndexRe
         StaleEmbeddingsError: the index in `out` was made by another model.
         OutputExistsError: `out` holds something else.
         FolderInUseError: another process writes to `out`.
+        MissingDependencyError: `recall` is below 1, and faiss is not installed.
     """
     config = IndexConfig.make(config, options)
+    if config.recall < 1:
+        import_faiss()
     out = Path(config.out)
     sources: list[Source] = [_absolute(source) for source in as_list(config.images)]
-    data = load_images(sources, labelled=False)
+    with columns_named(config.columns):
+        data = load_images(sources, labelled=False)
     clip = load_configured(config)
     model, pretrained = config.model.removeprefix("local-dir:"), config.pretrained
     about: dict[str, Any] = {
@@ -72,6 +81,7 @@ def build_index(config: IndexConfig | None = None, /, **options: Any) -> IndexRe
         "precision": clip.precision,
         "model_fingerprint": clip.fingerprint(),
         "embeddings": None,
+        "approximate": None,
     }
     ours = (out / ABOUT).is_file() and not config.overwrite
     with output_folder(config, resume=ours, read=data.files()):
@@ -80,7 +90,10 @@ def build_index(config: IndexConfig | None = None, /, **options: Any) -> IndexRe
             stored = read_about(out)
             _check_model(out, stored, about)
             if stored["embeddings"] and (out / stored["embeddings"]).is_dir():
-                about["embeddings"] = stored["embeddings"]
+                about["embeddings"], about["approximate"] = (
+                    stored["embeddings"],
+                    stored["approximate"],
+                )
                 before = EmbeddingFolder(out / stored["embeddings"]).contents()
         write_json(out / ABOUT, about)
         made_from = fingerprint([data.fingerprint(), sources, config.part_size])
@@ -91,7 +104,10 @@ def build_index(config: IndexConfig | None = None, /, **options: Any) -> IndexRe
             batch_size=config.batch_size, part_size=config.part_size, workers=config.workers,
             known=[EmbeddingFolder(path) for path in others if (path / "img_emb").is_dir()],
         )  # fmt: skip
-        write_json(out / ABOUT, {**about, "embeddings": folder.name})
+        approximate = None
+        if config.recall < 1:
+            approximate = prepare_approximate(embedded, clip, config.recall)
+        write_json(out / ABOUT, {**about, "embeddings": folder.name, "approximate": approximate})
         for path in others:
             shutil.rmtree(path)
     now = embedded.contents()
@@ -103,6 +119,7 @@ def build_index(config: IndexConfig | None = None, /, **options: Any) -> IndexRe
         removed=sum(content not in there for content in before),
         skipped=len(embedded.skipped),
         left_out=len(data.left_out),
+        recall=None if approximate is None else approximate["recall"],
     )  # fmt: skip
 
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from pymcip.contents import digest_of, picture_digest
 from pymcip.data import ImageData, load_images
-from pymcip.data.decode import decode
+from pymcip.data.decode import decode, thumbnail
 from pymcip.errors import ConfigError, DataError
 from pymcip.files import atomic_path
 from pymcip.search.index import Hit, Index
@@ -149,13 +148,10 @@ class Gallery:
         kept = self.index.folder / "thumbnails" / item["content"][:2] / f"{item['content']}.jpg"
         with contextlib.suppress(OSError):
             return kept.read_bytes()
-        image = ImageOps.exif_transpose(self._read(item))
-        image.thumbnail((SIDE, SIDE))
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=85)
+        content = thumbnail(self._read(item), SIDE)
         with contextlib.suppress(OSError), atomic_path(kept) as temporary:
-            temporary.write_bytes(buffer.getvalue())
-        return buffer.getvalue()
+            temporary.write_bytes(content)
+        return content
 
     def _read(self, item: dict[str, Any]) -> Image.Image:
         """Decode the image of a row, from a file of its own, else from the index's sources."""
@@ -172,7 +168,7 @@ class Gallery:
                     return image
         else:
             if picture_digest(digest_of(content)) == item["content"]:
-                return decode(content, path)
+                return decode(content, path, SIDE)
         raise DataError(
             f"{path} is gone or has changed since it was indexed; run pymcip index again"
         )

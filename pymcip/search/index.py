@@ -4,7 +4,8 @@
                              holds the embeddings
     embeddings-…/            an embedding folder (clip-retrieval's layout), skipped.tsv included
 
-The search is exact: `pymcip.ops.topk` over the memory-mapped parts.
+The search is exact, `pymcip.ops.topk` over the memory-mapped parts; or, where the index was built with
+a `recall` below 1 and no filter is given, by an `ApproximateIndex` with exact scores.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ from pymcip.embedding import EmbeddingFolder
 from pymcip.errors import ConfigError, DataError, DecodeError, StaleEmbeddingsError
 from pymcip.files import read_json
 from pymcip.model import ClipModel, load
-from pymcip.ops import topk
+from pymcip.ops import ApproximateIndex, topk
 from pymcip.ops.arrays import MatrixParts
+from pymcip.search.approximate import FOLDER, nearest
 
 ABOUT = "index.json"
 FILTERS = {"label": "label", "path": "image_path"}  # what `where` may name, and its column
@@ -73,7 +75,8 @@ class Index:
         device: where the model is loaded to; default: a GPU if there is one.
 
     Raises:
-        DataError: there is no index, or it is not finished.
+        DataError: there is no index, or it is not finished or damaged.
+        MissingDependencyError: it was built with a `recall` below 1, and faiss is not installed.
         StaleEmbeddingsError: it was made by another model.
         ConfigError, CheckpointError: its model can't be loaded.
     """
@@ -88,6 +91,11 @@ class Index:
         self.sources: list[str] = about["images"]
         self.embeddings = EmbeddingFolder(self.folder / about["embeddings"])
         self._vectors = MatrixParts(self.embeddings.parts("img"))
+        self.approximate: dict[str, Any] | None = about[
+            "approximate"
+        ]  # recall, nprobe; None: exact
+        if self.approximate is not None:
+            self._approximate = ApproximateIndex.load(self.embeddings.path / FOLDER)
         metadata = self.embeddings.metadata("img")
         self._metadata = metadata.select(["image_path", "label", "captions", "content", "index"])
         options = {name: about[name] for name in ("pretrained", "image_size", "precision")}
@@ -242,6 +250,9 @@ class Index:
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
         """Rows and scores of the best k of `rows`, one part of them in memory at a time."""
         most = min(k, len(self)) if isinstance(k, int) else k  # topk refuses what is no number
+        if rows is None and self.approximate is not None and isinstance(most, int) and most > 0:
+            nprobe = self.approximate["nprobe"]
+            return nearest(self._approximate, query, self._vectors.parts, most, nprobe)
         if rows is None:
             ids, scores = topk(query[None], self._vectors.parts, most)
             return ids[0], scores[0]
@@ -268,6 +279,7 @@ def read_about(folder: Path) -> dict[str, Any]:
     fields = {
         "images": list, "model": str, "pretrained": (str, type(None)), "image_size": (int, type(None)),
         "precision": str, "model_fingerprint": str, "embeddings": (str, type(None)),
+        "approximate": (dict, type(None)),
     }  # fmt: skip
     about: dict[str, Any] = read_json(folder / ABOUT, fields, _AGAIN)
     return about

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import html
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,15 +11,9 @@ from pymcip.configs import SearchConfig
 from pymcip.errors import DataError
 from pymcip.files import write_text
 from pymcip.model import load
+from pymcip.pages import data_uri, filled
 from pymcip.search.gallery import Gallery
 from pymcip.search.index import Hit, Index
-
-STYLE = """
-body { font: 15px system-ui, sans-serif; margin: 1.5rem; color-scheme: light dark }
-ol { display: grid; grid-template-columns: repeat(auto-fill, minmax(14rem, 1fr)); gap: 1rem; padding: 0 }
-li { list-style: none; overflow-wrap: anywhere }
-img { max-width: 100%; display: block }
-"""
 
 
 def search_and_show(config: SearchConfig) -> str:
@@ -67,27 +59,23 @@ def table(hits: Sequence[Hit]) -> str:
 
 def page(hits: Sequence[Hit], query: str, gallery: Gallery) -> str:
     """A page of HTML that holds its thumbnails; where an image is gone, only the path is shown."""
-    items = []
-    for hit in hits:
-        captions = "".join(f"<br>{html.escape(text)}" for text in hit.captions)
-        items.append(
-            f"<li>{_thumbnail(gallery, hit.row)}<b>{hit.score:.4f}</b> {html.escape(hit.label or '')}<br>"
-            f"<small>{html.escape(hit.path)}{captions}</small></li>\n"
-        )
-    title = html.escape(query)
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title>\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<style>{STYLE}</style>\n<h1>{title}</h1>\n<ol>\n{''.join(items)}</ol></html>\n"
-    )
+    shown = [
+        {
+            **vars(hit),
+            "score": f"{hit.score:.4f}",
+            "label": hit.label or "",
+            "picture": _picture(gallery, hit),
+        }
+        for hit in hits
+    ]
+    return filled("hits.html", title=query, hits=shown)
 
 
-def _thumbnail(gallery: Gallery, row: int) -> str:
+def _picture(gallery: Gallery, hit: Hit) -> str:
     try:
-        data = base64.b64encode(gallery.thumbnail(row)).decode()
+        return data_uri(gallery.thumbnail(hit.row))
     except DataError:
         return ""
-    return f'<img alt="" src="data:image/jpeg;base64,{data}">'
 
 
 def _plain(text: str) -> str:

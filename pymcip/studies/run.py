@@ -17,6 +17,7 @@ from typing import Any
 from pymcip.configs import SweepConfig, TrainConfig, read_options
 from pymcip.contents import digest_of_files
 from pymcip.data import load_images
+from pymcip.data.column_names import columns_named
 from pymcip.demo.points import (
     NO_CHANGES,
     Changes,
@@ -136,7 +137,14 @@ def _run(
     done = [row for row in table if "error" not in row]
     draw_front(done, titles(config), out / "front")
     for axis in config.axes:
-        draw_curves(done, axis, titles(config), out / f"by_{axis}")
+        rows = done
+        if config.grid == "axes":
+            rows = [
+                {**row, "settings": {axis: row["settings"][axis]}}
+                for row in done
+                if axis in row["settings"]
+            ]
+        draw_curves(rows, axis, titles(config), out / f"by_{axis}")
     front = [row["point"] for row in done if row["front"]]
     return SweepResult(out, seeds, table, front, failed, seconds, markdown)
 
@@ -146,8 +154,9 @@ def study_points(
 ) -> list[Point]:
     """The points of a sweep around `base`, in the order of the options and of their values.
 
-    Options that a point's method doesn't use are left out of it, and points that become equal by
-    that are one: `gpr` is trained once, whatever thresholds a product tries.
+    Options that a point's method doesn't use are left out of it. Points of equal runs are one: `gpr` is
+    trained once, whatever thresholds a product tries, and of options that are tried alone those that
+    have the base's value share a point, which has them all in its settings.
 
     Raises:
         ConfigError: a combination is not allowed, or a swept option is used by no method.
@@ -157,11 +166,15 @@ def study_points(
     if config.grid == "product":
         products = itertools.product(*axes.values())
         tried = [dict(zip(axes, values, strict=True)) for values in products]
-    points: dict[str, Point] = {}
+    points: dict[str, Point] = {}  # by what is trained
     for settings in tried:
         point = make_point(base, settings, changes)
-        if point.settings:
-            points.setdefault(str(point.settings), point)
+        if not point.settings:
+            continue
+        same = points.setdefault(str(point.config), point)
+        if config.grid == "axes":  # the base's own values, of several options, are one point
+            both = {**same.settings, **point.settings}
+            points[str(point.config)] = replace(same, settings=both)
     methods = (config.grid == "product" and axes.get("method")) or (base.method,)
     problems = [
         f"{name} is swept, but method {', '.join(dict.fromkeys(methods))} doesn't use it"
@@ -210,7 +223,12 @@ def _study(config: SweepConfig, seed: int | None = None) -> _Study:
         raise ConfigError(problems)
     if seed is not None:
         base = replace(base, seed=seed, cache=base.cache or folder.parent / "embeddings")
-    evaluation = {"data": data, "class_names": names, "templates": config.templates}
+    evaluation = {
+        "data": data,
+        "class_names": names,
+        "templates": config.templates,
+        "columns": base.columns,
+    }
     return _Study(base, {**evaluation, "workers": base.workers}, {}, {})
 
 
@@ -219,7 +237,8 @@ def _inputs(config: SweepConfig, study: _Study) -> tuple[list[Path], dict[str, s
     if config.train is None:
         return [], {}
     opened = open_inputs(study.base)
-    data = load_images(study.evaluation["data"], labelled=False)
+    with columns_named(study.evaluation["columns"]):
+        data = load_images(study.evaluation["data"], labelled=False)
     found = {**opened.fingerprints(study.base), "data": data.fingerprint()}
     names = study.evaluation["class_names"]
     if names is not None:

@@ -14,8 +14,10 @@ from pymcip.configs import TrainConfig
 from pymcip.contents import digest_of_files
 from pymcip.data import Captions, ImageData, load_captions, load_images
 from pymcip.data.class_names import ClassNames, ClassTexts, name_texts, read_class_names
+from pymcip.data.column_names import columns_named
 from pymcip.errors import DataError
 from pymcip.files import fingerprint
+from pymcip.mining import GivenTable
 from pymcip.training.probe_sources import ProbeSources, load_probe_sources
 from pymcip.training.sampling import Indices, Stream, random_generator
 
@@ -31,6 +33,7 @@ class Inputs:
 
     images: ImageData  # of train_data what is trained on, images that can't be decoded included
     captions: Captions | None  # the corpus
+    table: GivenTable | None  # caption_table
     validation: ImageData | None  # val_data, or classes of train_data that are held out
     validation_names: ClassNames | None  # of its classes
     held_out: bool  # whether validation is of train_data
@@ -64,8 +67,8 @@ class Inputs:
             )  # fmt: skip
 
     def files(self) -> list[Path]:
-        """The files that hold images."""
-        parts = [part for _, part in self._parts() if isinstance(part, ImageData)]
+        """The files that hold images and a table of captions."""
+        parts = [part for _, part in self._parts() if isinstance(part, (ImageData, GivenTable))]
         return [path for part in parts for path in part.files()]
 
     def fingerprints(
@@ -91,7 +94,7 @@ class Inputs:
                 places = [part.rows.tolist(), part.source_ids.tolist()]
                 found[f"images of {option}"] = fingerprint([stores, places])
                 found[f"labels of {option}"] = fingerprint([part.class_names, part.labels.tolist()])
-            elif isinstance(part, Captions):
+            elif isinstance(part, (Captions, GivenTable)):
                 found[option] = part.fingerprint()
             elif part is not None:
                 found[option] = fingerprint(
@@ -105,6 +108,7 @@ class Inputs:
         return [
             ("train_data", self.images),
             ("captions", self.captions),
+            ("caption_table", self.table),
             ("held-out train_data" if self.held_out else "val_data", self.validation),
             ("val_class_names", self.validation_names),
             ("rea_data", self.pairs),
@@ -125,14 +129,25 @@ def open_inputs(config: TrainConfig) -> Inputs:
 
     Raises:
         DataError: one can't be read, or lacks what the run needs of it.
+        StaleEmbeddingsError: `caption_table` was mined from other captions.
     """
+    with columns_named(config.columns):
+        return _opened(config)
 
+
+def _opened(config: TrainConfig) -> Inputs:
     def optional(name: str, load: Any, **how: Any) -> Any:
         source = getattr(config, name)
         return None if source is None else load(source, **how)
 
     images = load_images(config.train_data)
     captions = optional("captions", load_captions)
+    table = None
+    if config.caption_table is not None and not config.needs_captions:
+        _log.warning("caption_table is not used: method %r has no captions", config.method)
+    elif config.caption_table is not None:
+        assert captions is not None  # `TrainConfig.problems` sees to it
+        table = GivenTable.open(config.caption_table, captions.fingerprint())
     validation = optional("val_data", load_images)
     validation_names = optional("val_class_names", read_class_names)
     held_out = validation is None and len(chosen := held_out_classes(images, config)) > 0
@@ -153,6 +168,7 @@ def open_inputs(config: TrainConfig) -> Inputs:
     return Inputs(
         images=images,
         captions=captions,
+        table=table,
         validation=validation,
         validation_names=validation_names,
         held_out=held_out,

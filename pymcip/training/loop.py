@@ -9,28 +9,29 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from pymcip.configs import TrainSettings
-from pymcip.distributed import highest, rows_of
+from pymcip.distributed import highest, is_first, rows_of
 from pymcip.errors import CheckpointError, TrainingDivergedError
 from pymcip.model import ClipModel
 from pymcip.model.towers import training_batch_norms
 from pymcip.progress import progress
+from pymcip.training.callbacks import Callbacks, TrainState
 from pymcip.training.checkpoints import Position, save_checkpoint
-from pymcip.training.logs import MetricsLog
+from pymcip.training.logs import MetricsLog, system_values
 from pymcip.training.optim import cosine_with_warmup
 from pymcip.training.pace import Pace
 from pymcip.training.replicas import change_rows, to_first
 
 MAX_BAD_STEPS_IN_A_ROW = 10
-_WORDS = {  # for the parts of the loss
+LOSS_WORDS = {  # for the parts of the loss
     "arc_margin": "class labels",
     "caption_margin": "pseudo-captions",
     "distill": "distillation",
@@ -132,6 +133,8 @@ class Run:
     end_of_epoch: Callable[[Run, Stage], None]  # evaluation; may raise position.best_score
     checkpoint: Path | None = None
     pace: Pace | None = None  # of the stage
+    callbacks: Callbacks = field(default_factory=Callbacks)
+    ended: bool = False  # the stage, by a callback
 
     def save(self, stage: Stage | None) -> Path:
         """Write a checkpoint at the run's position; None: between two stages.
@@ -155,6 +158,35 @@ class Run:
         place = {"epoch": self.position.epoch, "global_step": self.position.global_step}
         self.log.write({name: measured, "stage": stage.name, **place})
 
+    def call_back(self, name: str, stage: Stage, **values: dict[str, float]) -> None:
+        """Call the user's function `name` with `values`; it may end the stage.
+
+        Of several processes the first one calls it, and tells the others.
+        """
+        if getattr(self.callbacks, name) is None:
+            return
+        position = self.position
+        state = TrainState(
+            out=self.out,
+            stage=stage.name,
+            epoch=position.epoch,
+            epochs=stage.epochs,
+            step=position.step,
+            steps_per_epoch=stage.steps_per_epoch,
+            global_step=position.global_step,
+            **{
+                key: MappingProxyType(dict(values.get(key, {})))
+                for key in ("losses", "metrics", "before")
+            },
+        )
+        if highest(is_first() and self.callbacks.ends_stage(name, state))[0]:
+            self.ended = True
+            _log.info(
+                "%s returned True: the %s stage ends in epoch %d of %d, after step %d of %d",
+                name, stage.name, position.epoch + 1, stage.epochs, position.step,
+                stage.steps_per_epoch,
+            )  # fmt: skip
+
 
 def restore(state: dict[str, Any], stage: Stage) -> None:
     """Put optimizer and heads of a checkpoint back (the model is loaded before)."""
@@ -173,7 +205,7 @@ def restore(state: dict[str, Any], stage: Stage) -> None:
 
 
 def fit(run: Run, stage: Stage) -> None:
-    """Run `stage` from `run.position` to its end, or until an interruption is requested.
+    """Run `stage` from `run.position` to its end, or until a callback or an interruption ends it.
 
     A checkpoint is written before the first step (so that there is always one to name), every
     `save_steps`, at every epoch's last step (before its evaluation), and on interruption.
@@ -186,7 +218,8 @@ def fit(run: Run, stage: Stage) -> None:
         stage.name, stage.epochs, stage.steps_per_epoch, stage.samples_per_step,
     )  # fmt: skip
     run.pace = Pace(run.config.workers)
-    while position.epoch < stage.epochs:
+    run.ended = False
+    while position.epoch < stage.epochs and not run.ended:
         with run.interruption.deferred():
             run_epoch(run, stage)
             run.save(stage)
@@ -198,7 +231,7 @@ def fit(run: Run, stage: Stage) -> None:
 
 
 def run_epoch(run: Run, stage: Stage) -> None:
-    """Run the steps of an epoch that `run.position` leaves; ends early if interrupted."""
+    """Run the steps of an epoch that `run.position` leaves; ends early if asked to."""
     position, config = run.position, run.config
     total = stage.epochs * stage.steps_per_epoch
     stage.train_mode()
@@ -228,9 +261,12 @@ def run_epoch(run: Run, stage: Stage) -> None:
                 position.sums[name] = position.sums.get(name, 0.0) + value
             position.steps_in_sums += bool(values)
             bar.update()
+            losses = {**values, "lr": stage.optimizer.param_groups[0]["lr"]} if values else {}
+            run.call_back("on_step", stage, losses=losses)
             if (
                 position.global_step % config.log_steps == 0
                 or position.step == stage.steps_per_epoch
+                or run.ended
             ):
                 _log_line(run, stage, time.perf_counter() - clock)
                 clock = time.perf_counter()
@@ -241,7 +277,7 @@ def run_epoch(run: Run, stage: Stage) -> None:
                     f"last good checkpoint is {run.checkpoint}. Lower lr, or train with "
                     "precision='fp32'."
                 )
-            if run.interruption.agreed:
+            if run.interruption.agreed or run.ended:
                 return
             unfinished = position.step < stage.steps_per_epoch
             if unfinished and position.global_step % config.save_steps == 0:
@@ -304,10 +340,11 @@ def _log_line(run: Run, stage: Stage, seconds: float) -> None:
         "lr": stage.optimizer.param_groups[0]["lr"],
         "skipped_steps": position.skipped_steps,
         "samples_per_second": steps * stage.samples_per_step / max(seconds, 1e-9),
+        "system": system_values(run.clip.device),
     }
     run.log.write(record)
     if "loss" in record:
-        parts = [f"{_WORDS[name]} {record[name]:.3f}" for name in record if name in _WORDS]
+        parts = [f"{LOSS_WORDS[name]} {record[name]:.3f}" for name in record if name in LOSS_WORDS]
         _log.info(
             "%s stage, epoch %d of %d, step %d of %d: loss %.3f%s, gradient norm %.2f, learning rate "
             "%.1e, %.1f samples/s",

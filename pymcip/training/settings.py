@@ -53,7 +53,7 @@ def fit_settings(
     visual: nn.Module = clip.model.visual  # type: ignore[assignment]
     parameters = sum(value.numel() for value in visual.parameters())
     count = len(images)
-    if config.pretrained == "openai":
+    if config.pretrained == "openai" and config.caption_table is None:
         choose("threshold", PAPER_THRESHOLD, "the paper's, for OpenAI's weights")
     batch = 32 if count < SMALL_SET else 64 if count < LARGE_SET else 128
     batch = choose("batch_size", batch, f"{count} images")

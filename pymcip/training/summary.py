@@ -8,6 +8,7 @@ from datetime import timedelta
 
 from pymcip.configs import TrainSettings
 from pymcip.distributed import world
+from pymcip.evaluation.report import REPORT
 from pymcip.model import ClipModel
 from pymcip.training.inputs import Inputs
 from pymcip.training.result import TrainResult
@@ -54,6 +55,8 @@ def log_end(result: TrainResult, config: TrainSettings) -> None:
             "interrupted by %s; checkpoint: %s. To continue: the same command with --resume latest",
             result.interrupted, result.checkpoint,
         )  # fmt: skip
+    else:
+        _log.info("the report of the run, for a browser: %s", result.out / REPORT)
     if result.hub is not None:
         _log.info("the weights for open_clip: local-dir:%s", result.hub)
         _log.info("to compare on images of your own: %s", evaluate_command(result, config))
@@ -69,6 +72,8 @@ def evaluate_command(result: TrainResult, config: TrainSettings) -> str:
         words += ["--baseline-pretrained", config.pretrained]
     data = config.val_data if config.val_data is not None else "DATA"
     words += ["--data", *map(str, data if isinstance(data, tuple) else (data,))]
+    if config.columns and config.val_data is not None:
+        words += ["--columns", *(f"{role}={name}" for role, name in config.columns.items())]
     return shlex.join(words)
 
 

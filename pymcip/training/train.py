@@ -21,16 +21,18 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from pymcip.configs import TrainConfig, TrainSettings
 from pymcip.data import ImageData
 from pymcip.distributed import alone, barrier, broadcast, is_first, joined
 from pymcip.embedding import EmbeddingCache, EmbeddingFolder
-from pymcip.errors import DataError
-from pymcip.exporting import write_export
+from pymcip.errors import ConfigError, DataError
+from pymcip.exporting import ExportResult, write_export
 from pymcip.files import write_json
 from pymcip.mining import CaptionTable, mine_captions
 from pymcip.model import ClipModel, load_configured, plain_state
@@ -40,6 +42,7 @@ from pymcip.ops.arrays import MatrixParts
 from pymcip.outputs import output_folder
 from pymcip.training.appended import WEIGHT, choose_weight, fit_appended
 from pymcip.training.budget import AlignmentBudget
+from pymcip.training.callbacks import Callbacks
 from pymcip.training.checkpoints import (
     Position,
     checkpoint_files,
@@ -54,6 +57,7 @@ from pymcip.training.logs import MetricsLog, forget_after, log_file
 from pymcip.training.loop import Interruption, Run, Stage, fit, restore
 from pymcip.training.noise import noisy_captions
 from pymcip.training.replicas import check_processes
+from pymcip.training.report import report_run
 from pymcip.training.result import INPUTS, TrainResult, as_begun, finished_result, read_begun
 from pymcip.training.settings import fit_settings
 from pymcip.training.summary import log_end, log_start
@@ -63,12 +67,14 @@ from pymcip.training.validation import Validation
 _log = logging.getLogger("pymcip.training")
 
 
-def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
+def train(
+    config: TrainConfig | None = None, /, *, callbacks: Callbacks | None = None, **options: Any
+) -> TrainResult:
     """Fine-tune an open_clip model for image search; `pymcip.TrainConfig` lists the options.
 
     Writes a run folder: `config.json`, `inputs.json` (what the data and weights were), `out.log`, `metrics.jsonl`, `embeddings/` and `mined/` (the
     pseudo-captions), `checkpoints/`, `exported/` (plain open_clip weights), `result.json`;
-    with a budget `alignment.json`.
+    with a budget `alignment.json`; at last `report.html`, which shows what came of it.
 
     With `alignment_budget` the tuned weights are drawn back towards the original ones as far as the
     budget asks for (`TrainResult.alignment`); if nothing keeps it, nothing is exported.
@@ -84,6 +90,9 @@ def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
     With `resume="latest"` a run that was killed continues from its last checkpoint, on the CPU to the
     same bits as if it had not been.
 
+    `callbacks` are called at steps, evaluations and the ends of epochs, and may end a stage early; see
+    `pymcip.Callbacks`.
+
     Raises:
         ConfigError, DataError: something is wrong with options or data; nothing was written.
         OutputExistsError: `out` holds something.
@@ -96,11 +105,15 @@ def train(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
             not finite or have grown a thousandfold. Nothing was exported.
     """
     config = TrainConfig.make(config, options)
+    if not isinstance(callbacks, (Callbacks, NoneType)):
+        raise ConfigError(
+            f"callbacks={callbacks!r:.60} is not allowed; allowed: pymcip.Callbacks(on_epoch=…), or None"
+        )
     with joined(config.device):
-        return _train(config)
+        return _train(config, callbacks or Callbacks())
 
 
-def _train(config: TrainConfig) -> TrainResult:
+def _train(config: TrainConfig, callbacks: Callbacks) -> TrainResult:
     """Check everything, then hold the run's folder and run; of several processes the first writes."""
     begun = read_begun(config) if config.resume else None
     config = as_begun(config, begun)
@@ -120,33 +133,40 @@ def _train(config: TrainConfig) -> TrainResult:
     cache = _cache(settings, Path(settings.out), clip, weights)
     barrier()  # all have read what the folder holds
     if not is_first():
+        barrier()  # the first one holds it, and has seen what may be in it
         with Interruption().installed() as interruption:
-            return _run(settings, Path(settings.out), cache, inputs, interruption)
+            return _run(
+                settings, reasons, Path(settings.out), cache, inputs, interruption, callbacks
+            )
     with output_folder(config, resume=config.resume is not None, read=inputs.files()) as out:
         write_json(out / INPUTS, made_from)
         write_json(out / "config.json", settings.to_dict())
         (out / "checkpoints").mkdir(exist_ok=True)
+        barrier()
         with Interruption().installed() as interruption, log_file(out / "out.log"):
             log_start(settings, reasons, clip, inputs)
-            result = _run(settings, out, cache, inputs, interruption)
+            result = _run(settings, reasons, out, cache, inputs, interruption, callbacks)
             log_end(result, settings)
             return result
 
 
 def _run(
     config: TrainSettings,
+    reasons: Mapping[str, str],
     out: Path,
     cache: EmbeddingCache,
     inputs: Inputs,
     interruption: Interruption,
+    callbacks: Callbacks,
 ) -> TrainResult:
-    """Embed, mine, run the stages in order, keep the budget, export.
+    """Embed, mine, run the stages in order, keep the budget, export, report.
 
-    `cache`: of the untrained model, which is trained here.
+    `reasons`: of what was chosen for the run. `cache`: of the untrained model, which is trained here.
     """
     started = time.perf_counter()
     clip = cache.clip
-    data, embedded, table = _embed_and_mine(config, out, cache, inputs)
+    data, mined, table = _embed_and_mine(config, out, cache, inputs)
+    embedded = mined
     if config.projector == "discard":
         discard_projector(clip, config.seed)
         cache = _cache(config, out, clip)
@@ -229,6 +249,12 @@ def _run(
                 if part is not None:
                     part.after_epoch(run, stage)
         barrier()
+        measured = {}
+        if validation is not None:
+            measured = {"metrics": validation.metrics, "before": validation.before}
+        if inputs.validation is not None:
+            run.call_back("on_evaluation", stage, **measured)
+        run.call_back("on_epoch", stage, **measured)
 
     stages: list[Callable[[], Stage]] = [image_stage] if config.trains_images else []
     if config.realigns:
@@ -237,7 +263,7 @@ def _run(
     with MetricsLog(out, config.report_to, config.to_dict(), seconds) as log:
         run = Run(
             clip, config, out, log, interruption, position, end_of_epoch,
-            checkpoint=files[-1] if state is not None else None,
+            checkpoint=files[-1] if state is not None else None, callbacks=callbacks,
         )  # fmt: skip
         if validation is not None:
             with alone():
@@ -260,34 +286,11 @@ def _run(
         others: TrainResult = broadcast(None)
         return others
     with alone():
-        exported = alignment = final = None
+        exported = alignment = None
         if not interruption.agreed:
             refuse_diverged(clip.model, norms, position)
-            tuned = clip
-            if config.extra_dims and stages:
-                tuned = replace(clip, model=copy.deepcopy(clip.model))
-            if budget is not None:
-                alignment = budget.keep(run)
-            elif config.extra_dims:
-                clip.model.visual.load_state_dict(original)  # type: ignore[union-attr,operator]
-            if config.extra_dims:
-                caches = _cache(config, out, clip), _cache(config, out, tuned)
-                head, gate = fit_appended(config, *caches, [data])
-                weight = WEIGHT
-                if inputs.held_out and inputs.validation is not None:
-                    weight = choose_weight(*caches, inputs.validation, head, gate)
-                    final = fit_appended(config, *caches, [data, inputs.validation])
-                tower: Any = None if tuned is clip else tuned.model.visual
-                clip = appended_clip(clip, tower, head, weight, gate)
-            if config.extra_dims or alignment is None or alignment["respected"]:
-                drawn_back = alignment is not None and alignment["coefficient"] < 1
-                if validation is not None:
-                    validation.finish(run, clip, changed=config.extra_dims > 0 or drawn_back)
-                if (
-                    final is not None
-                ):  # has seen the classes that were held out to measure the model
-                    clip = replace(clip, head=final[0], gate=final[1])  # type: ignore[call-arg]
-                exported = write_export(clip, out / "exported")
+            trained = bool(stages)
+            exported, alignment = _finish(run, inputs, data, original, trained, budget, validation)
         best = out / "checkpoints" / "best.pt"
         result = TrainResult(
             out=out,
@@ -305,9 +308,58 @@ def _run(
             alignment=alignment,
         )
         if not interruption.agreed:
+            report_run(result, config, reasons, inputs, mined, validation)
             result.write()
     broadcast(result)
     return result
+
+
+def _finish(
+    run: Run,
+    inputs: Inputs,
+    data: ImageData,
+    original: dict[str, Tensor],
+    trained: bool,
+    budget: AlignmentBudget | None,
+    validation: Validation | None,
+) -> tuple[ExportResult | None, dict[str, Any] | None]:
+    """Keep the budget, append dimensions, measure what came of it, and export it.
+
+    Args:
+        run: at its end.
+        inputs, data: its data; `data` are the training images.
+        original: the image tower before training; needed where dimensions are appended.
+        trained: whether the run has changed the model, or only appends to it.
+        budget, validation: of the run.
+
+    Returns:
+        What was exported, if anything was, and what `AlignmentBudget.keep` found.
+    """
+    config, out, clip, tuned = run.config, run.out, run.clip, run.clip
+    alignment = final = None
+    if config.extra_dims and trained:
+        tuned = replace(clip, model=copy.deepcopy(clip.model))
+    if budget is not None:
+        alignment = budget.keep(run)
+    elif config.extra_dims:
+        clip.model.visual.load_state_dict(original)  # type: ignore[union-attr,operator]
+    if config.extra_dims:
+        caches = _cache(config, out, clip), _cache(config, out, tuned)
+        head, gate = fit_appended(config, *caches, [data])
+        weight = WEIGHT
+        if inputs.held_out and inputs.validation is not None:
+            weight = choose_weight(*caches, inputs.validation, head, gate)
+            final = fit_appended(config, *caches, [data, inputs.validation])
+        tower: Any = None if tuned is clip else tuned.model.visual
+        clip = appended_clip(clip, tower, head, weight, gate)
+    elif alignment is not None and not alignment["respected"]:
+        return None, alignment
+    if validation is not None:
+        drawn_back = alignment is not None and alignment["coefficient"] < 1
+        validation.finish(run, clip, changed=config.extra_dims > 0 or drawn_back)
+    if final is not None:  # has seen the classes that were held out to measure the model
+        clip = replace(clip, head=final[0], gate=final[1])  # type: ignore[call-arg]
+    return write_export(clip, out / "exported"), alignment
 
 
 def _cache(
@@ -337,15 +389,17 @@ def _embed_and_mine(
     if not config.needs_captions:
         return data, embedded, None
     assert inputs.captions is not None  # `TrainConfig.problems` sees to it
-    captions = cache.captions(inputs.captions)
-    table = mine_captions(
-        images=embedded.path,
-        captions=captions.path,
-        out=out / "mined",
-        k=config.k,
-        threshold=config.threshold,
-        seed=config.seed,
-    ).table
+    if inputs.table is not None:
+        table = inputs.table.of(embedded.contents(), data.key)
+    else:
+        table = mine_captions(
+            images=embedded.path,
+            captions=cache.captions(inputs.captions).path,
+            out=out / "mined",
+            k=config.k,
+            threshold=config.threshold,
+            seed=config.seed,
+        ).table
     if config.caption_noise > 0:  # mined/ keeps what was mined
         table = noisy_captions(table, config.caption_noise, config.seed)
     return data, embedded, table

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import logging
+import tempfile
+from dataclasses import asdict
 
 import numpy as np
 
+from pymcip.benchmarks import SuiteOptions
 from pymcip.configs import TrainSettings, Workers
 from pymcip.data import ImageData
 from pymcip.data.class_names import ClassNames
-from pymcip.evaluation import evaluate_model, in_words
-from pymcip.files import read_json, write_json
+from pymcip.embedding import EmbeddingCache
+from pymcip.evaluation import in_words
+from pymcip.evaluation.examples import Examples
+from pymcip.evaluation.own_data import Measured, check_own, measure_own
+from pymcip.files import damaged, read_json, write_json
 from pymcip.model import ClipModel
 from pymcip.training.checkpoints import mark_best
 from pymcip.training.loop import Run, Stage
@@ -28,8 +34,9 @@ class Validation:
     """Evaluations of a model in training, in percent.
 
     Attributes:
-        before: of the untrained model; {} until `start`.
-        metrics: the last one.
+        before: of the untrained model; {} until `start`. `found_before`: what it finds.
+        metrics: the last one. `measured`: with all that belongs to it; None if it was read from a file.
+        remarks: what is not better in the end.
     """
 
     def __init__(
@@ -45,7 +52,10 @@ class Validation:
         self.clip, self.data, self.class_names, self.workers = clip, data, class_names, workers
         self.held_out = held_out  # whether `data` are classes of train_data
         self.before: dict[str, float] = {}
+        self.found_before: Examples | None = None
         self.metrics = metrics
+        self.measured: Measured | None = None
+        self.remarks: list[str] = []
 
     def start(self, run: Run) -> None:
         """Evaluate the untrained model, or read what a run that is resumed found."""
@@ -53,9 +63,15 @@ class Validation:
         if not path.is_file():
             if run.position.global_step > 0:
                 return  # the untrained model is gone; a killed run lost its first evaluation
-            self.update()
-            write_json(path, self.metrics)
-        self.before = read_json(path, {}, "Remove it; the run continues without these figures")
+            examples = asdict(self.update().examples)
+            write_json(path, {"metrics": self.metrics, "examples": examples})
+        advice = "Remove it; the run continues without these figures"
+        values = read_json(path, {"metrics": dict, "examples": dict}, advice)
+        self.before = values["metrics"]
+        try:
+            self.found_before = Examples.of(values["examples"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise damaged(path, f"its examples can't be read: {error!r}", advice) from error
         if run.position.global_step == 0:
             run.log.write({"evaluation": self.before, "global_step": 0})
 
@@ -74,12 +90,14 @@ class Validation:
             position.best_score = score
             mark_best(run.checkpoint)
 
-    def update(self) -> None:
+    def update(self) -> Measured:
         """Evaluate the model as it is now."""
-        self.metrics = evaluate_model(
-            self.clip, self.data,
-            class_names=self.class_names, batch_size=EMBED_BATCH, workers=self.workers,
-        )  # fmt: skip
+        own = check_own(self.data, None, self.class_names)
+        with tempfile.TemporaryDirectory(prefix="pymcip-") as folder:
+            cache = EmbeddingCache(self.clip, folder, batch_size=EMBED_BATCH, workers=self.workers)
+            self.measured = measure_own(own, cache, SuiteOptions())
+        self.metrics = self.measured.metrics
+        return self.measured
 
     def finish(self, run: Run, clip: ClipModel, *, changed: bool) -> None:
         """Evaluate the model to export, and log the figures before and after, and what is not better.
@@ -87,7 +105,7 @@ class Validation:
         `changed`: whether it is another model than at the end of the last epoch.
         """
         self.clip = clip
-        if changed:
+        if changed or self.measured is None:
             self.update()
         if not self.before:
             return
@@ -99,9 +117,10 @@ class Validation:
         steps = [
             line for line in run.log.records() if line.get("stage") == "image" and "loss" in line
         ]
-        for line in shortcomings(
+        self.remarks = shortcomings(
             run.config, self.before, self.metrics, [line["loss"] for line in steps]
-        ):
+        )
+        for line in self.remarks:
             _log.warning("%s", line)
 
 
