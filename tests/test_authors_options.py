@@ -23,7 +23,7 @@ from pymcip.model.towers import set_patch_dropout, text_parameters, unlock_text_
 from pymcip.training.batches import train_transform
 from pymcip.training.checkpoints import Position
 from pymcip.training.image_stage import ImageStage
-from pymcip.training.loop import optimizer_step
+from pymcip.training.loop import Interruption, optimizer_step
 from pymcip.training.text_stage import Pairs, TextStage
 from tests.conftest import images, settings_for
 
@@ -73,7 +73,9 @@ def test_the_class_matrix_is_clipped_by_itself(stage_of: Callable[..., ImageStag
     norms = []
     for limit in (None, 1e-3):
         stage = stage_of(grad_clip_norm=1e-2, grad_clip_classes=limit)
-        run: Any = SimpleNamespace(clip=stage.clip, config=stage.config, position=Position())
+        run: Any = SimpleNamespace(
+            clip=stage.clip, config=stage.config, position=Position(), interruption=Interruption()
+        )
         stage.optimizer.zero_grad()  # and with a learning rate of 0 the weights stay
         values = optimizer_step(run, stage, batch())
         tower = [p.grad for p in stage.clip.model.visual.parameters() if p.grad is not None]  # type: ignore[union-attr,operator]

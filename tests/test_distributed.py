@@ -69,6 +69,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> dic
         "method": "mcip+rea", "distill": 1.0, "mixtures": 0.5, "negatives": "bank",
         "device": "cpu", "precision": "fp32", "epochs": 2, "batch_size": 2, "accum_freq": 2,
         "lr": 1e-3, "warmup": 2, "log_steps": 1, "save_steps": 2, "rea_epochs": 2,
+        "grad_clip_classes": 1.0,
         "rea_batch_size": 3, "rea_lr": 1e-3, "resume": "latest",
     }  # fmt: skip
 

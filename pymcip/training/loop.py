@@ -28,7 +28,7 @@ from pymcip.training.checkpoints import Position, save_checkpoint
 from pymcip.training.logs import MetricsLog, system_values
 from pymcip.training.optim import cosine_with_warmup
 from pymcip.training.pace import Pace
-from pymcip.training.replicas import change_rows, to_first
+from pymcip.training.replicas import change_rows, to_first, total
 
 MAX_BAD_STEPS_IN_A_ROW = 10
 LOSS_WORDS = {  # for the parts of the loss
@@ -298,7 +298,9 @@ def optimizer_step(run: Run, stage: Stage, micro_batches: list[Any]) -> dict[str
     limit = run.config.grad_clip_norm or math.inf
     values["grad_norm"] = nn.utils.clip_grad_norm_(tower, limit, foreach=True)
     if run.config.grad_clip_classes is not None:
-        nn.utils.clip_grad_norm_(heads, run.config.grad_clip_classes, foreach=True)
+        own = nn.utils.get_total_norm([p.grad for p in heads if p.grad is not None])
+        norm = total(own.square()).sqrt()  # over the rows of all processes
+        nn.utils.clip_grads_with_norm_(heads, run.config.grad_clip_classes, norm, foreach=True)
     for p in heads:
         values["loss"] = values["loss"] + 0 * p.grad.sum()  # not finite if the gradient is not
     read = torch.stack([value.float() for value in values.values()]).tolist()  # one synchronisation
