@@ -95,6 +95,7 @@ docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 bench: setup
+	$(BIN)/python -m pip install --quiet "$$(ls dist/*.whl)[bench]"
 	$(BIN)/python bench/bench_margin_softmax.py
 	$(BIN)/python bench/bench_topk.py
 	$(BIN)/python bench/bench_metrics.py

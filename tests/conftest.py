@@ -333,8 +333,8 @@ def lines_of(out: Path) -> list[dict[str, Any]]:
 
 
 def computed_of(out: Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl without those figures that time makes: equal for equal runs."""
-    times = {"seconds", "samples_per_second"}
+    """The records of metrics.jsonl without figures of time and memory: equal for equal runs."""
+    times = {"seconds", "samples_per_second", "system"}
     return [{k: v for k, v in line.items() if k not in times} for line in lines_of(out)]
 
 

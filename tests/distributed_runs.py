@@ -1,14 +1,19 @@
 """What each of the processes of test_distributed.py does: torchrun … distributed_runs.py FOLDER.
 
 FOLDER holds jobs.json, a list of jobs in order, and takes what is found of each: NUMBER-RANK.pt.
+Started again after a kill, the processes leave out the jobs that are done.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import random
+import runpy
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +27,7 @@ from pymcip.training import loop
 from pymcip.training.replicas import gather, replicated, shard_of, to_first
 
 ROWS, DIM, MICRO_BATCHES = 4, 8, 4
+STARTED_BEFORE = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def gradients(classes: int) -> dict[str, Any]:
@@ -61,19 +67,40 @@ def gradients(classes: int) -> dict[str, Any]:
 
 
 def train(
-    options: dict[str, Any], disturb: str | None = None, at: int = 0, end: int = 0
+    options: dict[str, Any],
+    disturb: str | None = None,
+    at: int = 0,
+    end: int = 0,
+    killed_save: int | None = None,
+    kills: int = 0,
 ) -> dict[str, Any]:
     """A run; in its step `at` the last process `disturb`s: "nan", "SIGTERM" or "SIGKILL".
 
     `end`: the step after which a callback of the first process ends a stage.
+    `killed_save`: a step at whose checkpoint process 0 is killed when half of it is written, after
+    one restart; that half stays as OUT.half. `kills`: how often a random process is killed at a random
+    moment, 1 to 9 steps after its start; OUT.kills has a line for each.
     """
     calls = []
     ending = pymcip.Callbacks(on_step=lambda s: calls.append(s) or s.global_step == end)  # type: ignore[func-returns-value]
-    inner = loop.optimizer_step
+    inner, write = loop.optimizer_step, torch.save
+    saving = threading.Event()
+    chance = random.Random(STARTED_BEFORE)
+    victim, left = chance.randrange(world()), chance.randint(1, 8)
+
+    def kill(step: int) -> None:
+        with Path(options["out"]).with_suffix(".kills").open("a") as lines:
+            lines.write(f"process {rank()}, step {step}{', saving' * saving.is_set()}\n")
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def disturbed(run: Any, stage: Any, micro_batches: Any) -> dict[str, float]:
+        nonlocal left
+        left -= 1
+        if kills > STARTED_BEFORE and rank() == victim and left == 0:
+            step = run.position.global_step + 1
+            threading.Timer(chance.uniform(0, 0.3), kill, [step]).start()
         here = rank() == world() - 1 and run.position.global_step + 1 == at
-        if not here or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        if not here or STARTED_BEFORE:
             return inner(run, stage, micro_batches)
         if disturb == "nan":
             hook = stage.heads["classes"].weight.register_hook(lambda grad: grad * float("nan"))
@@ -84,36 +111,63 @@ def train(
         os.kill(os.getpid(), getattr(signal, disturb))
         return inner(run, stage, micro_batches)
 
+    def cut_off(state: Any, handle: Any) -> None:
+        whole = io.BytesIO()
+        write(state, whole)
+        content = whole.getvalue()
+        now = STARTED_BEFORE == 1 and state.get("global_step", -1) == killed_save
+        handle.write(content[: len(content) // (1 + now)])
+        if now:
+            handle.flush()
+            os.link(handle.name, Path(options["out"]).with_suffix(".half"))
+            os.kill(os.getpid(), signal.SIGKILL)
+
     weights: dict[str, Tensor] = {}
     last = loop.Run.save
 
     def saved(self: Any, stage: Any) -> Path:
         weights.update({k: v.clone() for k, v in self.clip.model.state_dict().items()})
-        return last(self, stage)
+        saving.set()
+        path = last(self, stage)
+        saving.clear()
+        return path
 
-    loop.optimizer_step, loop.Run.save = disturbed, saved
+    loop.optimizer_step, loop.Run.save, torch.save = disturbed, saved, cut_off
     try:
         result = pymcip.train(**options, callbacks=ending if end else None)
-    except pymcip.errors.PymcipError as error:
+    except pymcip.errors.ConfigError as error:
         return {"error": f"{type(error).__name__}: {error}"}
     finally:
-        loop.optimizer_step, loop.Run.save = inner, last
+        loop.optimizer_step, loop.Run.save, torch.save = inner, last, write
     return {
         "steps": result.steps, "skipped": result.skipped_steps, "interrupted": result.interrupted,
         "checkpoint": result.checkpoint.name, "weights": weights, "calls": len(calls),
     }  # fmt: skip
 
 
+def command(words: list[str]) -> dict[str, Any]:
+    """`python -m pymcip` with these words."""
+    sys.argv = ["pymcip", *words]
+    try:
+        runpy.run_module("pymcip", run_name="__main__")
+    except SystemExit as end:
+        return {"status": end.code}
+    return {}
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     for number, job in enumerate(json.loads((folder / "jobs.json").read_text())):
+        out = folder / f"{number}-{rank()}.pt"
+        if out.exists():
+            continue
         if "classes" in job:
             with joined("cpu"):
                 found = gradients(**job)
         else:
-            found = train(**job)
-        torch.save(found, folder / f"{number}-{rank()}.pt")
+            found = command(**job) if "words" in job else train(**job)
+        torch.save(found, out)
 
 
 if __name__ == "__main__":

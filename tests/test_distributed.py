@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import pymcip
-from pymcip.errors import ConfigError
+from pymcip.errors import CheckpointError, ConfigError
 from pymcip.training.checkpoints import checkpoint_files, load_checkpoint
 from tests.conftest import CAPTIONS, COLOURS, computed_of, picture
 
@@ -26,28 +26,31 @@ assert SPEC.loader is not None
 runs = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(runs)
 CLASSES = [1003, 5, 1]  # an uneven cut, and a process without rows
-ROUNDING = 1e-5  # of fp32 sums in another order, over some steps
+FIRST = 1e-6  # relative error of fp32 sums in another order, in the first step
+ROUNDING = 1e-5  # and after some: AdamW divides by the gradient, so rounding of small ones grows
 STEPS = 10  # 6 on images, 4 on texts
+KILLS = int(os.environ.get("PYMCIP_KILLS", "0"))
 
 
-def torchrun(*arguments: Any, cwd: Path, status: int = 0, restarts: int = 0) -> str:
-    """Start two processes by torchrun, and return what they print."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    words = ["--standalone", "--nproc-per-node", "2", "--max-restarts", restarts, *arguments]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *map(str, words)],
-        capture_output=True, text=True, timeout=300, check=False, cwd=cwd, env=environment,
-    )  # fmt: skip
-    assert done.returncode == status, done.stderr
-    return done.stdout + done.stderr
-
-
-def run_jobs(folder: Path, jobs: list[dict[str, Any]], restarts: int = 0) -> list[list[Any]]:
-    """What each job found, in each of two processes."""
+def run_jobs(
+    folder: Path, jobs: list[dict[str, Any]], restarts: int, seconds: int = 300
+) -> tuple[list[list[Any]], str]:
+    """What each job found, in each of two processes that torchrun starts, and what they printed."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    torchrun(SCRIPT, folder, cwd=folder, restarts=restarts)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    options = ["--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *options, str(SCRIPT), str(folder)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder, env=environment,
+    )  # fmt: skip
+    try:
+        said, _ = process.communicate(timeout=seconds)
+    finally:
+        process.terminate()  # killed, it would leave its processes behind
+    assert process.returncode == 0, said
     names = [[folder / f"{number}-{rank}.pt" for rank in range(2)] for number in range(len(jobs))]
-    return [[torch.load(name, weights_only=True) for name in pair] for pair in names]
+    found = [[torch.load(name, weights_only=True) for name in pair] for pair in names]
+    return found, said
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +77,12 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> dic
 def found(tmp_path_factory: pytest.TempPathFactory, world: dict[str, Any]) -> dict[str, Any]:
     """What two processes found of the jobs, by name."""
     folder = tmp_path_factory.mktemp("jobs")
-    out = {
-        name: str(folder / name)
-        for name in ("whole", "bank", "nan", "stopped", "half", "ended", "many", "few")
-    }
+    names = "whole bank nan stopped half ended many few killed"
+    out = {name: str(folder / name) for name in names.split()}
     gpr = {**world, "method": "gpr", "distill": 0, "mixtures": 0}
-    appended = {"method": "appended", "distill": 0, "mixtures": 0, "epochs": 1}
+    config = folder / "config.json"
+    config.write_text(json.dumps({**gpr, "epochs": 3}))  # 9 steps, as no other job has
+    appended = {"method": "appended", "distill": 0, "mixtures": 0, "epochs": 1, "resume": None}
     jobs: dict[str, dict[str, Any]] = {f"gradients {n}": {"classes": n} for n in CLASSES}
     jobs |= {
         "whole": {"options": {**world, "out": out["whole"]}},
@@ -96,9 +99,14 @@ def found(tmp_path_factory: pytest.TempPathFactory, world: dict[str, Any]) -> di
         "ended": {"options": {**gpr, "out": out["ended"]}, "end": 2},
         "many": {"options": {**world, "out": out["many"], "accum_freq": 3}},
         "few": {"options": {**world, "out": out["few"], "batch_size": 7}},
+        "command": {"words": ["train", "--config", str(config), "--out", str(folder / "command")]},
+        "killed": {
+            "options": {**world, "out": out["killed"]},
+            "disturb": "SIGKILL", "at": 6, "killed_save": 8,
+        },
     }  # fmt: skip
-    results = dict(zip(jobs, run_jobs(folder, list(jobs.values())), strict=True))
-    return {"folder": folder, **results}
+    results, said = run_jobs(folder, list(jobs.values()), restarts=2)
+    return {"folder": folder, "said": said, **dict(zip(jobs, results, strict=True))}
 
 
 def close(one: Any, other: Any, tolerance: float) -> bool:
@@ -124,19 +132,19 @@ def test_a_run_is_that_of_one_process(
     two = found["folder"] / "whole"
     assert [result["steps"] for result in found["whole"]] == [STEPS, STEPS]
     lines = zip(computed_of(one.out), computed_of(two), strict=True)
-    for line, other in lines:
+    for number, (line, other) in enumerate(lines):
         assert line.keys() == other.keys()
         assert line["stage"] == other["stage"]
         assert line.get("caption_margin", 1) > 0
         for name in line.keys() - {"stage"}:
-            tolerance = pytest.approx(line[name], rel=10 * ROUNDING, abs=ROUNDING)
-            assert other[name] == tolerance, name
+            tolerance = ROUNDING if number else FIRST
+            assert other[name] == pytest.approx(line[name], rel=tolerance, abs=tolerance), name
     states = [
         load_checkpoint(checkpoint_files(out / "checkpoints")[-1])["model"]
         for out in (one.out, two)
     ]
     for name, value in states[0].items():
-        assert close(states[1][name], value, 1e-3), name
+        assert close(states[1][name], value, ROUNDING), name
     assert "2 processes, each with 1 of a step's 2 micro-batches" in (two / "out.log").read_text()
 
 
@@ -198,28 +206,42 @@ def test_one_process_resumes_what_two_began(world: dict[str, Any], found: dict[s
     result = pymcip.train(**world, out=out)
     assert result.steps == STEPS
     for line, other in zip(computed_of(out), computed_of(found["folder"] / "whole"), strict=True):
-        assert line["loss"] == pytest.approx(other["loss"], rel=10 * ROUNDING)
+        assert line["loss"] == pytest.approx(other["loss"], rel=ROUNDING)
 
 
-def test_torchrun_restarts_a_run_that_lost_a_process(
-    world: dict[str, Any], found: dict[str, Any], tmp_path: Path
-) -> None:
-    jobs = [{"options": {**world, "out": str(tmp_path / "run")}, "disturb": "SIGKILL", "at": 6}]
-    (results,) = run_jobs(tmp_path, jobs, restarts=1)
-    for result, whole in zip(results, found["whole"], strict=True):
+def test_torchrun_restarts_a_run_that_lost_a_process(found: dict[str, Any]) -> None:
+    """The last process in a step, then process 0 while it writes a checkpoint."""
+    with pytest.raises(CheckpointError):
+        load_checkpoint(found["folder"] / "killed.half")
+    names = {path.name for path in (found["folder"] / "killed" / "checkpoints").iterdir()}
+    assert names == {"step_00000008.pt", "step_00000010.pt"}
+    for result, whole in zip(found["killed"], found["whole"], strict=True):
         assert result["steps"] == STEPS
         for name, value in whole["weights"].items():
             assert torch.equal(value, result["weights"][name]), name
 
 
-def test_the_command_line_has_one_voice(world: dict[str, Any], tmp_path: Path) -> None:
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps({**world, "method": "gpr", "distill": 0, "mixtures": 0}))
-    said = torchrun(
-        "-m", "pymcip", "train", "--config", config, "--out", tmp_path / "run", cwd=tmp_path
-    )
-    assert said.count("6 steps in") == 1
-    assert said.count('"steps": 6') == 1
+@pytest.mark.skipif(not KILLS, reason="takes minutes; PYMCIP_KILLS=10 kills a run ten times")
+def test_random_kills_change_no_bit(world: dict[str, Any], tmp_path: Path) -> None:
+    options = {**world, "epochs": 4 * KILLS, "rea_epochs": KILLS, "save_steps": 1}
+    jobs = [
+        {"options": {**options, "out": str(tmp_path / "whole")}},
+        {"options": {**options, "out": str(tmp_path / "killed")}, "kills": KILLS},
+    ]
+    (whole, killed), _ = run_jobs(tmp_path, jobs, restarts=KILLS, seconds=100 * KILLS)
+    lines = (tmp_path / "killed.kills").read_text()
+    print(lines)
+    assert lines.count("process") == KILLS
+    for one, other in zip(whole, killed, strict=True):
+        assert one["steps"] == other["steps"]
+        for name, value in one["weights"].items():
+            assert torch.equal(value, other["weights"][name]), name
+
+
+def test_the_command_line_has_one_voice(found: dict[str, Any]) -> None:
+    assert [result["status"] for result in found["command"]] == [0, 0]
+    assert found["said"].count("9 steps in") == 1
+    assert found["said"].count('"steps": 9') == 1
 
 
 @pytest.fixture

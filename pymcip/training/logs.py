@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import os
+import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeAlias
+
+import torch
 
 from pymcip.distributed import is_first
 from pymcip.errors import MissingDependencyError
@@ -96,6 +99,15 @@ class MetricsLog:
         return read_metrics(self.path)
 
 
+def system_values(device: torch.device) -> dict[str, float]:
+    """The most memory that this process has had so far, in GiB: its own, and of `device`, a GPU."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
+    found = {"memory_gib": round(peak / 2**30, 3)}
+    if device.type == "cuda":
+        found["gpu_memory_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
+    return found
+
+
 def _numbers(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
     """Yield the numbers by their names, those in dicts with the dict's name before a slash."""
     for name, value in values.items():
@@ -168,10 +180,16 @@ def _open_tracker(name: str, folder: Path, config: dict[str, Any]) -> Tracker:
                     writer.add_scalar(key, value, step)
 
             return log, writer.close
-        module = import_module(name)  # wandb or trackio, which share one interface
+        module = import_module(name)
     except ImportError as error:
         raise MissingDependencyError(
             f"report_to={name!r} needs a package that is not installed: pip install {name}"
         ) from error
+    if name == "mlflow":
+        module.set_experiment("pymcip")
+        module.start_run(run_name=folder.name)
+        module.log_params(config)
+        return lambda numbers, step: module.log_metrics(numbers, step=step), module.end_run
+    # wandb and trackio share one interface
     module.init(project="pymcip", name=folder.name, config=config)
     return lambda numbers, step: module.log(numbers, step=step), module.finish

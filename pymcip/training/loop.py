@@ -25,7 +25,7 @@ from pymcip.model.towers import training_batch_norms
 from pymcip.progress import progress
 from pymcip.training.callbacks import Callbacks, TrainState
 from pymcip.training.checkpoints import Position, save_checkpoint
-from pymcip.training.logs import MetricsLog
+from pymcip.training.logs import MetricsLog, system_values
 from pymcip.training.optim import cosine_with_warmup
 from pymcip.training.pace import Pace
 from pymcip.training.replicas import change_rows, to_first
@@ -340,6 +340,7 @@ def _log_line(run: Run, stage: Stage, seconds: float) -> None:
         "lr": stage.optimizer.param_groups[0]["lr"],
         "skipped_steps": position.skipped_steps,
         "samples_per_second": steps * stage.samples_per_step / max(seconds, 1e-9),
+        "system": system_values(run.clip.device),
     }
     run.log.write(record)
     if "loss" in record:

@@ -134,6 +134,7 @@ def _train(config: TrainConfig, callbacks: Callbacks) -> TrainResult:
     cache = _cache(settings, Path(settings.out), clip, weights)
     barrier()  # all have read what the folder holds
     if not is_first():
+        barrier()  # the first one holds it, and has seen what may be in it
         with Interruption().installed() as interruption:
             return _run(
                 settings, reasons, Path(settings.out), cache, inputs, interruption, callbacks
@@ -142,6 +143,7 @@ def _train(config: TrainConfig, callbacks: Callbacks) -> TrainResult:
         write_json(out / INPUTS, made_from)
         write_json(out / "config.json", settings.to_dict())
         (out / "checkpoints").mkdir(exist_ok=True)
+        barrier()
         with Interruption().installed() as interruption, log_file(out / "out.log"):
             log_start(settings, reasons, clip, inputs)
             result = _run(settings, reasons, out, cache, inputs, interruption, callbacks)
