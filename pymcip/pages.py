@@ -27,8 +27,9 @@ _environment = Environment(
 
 
 def filled(template: str, **values: Any) -> str:
-    """Fill in a template, a file of `templates/`."""
-    return _environment.get_template(template).render(values)
+    """Fill in a template, a file of `templates/`; bytes of file names that are not UTF-8 are escaped."""
+    text = _environment.get_template(template).render(values)
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def data_uri(jpeg: bytes) -> str:

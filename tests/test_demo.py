@@ -256,8 +256,9 @@ def test_a_tiny_run_from_end_to_end(smoke: DemoResult) -> None:
     after, before = pymcip.Index(opened.index), pymcip.Index(opened.baseline)
     assert after.same_images(before)
     assert after.clip.embed_dim > before.clip.embed_dim
-    with Image.open(smoke.out / "retrieval.png") as picture:
-        assert picture.size[0] > 800
+    page = (smoke.out / "before-and-after" / "report.html").read_text()
+    assert "](before-and-after/report.html)" in text
+    assert page.count('<td class="query"><span class="pic') == 12
     with pytest.raises(OutputExistsError):
         run_demo(DemoConfig(out=smoke.out, smoke=True))
 

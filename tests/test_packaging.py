@@ -65,7 +65,7 @@ FLOORS = {
         training.probe_sources training.inputs training.distillation training.image_stage
         training.settings training.noise training.appended training.text_stage training.probe training.summary training.validation training.report training.card training.budget
         training.train training""",
-    "demo": """demo.sprites demo.scenes demo.captions demo.world demo.recipe demo.neighbours demo.report
+    "demo": """demo.sprites demo.scenes demo.captions demo.world demo.recipe demo.report
         demo.points demo.run demo""",
     "studies": "studies.plots studies.tables studies.run studies",
     "what users call": "__init__ flags cli __main__",

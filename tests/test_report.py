@@ -21,6 +21,7 @@ from pymcip.embedding import EmbeddingCache
 from pymcip.evaluation import report
 from pymcip.evaluation.examples import NEAREST
 from pymcip.model import ClipModel, load
+from pymcip.pages import filled
 from pymcip.training import loop
 from tests.conftest import picture
 
@@ -233,3 +234,9 @@ def test_thumbnails_end_with_time_or_room(photos: Path, monkeypatch: pytest.Monk
     assert thumbnails.add(data, row) == 0
     now += 0.2
     assert thumbnails.add(data, row + 1) is None
+
+
+def test_a_name_that_is_not_utf8_can_be_shown() -> None:
+    page = filled("hits.html", title="\udcff<b>", hits=[])
+    assert "\\udcff&lt;b&gt;" in page
+    page.encode()

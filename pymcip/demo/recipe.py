@@ -69,7 +69,6 @@ class Recipe:
             "rea_templates": ("a picture of a {}",),
         }
     )
-    queries: int = 8
 
     def config(self, world: World, **options: Any) -> TrainConfig:
         """The training of every method on a world's scenes, but for `changes`; `out` is empty."""
@@ -105,5 +104,4 @@ SMOKE = Recipe(
     appended={},
     rea={"rea_epochs": 1, "rea_batch_size": 16, "rea_lr": 1e-4, "rea_warmup": 1},
     plus={"alignment_budget": 0.999},
-    queries=2,
 )

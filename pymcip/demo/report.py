@@ -13,6 +13,7 @@ from pymcip.demo.recipe import BASE
 from pymcip.demo.sprites import CREDIT
 from pymcip.markdown import markdown_table
 
+SHOWN = "before-and-after"  # folder of the page of base and mcip
 METHODS = ("base", "appended", "gpr", "2sft", "mcip", "mcip+rea", "mcip+")
 METRICS = {
     "i2i_map": "I2I mAP",
@@ -150,7 +151,7 @@ These commands index the first seed's test scenes and open a page to search them
 ```
 {commands}```
 
-![Random test scenes and their nearest others, before and after](retrieval.png)
+[Random test scenes with their nearest others, before and after `mcip`]({SHOWN}/report.html), for a browser.
 
 {CREDIT}
 """

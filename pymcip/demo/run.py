@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from pymcip.configs import DemoConfig
-from pymcip.demo.neighbours import draw_neighbours
 from pymcip.demo.points import make_point, measured, trained
 from pymcip.demo.recipe import BASE, BASE_FOLDER, SMOKE, Recipe
 from pymcip.demo.report import (
     METHODS,
     METRICS,
+    SHOWN,
     Table,
     check_pattern,
     format_report,
@@ -29,7 +29,7 @@ from pymcip.demo.report import (
 )
 from pymcip.demo.sprites import CREDIT, load_sprites
 from pymcip.demo.world import prepare_world
-from pymcip.evaluation import in_words
+from pymcip.evaluation import evaluate, in_words
 from pymcip.files import read_json, write_json, write_text
 from pymcip.model.loading import HUB_FOLDER
 from pymcip.outputs import output_folder
@@ -54,7 +54,7 @@ class DemoResult:
 
 
 def run_demo(config: DemoConfig | None = None, /, **options: Any) -> DemoResult:
-    """Run the demo and write report.md, report.json and retrieval.png into `out`.
+    """Run the demo and write report.md, report.json and the page of mcip in `before-and-after/` into `out`.
 
     Takes the fields of `DemoConfig` as keywords, or a ready config. Each seed has a folder of its
     own below `out`, with its world, its runs and its evaluations.
@@ -76,7 +76,7 @@ def _run(config: DemoConfig, recipe: Recipe, out: Path, started: float) -> DemoR
     seeds = list(range(config.seeds))
     for seed in seeds:
         _log.info("seed %d of %d", seed + 1, len(seeds))
-        tables.append(_run_seed(seed, out / f"seed{seed}", recipe, draw_to=out / "retrieval.png"))
+        tables.append(_run_seed(seed, out / f"seed{seed}", recipe, show_in=out / SHOWN))
     table = mean_table(tables)
     pattern = check_pattern(table)
     seconds = round(time.perf_counter() - started, 1)
@@ -102,8 +102,8 @@ def _run(config: DemoConfig, recipe: Recipe, out: Path, started: float) -> DemoR
     return DemoResult(out, seeds, table, seconds, pattern, markdown)
 
 
-def _run_seed(seed: int, folder: Path, recipe: Recipe, draw_to: Path) -> Table:
-    """One seed's scenes, trainings and evaluations; the first seed also draws the picture."""
+def _run_seed(seed: int, folder: Path, recipe: Recipe, show_in: Path) -> Table:
+    """One seed's scenes, trainings and evaluations; of the first one also what base and mcip find."""
     world = prepare_world(dataclasses.replace(recipe.world, seed=seed), folder / "world")
     _log.info("composed the scenes and the caption corpus")
     base = recipe.config(world, cache=folder / "embeddings", seed=seed)
@@ -122,6 +122,5 @@ def _run_seed(seed: int, folder: Path, recipe: Recipe, draw_to: Path) -> Table:
         table[method] = {name: round(found[name], 2) for name in METRICS}
         _log.info("%s: %s", method, in_words(table[method]))
     if seed == 0:
-        shown = {"before": BASE, "after MCIP": models["mcip"]}
-        draw_neighbours(shown, world, folder / "test", recipe.queries, draw_to)
+        evaluate(model=models["mcip"], baseline=BASE, out=show_in, **world.testing)
     return table

@@ -18,7 +18,7 @@ from pymcip.files import write_text
 from pymcip.pages import data_uri, filled
 
 REPORT = "report.html"
-SIDE, QUALITY = 96, 70  # of a thumbnail
+SIDE, QUALITY = 96, 60  # of a thumbnail
 SECONDS, SHARE = 1.5, 0.015  # for thumbnails: the larger one, a share of what was reported on
 BYTES = 400_000  # of all thumbnails
 WORST, LISTED = 8, 20  # classes; things of a kind that were left out

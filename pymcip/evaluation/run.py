@@ -145,7 +145,7 @@ def _measure_own(
         out=out,
     )
     _write(result, config)
-    if out is not None:
+    if out is not None and is_first():
         models = [
             Model(heading, each.metrics, each.examples)
             for heading, each in zip(headings, measured, strict=True)
@@ -236,7 +236,7 @@ def _measure_suite(
         missing=missing,
     )
     _write(result, config, {"protocol": asdict(options), "baseline_details": results[0].scores})
-    if out is not None:
+    if out is not None and is_first():
         about = {item.benchmark.name: item for item in found}
         headings = model_headings(models)
         _report(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pymcip.configs import TrainSettings
+from pymcip.data.labels import plain
 from pymcip.evaluation import comparison_table
 from pymcip.markdown import markdown_table
 from pymcip.training.inputs import Inputs
@@ -126,4 +127,4 @@ def _data(config: TrainSettings, inputs: Inputs) -> list[list[str]]:
 def _name(source: str | os.PathLike[str] | None) -> str:
     """The last part of a path; another text as it is."""
     text = os.fspath(source or "").removeprefix("local-dir:")
-    return Path(text).name if os.sep in text and not text.startswith("hf-hub:") else text
+    return plain(Path(text).name if os.sep in text and not text.startswith("hf-hub:") else text)
