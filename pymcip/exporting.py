@@ -18,7 +18,7 @@ import torch
 from pymcip.configs import ExportConfig
 from pymcip.embedding import EmbeddingFolder
 from pymcip.errors import CheckpointError, DataError, StaleEmbeddingsError
-from pymcip.files import atomic_path, write_json
+from pymcip.files import atomic_path, write_json, write_text
 from pymcip.model import AppendedClip, ClipModel, load_configured, plain_state
 from pymcip.model.appended import APPENDED, write_appended
 from pymcip.onnx import import_onnx, write_onnx
@@ -80,7 +80,9 @@ def export(config: ExportConfig | None = None, /, **options: Any) -> ExportResul
         return result
 
 
-def write_export(clip: ClipModel, out: str | os.PathLike[str]) -> ExportResult:
+def write_export(
+    clip: ClipModel, out: str | os.PathLike[str], card: str | None = None
+) -> ExportResult:
     """Write the two forms that open_clip reads, each complete or absent.
 
     - `out/state_dict.pt`: a plain dict of contiguous CPU tensors (floating-point ones in fp32),
@@ -95,6 +97,7 @@ def write_export(clip: ClipModel, out: str | os.PathLike[str]) -> ExportResult:
     Args:
         clip: the model.
         out: folder; made if missing, files of these names in it are replaced.
+        card: a model card, which becomes `out/hub/README.md`.
 
     Returns:
         The paths, with `index=None`.
@@ -126,6 +129,8 @@ def write_export(clip: ClipModel, out: str | os.PathLike[str]) -> ExportResult:
             write_appended(clip, temporary)
         if save_tokenizer is not None:
             save_tokenizer(temporary)
+        if card is not None:
+            write_text(temporary / "README.md", card)
     _log.info("exported %s to %s", clip.name, out)
     return ExportResult(out=out, state_dict=out / STATE_DICT, hub=out / HUB)
 

@@ -63,7 +63,7 @@ FLOORS = {
     "training": """training.interpolation training.sampling training.replicas training.batches training.mixtures
         training.callbacks training.checkpoints training.divergence training.logs training.optim training.result training.runs training.pace training.loop
         training.probe_sources training.inputs training.distillation training.image_stage
-        training.settings training.noise training.appended training.text_stage training.probe training.summary training.validation training.report training.budget
+        training.settings training.noise training.appended training.text_stage training.probe training.summary training.validation training.report training.card training.budget
         training.train training""",
     "demo": """demo.sprites demo.scenes demo.captions demo.world demo.recipe demo.neighbours demo.report
         demo.points demo.run demo""",

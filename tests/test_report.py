@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import pytest
+import torch
 
 import pymcip
 from pymcip.data import load_images
 from pymcip.embedding import EmbeddingCache
 from pymcip.evaluation import report
+from pymcip.evaluation.examples import NEAREST
 from pymcip.model import ClipModel, load
 from pymcip.training import loop
 from tests.conftest import picture
@@ -78,8 +81,9 @@ def options(
     }
 
 
-def test_a_run_ends_with_a_report(options: dict[str, Any]) -> None:
+def test_a_run_ends_with_a_report_and_a_model_card(options: dict[str, Any]) -> None:
     result = pymcip.train(**options)
+    check_card(result, options)
     page = Page(result.out / "report.html")
     assert (
         f"the report of the run, for a browser: {result.out / 'report.html'}"
@@ -93,7 +97,7 @@ def test_a_run_ends_with_a_report(options: dict[str, Any]) -> None:
     assert result.alignment is not None
     assert f"{result.alignment['kept']:.4f}, with a standard error" in page.text
     assert f"images of 7 classes and 4 captions: {result.steps} steps" in page.text
-    assert "images of 3 classes that were held out of training" in page.text
+    assert "Measured on 9 images of 3 classes that were held out of training" in page.text
     config = json.loads((result.out / "config.json").read_text())
     assert f"lr_classes {config['lr_classes']} chosen: a class matrix" in page.text
     assert "margin 0.3 m of ArcMargin" in page.text
@@ -111,17 +115,32 @@ def test_a_run_ends_with_a_report(options: dict[str, Any]) -> None:
     assert not (result.out / "report.html").exists()
 
 
+def check_card(result: pymcip.TrainResult, options: dict[str, Any]) -> None:
+    assert result.hub is not None
+    card = (result.hub / "README.md").read_text()
+    front, _, body = card.removeprefix("---\n").partition("---\n")
+    assert {line.partition(":")[0] for line in front.splitlines() if ":" in line} == {
+        "library_name", "pipeline_tag", "tags",
+    }  # fmt: skip
+    assert result.markdown in body
+    assert "| captions to mine from | captions.txt | 4 |  |" in body
+    assert "| training images | photos | 21 | 7 |" in body
+    assert "Licence\n\nNone is stated here" in body
+    assert "with a standard error" in body
+    assert "| `method` | mcip |" in body
+    folder = str(Path(options["train_data"]).parent)
+    assert folder not in card
+    assert str(result.out) not in card
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{result.hub}")
+    state = torch.load(result.state_dict, weights_only=True)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
 def nearest(clip: ClipModel, data: Any, folder: Path, row: int) -> list[int]:
     """The rows nearest to a row, by a plain sort of the embeddings."""
     x = EmbeddingCache(clip, folder).images(data).vectors("img").astype(np.float64)
     order = np.argsort(-(x @ x[row]), kind="stable")
-    return [int(other) for other in order if other != row][: report_examples()]
-
-
-def report_examples() -> int:
-    from pymcip.evaluation.examples import NEAREST
-
-    return NEAREST
+    return [int(other) for other in order if other != row][:NEAREST]
 
 
 def test_the_pictures_are_the_nearest_of_each_model(

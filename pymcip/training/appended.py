@@ -137,7 +137,8 @@ def fit_gate(joint: npt.NDArray[np.float16], labels: npt.NDArray[np.int64], seed
     """Find which joint embeddings are of the training domain, from the training images alone.
 
     New classes of the domain must pass. So each image is compared with the classes that are not its
-    own, and the gate opens between two low quantiles of these cosines.
+    own, and the gate opens between two low quantiles of these cosines: a quarter of the way it is half
+    open, at the higher one to 95 %.
     """
     classes = int(labels.max()) + 1
     drawing = random_generator(seed, Stream.APPENDED_GATE)
@@ -147,6 +148,5 @@ def fit_gate(joint: npt.NDArray[np.float16], labels: npt.NDArray[np.int64], seed
     cosines = joint[rows].astype(np.float32) @ means[kept].T
     cosines[labels[rows][:, None] == kept] = -1.0
     low, high = np.quantile(cosines.max(axis=1), QUANTILES)
-    return Gate(
-        torch.from_numpy(means[kept]), float(low + high) / 2, max(float(high - low) / 4, 0.01)
-    )
+    width = max(float(high - low) / 4, 0.01)
+    return Gate(torch.from_numpy(means[kept]), float(low) + width, width)

@@ -77,12 +77,12 @@ def report_run(
         data,
         kinds,
         thumbnails,
-        lead=list(_lead(result, config, inputs)),
+        lead=list(_lead(result, config, inputs, validation)),
         remarks=[] if validation is None else validation.remarks,
-        budget=list(_budget(result)),
+        budget=list(budget_in_words(result.alignment)),
         charts=list(_charts(read_metrics(result.out / "metrics.jsonl"))),
         mined=_mined(result.out / "mined", inputs, embedded, thumbnails),
-        settings=_settings(config, reasons),
+        settings=settings_rows(config, reasons),
     )
 
 
@@ -92,7 +92,9 @@ def _others(unmeasured: Sequence[LeftOut], inputs: Inputs) -> list[LeftOut]:
     return [item for item in unmeasured if item.key not in said]
 
 
-def _lead(result: TrainResult, config: TrainSettings, inputs: Inputs) -> Iterator[str]:
+def _lead(
+    result: TrainResult, config: TrainSettings, inputs: Inputs, validation: Validation | None
+) -> Iterator[str]:
     model = config.model if config.pretrained is None else f"{config.model} ({config.pretrained})"
     captions = "" if inputs.captions is None else f" and {len(inputs.captions):,} captions"
     took = timedelta(seconds=round(result.seconds))
@@ -100,15 +102,17 @@ def _lead(result: TrainResult, config: TrainSettings, inputs: Inputs) -> Iterato
         f"{model}, fine-tuned by the method {config.method} on {len(inputs.images):,} images of "
         f"{inputs.images.num_classes:,} classes{captions}: {result.steps:,} steps in {took}."
     )
-    if inputs.validation is None:
+    if validation is None:
         yield (
             "The run was not measured: it had no val_data, and no classes were held out. Give one of "
             "the two to see whether search gets better."
         )
     else:
         what = "classes that were held out of training" if inputs.held_out else "val_data"
+        counts = None if validation.measured is None else validation.measured.counts
+        images = len(validation.data) if counts is None else counts["images"]
         yield (
-            f"Measured on {len(inputs.validation):,} images of {inputs.validation.num_classes:,} "
+            f"Measured on {images:,} images of {validation.data.num_classes:,} "
             f"{'' if inputs.held_out else 'classes, '}{what}."
         )
     if config.extra_dims and inputs.held_out:
@@ -119,13 +123,13 @@ def _lead(result: TrainResult, config: TrainSettings, inputs: Inputs) -> Iterato
         yield "Nothing was exported: no weights keep the budget."
 
 
-def _budget(result: TrainResult) -> Iterator[str]:
-    found = result.alignment
+def budget_in_words(found: Mapping[str, Any] | None) -> Iterator[str]:
+    """Say what of the alignment is kept, in sentences; `found` is `TrainResult.alignment`."""
     if found is None:
         return
     probe = found["probe"]
     yield (
-        f"At most {found['budget']:.3g} of the untrained model's alignment of images and texts may be "
+        f"At most {100 * found['budget']:.3g} % of the untrained model's alignment of images and texts may be "
         f"lost. It was asked {probe['images']:,} images and {probe['captions']:,} texts "
         f"({probe['source']})."
     )
@@ -133,7 +137,7 @@ def _budget(result: TrainResult) -> Iterator[str]:
         yield (
             f"Kept: {found['kept']:.4f}, with a standard error of {found['standard_error']:.4f} "
             f"(images to texts {found['image_to_text']:.4f}, texts to images "
-            f"{found['text_to_image']:.4f}). The weights are {found['coefficient']:.0%} of the way from "
+            f"{found['text_to_image']:.4f}). The weights are {100 * found['coefficient']:.0f} % of the way from "
             f"the untrained to the tuned ones, which keep {found['kept_tuned']:.4f}."
         )
     else:
@@ -230,10 +234,10 @@ def _mined(
     }
 
 
-def _settings(
+def settings_rows(
     config: TrainSettings, reasons: Mapping[str, str]
 ) -> list[tuple[str, list[dict[str, str]]]]:
-    """What was chosen or given, and why; then the defaults, and what each is for."""
+    """What was chosen or given, and why; then the defaults: each a title and rows of name, value, why."""
     changed, usual = [], []
     for item in fields(config):
         value = getattr(config, item.name)

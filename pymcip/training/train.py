@@ -43,6 +43,7 @@ from pymcip.outputs import output_folder
 from pymcip.training.appended import WEIGHT, choose_weight, fit_appended
 from pymcip.training.budget import AlignmentBudget
 from pymcip.training.callbacks import Callbacks
+from pymcip.training.card import model_card
 from pymcip.training.checkpoints import (
     Position,
     checkpoint_files,
@@ -290,7 +291,9 @@ def _run(
         if not interruption.agreed:
             refuse_diverged(clip.model, norms, position)
             trained = bool(stages)
-            exported, alignment = _finish(run, inputs, data, original, trained, budget, validation)
+            exported, alignment = _finish(
+                run, reasons, inputs, data, original, trained, budget, validation
+            )
         best = out / "checkpoints" / "best.pt"
         result = TrainResult(
             out=out,
@@ -316,6 +319,7 @@ def _run(
 
 def _finish(
     run: Run,
+    reasons: Mapping[str, str],
     inputs: Inputs,
     data: ImageData,
     original: dict[str, Tensor],
@@ -326,7 +330,7 @@ def _finish(
     """Keep the budget, append dimensions, measure what came of it, and export it.
 
     Args:
-        run: at its end.
+        run: at its end. `reasons`: of what was chosen for it.
         inputs, data: its data; `data` are the training images.
         original: the image tower before training; needed where dimensions are appended.
         trained: whether the run has changed the model, or only appends to it.
@@ -359,7 +363,8 @@ def _finish(
         validation.finish(run, clip, changed=config.extra_dims > 0 or drawn_back)
     if final is not None:  # has seen the classes that were held out to measure the model
         clip = replace(clip, head=final[0], gate=final[1])  # type: ignore[call-arg]
-    return write_export(clip, out / "exported"), alignment
+    card = model_card(config, reasons, inputs, validation, alignment)
+    return write_export(clip, out / "exported", card), alignment
 
 
 def _cache(
