@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -57,6 +58,18 @@ def test_shards_embed_what_one_call_does(
                 folder.parts("img")
     assert folder.skipped == whole.skipped
     assert len(whole.skipped) == 1
+    assert made(out) == made(whole.path)
+
+
+def test_a_shard_without_parts_finds_a_folder_that_another_has_just_begun(
+    tiny_clip: ClipModel, ten_images: Path, tmp_path: Path
+) -> None:
+    data, out = load_images(ten_images), tmp_path / "out"
+    whole = embed_images(tiny_clip, data, tmp_path / "whole")
+    out.mkdir()
+    shutil.copy(whole.path / "img_fingerprint.json", out)
+    assert embed_images(tiny_clip, data, out, shard=(1, 2)).part_counts("img") == (0, 1)
+    embed_images(tiny_clip, data, out, shard=(0, 2))
     assert made(out) == made(whole.path)
 
 

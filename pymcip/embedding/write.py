@@ -335,7 +335,8 @@ def _write_parts(
         return [p for p in own if not all(file.is_file() for file in files[p])]
 
     fingerprint = folder / f"{kind}_fingerprint.json"
-    if not missing_parts() and fingerprint.is_file():
+    begun = fingerprint.is_file() and (folder / METADATA[kind]).is_dir()  # the last that is made
+    if not missing_parts() and begun:
         return EmbeddingFolder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with hold(folder, wait=True, shared=count > 1):
