@@ -306,25 +306,25 @@ def test_index_needs_image_embeddings(tiny_clip: ClipModel, tmp_path: Path) -> N
         write_index(EmbeddingFolder(tmp_path / "emb"), tmp_path / "index.faiss")
 
 
-def test_index_without_faiss(
-    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("module", "extra", "option"),
+    [("faiss", "faiss", {"index": "embeddings"}), ("onnxruntime", "onnx", {"onnx": True})],
+)
+def test_an_extra_that_is_not_installed(
+    module: str,
+    extra: str,
+    option: dict[str, Any],
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(MissingDependencyError, match=r'pip install "pymcip\[faiss\]"'):
-        pymcip.export(model=str(tiny_model_dir), out=tmp_path / "out", index=tmp_path)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingDependencyError, match=rf'pip install "pymcip\[{extra}\]"'):
+        pymcip.export(model=str(tiny_model_dir), out=tmp_path / "out", **option)
     assert not (tmp_path / "out").exists()
 
 
 # ONNX
-
-
-def test_onnx_without_its_packages(
-    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(MissingDependencyError, match=r'pip install "pymcip\[onnx\]"'):
-        pymcip.export(model=str(tiny_model_dir), out=tmp_path / "out", onnx=True)
-    assert not (tmp_path / "out").exists()
 
 
 def test_onnx_gives_the_vectors_of_both_towers(tiny_clip: ClipModel, tmp_path: Path) -> None:
