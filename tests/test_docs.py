@@ -109,7 +109,7 @@ def run(
                 picture(10 * place + index, colour).save(folder / name / label / f"{index}.jpg")
     picture(7).save(folder / "photo.jpg")
     (folder / "archive/Royal-Gala").mkdir()
-    picture(8).save(folder / "archive/Royal-Gala/Royal-Gala_009.jpg")
+    picture(8).save(folder / "archive/Royal-Gala/Royal-Gala_001.jpg")
     (folder / "names.tsv").write_text("".join(f"{label}\t{label}\n" for label in CLASSES))
     lines = [f"https://example.org/{i}.jpg\t{text}\n" for i, text in enumerate(CAPTIONS)]
     (folder / "cc12m.tsv").write_text("".join(lines))
