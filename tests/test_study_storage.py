@@ -271,7 +271,18 @@ def test_a_run(bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_picture_and_rows(bench: Any, tmp_path: Path, monkeypatch: Any) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.setenv("PYMCIP_BENCH_ROWS", str(tmp_path / "rows.jsonl"))
-    words = [*SMALL, *QUICK, "--indexes", "flat", "--threads", "2", "--store", "--plot"]
+    words = [
+        *SMALL,
+        "--appended",
+        "8",
+        *QUICK,
+        "--indexes",
+        "flat",
+        "--threads",
+        "2",
+        "--store",
+        "--plot",
+    ]
     bench.main([*words, "--out", str(tmp_path)])
     assert (tmp_path / "storage.png").read_bytes().startswith(b"\x89PNG")
     table = (tmp_path / "storage.md").read_text(encoding="utf-8")

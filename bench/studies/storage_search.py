@@ -30,7 +30,7 @@ class Kind:
     """A kind of index. `knob` trades time for recall in each search; None: the search is exact."""
 
     name: str
-    make: Callable[[Any, argparse.Namespace], Any]
+    make: Callable[[Any, int, argparse.Namespace], Any]  # of faiss, the width, the options
     knob: str | None = None
     values: tuple[int, ...] = ()
     parameters: str = ""  # faiss's class that takes the knob
@@ -43,18 +43,17 @@ class Kind:
         return lambda queries, k: index.search(queries, k, params=chosen)[1]
 
 
-def _flat(faiss: Any, options: argparse.Namespace) -> Any:
-    return faiss.IndexFlatIP(options.dimensions)
+def _flat(faiss: Any, dimensions: int, options: argparse.Namespace) -> Any:
+    return faiss.IndexFlatIP(dimensions)
 
 
-def _hnsw(faiss: Any, options: argparse.Namespace) -> Any:
-    index = faiss.IndexHNSWFlat(options.dimensions, options.links, faiss.METRIC_INNER_PRODUCT)
+def _hnsw(faiss: Any, dimensions: int, options: argparse.Namespace) -> Any:
+    index = faiss.IndexHNSWFlat(dimensions, options.links, faiss.METRIC_INNER_PRODUCT)
     index.hnsw.efConstruction = options.ef_construction
     return index
 
 
-def _ivfpq(faiss: Any, options: argparse.Namespace) -> Any:
-    dimensions = options.dimensions
+def _ivfpq(faiss: Any, dimensions: int, options: argparse.Namespace) -> Any:
     quantizer = faiss.IndexFlatIP(dimensions)
     index = faiss.IndexIVFPQ(
         quantizer, dimensions, lists(options.vectors), dimensions // 8, 8,
@@ -95,7 +94,7 @@ def build(kind: Kind, images: Floats, path: Path, options: argparse.Namespace) -
     """Make an index of all images, write it and let go of it."""
     faiss = import_faiss()
     generator = np.random.default_rng([options.seed, 6])
-    index = kind.make(faiss, options)
+    index = kind.make(faiss, images.shape[1], options)
     start = time.perf_counter()
     if not index.is_trained:
         size = min(len(images), max(40 * lists(len(images)), 256 * 256))  # lists; codes

@@ -17,7 +17,9 @@ from studies.storage_search import AT_ONCE, ONE, TEXTS, TWO
 def tables(found: Mapping[str, Any], options: argparse.Namespace) -> str:
     """Markdown: what each system stores and builds, and how it answers."""
     lines = [
-        f"{options.vectors:,} images, D = {options.dimensions}, fp32; {options.threads} threads.",
+        f"{options.vectors:,} images, D = {options.dimensions}"
+        + (f", {options.appended} more appended in the one" if options.appended else "")
+        + f", fp32; {options.threads} threads.",
         "",
         "| index | embeddings | bytes | per image | in memory | build |",
         "|---|---|---:|---:|---:|---:|",
