@@ -9,7 +9,8 @@ trains one embedding for both. Here both systems hold the same N images:
   reciprocal rank fusion (Cormack, Clarke and Büttcher, SIGIR 2009: the sum of 1 / (60 + rank)).
 * one: an index of the joint space. Combined queries are one search with the mean of both vectors.
   With --appended R its vectors have R more dimensions, made for image search, which are zero in
-  texts (`docs/kept.md`).
+  texts (`docs/kept.md`). The joint index of *two* has them too, though it would not need them: so
+  its bytes and seconds are larger by R / 2D than those of two plain indexes.
 
 For an image query, or a text query, both systems search one index of N rows of D numbers: the same
 work, and the tables show how far the timings of the same work differ (for text even the index is
