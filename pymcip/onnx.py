@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from pymcip.errors import CheckpointError, MissingDependencyError
 from pymcip.files import atomic_path
 from pymcip.model import AppendedClip, ClipModel
-from pymcip.model.clip import evaluation_mode
 
 IMAGE, TEXT = "image.onnx", "text.onnx"
 SAME = 0.9999  # cosine to torch's vector, at least
@@ -79,7 +78,7 @@ def write_onnx(clip: ClipModel, folder: str | os.PathLike[str]) -> Path:
         temporary.mkdir()
         for file, (name, features, batch) in towers.items():
             try:
-                _write(temporary / file, _Tower(clip, features), name, batch)
+                _write(temporary / file, _Tower(clip, features).eval(), name, batch)
                 cosine = _smallest_cosine(temporary / file, features, name, batch)
             except Exception as error:  # what torch and onnxruntime raise is not bounded by a list
                 raise CheckpointError(
@@ -119,7 +118,7 @@ def _on_cpu(clip: ClipModel) -> ClipModel:
 
 
 def _write(path: Path, tower: nn.Module, name: str, batch: Tensor) -> None:
-    with evaluation_mode(tower), warnings.catch_warnings():  # of torch's own parts
+    with warnings.catch_warnings():  # of torch's own parts
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             tower,

@@ -136,12 +136,28 @@ def evaluate_model(
     """
     own = check_own(data, knn_data, class_names, duplicates)
     options = SuiteOptions(knn_k=knn_k, knn_vote=knn_vote, knn_temperature=knn_temperature)
-    with tempfile.TemporaryDirectory(prefix="pymcip-") as folder:
-        cache = EmbeddingCache(clip, folder, batch_size=batch_size, workers=workers)
-        measured = measure_own(own, cache, options, templates, recall_at)
+    measured = measure_model(
+        own, clip, options, templates, recall_at, batch_size=batch_size, workers=workers
+    )
     if counts is not None:
         counts.update(measured.counts)
     return measured.metrics
+
+
+def measure_model(
+    own: OwnData,
+    clip: ClipModel,
+    options: SuiteOptions,
+    templates: Sequence[str] = TEMPLATES,
+    recall_at: Sequence[int] = RECALL_AT,
+    *,
+    batch_size: int = 64,
+    workers: Workers = 0,
+) -> Measured:
+    """Do as `measure_own`, with embeddings that are kept for the time of the call alone."""
+    with tempfile.TemporaryDirectory(prefix="pymcip-") as folder:
+        cache = EmbeddingCache(clip, folder, batch_size=batch_size, workers=workers)
+        return measure_own(own, cache, options, templates, recall_at)
 
 
 def check_own(

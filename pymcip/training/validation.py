@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from dataclasses import asdict
 
 import numpy as np
@@ -12,10 +11,9 @@ from pymcip.benchmarks import SuiteOptions
 from pymcip.configs import TrainSettings, Workers
 from pymcip.data import ImageData
 from pymcip.data.class_names import ClassNames
-from pymcip.embedding import EmbeddingCache
 from pymcip.evaluation import in_words
 from pymcip.evaluation.examples import Examples
-from pymcip.evaluation.own_data import Measured, check_own, measure_own
+from pymcip.evaluation.own_data import Measured, check_own, measure_model
 from pymcip.files import damaged, read_json, write_json
 from pymcip.model import ClipModel
 from pymcip.training.checkpoints import mark_best
@@ -93,9 +91,9 @@ class Validation:
     def update(self) -> Measured:
         """Evaluate the model as it is now."""
         own = check_own(self.data, None, self.class_names)
-        with tempfile.TemporaryDirectory(prefix="pymcip-") as folder:
-            cache = EmbeddingCache(self.clip, folder, batch_size=EMBED_BATCH, workers=self.workers)
-            self.measured = measure_own(own, cache, SuiteOptions())
+        self.measured = measure_model(
+            own, self.clip, SuiteOptions(), batch_size=EMBED_BATCH, workers=self.workers
+        )
         self.metrics = self.measured.metrics
         return self.measured
 
