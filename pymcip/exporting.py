@@ -25,11 +25,13 @@ from pymcip.onnx import import_onnx, write_onnx
 from pymcip.ops.arrays import MatrixParts, check_finite
 from pymcip.ops.faiss_import import import_faiss
 from pymcip.outputs import output_folder
+from pymcip.transformers import check_transformers, import_transformers, write_transformers
 
 STATE_DICT = "state_dict.pt"
 HUB = "hub"
 INDEX = "index.faiss"
 ONNX = "onnx"
+TRANSFORMERS = "transformers"
 BLOCK = 65_536  # rows normalised at a time
 
 _log = logging.getLogger("pymcip.exporting")
@@ -37,35 +39,42 @@ _log = logging.getLogger("pymcip.exporting")
 
 @dataclass(frozen=True)
 class ExportResult:
-    """The files that an export wrote; `index` and `onnx` are None unless they were asked for."""
+    """The files that an export wrote; the last three are None unless they were asked for."""
 
     out: Path
     state_dict: Path
     hub: Path
     index: Path | None = None
     onnx: Path | None = None  # folder of image.onnx and text.onnx
+    transformers: Path | None = None  # folder for CLIPModel and CLIPProcessor
 
 
 def export(config: ExportConfig | None = None, /, **options: Any) -> ExportResult:
-    """Write a model so that open_clip, and faiss and onnxruntime if asked for, can use it without pymcip.
+    """Write a model so that open_clip, and what else is asked for, can use it without pymcip.
 
     Takes the fields of `ExportConfig` as keywords, or a ready config. See `write_export` for the
-    model's files, `write_index` for the index and `pymcip.onnx.write_onnx` for ONNX.
+    model's files, `write_index` for the index, `pymcip.onnx.write_onnx` for ONNX and
+    `pymcip.transformers.write_transformers` for transformers.
 
     Raises:
-        ConfigError: the options or the model's name are wrong.
-        CheckpointError: the model's weights can't be loaded, are not finite, or can't be ONNX.
+        ConfigError: the options or the model's name are wrong, or transformers has no such model.
+        CheckpointError: the model's weights can't be loaded, are not finite, or give other vectors in
+            ONNX or transformers.
         OutputExistsError: `out` is not empty, and `overwrite` was not given.
         DataError: the embedding folder is missing or holds no images.
         StaleEmbeddingsError: the embedding folder was made with another model.
-        MissingDependencyError: `index` was asked for without faiss, or `onnx` without its packages.
+        MissingDependencyError: faiss, or what `onnx` or `transformers` needs, is not installed.
     """
     config = ExportConfig.make(config, options)
     if config.index is not None:
         import_faiss()  # before any work
     if config.onnx:
         import_onnx()
+    if config.transformers:
+        import_transformers()
     clip = load_configured(config)
+    if config.transformers:
+        check_transformers(clip)
     folder = None
     if config.index is not None:
         folder = EmbeddingFolder(config.index)
@@ -77,6 +86,8 @@ def export(config: ExportConfig | None = None, /, **options: Any) -> ExportResul
             result = replace(result, index=write_index(folder, out / INDEX))
         if config.onnx:
             result = replace(result, onnx=write_onnx(clip, out / ONNX))
+        if config.transformers:
+            result = replace(result, transformers=write_transformers(clip, out / TRANSFORMERS))
         return result
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 
 from pymcip.errors import CheckpointError, MissingDependencyError
 from pymcip.files import atomic_path
-from pymcip.model import AppendedClip, ClipModel
+from pymcip.model import AppendedClip, ClipModel, fp32_on_cpu
 
 IMAGE, TEXT = "image.onnx", "text.onnx"
 SAME = 0.9999  # cosine to torch's vector, at least
@@ -63,7 +61,7 @@ def write_onnx(clip: ClipModel, folder: str | os.PathLike[str]) -> Path:
         CheckpointError: torch can't write this model as ONNX, or onnxruntime finds other vectors.
     """
     import_onnx()
-    clip = _on_cpu(clip)
+    clip = fp32_on_cpu(clip)
     towers: dict[str, tuple[str, Callable[[Tensor], Tensor], Tensor]] = {
         IMAGE: (
             "pixels",
@@ -104,17 +102,6 @@ class _Tower(nn.Module):
 
     def forward(self, batch: Tensor) -> Tensor:
         return self.features(batch)
-
-
-def _on_cpu(clip: ClipModel) -> ClipModel:
-    """A copy of the model that runs in fp32 on the CPU."""
-    memo: dict[int, Any] = {}  # one for both towers: blocks that are shared stay so
-    changed: dict[str, Any] = {"model": copy.deepcopy(clip.model, memo).float().cpu().eval()}
-    if isinstance(clip, AppendedClip):
-        changed["head"] = clip.head.detach().cpu()
-        if clip.tower is not None:
-            changed["tower"] = copy.deepcopy(clip.tower, memo).float().cpu().eval()
-    return replace(clip, device=torch.device("cpu"), precision="fp32", **changed)
 
 
 def _write(path: Path, tower: nn.Module, name: str, batch: Tensor) -> None:

@@ -308,7 +308,11 @@ def test_index_needs_image_embeddings(tiny_clip: ClipModel, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("module", "extra", "option"),
-    [("faiss", "faiss", {"index": "embeddings"}), ("onnxruntime", "onnx", {"onnx": True})],
+    [
+        ("faiss", "faiss", {"index": "embeddings"}),
+        ("onnxruntime", "onnx", {"onnx": True}),
+        ("transformers", "transformers", {"transformers": True}),
+    ],
 )
 def test_an_extra_that_is_not_installed(
     module: str,

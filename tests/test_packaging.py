@@ -32,6 +32,7 @@ OPTIONAL = (
     "onnxscript",
     "onnxruntime",
     "shtab",
+    "transformers",
 )
 
 # Data flows one way. Every module of the package stands on one floor, and imports only modules that are
@@ -50,7 +51,7 @@ FLOORS = {
         data.column_names data.columns data.json_annotations data.parquet_images data.annotations data.captions data.stores data.images data.class_names
         data.indexed data.index data.loading data outputs checking""",
     "embedding": """embedding.foreign embedding.folder embedding.write embedding.cache embedding
-        onnx exporting""",
+        onnx transformers exporting""",
     "search": "search.approximate search.index search.build search search.gallery search.serve search.show",
     "mining": """mining.table mining.given mining.search mining.report mining.mine mining""",
     "metrics": "metrics.inputs metrics.rankings metrics.neighbours metrics.text metrics",

@@ -198,6 +198,10 @@ class ExportConfig(ModelOptions):
         None, "embedding folder whose images go into a faiss index (needs pymcip[faiss])"
     )
     onnx: bool = option(False, "write onnx/image.onnx and onnx/text.onnx too (needs pymcip[onnx])")
+    transformers: bool = option(
+        False,
+        "write transformers/ too, for CLIPModel and CLIPProcessor (needs pymcip[transformers])",
+    )
     overwrite: bool = option(False, "replace what is in `out`")
 
 

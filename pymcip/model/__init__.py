@@ -1,6 +1,6 @@
 """CLIP models: loading, embedding, fingerprints, and which parameters belong to which tower."""
 
-from pymcip.model.appended import AppendedClip
+from pymcip.model.appended import AppendedClip, fp32_on_cpu
 from pymcip.model.clip import (
     ClipModel,
     evaluation_mode,
@@ -14,6 +14,7 @@ __all__ = [
     "AppendedClip",
     "ClipModel",
     "evaluation_mode",
+    "fp32_on_cpu",
     "has_bf16",
     "is_convolutional",
     "load",

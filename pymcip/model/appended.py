@@ -18,7 +18,7 @@ import copy
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +202,17 @@ def appended_clip(
         share_blocks(clip.model.visual, tower)  # type: ignore[arg-type]
     own = {item.name: getattr(clip, item.name) for item in fields(ClipModel)}
     return AppendedClip(**own, tower=tower, head=head.to(clip.device), weight=weight, gate=gate)
+
+
+def fp32_on_cpu(clip: ClipModel) -> ClipModel:
+    """A copy of the model that runs in fp32 on the CPU."""
+    memo: dict[int, Any] = {}  # one for both towers: blocks that are shared stay so
+    changed: dict[str, Any] = {"model": copy.deepcopy(clip.model, memo).float().cpu().eval()}
+    if isinstance(clip, AppendedClip):
+        changed["head"] = clip.head.detach().cpu()
+        if clip.tower is not None:
+            changed["tower"] = copy.deepcopy(clip.tower, memo).float().cpu().eval()
+    return replace(clip, device=torch.device("cpu"), precision="fp32", **changed)
 
 
 def share_blocks(original: nn.Module, tuned: nn.Module) -> int:
