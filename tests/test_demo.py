@@ -256,6 +256,9 @@ def test_a_tiny_run_from_end_to_end(smoke: DemoResult) -> None:
     after, before = pymcip.Index(opened.index), pymcip.Index(opened.baseline)
     assert after.same_images(before)
     assert after.clip.embed_dim > before.clip.embed_dim
+    pages = list(smoke.out.rglob("report.html"))
+    assert len(pages) == len(METHODS)  # of the runs, all but base, and before-and-after
+    assert all("Twemoji, copyright" in page.read_text() for page in pages)
     page = (smoke.out / "before-and-after" / "report.html").read_text()
     assert "](before-and-after/report.html)" in text
     assert page.count('<td class="query"><span class="pic') == 12
