@@ -2,10 +2,11 @@
 
     python bench/bench_serve.py photos.index --clients 64 --seconds 30
 
-Each client asks for a text (every fourth time for a row of the index, as a click does) and for two
-thumbnails of what is found, one request after the other. Printed is a line of JSON: requests,
-those that failed, milliseconds of searches and thumbnails, and the server's memory, in thirds of the
-time.
+First one client opens the page, as a browser does, and fetches the thumbnails that it shows. Then each
+client asks for a text (every fourth time for a row of the index, as a click does) and for two
+thumbnails of what is found, one request after the other. Printed is a line of JSON: milliseconds of
+the page and of its thumbnails; requests, those that failed, milliseconds of searches and thumbnails, and
+the server's memory, in thirds of the time.
 """
 
 from __future__ import annotations
@@ -42,6 +43,29 @@ WORDS = [
     "house",
     "water",
 ]
+
+
+def open_page(port: int) -> dict[str, float]:
+    """Milliseconds of what the page asks for when it is opened, and of each of its thumbnails."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+
+    def fetched(path: str) -> bytes:
+        connection.request("GET", path)
+        return connection.getresponse().read()
+
+    start = time.perf_counter()
+    for path in ("/", "/page.css", "/page.js", "/api/about"):
+        fetched(path)
+    hits = json.loads(fetched("/api/search"))["hits"]
+    shown = time.perf_counter()
+    for hit in hits:
+        fetched(hit["thumbnail"])
+    end = time.perf_counter()
+    per_thumbnail = (end - shown) / len(hits)
+    return {
+        "page_ms": round(1e3 * (shown - start), 1),
+        "thumbnail_ms": round(1e3 * per_thumbnail, 1),
+    }
 
 
 def client(port: int, seed: int, until: float, times: dict[str, list[float]]) -> None:
@@ -93,6 +117,7 @@ def measure(index: str, clients: int, seconds: float) -> dict[str, Any]:
         address = re.search(r"(\d+) images: http://127\.0\.0\.1:(\d+)/", line)
         if address is None:
             raise SystemExit(f"the server did not start: {line}")
+        first = open_page(int(address[2]))
         times: dict[str, list[float]] = {"search": [], "thumbnail": [], "failed": []}
         until = time.perf_counter() + seconds
         threads = [
@@ -110,7 +135,8 @@ def measure(index: str, clients: int, seconds: float) -> dict[str, Any]:
     finally:
         server.terminate()
         server.wait()
-    result: dict[str, Any] = {"images": int(address[1]), "clients": clients, "seconds": seconds}
+    result: dict[str, Any] = {"images": int(address[1]), "first": first}
+    result |= {"clients": clients, "seconds": seconds}
     result["failed"] = len(times.pop("failed"))
     for kind, values in times.items():
         result[kind] = {"requests": len(values)}

@@ -97,7 +97,9 @@ class Index:
         if self.approximate is not None:
             self._approximate = ApproximateIndex.load(self.embeddings.path / FOLDER)
         metadata = self.embeddings.metadata("img")
-        self._metadata = metadata.select(["image_path", "label", "captions", "content", "index"])
+        columns = ["image_path", "label", "captions", "content", "index"]
+        # One chunk each: to take a few rows of several, Arrow goes through them all.
+        self._metadata = metadata.select(columns).combine_chunks()
         options = {name: about[name] for name in ("pretrained", "image_size", "precision")}
         self.clip = clip or load(about["model"], device=device, **options)
         same = replace(self.clip, precision=about["precision"])  # bf16 or fp32 does not matter
