@@ -33,7 +33,7 @@ from pymcip.search.index import ABOUT, Index
 
 FULL = {"rows": 1_000_000, "dim": 448, "queries": 200, "part_rows": 100_000}
 SMOKE = {"rows": 12_000, "dim": 32, "queries": 8, "part_rows": 5_000}
-ROWS_PER_CLUSTER = 600
+ROWS_PER_CLUSTER = 60  # so that of 24 results many come from other clusters, and lie in other lists
 RESULTS = 24  # of a page
 KINDS = "rows", "pictures", "texts"
 DRAWN = {"pictures": ("img", 1 << 20), "texts": ("text", 0)}  # kind of row, number of the block

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+import socket
 import sys
 import threading
 import time
@@ -121,6 +122,12 @@ def encoded(image: Image.Image) -> bytes:
 
 def rows(hits: list[Any]) -> list[int]:
     return [hit["row"] if isinstance(hit, dict) else hit.row for hit in hits]
+
+
+def test_answers_are_not_held_back(served: Served) -> None:
+    """Connections send at once, without waiting for an acknowledgement (Nagle's algorithm)."""
+    listening = served.server.servers[0].sockets[0]
+    assert listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_answers_are_those_of_the_indexes(served: Served, folders: tuple[Path, Path, Path]) -> None:

@@ -75,6 +75,9 @@ def serve(config: ServeConfig) -> str:
             f"host={config.host!r}, port={config.port} can't be listened on: {error.strerror or error}; "
             "give another port, or 0 for a free one"
         ) from error
+    # asyncio sets it on sockets that name their protocol; without it each answer waits 40 ms for an
+    # acknowledgement. Connections have it from this socket.
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     name = f"[{config.host}]" if ":" in config.host else config.host
     address = f"http://{name}:{listening.getsockname()[1]}/" + (f"?token={token}" if token else "")
     print(f"{len(gallery.index)} images: {address}", flush=True)
