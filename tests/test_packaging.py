@@ -60,7 +60,7 @@ FLOORS = {
         benchmarks.cub200 benchmarks.gpr1200 benchmarks.imagenet benchmarks.instre benchmarks.objectnet
         benchmarks.revisited benchmarks.registry benchmarks.embedder benchmarks.suite benchmarks""",
     "evaluation": "evaluation.tables evaluation.examples evaluation.own_data evaluation.report evaluation.run evaluation",
-    "training": """training.interpolation training.sampling training.replicas training.batches training.mixtures
+    "training": """training.interpolation training.sampling training.sharding training.replicas training.batches training.mixtures
         training.callbacks training.checkpoints training.divergence training.logs training.optim training.result training.runs training.pace training.loop
         training.probe_sources training.inputs training.distillation training.image_stage
         training.settings training.noise training.appended training.text_stage training.probe training.summary training.validation training.report training.card training.budget

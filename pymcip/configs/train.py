@@ -42,7 +42,7 @@ class TrainConfig(ModelOptions, DataOptions):
             distill_temperature distill_captions distill_data mixtures""",
         "re-alignment": """rea_data rea_k rea_class_names rea_templates rea_epochs rea_batch_size rea_lr
             rea_warmup rea_unlock_layers rea_logit_scale""",
-        "machine and run folder": """device precision grad_checkpointing seed cache loss_chunk save_steps
+        "machine and run folder": """device sharding precision grad_checkpointing seed cache loss_chunk save_steps
             log_steps overwrite report_to""",
     }
 
@@ -106,6 +106,11 @@ class TrainConfig(ModelOptions, DataOptions):
     )
     accum_freq: int = option(1, "micro-batches per optimizer step", at_least=1)
     grad_checkpointing: bool = option(False, "recompute activations to save memory")
+    sharding: Literal["none", "full"] = option(
+        "none",
+        "of the tower in training among the processes of torchrun: each has all of it, or (full, by FSDP2) "
+        "a part of its weights, gradients and moments",
+    )
     workers: Workers = option("auto", WORKERS, at_least=0)
     seed: int = option(0, "seed of everything random", at_least=0)
     aug_cfg: dict[str, Any] = option(

@@ -17,7 +17,7 @@ from pymcip.folders import holds_files
 # Options that may differ when a run is resumed: they don't change what is computed.
 RESUMABLE = (
     "out", "resume", "overwrite", "workers", "save_steps", "log_steps", "report_to", "cache",
-    "device",
+    "device", "sharding",
 )  # fmt: skip
 PATHS = ("out", "checkpoint", "best_checkpoint", "state_dict", "hub")  # of a result; below `out`
 RESULT = "result.json"

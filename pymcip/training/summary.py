@@ -41,6 +41,8 @@ def log_start(
             "%d processes, each with %d of a step's %d micro-batches; the global batch is %d images",
             world(), each, config.accum_freq, config.accum_freq * config.batch_size,
         )  # fmt: skip
+        if config.sharding == "full":
+            _log.info("the tower in training is divided among the processes (sharding='full')")
     inputs.log_what_is_measured(config.holdout)
     for name, reason in reasons.items():
         _log.info("%s: %s (%s)", name, getattr(config, name), reason)

@@ -57,10 +57,11 @@ from pymcip.training.inputs import Inputs, open_inputs
 from pymcip.training.logs import MetricsLog, forget_after, log_file
 from pymcip.training.loop import Interruption, Run, Stage, fit, restore
 from pymcip.training.noise import noisy_captions
-from pymcip.training.replicas import check_processes
+from pymcip.training.replicas import check_alike, check_processes
 from pymcip.training.report import report_run
 from pymcip.training.result import INPUTS, TrainResult, as_begun, finished_result, read_begun
 from pymcip.training.settings import fit_settings
+from pymcip.training.sharding import on_device
 from pymcip.training.summary import log_end, log_start
 from pymcip.training.text_stage import TextStage, image_text_pairs
 from pymcip.training.validation import Validation
@@ -127,6 +128,7 @@ def _train(config: TrainConfig, callbacks: Callbacks) -> TrainResult:
     check_processes(settings, clip, len(inputs.images))
     weights = {part: clip.weights(part) for part in ("image", "text")}
     made_from = inputs.fingerprints(config, weights)
+    check_alike(made_from)
     if begun is not None:
         finished = finished_result(config, begun, made_from)
         if finished is not None:
@@ -248,7 +250,8 @@ def _run(
         with alone():
             for part in (validation, budget):  # of the first process
                 if part is not None:
-                    part.after_epoch(run, stage)
+                    with on_device(clip):
+                        part.after_epoch(run, stage)
         barrier()
         measured = {}
         if validation is not None:
@@ -276,9 +279,11 @@ def _run(
                 restore(state, stage)
                 state = None
             fit(run, stage)
+            clip.model.to(clip.device)  # where a stage trains a copy, it is in host memory
             if not interruption.agreed:
                 position.stage, position.epoch, position.step = position.stage + 1, 0, 0
                 run.save(None)
+            del stage  # frees its optimizer before the next one embeds
 
     if run.checkpoint is None:  # nothing to train but the head of the appended dimensions
         run.save(None)
