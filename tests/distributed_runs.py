@@ -77,7 +77,7 @@ def gradients(classes: int) -> dict[str, Any]:
 def divided_step(model: str, part: Literal["image", "text"]) -> dict[str, Any]:
     """A step in fp64 of a tower that is divided among the processes: its norm and whole gradients.
 
-    `held`: the share of its weights, gradients and moments that this process has; of each block too.
+    `held`: the share of its weights, gradients and moments that this process has.
     """
     clip = pymcip.load(model, device="cpu", precision="fp32")
     clip.model.double()

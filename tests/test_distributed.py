@@ -307,8 +307,15 @@ def test_torchrun_restarts_a_run_that_lost_a_process(found: dict[str, Any]) -> N
 
 
 @pytest.mark.skipif(not KILLS, reason="takes minutes; PYMCIP_KILLS=10 kills a run ten times")
-def test_random_kills_change_no_bit(world: dict[str, Any], tmp_path: Path) -> None:
-    options = {**world, "epochs": 4 * KILLS, "rea_epochs": KILLS, "save_steps": 1}
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_random_kills_change_no_bit(sharding: str, world: dict[str, Any], tmp_path: Path) -> None:
+    options = {
+        **world,
+        "sharding": sharding,
+        "epochs": 4 * KILLS,
+        "rea_epochs": KILLS,
+        "save_steps": 1,
+    }
     jobs = [
         {"options": {**options, "out": str(tmp_path / "whole")}},
         {"options": {**options, "out": str(tmp_path / "killed")}, "kills": KILLS},

@@ -108,8 +108,8 @@ class TrainConfig(ModelOptions, DataOptions):
     grad_checkpointing: bool = option(False, "recompute activations to save memory")
     sharding: Literal["none", "full"] = option(
         "none",
-        "of the tower in training among the processes of torchrun: each has all of it, or (full, by FSDP2) "
-        "a part of its weights, gradients and moments",
+        "what each process of torchrun holds of the tower in training: none: all of it; full: a part of its "
+        "weights, gradients and moments (FSDP2)",
     )
     workers: Workers = option("auto", WORKERS, at_least=0)
     seed: int = option(0, "seed of everything random", at_least=0)

@@ -1,7 +1,8 @@
 """What the processes of a training step exchange: rows of features, gradients, rows of the class matrix.
 
-Every process has a whole copy of the model (or a part of it: `training.sharding`), and its own rows of the class matrix and of the captions
-(`pymcip.ops.margin_softmax.Shard`). For one process every function here gives back what it is given.
+Every process has a whole copy of the model (or a part of it: `training.sharding`), and its own rows of
+the class matrix and of the captions (`pymcip.ops.margin_softmax.Shard`). For one process every function
+here gives back what it is given.
 """
 
 from __future__ import annotations
