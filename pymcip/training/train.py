@@ -40,7 +40,7 @@ from pymcip.model.appended import appended_clip
 from pymcip.model.towers import discard_projector, set_patch_dropout, unlock_text_tower
 from pymcip.ops.arrays import MatrixParts
 from pymcip.outputs import output_folder
-from pymcip.training.appended import WEIGHT, choose_weight, fit_appended
+from pymcip.training.appended import SHAPES, WEIGHT, choose_head, fit_appended
 from pymcip.training.budget import AlignmentBudget
 from pymcip.training.callbacks import Callbacks
 from pymcip.training.card import model_card
@@ -354,20 +354,21 @@ def _finish(
         clip.model.visual.load_state_dict(original)  # type: ignore[union-attr,operator]
     if config.extra_dims:
         caches = _cache(config, out, clip), _cache(config, out, tuned)
-        head, gate = fit_appended(config, *caches, [data])
-        weight = WEIGHT
+        heads, gate = fit_appended(config, *caches, [data], SHAPES)
+        number, weight = 0, WEIGHT
         if inputs.held_out and inputs.validation is not None:
-            weight = choose_weight(*caches, inputs.validation, head, gate)
-            final = fit_appended(config, *caches, [data, inputs.validation])
+            number, weight = choose_head(*caches, inputs.validation, heads, gate)
+            both = [data, inputs.validation]
+            final = fit_appended(config, *caches, both, SHAPES[number : number + 1])
         tower: Any = None if tuned is clip else tuned.model.visual
-        clip = appended_clip(clip, tower, head, weight, gate)
+        clip = appended_clip(clip, tower, heads[number], weight, gate)
     elif alignment is not None and not alignment["respected"]:
         return None, alignment
     if validation is not None:
         drawn_back = alignment is not None and alignment["coefficient"] < 1
         validation.finish(run, clip, changed=config.extra_dims > 0 or drawn_back)
     if final is not None:  # has seen the classes that were held out to measure the model
-        clip = replace(clip, head=final[0], gate=final[1])  # type: ignore[call-arg]
+        clip = replace(clip, head=final[0][0], gate=final[1])  # type: ignore[call-arg]
     card = model_card(config, reasons, inputs, validation, alignment)
     return write_export(clip, out / "exported", card), alignment
 
