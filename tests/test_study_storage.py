@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import math
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pymcip.errors import MissingDependencyError
 from pymcip.ops.faiss_import import probe_faiss
 from tests.conftest import bench_module
 
@@ -167,7 +165,6 @@ def test_options(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
     for words, said in (
         (["--vectors", "1999"], "at least 2000"),
         (["--dimensions", "100"], "multiple of 8"),
-        (["--plot"], "give --out"),
         (["--device", "cuda"], "on the CPU"),
         (["--queries", "1"], "2 to --vectors"),
         (["--k", "0"], "--k 0; allowed: at least 1"),
@@ -183,14 +180,6 @@ def test_room_is_checked(bench: Any, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="GB are needed; give another folder with --work"):
         bench.main(["--vectors", "1000000000000", "--work", str(tmp_path)])
     assert not list(tmp_path.iterdir())
-
-
-@needs_faiss
-def test_plot_without_matplotlib(bench: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(MissingDependencyError, match="pip install matplotlib, or leave --plot out"):
-        bench.main([*SMALL, "--plot", "--out", str(tmp_path / "out")])
-    assert not (tmp_path / "out").exists()
 
 
 @needs_faiss
@@ -256,7 +245,7 @@ def test_a_run(bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert table in printed
     lines = [line for line in table.splitlines() if line.startswith("|")]
     first, second = lines[: 2 + 6], lines[2 + 6 :]
-    assert {line.count("|") for line in first} == {7}
+    assert {line.count("|") for line in first} == {6}
     assert {line.count("|") for line in second} == {11}
     values = [figures["values"] for figures in summary["indexes"].values()]
     more = [own for own in values if own["combined"] != own["text"]]
@@ -268,8 +257,7 @@ def test_a_run(bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 @needs_faiss
-def test_picture_and_rows(bench: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    pytest.importorskip("matplotlib")
+def test_rows(bench: Any, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("PYMCIP_BENCH_ROWS", str(tmp_path / "rows.jsonl"))
     words = [
         *SMALL,
@@ -281,10 +269,8 @@ def test_picture_and_rows(bench: Any, tmp_path: Path, monkeypatch: Any) -> None:
         "--threads",
         "2",
         "--store",
-        "--plot",
     ]
     bench.main([*words, "--out", str(tmp_path)])
-    assert (tmp_path / "storage.png").read_bytes().startswith(b"\x89PNG")
     table = (tmp_path / "storage.md").read_text(encoding="utf-8")
     assert "| flat | combined, two indexes at once |" in table
     stored = (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()

@@ -64,7 +64,6 @@ from studies.storage_search import (
     Kind,
     build,
     lists,
-    load,
     recall,
     systems,
     tune,
@@ -78,7 +77,7 @@ from studies.storage_space import (
     generate,
     unit_rows,
 )
-from studies.storage_tables import import_figure, plot, tables
+from studies.storage_tables import tables
 
 WEIGHT = 2.0  # of the appended dimensions
 SMALLEST = 2_000  # vectors: below, the lists of IVF-PQ can't be trained
@@ -109,7 +108,6 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         "--work", type=Path, help="folder for vectors and indexes; they are removed"
     )
     parser.add_argument("--out", type=Path, help="folder for storage.md, the tables")
-    parser.add_argument("--plot", action="store_true", help="and storage.png (needs matplotlib)")
     parser.add_argument("--note", default="", help="what else ran on the machine; goes into rows")
     options = parser.parse_args(words)
     if options.device != "cpu":
@@ -124,8 +122,6 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--appended {options.appended}: IVF-PQ needs a multiple of 8, or 0")
     if not 2 <= options.queries <= options.vectors:
         parser.error(f"--queries {options.queries}; allowed: 2 to --vectors, {options.vectors}")
-    if options.plot and options.out is None:
-        parser.error("--plot needs a folder to write to; give --out FOLDER")
     for name in ("batch", "k", "threads", "repetitions"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} {getattr(options, name)}; allowed: at least 1")
@@ -191,34 +187,31 @@ def measure(
         case["appended"] = options.appended
     built = {}
     for name, images in banks.items():
-        built[name] = build(kind, images, work / f"{name}.index", options)
-        own = built[name]
-        seconds = own.train_seconds + own.add_seconds
-        print(f"{kind.name}, {name} space: {own.bytes / 1e9:.3f} GB, built in {seconds:.1f} s")
-    loaded = {name: load(own.path) for name, own in built.items()}
+        built[name] = index = build(kind, images, work / f"{name}.index", options)
+        seconds = index.train_seconds + index.add_seconds
+        print(f"{kind.name}, {name} space: {index.bytes / 1e9:.3f} GB, built in {seconds:.1f} s")
+    faiss = import_faiss()
+    indexes = {name: faiss.read_index(str(own.path)) for name, own in built.items()}
     storage = {}
     for system, names in ((TWO, ("image", "joint")), (ONE, ("joint",))):
-        memory = [loaded[name][1] for name in names]
+        own = [built[name] for name in names]
         storage[system] = {
-            "bytes": sum(built[name].bytes for name in names),
-            "build_seconds": sum(
-                built[name].train_seconds + built[name].add_seconds for name in names
-            ),
-            "train_seconds": sum(built[name].train_seconds for name in names),
-            "memory_bytes": None if None in memory else sum(size or 0 for size in memory),
+            "bytes": sum(each.bytes for each in own),
+            "build_seconds": sum(each.train_seconds + each.add_seconds for each in own),
+            "train_seconds": sum(each.train_seconds for each in own),
         }
         report.record({"case": case, "rival": system, "note": options.note, **storage[system]})
-    for own in built.values():
-        own.path.unlink()
+    for each in built.values():
+        each.path.unlink()
 
     knobs: dict[str, int | None] = {}
     measured = {}
     for space, query in SEARCHES:
         tuning, measured[space, query] = asked[space, query].halves()
-        value = tune(kind, loaded[space][0], tuning.queries, tuning.wanted, options.recall)
+        value = tune(kind, indexes[space], tuning.queries, tuning.wanted, options.recall)
         knobs[query] = value if value is None else max(value, knobs.get(query) or 0)
     search = {
-        (space, query): kind.search(loaded[space][0], knobs[query]) for space, query in SEARCHES
+        (space, query): kind.search(indexes[space], knobs[query]) for space, query in SEARCHES
     }
     figures: dict[str, Any] = {
         "storage": storage,
@@ -228,8 +221,7 @@ def measure(
     }
     by_texts_knob = None
     if knobs["combined"] != knobs["text"]:
-        by_texts_knob = kind.search(loaded["joint"][0], knobs["text"])
-    faiss = import_faiss()
+        by_texts_knob = kind.search(indexes["joint"], knobs["text"])
     with ThreadPoolExecutor(1, initializer=faiss.omp_set_num_threads, initargs=(1,)) as pool:
         for query in QUERIES:
             helper = pool if options.threads > 1 else None
@@ -268,8 +260,6 @@ def measure(
 def main(words: Sequence[str] | None = None) -> None:
     options = arguments(words)
     import_faiss()
-    if options.plot:
-        import_figure()
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     try:
@@ -315,8 +305,6 @@ def _run(options: argparse.Namespace, work: Path) -> None:
     print("\n" + text)
     if options.out is not None:
         write_text(options.out / "storage.md", text)
-    if options.plot:
-        plot(found, options.out / "storage.png", options)
     case = {
         name: getattr(options, name)
         for name in ("vectors", "dimensions", "appended", "queries", "k")

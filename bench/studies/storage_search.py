@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
 import itertools
 import math
 import time
@@ -107,24 +105,6 @@ def build(kind: Kind, images: Floats, path: Path, options: argparse.Namespace) -
     added = time.perf_counter()
     faiss.write_index(index, str(path))
     return Built(path, path.stat().st_size, trained - start, added - trained)
-
-
-def load(path: Path) -> tuple[Any, int | None]:
-    """The index, and the bytes of memory that it takes (None where the system doesn't say)."""
-    before = _resident()
-    index = import_faiss().read_index(str(path))
-    after = _resident()
-    return index, None if before is None or after is None else max(0, after - before)
-
-
-def _resident() -> int | None:
-    try:
-        with contextlib.suppress(AttributeError):  # not glibc: freed memory may seem in use
-            ctypes.CDLL(None).malloc_trim(0)
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), None)
 
 
 def fuse(first: Ids, second: Ids, k: int) -> Ids:
