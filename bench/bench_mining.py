@@ -37,15 +37,17 @@ import numpy as np
 import torch
 from harness import Report, Rival, common_arguments, compare
 from mining_data import generate
-from topk_rivals import Merge, MissingRivalError, Problem, faiss_flat, product_alone
+from topk_rivals import CONTENDERS, MissingRivalError, Problem, product_alone
 
 from pymcip.embedding import EmbeddingFolder
 from pymcip.mining import CaptionTable, images_per_block, search_device
 from pymcip.ops import topk
+from pymcip.ops.arrays import MatrixParts
 
 FULL = {"images": 100_000, "captions": 12_000_000, "dim": 512, "part_rows": 100_000}
 SMOKE = {"images": 70_000, "captions": 6_000, "dim": 32, "part_rows": 1_500}
 GEMM_ROWS = 20_000
+RIVALS = ("faiss IndexFlatIP", "faiss-gpu fp16", "torch bf16")
 POLL = 0.02  # seconds between looks at the mining process
 
 
@@ -155,17 +157,13 @@ def fp64_recall(
     queries = torch.from_numpy(folder.vectors("img")[chosen].astype(np.float64))
     best = torch.empty(len(chosen), 0, dtype=torch.float32)
     ids = torch.empty(len(chosen), 0, dtype=torch.int64)
-    first = 0
-    for part in folder.parts("text"):
-        for start in range(0, len(part), 16_384):
-            rows = torch.from_numpy(part[start : start + 16_384].astype(np.float32)).double()
-            scores = (queries @ rows.T).float()
-            more, places = scores.sort(dim=1, descending=True, stable=True)
-            best = torch.cat([best, more[:, : options.k]], 1)
-            ids = torch.cat([ids, places[:, : options.k] + first + start], 1)
-            best, order = best.sort(dim=1, descending=True, stable=True)
-            best, ids = best[:, : options.k], ids.gather(1, order)[:, : options.k]
-        first += len(part)
+    for first, block in MatrixParts(folder.parts("text")).blocks(16_384):
+        rows = torch.from_numpy(block.astype(np.float64))
+        more, places = (queries @ rows.T).float().sort(dim=1, descending=True, stable=True)
+        best = torch.cat([best, more[:, : options.k]], 1)
+        ids = torch.cat([ids, places[:, : options.k] + first], 1)
+        best, order = best.sort(dim=1, descending=True, stable=True)
+        best, ids = best[:, : options.k], ids.gather(1, order)[:, : options.k]
     due = hits = same = 0
     for row, image in enumerate(chosen):
         wanted = ids[row][best[row] >= np.float32(options.threshold)].tolist()
@@ -196,38 +194,17 @@ def gemm_rate(options: argparse.Namespace) -> float:
 
 
 def rivals(options: argparse.Namespace, folder: EmbeddingFolder) -> list[Rival]:
-    """The same problem, smaller: all take fp16 parts as they lie on the disk."""
-    images = np.array(folder.parts("img")[0][: options.rival_images])
-    parts, left = [], options.rival_captions
-    for part in folder.parts("text"):
-        parts.append(part[:left])
-        left -= len(parts[-1])
-        if left <= 0:
-            break
+    """The same problem, smaller: ours takes fp16 parts as they lie on the disk."""
+    images = folder.parts("img")[0][: options.rival_images]
+    parts = MatrixParts(folder.parts("text")).pieces(0, options.rival_captions)
+    queries, bank = (
+        torch.from_numpy(rows).to(options.device)
+        for rows in (np.array(images), np.concatenate(parts))
+    )
+    problem = Problem(queries, bank, options.k, options.threads)
 
     def ours() -> Any:
-        queries = torch.from_numpy(images).to(options.device)
         return topk(queries, parts, options.k, options.threshold, threads=options.threads)
-
-    def by_torch() -> Any:
-        queries = torch.from_numpy(images).to(options.device, torch.bfloat16)
-        best, first = Merge(options.k), 0
-        for part in parts:
-            for start in range(0, len(part), 4000):
-                rows = torch.from_numpy(np.array(part[start : start + 4000]))
-                best.add(queries @ rows.to(queries.device, torch.bfloat16).T, first + start)
-            first += len(part)
-        return best.ids, best.scores
-
-    def by_faiss() -> Any:
-        best, first = Merge(options.k), 0
-        for part in parts:
-            rows = torch.from_numpy(np.array(part))
-            problem = Problem(torch.from_numpy(images), rows, options.k, options.threads)
-            ids, scores = faiss_flat(problem)()
-            best.ids, best.scores = _merged(best, ids, scores, first, options.k)
-            first += len(part)
-        return best.ids, best.scores
 
     wanted = ours()[0].cpu()
 
@@ -239,21 +216,11 @@ def rivals(options: argparse.Namespace, folder: EmbeddingFolder) -> list[Rival]:
         return float(hit[due].double().mean()) if due.any() else float("nan")
 
     found = [Rival("pymcip topk over parts", ours, recall)]
-    found.append(Rival("torch bf16 mm+topk, 4k", by_torch, recall))  # where the miner works
-    with contextlib.suppress(MissingRivalError, ImportError):
-        import faiss  # noqa: F401
-
-        found.append(Rival("faiss IndexFlatIP, by parts", by_faiss, recall))
+    for contender in CONTENDERS:
+        if contender.device == options.device and contender.name.startswith(RIVALS):
+            with contextlib.suppress(MissingRivalError):
+                found.append(Rival(contender.name, contender.prepare(problem)[0], recall))
     return found
-
-
-def _merged(best: Merge, ids: Any, scores: Any, first: int, k: int) -> tuple[Any, Any]:
-    scores, ids = torch.as_tensor(scores), torch.as_tensor(ids) + first
-    if first:
-        scores, ids = torch.cat([best.scores, scores], 1), torch.cat([best.ids, ids], 1)
-        scores, order = scores.topk(min(k, scores.shape[1]), dim=1)
-        ids = ids.gather(1, order)
-    return ids, scores
 
 
 # --------------------------------------------------------------------------------------------------
