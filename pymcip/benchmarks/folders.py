@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pymcip.benchmarks.contract import Int64
 from pymcip.data.decode import image_suffixes
 from pymcip.data.sources import some
 from pymcip.errors import DataError
+from pymcip.metrics.inputs import Int64
 from pymcip.progress import progress
 
 

@@ -33,7 +33,6 @@ import numpy as np
 from pymcip.benchmarks.contract import (
     AbsentError,
     Captioned,
-    Int64,
     Labelled,
     SuiteOptions,
     check_counts,
@@ -42,6 +41,7 @@ from pymcip.benchmarks.readers import read_text
 from pymcip.data import ImageData, load_images
 from pymcip.data.sources import some
 from pymcip.errors import DataError
+from pymcip.metrics.inputs import Int64
 
 CLASS_NAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
@@ -172,7 +172,7 @@ def _load(
     if not place.is_dir():
         there = [path.parent.name for path in sorted(folder.glob(f"*/{NUMBER_OF_SHARDS}"))]
         raise AbsentError(
-            f"{title}: there is no split {split!r} in {folder}"
+            f"there is no split {split!r} in {folder}"
             + (f", only {some(there)}" if there else "")
             + f"; needed: {place}/{{{NUMBER_OF_SHARDS},0.tar,…}}"
         )
