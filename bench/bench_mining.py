@@ -1,7 +1,6 @@
 """Mining at its full size: N images, M captions from the disk, a kill in the middle, resumed.
 
-`pymcip mine` runs in a process of its own, with a limit on its memory, two threads of it by default
-and a terminal, so that the bar is drawn. Once some blocks of images are finished it gets SIGKILL in
+`pymcip mine` runs in a process of its own, with a limit on its memory. Once some blocks of images are finished it gets SIGKILL in
 the middle of the next one and is started again. The embeddings resemble a model's
 (`mining_data.py`) and lie on the disk as `pymcip embed` leaves them: fp16, in parts. Recall is the
 share of the pairs in an fp64 ranking of some images that were found.
@@ -14,19 +13,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import json
-import os
-import pty
 import resource
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
-import termios
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -64,7 +57,6 @@ class Watched:
     killed: bool = False
     since_block: float = 0.0  # from the last finished block to the kill
     peak: dict[str, int] = field(default_factory=dict)  # bytes, by /proc/PID/status's names
-    shown: str = ""  # on its terminal
 
 
 def mine(options: argparse.Namespace, folder: Path, out: Path, kill_at: float | None) -> Watched:
@@ -74,25 +66,16 @@ def mine(options: argparse.Namespace, folder: Path, out: Path, kill_at: float | 
     command += ["--k", options.k, "--threshold", options.threshold, "--backend", options.backend]
     command += ["--threads", options.threads]
     watched = Watched()
-    terminal, side = pty.openpty()
-    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.perf_counter()
     process = subprocess.Popen(
         list(map(str, command)),
-        stdin=side,
-        stdout=side,
-        stderr=side,
         start_new_session=True,
         cwd=out.parent,  # in the repository, -m would take its folder for the package
     )
-    os.close(side)
     if options.memory_limit:
         limit = int(options.memory_limit * 2**30)
         resource.prlimit(process.pid, resource.RLIMIT_DATA, (limit, limit))
-    shown: list[bytes] = []
-    reader = threading.Thread(target=_drain, args=(terminal, shown))
-    reader.start()
     rows = images_per_block(options.k, options.dim, torch.device(options.device))
     planned = -(-options.images // rows)
     due = None if kill_at is None else max(1, round(kill_at * planned))
@@ -112,18 +95,9 @@ def mine(options: argparse.Namespace, folder: Path, out: Path, kill_at: float | 
     watched.seconds = time.perf_counter() - start
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     watched.cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    reader.join()
-    os.close(terminal)
-    watched.shown = b"".join(shown).decode(errors="replace")
     if process.returncode != 0 and not watched.killed:
-        raise SystemExit(f"pymcip mine failed ({process.returncode}):\n{watched.shown[-4000:]}")
+        raise SystemExit(f"pymcip mine failed ({process.returncode})")
     return watched
-
-
-def _drain(terminal: int, shown: list[bytes]) -> None:
-    with contextlib.suppress(OSError):  # the other side is closed
-        while block := os.read(terminal, 65_536):
-            shown.append(block)
 
 
 def _remember(pid: int, peak: dict[str, int]) -> None:
@@ -133,16 +107,6 @@ def _remember(pid: int, peak: dict[str, int]) -> None:
             name, _, value = line.partition(":")
             if name in ("VmHWM", "RssAnon", "RssFile"):
                 peak[name] = max(peak.get(name, 0), int(value.split()[0]) * 1024)
-
-
-def bar_places(shown: str) -> list[int]:
-    """The percentages that the bar went through."""
-    places = []
-    for line in shown.replace("\n", "\r").split("\r"):
-        head, mark, _ = line.partition("%|")
-        if mark and head.startswith("mining:"):
-            places.append(int(head.removeprefix("mining:")))
-    return places
 
 
 # --------------------------------------------------------------------------------------------------
@@ -219,7 +183,7 @@ def rivals(options: argparse.Namespace, folder: EmbeddingFolder) -> list[Rival]:
     for contender in CONTENDERS:
         if contender.device == options.device and contender.name.startswith(RIVALS):
             with contextlib.suppress(MissingRivalError):
-                found.append(Rival(contender.name, contender.prepare(problem)[0], recall))
+                found.append(Rival(contender.name, contender.make(problem), recall))
     return found
 
 
@@ -349,7 +313,6 @@ def full_case(options: argparse.Namespace, work: Path, case: dict[str, Any]) -> 
     flop = 2e-9 * options.images * options.captions * options.dim
     rate = flop / (whole - lost)
     ceiling = (before + after) / 2
-    places = [bar_places(run.shown) for run in runs]
     table = CaptionTable.load(out)
     figures = {
         "note": options.note,
@@ -370,7 +333,6 @@ def full_case(options: argparse.Namespace, work: Path, case: dict[str, Any]) -> 
             "resident": max(run.peak.get("VmHWM", 0) for run in runs),
             "mapped_files": max(run.peak.get("RssFile", 0) for run in runs),
         },
-        "bar": [{"from": own[0], "to": own[-1], "places": len(set(own))} for own in places if own],
         "pairs": len(table.ids),
         "fp64": fp64_recall(options, EmbeddingFolder(work / "embedded"), table),
         "threads": options.threads,

@@ -35,7 +35,7 @@ PACKED = {  # back end, and whether it is exact
     "pymcip packed, avx512_vnni": ("avx512_vnni", True),
 }
 GEMM = "torch bf16 product alone"  # the ceiling: what can't be had faster without 8 bits
-PACKAGES = ("faiss-cpu", "faiss-gpu", "numkong", "usearch", "cuvs-cu12", "cuvs-cu13")
+PACKAGES = ("faiss-cpu", "faiss-gpu", "numkong", "cuvs-cu12", "cuvs-cu13")
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def main(words: Sequence[str] | None = None) -> None:
                     "threshold": case.threshold,
                 },
                 timings,
-                work=gflop(problem, case.queries),
+                work=2e-9 * case.queries * len(bank) * dim,
                 unit="GFLOP",
                 accuracy=f"recall@{case.k}",
                 ceiling=GEMM,
@@ -158,10 +158,6 @@ def main(words: Sequence[str] | None = None) -> None:
     print(f"seconds to pack the bank, once: {packing}; cases left out: {left_out or 'none'}")
     notes = {"missing": missing, "left_out": left_out, "packing_seconds": packing}
     report.finish(notes=notes)
-
-
-def gflop(problem: Problem, count: int) -> float:
-    return 2e-9 * count * len(problem.bank) * problem.bank.shape[1]
 
 
 def resembling(
@@ -237,8 +233,7 @@ def rivals(
     packed: Any = None,
 ) -> list[Rival]:
     """Those that were asked for and can run here; why others can't goes into `missing`."""
-    k, count = problem.k, len(problem.queries)
-    dtype = options.dtype
+    k, dtype = problem.k, options.dtype
 
     def recall(result: tuple[Any, Any]) -> dict[str, float]:
         """Of the pairs in fp64's answer, the share found; nothing if there are none."""
@@ -293,14 +288,13 @@ def rivals(
         if contender.device != options.device or not listed(contender.name):
             continue
         try:
-            call, answered = contender.prepare(problem)
+            call = contender.make(problem)
         except MissingRivalError as reason:
             missing[contender.name] = str(reason)
         except Exception as error:
             missing[contender.name] = describe(error)
         else:
-            name = contender.name if answered == count else f"{contender.name}, {answered}"
-            chosen.append(Rival(name, reaching(call), recall, gflop(problem, answered)))
+            chosen.append(Rival(contender.name, reaching(call), recall))
     rows = 20_000 if options.device == "cpu" else 65_536
     chosen.append(Rival(GEMM, product_alone(problem, torch.bfloat16, rows)))
     return chosen
