@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from harness import Report, Rival, common_arguments, compare, describe
-from topk_rivals import CONTENDERS, MissingRivalError, Problem, product_alone
+from topk_rivals import CONTENDERS, Merge, MissingRivalError, Problem, product_alone
 
 from pymcip.ops import PackedBank, backends, topk
 
@@ -189,16 +189,10 @@ def fp64_ranking(
     queries: torch.Tensor, bank: torch.Tensor, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and scores of the k best, in fp64, on the host."""
-    scores, ids = torch.empty(0), torch.empty(0)
+    best = Merge(k)
     for start in range(0, len(bank), 16_384):
-        block = queries.double() @ bank[start : start + 16_384].double().T
-        more, places = block.topk(min(k, block.shape[1]), dim=1)
-        places += start
-        if start:
-            more, places = torch.cat([scores, more], dim=1), torch.cat([ids, places], dim=1)
-        scores, order = more.topk(min(k, more.shape[1]), dim=1)
-        ids = places.gather(1, order)
-    return ids.cpu(), scores.cpu()
+        best.add(queries.double() @ bank[start : start + 16_384].double().T, start)
+    return best.ids.cpu(), best.scores.cpu()
 
 
 def _runs_here(backend: str, options: argparse.Namespace) -> bool:

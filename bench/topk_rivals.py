@@ -85,7 +85,8 @@ class Merge:
 
     def add(self, block: torch.Tensor, start: int) -> None:
         scores, ids = block.topk(min(self.k, block.shape[1]), dim=1)
-        scores, ids = scores.float(), ids + start
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        ids = ids + start
         if start:
             scores = torch.cat([self.scores, scores], dim=1)
             ids = torch.cat([self.ids, ids], dim=1)

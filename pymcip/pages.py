@@ -37,12 +37,11 @@ def data_uri(jpeg: bytes) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
 
 
-def chart(curves: Mapping[str, Points], unit: str = "step") -> Markup:
-    """Draw curves over one scale as SVG, with the values at both ends of each axis.
+def chart(curves: Mapping[str, Points]) -> Markup:
+    """Draw curves over steps as SVG, with the values at both ends of each axis.
 
     Args:
         curves: by name, each of points (x, y) with rising x, all finite, one point or more.
-        unit: what x counts.
     """
     points = [point for curve in curves.values() for point in curve]
     xs, ys = zip(*points, strict=True)
@@ -65,7 +64,7 @@ def chart(curves: Mapping[str, Points], unit: str = "step") -> Markup:
     }
     return Markup(
         filled(
-            "chart.svg", curves=drawn, unit=unit, **values,
+            "chart.svg", curves=drawn, **values,
             width=WIDTH, height=HEIGHT, left=LEFT, bottom=BOTTOM, top=TOP,
         )
     )  # fmt: skip
