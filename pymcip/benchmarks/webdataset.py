@@ -111,14 +111,17 @@ def read_labelled(
     labels = _classes(data, title, number)
     classes = len(np.unique(labels))
     notes = check_counts(title, {"images": len(data), "classes": classes}, expected, options)
+    candidates = None
     if class_ids is not None:
         labels = np.asarray(class_ids, np.int64)[labels]
+        if len(set(class_ids)) < len(names):
+            candidates = tuple(sorted(set(class_ids)))
     return Labelled(
         images=data,
         labels=labels,
         names=tuple(names),
         templates=_templates(folder, title) if templates is None else tuple(templates),
-        candidates=_candidates(class_ids, len(names)),
+        candidates=candidates,
         notes=partial + notes,
     )
 
@@ -268,9 +271,3 @@ def _classes(data: ImageData, title: str, number: int) -> Int64:
             "another data set"
         )
     return np.array([int(text) for text in data.class_names], np.int64)[data.labels]
-
-
-def _candidates(class_ids: Sequence[int] | None, number: int) -> tuple[int, ...] | None:
-    if class_ids is None or len(set(class_ids)) == number:
-        return None
-    return tuple(sorted(set(class_ids)))
