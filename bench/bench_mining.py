@@ -35,7 +35,7 @@ from topk_rivals import CONTENDERS, MissingRivalError, Problem, product_alone
 from pymcip.embedding import EmbeddingFolder
 from pymcip.mining import CaptionTable, images_per_block, search_device
 from pymcip.ops import topk
-from pymcip.ops.arrays import MatrixParts
+from pymcip.ops.arrays import MatrixParts, torch_threads
 
 FULL = {"images": 100_000, "captions": 12_000_000, "dim": 512, "part_rows": 100_000}
 SMOKE = {"images": 70_000, "captions": 6_000, "dim": 32, "part_rows": 1_500}
@@ -241,12 +241,8 @@ def place(options: argparse.Namespace) -> Iterator[Path]:
 
 def main(words: Sequence[str] | None = None) -> None:
     options = arguments(words)
-    before = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
-    try:
+    with torch_threads(options.threads):
         _run(options)
-    finally:
-        torch.set_num_threads(before)
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -44,6 +44,7 @@ import torch
 from pymcip.files import write_text
 from pymcip.markdown import markdown_table
 from pymcip.ops import topk
+from pymcip.ops.arrays import torch_threads
 from pymcip.ops.faiss_import import faiss_threads, import_faiss
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the harness is in bench/
@@ -149,16 +150,12 @@ def main(words: Sequence[str] | None = None) -> None:
     import_faiss()
     if options.work is not None:
         options.work.mkdir(parents=True, exist_ok=True)
-    before = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
-    try:
-        with (
-            faiss_threads(options.threads),
-            tempfile.TemporaryDirectory(prefix="storage_", dir=options.work) as work,
-        ):
-            _run(options, Path(work))
-    finally:
-        torch.set_num_threads(before)
+    with (
+        torch_threads(options.threads),
+        faiss_threads(options.threads),
+        tempfile.TemporaryDirectory(prefix="storage_", dir=options.work) as work,
+    ):
+        _run(options, Path(work))
 
 
 def _run(options: argparse.Namespace, work: Path) -> None:

@@ -23,6 +23,7 @@ from pymcip.ops.arrays import (
     Array,
     MatrixParts,
     Progress,
+    check_device,
     check_matrix,
     check_threads,
     device_of,
@@ -119,13 +120,7 @@ class PackedBank:
             ConfigError: there is no such device.
             DataError, BackendError: as by `pack`.
         """
-        try:
-            place = torch.empty(0, device=device).device
-        except (AssertionError, RuntimeError, TypeError) as error:
-            raise ConfigError(
-                f"PackedBank: device={device!r} can't be used here ({str(error).splitlines()[0]}); "
-                "allowed: cpu, or cuda[:n] where torch sees a GPU"
-            ) from error
+        place = check_device("PackedBank: ", device)
         if place == self.device and not options:
             return self
         return PackedBank.pack(_tensor(self.rows).to(place), **options)
