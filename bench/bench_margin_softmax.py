@@ -219,7 +219,7 @@ def rivals(case: Case, mode: str) -> Iterable[Rival]:
 
 
 class Lazy:
-    """A run whose own copies of the inputs are made first, once, and let go if it fails."""
+    """A run whose own copies of the inputs are made first, once, and freed if it fails."""
 
     def __init__(self, build: Builder, case: Case, mode: str) -> None:
         self._build: Callable[[], Built] = lambda: build(case, mode)

@@ -195,13 +195,6 @@ def fp64_ranking(
     return best.ids.cpu(), best.scores.cpu()
 
 
-def _runs_here(backend: str, options: argparse.Namespace) -> bool:
-    return backend == "auto" or any(
-        row.name == backend and row.obstacle(options.device, options.dtype) is None
-        for row in backends("topk")
-    )
-
-
 def asked_for(name: str, options: argparse.Namespace) -> bool:
     return options.rivals is None or any(word in name for word in options.rivals)
 
@@ -273,10 +266,12 @@ def rivals(
             if listed(name) and (exact or every)
         ]
     if packed is not None:
+        here = (row for row in backends("topk") if not row.obstacle(options.device, dtype))
+        runnable = {"auto", *(row.name for row in here)}
         chosen += [
             Rival(name, ours(packed, backend, exact), recall)
             for name, (backend, exact) in PACKED.items()
-            if listed(name) and _runs_here(backend, options)
+            if listed(name) and backend in runnable
         ]
     for contender in CONTENDERS:
         if contender.device != options.device or not listed(contender.name):

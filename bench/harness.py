@@ -1,7 +1,7 @@
 """Times rivals side by side: interleaved, warmed up, with quantiles and a figure of accuracy.
 
 Rivals take turns within every repetition, each time starting with another one, so that a change of
-the machine's clock or load meets all of them alike.
+the machine's clock or load affects all of them alike.
 """
 
 from __future__ import annotations

@@ -69,8 +69,8 @@ def list_classes(
         place: holds the folders.
         title: the data set's, for messages.
         known: the folders' names in the order of the labels.
-        stem: what images' names begin with, `{}` for the folder's; None: folders that are not known
-            are of no concern.
+        stem: what images' names begin with, `{}` for the folder's; None: unknown folders are
+            ignored.
 
     Raises:
         DataError: folders are unknown, images lie outside of them or have other names, or there are

@@ -136,7 +136,7 @@ def find_suite(
 def measure_suite(
     found: Sequence[Found], cache: EmbeddingCache, options: SuiteOptions
 ) -> SuiteScores:
-    """Measure one model; a benchmark whose images can't all be decoded fails alone."""
+    """Measure one model; one benchmark whose images can't all be decoded does not stop the others."""
     embed = CachedEmbedder(cache)
     result = SuiteScores()
     for item in found:

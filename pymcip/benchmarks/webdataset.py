@@ -170,7 +170,7 @@ def read_captioned(
 def _load(
     folder: Path, split: str, title: str, options: SuiteOptions
 ) -> tuple[ImageData, tuple[str, ...]]:
-    """Index a split's shards once they are seen to be all there; notes if they are not."""
+    """Index a split's shards; notes if `allow_partial` lets some of them be missing."""
     place = folder / split
     if not place.is_dir():
         there = [path.parent.name for path in sorted(folder.glob(f"*/{NUMBER_OF_SHARDS}"))]

@@ -62,7 +62,7 @@ _log = logging.getLogger("pymcip.mining")
 
 @dataclass(frozen=True)
 class MineResult:
-    """What `mine_captions` found; `report` is also in report.json, `markdown` is its gist for people.
+    """What `mine_captions` found; `report` is also in report.json, `markdown` has its main figures.
 
     `missing`: how many tasks other shards have still to do; until then there is no table, and the
     report is empty.

@@ -1,8 +1,8 @@
 """`PackedBank`: a bank of rows, rounded to 8 bits (or to bfloat16) once and searched many times.
 
 The form is that of csrc/topk.hpp, or on a GPU of csrc/topk_cuda_kernels.cuh: rows rotated (so that no
-column stands out) and rounded, with bounds of what the rounding took away. A search screens it and
-scores the few rows that matter from the rows themselves, which therefore stay with it.
+column stands out) and rounded, with bounds of the rounding error. A search screens it and
+scores the few rows that matter from the rows themselves, which therefore are kept with it.
 """
 
 from __future__ import annotations
@@ -185,7 +185,9 @@ class PackedBank:
                         f"{rows.shape} need {stored} {shape}"
                     )
                 if not (array.flags.c_contiguous and array.flags.aligned):
-                    raise ValueError(f"the packed bank's {name} lie otherwise than when written")
+                    raise ValueError(
+                        f"the packed bank's {name} have another layout than when written"
+                    )
             for name, digest in _digests(folder):
                 if facts["sha256"][name] != digest.hex():
                     raise ValueError(f"{name}.npy has another checksum than when it was written")
