@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -87,25 +88,12 @@ def _aircraft_list(place: Path, split: str, variants: Sequence[str], title: str)
     return read_keyed(place / f"images_variant_{split}.txt", title, parse, needed)
 
 
-_FOLDERS = (
-    "fgvc-aircraft",
-    "fgvc-aircraft-2013b",
-    "fgvc_aircraft",
-    "wds_fgvc_aircraft",
-)
-
-
-_SOURCE = (
-    "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/ or "
-    "https://huggingface.co/datasets/clip-benchmark/wds_fgvc_aircraft"
-)
-
-
 AIRCRAFT_TEST = DataSet(
     name="fgvc-aircraft-test",
     title="FGVC-Aircraft test",
-    folders=_FOLDERS,
-    source=_SOURCE,
+    folders=("fgvc-aircraft", "fgvc-aircraft-2013b", "fgvc_aircraft", "wds_fgvc_aircraft"),
+    source="https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/ or "
+    "https://huggingface.co/datasets/clip-benchmark/wds_fgvc_aircraft",
     layout="""
 fgvc-aircraft-2013b/data/images/1514522.jpg
 fgvc-aircraft-2013b/data/variants.txt        100 variants
@@ -114,18 +102,14 @@ or test/{nshards.txt,0.tar,…}                CLIP_benchmark's shards
 """,
     reader=_read,
 )
-
-
-AIRCRAFT_DATABASE = DataSet(
+AIRCRAFT_DATABASE = replace(
+    AIRCRAFT_TEST,
     name="fgvc-aircraft-trainval",
     title="FGVC-Aircraft trainval (or train)",
-    folders=_FOLDERS,
-    source=_SOURCE,
     layout="""
 fgvc-aircraft-2013b/data/images/1025794.jpg
 fgvc-aircraft-2013b/data/variants.txt        100 variants
 fgvc-aircraft-2013b/data/images_variant_trainval.txt   6,667 lines; images_variant_train.txt: 3,334
 or train/{nshards.txt,0.tar,…}               CLIP_benchmark's shards: aircraft_database="train" only
 """,
-    reader=_read,
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -35,15 +36,6 @@ COUNTS = {
 }
 VAL_PER_CLASS = 50
 _SYNSET = re.compile(r"n\d{8}")
-_FOLDERS = (
-    "imagenet1k",
-    "imagenet-1k",
-    "imagenet",
-    "ImageNet",
-    "ILSVRC2012",
-    "imagenet-object-localization-challenge",
-    "wds_imagenet1k",
-)
 _CLS_LOC = "Data/CLS-LOC"
 
 
@@ -145,7 +137,15 @@ def _find_split(folder: Path, places: Sequence[str], stem: str) -> Path:
 IMAGENET_VAL = DataSet(
     name="imagenet1k-val",
     title=TITLE,
-    folders=_FOLDERS,
+    folders=(
+        "imagenet1k",
+        "imagenet-1k",
+        "imagenet",
+        "ImageNet",
+        "ILSVRC2012",
+        "imagenet-object-localization-challenge",
+        "wds_imagenet1k",
+    ),
     source="https://image-net.org/download-images (ILSVRC 2012), "
     "https://www.kaggle.com/c/imagenet-object-localization-challenge or "
     "https://huggingface.co/datasets/clip-benchmark/wds_imagenet1k",
@@ -164,11 +164,10 @@ or test/{nshards.txt,0.tar,…}                CLIP_benchmark's shards
 )
 
 
-IMAGENET_TRAIN = DataSet(
+IMAGENET_TRAIN = replace(
+    IMAGENET_VAL,
     name="imagenet1k-train",
     title="ImageNet-1k train",
-    folders=_FOLDERS,
-    source=IMAGENET_VAL.source,
     layout="""
 train/n01440764/n01440764_10026.JPEG         1,000 folders named by synset ids, 1,281,167 images
                                              (or in ILSVRC/Data/CLS-LOC/train/)

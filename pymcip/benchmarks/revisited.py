@@ -103,40 +103,28 @@ def _unpack_revisited(path: Path) -> tuple[list[str], list[str], list[dict[str, 
     return database, queries, gnd
 
 
-ROXFORD5K = DataSet(
-    name="roxford5k",
-    title="ROxford5k",
-    folders=(
-        "roxford5k",
-        "ROxford5k",
-        "test/roxford5k",
-        "data/test/roxford5k",
-        "datasets/roxford5k",
-    ),
-    source=(
-        "https://cmp.felk.cvut.cz/revisitop/data/datasets/roxford5k/gnd_roxford5k.pkl and "
-        "https://www.robots.ox.ac.uk/~vgg/data/oxbuildings/ (oxbuild_images-v1.tgz)"
-    ),
-    layout="""
+def _data_set(name: str, title: str, images: str, layout: str) -> DataSet:
+    folders = (name, title, f"test/{name}", f"data/test/{name}", f"datasets/{name}")
+    source = f"https://cmp.felk.cvut.cz/revisitop/data/datasets/{name}/gnd_{name}.pkl and {images}"
+    return DataSet(name, title, folders, source, layout, _read)
+
+
+ROXFORD5K = _data_set(
+    "roxford5k",
+    "ROxford5k",
+    "https://www.robots.ox.ac.uk/~vgg/data/oxbuildings/ (oxbuild_images-v1.tgz)",
+    """
 gnd_roxford5k.pkl           imlist, qimlist, gnd
 jpg/all_souls_000000.jpg    5,063 images: 4,993 of imlist, 70 of qimlist
 """,
-    reader=_read,
 )
-
-
-RPARIS6K = DataSet(
-    name="rparis6k",
-    title="RParis6k",
-    folders=("rparis6k", "RParis6k", "test/rparis6k", "data/test/rparis6k", "datasets/rparis6k"),
-    source=(
-        "https://cmp.felk.cvut.cz/revisitop/data/datasets/rparis6k/gnd_rparis6k.pkl and "
-        "https://www.robots.ox.ac.uk/~vgg/data/parisbuildings/ (paris_1-v1.tgz, paris_2-v1.tgz)"
-    ),
-    layout="""
+RPARIS6K = _data_set(
+    "rparis6k",
+    "RParis6k",
+    "https://www.robots.ox.ac.uk/~vgg/data/parisbuildings/ (paris_1-v1.tgz, paris_2-v1.tgz)",
+    """
 gnd_rparis6k.pkl                    imlist, qimlist, gnd
 jpg/paris_defense_000000.jpg        6,412 images, also in folders as the archives have them: 6,322
                                     of imlist, 70 of qimlist, 20 damaged ones that are in neither
 """,
-    reader=_read,
 )
