@@ -15,6 +15,7 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -246,9 +247,7 @@ def rivals(
     def ours(bank: Any, backend: str, exact: bool) -> Callable[[], tuple[Any, Any]]:
         return lambda: topk(problem.queries, bank, k, threshold, exact=exact, backend=backend)
 
-    def listed(name: str) -> bool:
-        return asked_for(name, options)
-
+    listed = partial(asked_for, options=options)
     chosen: list[Rival] = []
     for row in backends("topk"):
         names = {f"pymcip {row.name}": True, f"pymcip {row.name}, screen": False}

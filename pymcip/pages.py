@@ -56,16 +56,10 @@ def chart(curves: Mapping[str, Points]) -> Markup:
         {"name": name, "points": [place(*point) for point in _thinned(curve)]}
         for name, curve in curves.items()
     ]
-    values = {
-        "first": f"{first:g}",
-        "last": f"{last:g}",
-        "low": f"{low:.3g}",
-        "high": f"{high:.3g}",
-    }
     return Markup(
         filled(
-            "chart.svg", curves=drawn, **values,
-            width=WIDTH, height=HEIGHT, left=LEFT, bottom=BOTTOM, top=TOP,
+            "chart.svg", curves=drawn, first=f"{first:g}", last=f"{last:g}", low=f"{low:.3g}",
+            high=f"{high:.3g}", width=WIDTH, height=HEIGHT, left=LEFT, bottom=BOTTOM, top=TOP,
         )
     )  # fmt: skip
 

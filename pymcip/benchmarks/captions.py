@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -250,8 +250,6 @@ def _rows(document: dict[str, Any], key: str, path: Path, title: str) -> list[di
     return rows
 
 
-_FLICKR30K_NUMBERS = {"images": 1_000, "captions": 5_000}
-_COCO_NUMBERS = {"images": 5_000, "captions": 25_010}
 _FLICKR30K_KARPATHY = _Layout(
     "dataset_flickr30k.json",
     _parse_karpathy,
@@ -264,24 +262,22 @@ _FLICKR30K_KARPATHY = _Layout(
         "",
     ),
     "",
-    _FLICKR30K_NUMBERS,
+    {"images": 1_000, "captions": 5_000},
 )
-_FLICKR30K_CLIP_BENCHMARK = _Layout(
-    "flickr30k_test_karpathy.txt",
-    _parse_clip_benchmark,
-    _FLICKR30K_KARPATHY.bases,
-    "",
-    _FLICKR30K_NUMBERS,
+_FLICKR30K_CLIP_BENCHMARK = replace(
+    _FLICKR30K_KARPATHY, file="flickr30k_test_karpathy.txt", parse=_parse_clip_benchmark
 )
 _COCO_KARPATHY = _Layout(
-    "dataset_coco.json", _parse_karpathy, ("", "images"), "val2014", _COCO_NUMBERS
-)
-_COCO_TEST_KARPATHY = _Layout(
-    "coco_test_karpathy.json",
-    partial(_parse_coco, place="val2014"),
+    "dataset_coco.json",
+    _parse_karpathy,
     ("", "images"),
     "val2014",
-    _COCO_NUMBERS,
+    {"images": 5_000, "captions": 25_010},
+)
+_COCO_TEST_KARPATHY = replace(
+    _COCO_KARPATHY,
+    file="coco_test_karpathy.json",
+    parse=partial(_parse_coco, place="val2014"),
 )
 _COCO_VAL2017 = _Layout(
     "captions_val2017.json",
