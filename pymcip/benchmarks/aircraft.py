@@ -25,12 +25,10 @@ AIRCRAFT_IMAGES = {"train": 3_334, "trainval": 6_667, "test": 3_333}
 
 
 def _read(data: DataSet, folder: Path, options: SuiteOptions) -> Labelled:
-    """Read a split of FGVC-Aircraft: 100 variants, labelled in the order of variants.txt.
+    """Read the test split, or the one that votes (`options.aircraft_database`).
 
-    The banner with the photographer's name, 20 pixels at the bottom, stays on the pictures, as in
-    CLIP's evaluations.
-
-    It is the one that is tested, or the one that votes: `options.aircraft_database`.
+    Labels are the 100 variants in the order of variants.txt. The banner with the photographer's
+    name, 20 pixels at the bottom, stays on the pictures, as in CLIP's evaluations.
 
     Raises:
         AbsentError: the data set is not there. CLIP_benchmark's shards have train and test only.
