@@ -55,10 +55,10 @@ FLOORS = {
     "mining": """mining.table mining.given mining.search mining.report mining.mine mining""",
     "metrics": "metrics.inputs metrics.rankings metrics.neighbours metrics.text metrics",
     "benchmarks": """benchmarks.paper benchmarks.imagenet_names benchmarks.unpickling benchmarks.readers
-        benchmarks.contract benchmarks.folders benchmarks.imagenet_val benchmarks.protocols
+        benchmarks.embedder benchmarks.contract benchmarks.folders benchmarks.imagenet_val benchmarks.protocols
         benchmarks.query_sets benchmarks.webdataset benchmarks.aircraft benchmarks.captions
         benchmarks.cub200 benchmarks.gpr1200 benchmarks.imagenet benchmarks.instre benchmarks.objectnet
-        benchmarks.revisited benchmarks.registry benchmarks.embedder benchmarks.suite benchmarks""",
+        benchmarks.revisited benchmarks.registry benchmarks.suite benchmarks""",
     "evaluation": "evaluation.tables evaluation.examples evaluation.own_data evaluation.report evaluation.run evaluation",
     "training": """training.interpolation training.sampling training.sharding training.replicas training.batches training.mixtures
         training.callbacks training.checkpoints training.divergence training.logs training.optim training.result training.runs training.pace training.loop

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pymcip.benchmarks.contract import Int64, Labelled
+from pymcip.benchmarks.contract import Labelled
 from pymcip.benchmarks.embedder import CachedEmbedder
 from pymcip.data import ImageData
+from pymcip.metrics.inputs import Int64
 from pymcip.ops import topk
 
 QUERIES, TEXTS, NEAREST = 12, 4, 5

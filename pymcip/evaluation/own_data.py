@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pymcip.benchmarks import SuiteOptions, protocols
-from pymcip.benchmarks.contract import Captioned, Int64, Labelled
+from pymcip.benchmarks.contract import Captioned, Labelled
 from pymcip.benchmarks.embedder import CachedEmbedder
 from pymcip.configs import Workers
 from pymcip.data import ImageData
@@ -31,6 +31,7 @@ from pymcip.evaluation.examples import (
     drawn_queries,
 )
 from pymcip.metrics import KNN_TEMPERATURE, full_ranking_ap
+from pymcip.metrics.inputs import Int64
 from pymcip.model import ClipModel
 
 Duplicates: TypeAlias = Literal["join", "keep"]
