@@ -61,7 +61,7 @@ FLOORS = {
         benchmarks.revisited benchmarks.registry benchmarks.embedder benchmarks.suite benchmarks""",
     "evaluation": "evaluation.tables evaluation.examples evaluation.own_data evaluation.report evaluation.run evaluation",
     "training": """training.interpolation training.sampling training.replicas training.batches training.mixtures
-        training.callbacks training.checkpoints training.divergence training.logs training.optim training.result training.runs training.pace training.loop
+        training.callbacks training.checkpoints training.divergence training.logs training.optim training.result training.first_stage training.runs training.pace training.loop
         training.probe_sources training.inputs training.distillation training.image_stage
         training.settings training.noise training.appended training.text_stage training.probe training.summary training.validation training.report training.card training.budget
         training.train training""",

@@ -21,6 +21,11 @@ Method = Literal["appended", "gpr", "2sft", "mcip", "mcip+rea", "rea", "mcip+"]
 Auto = Literal["auto"]  # chosen when the model and the data are known: `training.settings`
 BUDGET = 0.02  # alignment_budget of mcip+, where no other is given
 APPENDED_DIMS = 64  # of the method appended, likewise
+FIRST_STAGE = {"2sft": "gpr", "mcip+rea": "mcip"}  # methods that train the first stage alone
+OF_IMAGES = """margin scale lr lr_classes epochs batch_size warmup train_size unlock_layers freeze_bn_stats
+    class_init class_balanced continuation aug_cfg appended_dims grad_clip_classes train_resize patch_dropout"""
+OF_CAPTION_LOSS = """lambda_class lambda_caption caption_scale caption_margin positives negatives loss_delta
+    repel caption_mean"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +45,8 @@ class TrainConfig(ModelOptions, DataOptions):
         "pseudo-captions": "threshold k caption_table caption_noise mine_model mine_pretrained",
         "alignment": """alignment_budget probe_data probe_captions probe_class_names distill
             distill_temperature distill_captions distill_data mixtures""",
-        "re-alignment": """rea_data rea_k rea_class_names rea_templates rea_epochs rea_batch_size rea_lr
-            rea_warmup rea_unlock_layers rea_logit_scale""",
+        "re-alignment": """first_stage rea_data rea_k rea_class_names rea_templates rea_epochs rea_batch_size
+            rea_lr rea_warmup rea_unlock_layers rea_logit_scale""",
         "machine and run folder": """device precision grad_checkpointing seed cache loss_chunk save_steps
             log_steps overwrite report_to""",
     }
@@ -231,6 +236,10 @@ class TrainConfig(ModelOptions, DataOptions):
     )
 
     # Re-alignment, the text stage
+    first_stage: Source | None = option(
+        None,
+        "2sft, mcip+rea: finished run of gpr, mcip with these options, to train no first stage again",
+    )
     rea_data: Sources | None = option(
         None, "image-caption pairs for re-alignment; default: train_data with its pseudo-captions"
     )
@@ -309,8 +318,29 @@ class TrainConfig(ModelOptions, DataOptions):
         """Whether pseudo-captions are mined."""
         return self.uses_captions_for_images or (self.realigns and self.rea_data is None)
 
+    @property
+    def unused(self) -> set[str]:
+        """Options that change nothing in a run of this method."""
+        mined, realigned = self.GROUPS["pseudo-captions"], self.GROUPS["re-alignment"]
+        with_captions = self.needs_captions or self.compares_with_captions
+        used = {
+            OF_IMAGES: self.trains_images,
+            OF_CAPTION_LOSS: self.uses_captions_for_images,
+            mined: self.needs_captions,
+            realigned: self.realigns,
+            "captions": with_captions or self.budget is not None,
+        }
+        return {name for names, is_used in used.items() if not is_used for name in names.split()}
+
     def problems(self) -> list[str]:
         problems = super().problems()
+        if self.first_stage is not None and (
+            self.method not in FIRST_STAGE or self.budget is not None
+        ):
+            problems.append(
+                "first_stage= is for 2sft and mcip+rea without alignment_budget; leave it out to train "
+                "both stages in this run"
+            )
         if self.needs_captions and self.captions is None:
             pairs = (
                 "" if self.uses_captions_for_images else "; or rea_data= with image-caption pairs"
@@ -355,20 +385,18 @@ class TrainConfig(ModelOptions, DataOptions):
         return problems
 
     def _distillation_problems(self) -> list[str]:
-        problems = []
-        if self.distill > 0 and self.trains_images:
-            if self.captions is None and not self.needs_captions:
-                problems.append("distill needs captions=: distributions over them are what is kept")
-            if self.projector == "discard":
-                problems.append(
-                    "distill and projector='discard' exclude each other: without the projector there "
-                    "is no joint space to keep; allowed: keep, lock"
-                )
-        if self.distill == 0 and (self.distill_data is not None or self.mixtures > 0):
-            problems.append(
-                "distill_data and mixtures are for distillation; give distill too, such as 1"
-            )
-        return problems
+        distilled = self.distill > 0 and self.trains_images
+        problems = {
+            "distill needs captions=: distributions over them are what is kept": (
+                distilled and self.captions is None and not self.needs_captions
+            ),
+            "distill and projector='discard' exclude each other: without the projector there is no joint "
+            "space to keep; allowed: keep, lock": distilled and self.projector == "discard",
+            "distill_data and mixtures are for distillation; give distill too, such as 1": (
+                self.distill == 0 and (self.distill_data is not None or self.mixtures > 0)
+            ),
+        }
+        return [problem for problem, found in problems.items() if found]
 
     def _appended_problems(self) -> list[str]:
         problems = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from pymcip.folders import holds_files
 # Options that may differ when a run is resumed: they don't change what is computed.
 RESUMABLE = (
     "out", "resume", "overwrite", "workers", "save_steps", "log_steps", "report_to", "cache",
-    "device",
+    "device", "first_stage",
 )  # fmt: skip
 PATHS = ("out", "checkpoint", "best_checkpoint", "state_dict", "hub")  # of a result; below `out`
 RESULT = "result.json"
@@ -130,21 +130,13 @@ def finished_result(
         DamagedFileError: a file of the run can't be read.
     """
     out = Path(config.out)
-    younger = {item.name: item.default for item in fields(config)}  # than the run: not in its file
-    before = {**younger, **begun}
-    now = config.to_dict()
-    changed = [
-        f"{name}: was {before.get(name)!r}, now {now[name]!r}"
-        for name in now
-        if name not in RESUMABLE and before.get(name) != now[name]
-    ]
+    changed = changed_options(config, begun)
     if changed:
         raise ConfigError(
             f"resume='latest': the run in {out} was started with other options: {'; '.join(changed)}. "
             "Give the same ones, or another folder"
         )
-    known = read_json(out / INPUTS, {}, _AGAIN)
-    names = [name for name in {**known, **made_from} if known.get(name) != made_from.get(name)]
+    names = changed_inputs(out, made_from)
     if names:
         raise StaleEmbeddingsError(
             f"resume='latest': the run in {out} was started with other {', other '.join(names)}. Give "
@@ -153,6 +145,30 @@ def finished_result(
     if not (out / RESULT).is_file():
         return None
     _log.info("the run in %s is finished; nothing to resume", out)
+    return read_result(out)
+
+
+def changed_options(
+    config: TrainConfig, begun: Mapping[str, Any], ignored: Collection[str] = RESUMABLE
+) -> list[str]:
+    """Compare `config` with the options of a run: the names that differ, with both values."""
+    younger = {item.name: item.default for item in fields(config)}  # than the run: not in its file
+    before = {**younger, **begun}
+    return [
+        f"{name}: was {before.get(name)!r}, now {value!r}"
+        for name, value in config.to_dict().items()
+        if name not in ignored and before.get(name) != value
+    ]
+
+
+def changed_inputs(out: Path, made_from: Mapping[str, str]) -> list[str]:
+    """Name the inputs of the run in `out` whose content is not that of `made_from`."""
+    known = read_json(out / INPUTS, {}, _AGAIN)
+    return [name for name in {**known, **made_from} if known.get(name) != made_from.get(name)]
+
+
+def read_result(out: Path) -> TrainResult:
+    """Read the result of the finished run in `out`; raises DamagedFileError."""
     values: dict[str, Any] = read_json(out / RESULT, REQUIRED, _AGAIN)
     unknown = values.keys() ^ {item.name for item in fields(TrainResult)}
     if unknown - {"alignment"}:

@@ -29,8 +29,7 @@ def log_start(
         "training data: %s images of %s classes%s",
         f"{len(inputs.images):,}", f"{inputs.images.num_classes:,}", captions,
     )  # fmt: skip
-    used = config.needs_captions or config.compares_with_captions or config.budget is not None
-    if inputs.captions is not None and not used:
+    if inputs.captions is not None and "captions" in config.unused:
         _log.warning(
             "captions= is given, and method=%r does not use it; mcip, mcip+ and re-alignment do",
             config.method,

@@ -52,6 +52,7 @@ from pymcip.training.checkpoints import (
 )
 from pymcip.training.distillation import Distillation
 from pymcip.training.divergence import refuse_diverged, weight_norms
+from pymcip.training.first_stage import check_first_stage, take_first_stage
 from pymcip.training.image_stage import ImageStage, caption_bank, class_means, order_caption_bank
 from pymcip.training.inputs import Inputs, open_inputs
 from pymcip.training.logs import MetricsLog, forget_after, log_file
@@ -91,6 +92,9 @@ def train(
     With `resume="latest"` a run that was killed continues from its last checkpoint, on the CPU to the
     same bits as if it had not been.
 
+    With `first_stage` a two-stage method takes its first stage from a finished run, which must have had
+    the same options, data and weights; the result has the same bits as if both were trained here.
+
     `callbacks` are called at steps, evaluations and the ends of epochs, and may end a stage early; see
     `pymcip.Callbacks`.
 
@@ -127,6 +131,7 @@ def _train(config: TrainConfig, callbacks: Callbacks) -> TrainResult:
     check_processes(settings, clip, len(inputs.images))
     weights = {part: clip.weights(part) for part in ("image", "text")}
     made_from = inputs.fingerprints(config, weights)
+    check_first_stage(settings, made_from)
     if begun is not None:
         finished = finished_result(config, begun, made_from)
         if finished is not None:
@@ -143,6 +148,7 @@ def _train(config: TrainConfig, callbacks: Callbacks) -> TrainResult:
         write_json(out / INPUTS, made_from)
         write_json(out / "config.json", settings.to_dict())
         (out / "checkpoints").mkdir(exist_ok=True)
+        take_first_stage(settings, out)
         barrier()
         with Interruption().installed() as interruption, log_file(out / "out.log"):
             log_start(settings, reasons, clip, inputs)
@@ -200,7 +206,7 @@ def _run(
     if config.grad_checkpointing:
         clip.model.set_grad_checkpointing(True)  # type: ignore[operator]
     files = checkpoint_files(out / "checkpoints")
-    state = load_checkpoint(files[-1]) if config.resume and files else None
+    state = load_checkpoint(files[-1]) if files and (config.resume or config.first_stage) else None
     if state is None:
         position = Position()
     else:
