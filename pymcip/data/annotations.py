@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -25,12 +25,19 @@ from pymcip.data.column_names import (
     key_of,
     keys_of,
 )  # fmt: skip
-from pymcip.data.columns import TEXTS, parquet_columns, read_parquet, text_lists, texts
+from pymcip.data.columns import TEXTS, grouped, parquet_columns, read_parquet, text_lists, texts
 from pymcip.data.json_annotations import read_json
 from pymcip.data.labels import label_of
 from pymcip.data.parquet_images import class_names_of, image_column
 from pymcip.data.sources import some, suffix
-from pymcip.data.tables import Table, first_lines, read_delimited, read_lines, split_line
+from pymcip.data.tables import (
+    Annotations,
+    Table,
+    first_lines,
+    read_delimited,
+    read_lines,
+    split_line,
+)
 from pymcip.data.tally import LeftOut
 from pymcip.errors import DataError
 
@@ -48,33 +55,6 @@ _LOST_BAR = re.compile(
 )  # Flickr30k's results.csv has one row without its second bar
 
 _log = logging.getLogger("pymcip.data")
-
-
-@dataclass
-class Annotations:
-    """What a file says about images, row by row.
-
-    Attributes:
-        path: the file.
-        kind: what it was taken for, in words.
-        captions: large_list<large_string> [N]: the captions of each row.
-        files: the image of each row, None where a row has none; or None: no row has one.
-        labels: the class of each row, or None where there is none.
-        where: says where a row is in the file.
-        left_out: rows that are no rows.
-        names: of all columns, of a table.
-        content: the column that holds the images themselves; None: there is none.
-    """
-
-    path: Path
-    kind: str
-    captions: pa.ChunkedArray
-    files: list[str | None] | None
-    labels: list[str | None]
-    where: Callable[[int], str]
-    left_out: list[LeftOut] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
-    content: str | None = None
 
 
 @dataclass
@@ -104,16 +84,7 @@ def read_annotations(path: Path, *, images: bool = False) -> Annotations:
     """
     kind = suffix(path)
     if kind in (".json", ".jsonl"):
-        found = read_json(path)
-        rows = len(found.captions)
-        result = Annotations(
-            path,
-            found.kind,
-            pa.chunked_array([pa.array(found.captions, TEXTS)]),
-            found.files,
-            found.labels or [None] * rows,
-            lambda row: found.where[row],
-        )
+        result = read_json(path)
     elif kind == ".parquet":
         result = _parquet(path, images)
     else:
@@ -388,18 +359,11 @@ def _refuse_suspicious(path: Path, head: Sequence[str]) -> None:
 
 def _lines(path: Path, kind: str) -> Annotations:
     """Read a caption per line."""
-    pieces = [pa.array(lines, pa.large_string()) for lines in read_lines(path)]
-    ones = [pa.array(np.arange(len(piece) + 1), pa.int64()) for piece in pieces]
     lists = [
-        pa.LargeListArray.from_arrays(offsets, piece)
-        for offsets, piece in zip(ones, pieces, strict=True)
+        grouped(np.ones(len(lines), np.int64), pa.array(lines, pa.large_string()))
+        for lines in read_lines(path)
     ]
-    rows = sum(map(len, pieces))
+    captions = pa.chunked_array(lists, TEXTS)
     return Annotations(
-        path,
-        kind,
-        pa.chunked_array(lists, TEXTS),
-        None,
-        [None] * rows,
-        lambda row: f"line {row + 1}",
+        path, kind, captions, None, [None] * len(captions), lambda row: f"line {row + 1}"
     )

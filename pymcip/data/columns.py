@@ -14,7 +14,7 @@ import pyarrow.compute
 import pyarrow.parquet
 
 from pymcip.data.labels import plain
-from pymcip.data.tables import Choose, Table, check_once
+from pymcip.data.tables import Choose, Table
 from pymcip.errors import DataError
 
 TEXTS = pa.large_list(pa.large_string())
@@ -25,11 +25,10 @@ def read_parquet(path: Path, choose: Choose) -> Table:
     """Read the wanted columns of a parquet file.
 
     Raises:
-        DataError: it is no parquet file, or a wanted name is there twice.
+        DataError: it is no parquet file.
     """
     names = parquet_columns(path)
     wanted = list(choose(names))
-    check_once(path, names, wanted)
     with reading_parquet(path):
         table = pyarrow.parquet.read_table(path, columns=wanted)
         table.validate()
@@ -99,7 +98,7 @@ def _lists(table: Table, name: str, piece: pa.Array) -> pa.Array:
         return _flattened(table, name, piece)
     flat = _flat(table, name, piece)
     counts = pa.compute.is_valid(flat).to_numpy(zero_copy_only=False)
-    return _grouped(counts.astype(np.int64), flat.drop_null())
+    return grouped(counts.astype(np.int64), flat.drop_null())
 
 
 def _flattened(table: Table, name: str, piece: pa.Array) -> pa.Array:
@@ -110,10 +109,11 @@ def _flattened(table: Table, name: str, piece: pa.Array) -> pa.Array:
     ends = np.concatenate([[0], np.cumsum(sizes)])
     stops = np.cumsum(outer.to_numpy(zero_copy_only=False).astype(np.int64))
     starts = np.concatenate([[0], stops])[:-1].astype(np.int64)
-    return _grouped(ends[stops] - ends[starts] if len(stops) else stops, inner.flatten())
+    return grouped(ends[stops] - ends[starts] if len(stops) else stops, inner.flatten())
 
 
-def _grouped(counts: Any, values: pa.Array) -> pa.Array:
+def grouped(counts: Any, values: pa.Array) -> pa.Array:
+    """Make lists of texts of the values, of which list i has the next counts[i]."""
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     return pa.LargeListArray.from_arrays(
         pa.array(offsets, pa.int64()), values.cast(pa.large_string())

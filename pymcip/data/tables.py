@@ -1,4 +1,4 @@
-"""Text as it lies on the disk: encodings, lines, delimiters and quoting; and what a table is.
+"""Text as it lies on the disk: encodings, lines, delimiters and quoting; what a table is, and what it says about images.
 
 What a table is about is for `annotations` to say; here are lines and cells, each with its place.
 """
@@ -17,6 +17,7 @@ from typing import Literal
 
 import pyarrow as pa
 
+from pymcip.data.tally import LeftOut
 from pymcip.errors import DataError
 
 _BLOCK = 1 << 24  # bytes of text that are read together
@@ -52,6 +53,33 @@ class Table:
     def where(self, row: int) -> str:
         """Say where a row is in the file."""
         return f"line {self.lines[row]}" if self.lines else f"row {row + 1}"
+
+
+@dataclass
+class Annotations:
+    """What a file says about images, row by row.
+
+    Attributes:
+        path: the file.
+        kind: what it was taken for, in words.
+        captions: large_list<large_string> [N]: the captions of each row.
+        files: the image of each row, None where a row has none; or None: no row has one.
+        labels: the class of each row, or None where there is none.
+        where: says where a row is in the file.
+        left_out: rows that are no rows.
+        names: of all columns, of a table.
+        content: the column that holds the images themselves; None: there is none.
+    """
+
+    path: Path
+    kind: str
+    captions: pa.ChunkedArray
+    files: list[str | None] | None
+    labels: list[str | None]
+    where: Callable[[int], str]
+    left_out: list[LeftOut] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    content: str | None = None
 
 
 # Lines
@@ -169,8 +197,7 @@ def read_delimited(
 
     Raises:
         DataError: a line has another number of cells than the header or one that is not as it must
-            be, a wanted name is there twice, or it can't be said whether a cell of several lines is
-            one.
+            be, or it can't be said whether a cell of several lines is one.
     """
     checked = cells or {}
     if how == "any":
@@ -231,7 +258,6 @@ def _read_rows(
         if not header:
             header = cells
             chosen = list(choose(header))
-            check_once(path, header, chosen)
             wanted = [header.index(name) for name in chosen]
             pending, pieces = [[] for _ in wanted], [[] for _ in wanted]
             continue
@@ -298,12 +324,3 @@ def _surely_quoted(path: Path, delimiter: str, width: int) -> bool:
             return True
         uneven |= bool(line.strip()) and line.count(delimiter) + 1 != width
     return uneven
-
-
-def check_once(path: Path, names: Sequence[str], wanted: Sequence[str]) -> None:
-    """Raise DataError if a wanted name is there several times."""
-    twice = [name for name in dict.fromkeys(wanted) if list(names).count(name) > 1]
-    if twice:
-        raise DataError(
-            f"{path} has {list(names).count(twice[0])} columns {twice[0]}; give each a name of its own"
-        )
