@@ -47,7 +47,7 @@ FLOORS = {
     "models": """model.depthwise model.clip model.hub_config model.appended model.towers model.loading
         model environment workers""",
     "data": """data.decode data.sources data.tally data.labels data.walk data.shards data.tables
-        data.column_names data.columns data.json_annotations data.parquet_images data.annotations data.captions data.stores data.images data.class_names
+        data.column_names data.columns data.json_annotations data.stores data.parquet_images data.annotations data.captions data.images data.class_names
         data.indexed data.index data.loading data outputs checking""",
     "embedding": """embedding.foreign embedding.folder embedding.write embedding.cache embedding
         onnx exporting""",
