@@ -67,7 +67,7 @@ FLOORS = {
         training.train training""",
     "demo": """demo.sprites demo.scenes demo.captions demo.world demo.recipe demo.report
         demo.points demo.run demo""",
-    "studies": "studies.plots studies.tables studies.run studies",
+    "studies": "studies.tables studies.plots studies.run studies",
     "what users call": "__init__ flags cli __main__",
 }
 ORDER = [module for modules in FLOORS.values() for module in modules.split()]

@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 
 from pymcip.cli import COMMANDS, build_parser, make_config
 from pymcip.configs import SweepConfig, TrainConfig
-from pymcip.demo.points import label, make_point
+from pymcip.demo.points import label, make_point, study_points
 from pymcip.errors import ConfigError
 from pymcip.studies import pareto_front, sweep
-from pymcip.studies.run import study_points
 
 BASE = TrainConfig(
     model="m",

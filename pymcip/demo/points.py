@@ -6,15 +6,16 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pymcip.configs import TrainConfig
+from pymcip.configs import SweepConfig, TrainConfig
 from pymcip.configs.sweep import with_both_weights
 from pymcip.configs.train import FIRST_STAGE
-from pymcip.errors import PymcipError
+from pymcip.errors import ConfigError, PymcipError
 from pymcip.evaluation import evaluate
 from pymcip.files import read_json, write_json
 from pymcip.training import train
@@ -60,6 +61,43 @@ def make_point(base: TrainConfig, settings: dict[str, Any], changes: Changes = N
         if any(getattr(config, n) != getattr(own, n) for n in with_both_weights({name: value}))
     ]
     return Point(settings, config, "_".join([method, *differing]), first)
+
+
+def study_points(
+    config: SweepConfig, base: TrainConfig, changes: Changes = NO_CHANGES
+) -> list[Point]:
+    """The points of a sweep around `base`, in the order of the options and of their values.
+
+    Options that a point's method doesn't use are left out of it. Points of equal runs are one: `gpr` is
+    trained once, whatever thresholds a product tries, and of options that are tried alone those that
+    have the base's value share a point, which has them all in its settings.
+
+    Raises:
+        ConfigError: a combination is not allowed, or a swept option is used by no method.
+    """
+    axes = config.axes
+    tried = [{name: value} for name, values in axes.items() for value in values]
+    if config.grid == "product":
+        products = itertools.product(*axes.values())
+        tried = [dict(zip(axes, values, strict=True)) for values in products]
+    points: dict[str, Point] = {}  # by what is trained
+    for settings in tried:
+        point = make_point(base, settings, changes)
+        if not point.settings:
+            continue
+        same = points.setdefault(str(point.config), point)
+        if config.grid == "axes":  # the base's own values, of several options, are one point
+            both = {**same.settings, **point.settings}
+            points[str(point.config)] = replace(same, settings=both)
+    methods = (config.grid == "product" and axes.get("method")) or (base.method,)
+    problems = [
+        f"{name} is swept, but method {', '.join(dict.fromkeys(methods))} doesn't use it"
+        for name in axes
+        if all(name not in point.settings for point in points.values())
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return list(points.values())
 
 
 def trained(point: Point, runs: Path, failed: dict[str, PymcipError]) -> Path:

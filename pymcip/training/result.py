@@ -90,21 +90,24 @@ class TrainResult:
         write_json(self.out / RESULT, plain)
 
 
-def read_begun(config: TrainConfig) -> dict[str, Any] | None:
-    """The options of the run in `config.out`; None if there is no run yet.
+def read_begun(
+    out: Path, kind: str = "pymcip run", needed: Mapping[str, type] | None = None
+) -> dict[str, Any] | None:
+    """What config.json in `out` says of the run, or sweep, that is resumed; None if there is none yet.
+
+    `needed`: fields that it must have, see `read_json`.
 
     Raises:
         ConfigError: the folder holds something else.
-        DamagedFileError: they can't be read.
+        DamagedFileError: it can't be read.
     """
-    out = Path(config.out)
     if (out / "config.json").is_file():
-        begun: dict[str, Any] = read_json(out / "config.json", {}, _AGAIN)
+        begun: dict[str, Any] = read_json(out / "config.json", needed or {}, _AGAIN)
         return begun
     if holds_files(out) and [path.name for path in out.iterdir()] != [INPUTS]:
         raise ConfigError(
-            f"resume='latest': {out} holds files but no config.json, so it is no pymcip run; "
-            "give the folder of a run, or one that is new or empty"
+            f"resume='latest': {out} holds files but no config.json, so it is no {kind}; give the folder "
+            f"of a {kind}, or one that is new or empty"
         )
     return None
 

@@ -120,7 +120,7 @@ def train(
 
 def _train(config: TrainConfig, callbacks: Callbacks) -> TrainResult:
     """Check everything, then hold the run's folder and run; of several processes the first writes."""
-    begun = read_begun(config) if config.resume else None
+    begun = read_begun(Path(config.out)) if config.resume else None
     config = as_begun(config, begun)
     inputs = open_inputs(config)
     clip = load_configured(config).joint()
