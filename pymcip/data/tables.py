@@ -243,23 +243,25 @@ def _read_rows(
 ) -> Table:
     """Read a table; raises csv.Error if it is not quoted as it must be for "quoted"."""
     records = _records(path, delimiter, how, len(header))
-    chosen = list(choose(header)) if header else []
-    wanted = [header.index(name) for name in chosen]
-    table = Table(path, "", [], {})
-    pending: list[list[str]] = [[] for _ in wanted]
-    pieces: list[list[pa.Array]] = [[] for _ in wanted]
+    last = 0  # line that has been read
+    if not header:
+        last, header = next((record for record in records if any(record[1])), (0, []))
+    places = {name: header.index(name) for name in (choose(header) if header else ())}
     patterns = [(header.index(name), pattern) for name, pattern in checked.items()]
+    kind = _NAMES.get(delimiter, delimiter)
+    table = Table(path, f"{kind}, {'quoted' if how == 'quoted' else 'without quoting'}", header, {})
+    pending: dict[str, list[str]] = {name: [] for name in places}
+    pieces: dict[str, list[pa.Array]] = {name: [] for name in places}
+
+    def take_pending() -> None:
+        for name, column in pending.items():
+            pieces[name].append(pa.array(column, pa.large_string()))
+            column.clear()
+
     several = 0  # the first line of the first cell that has several
-    last = 0
     for number, cells in records:
         first, last = last + 1, number
         if not any(cells):
-            continue
-        if not header:
-            header = cells
-            chosen = list(choose(header))
-            wanted = [header.index(name) for name in chosen]
-            pending, pieces = [[] for _ in wanted], [[] for _ in wanted]
             continue
         if len(cells) != len(header):
             raise _ragged(path, delimiter, first, len(cells), len(header))
@@ -276,27 +278,19 @@ def _read_rows(
         if number > first and not several:
             several = first
         table.lines.append(first)
-        for column, place in zip(pending, wanted, strict=True):
-            column.append(cells[place])
+        for name, place in places.items():
+            pending[name].append(cells[place])
         if len(table.lines) % _ROWS == 0:
-            for column, piece in zip(pending, pieces, strict=True):
-                piece.append(pa.array(column, pa.large_string()))
-                column.clear()
+            take_pending()
     if several and not _surely_quoted(path, delimiter, len(header)):
         raise DataError(
             f"{path}, line {several}: a quote opens a cell that closes on another line, and nothing "
             "else in the file is quoted; double the quotes and put all cells with quotes into "
             "quotes, or write it as parquet"
         )
-    for column, piece in zip(pending, pieces, strict=True):
-        piece.append(pa.array(column, pa.large_string()))
-    table.names = header
-    table.kind = (
-        f"{_NAMES.get(delimiter, delimiter)}, {'quoted' if how == 'quoted' else 'without quoting'}"
-    )
+    take_pending()
     table.columns = {
-        header[place]: pa.chunked_array(piece, pa.large_string())
-        for place, piece in zip(wanted, pieces, strict=True)
+        name: pa.chunked_array(parts, pa.large_string()) for name, parts in pieces.items()
     }
     return table
 
