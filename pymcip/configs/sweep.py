@@ -107,7 +107,7 @@ def with_both_weights(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _values(given: Any) -> list[Any]:
-    """Take apart a text of values with commas between them; numbers among them become numbers."""
+    """Split a text of values at its commas; numbers among them become numbers."""
     if not isinstance(given, str):
         return list(given) if isinstance(given, (list, tuple)) else [given]
     return [_value(word) for word in given.split(",") if word]

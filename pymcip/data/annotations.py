@@ -1,7 +1,7 @@
-"""Files that describe images or hold captions: one reader that recognises what lies there.
+"""Files that describe images or hold captions: one reader that recognises their layout.
 
-`docs/data.md` lists the formats. What a file was taken for is said in the log; what can't be sure is
-refused, with its first suspicious line.
+`docs/data.md` lists the formats. The log says what a file was read as. A layout that can't be recognised
+for sure is refused, with the first suspicious line.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class _Layout:
 
 
 _CELLS = {"url": _URL_CELL, "image": _IMAGE_CELL, "number": _NUMBER_CELL}
-_FEW = 3  # rows by which it can't be said whether all have the same number of cells
+_FEW = 3  # rows, too few to tell whether all have the same number of cells
 
 
 def read_annotations(path: Path, *, images: bool = False) -> Annotations:
@@ -80,7 +80,7 @@ def read_annotations(path: Path, *, images: bool = False) -> Annotations:
             of captions (caption before title before text).
 
     Raises:
-        DataError: the file can't be read, or what it is can't be said for sure.
+        DataError: the file can't be read, or its layout can't be recognised for sure.
     """
     kind = suffix(path)
     if kind in (".json", ".jsonl"):
@@ -206,7 +206,7 @@ def _text(path: Path, layout: _Layout, images: bool) -> Annotations:
         names = layout.header or split_line(first_lines(path, 1)[0], layout.delimiter)
         if not ("Expected" in str(error) and _files_and_captions(names)):
             raise
-        # CLIP_benchmark's lists and Flickr30k's results.csv: the caption is all behind the image.
+        # CLIP_benchmark's lists and Flickr30k's results.csv: the caption is all that follows the image.
         table = _repaired(path, layout.delimiter, names)
         _check_files(table, names)
     result = _from_table(table, images)
@@ -342,7 +342,7 @@ def _kind_of_cells(cells: Sequence[str]) -> str:
 
 
 def _refuse_suspicious(path: Path, head: Sequence[str]) -> None:
-    """Refuse text whose lines are more than captions, or none."""
+    """Refuse text whose lines are not captions, or hold more than captions."""
     for what, pattern in (
         ("begins with an image's name", _STARTS_WITH_IMAGE),
         ("is a web address", _URL_CELL),

@@ -26,7 +26,7 @@ def _article(phrase: str) -> str:
 
 
 def _speak(one: Emoji, generator: np.random.Generator) -> str:
-    """An emoji's name as a caption would have it: rarely exact, often only its kind."""
+    """An emoji's name as a caption would use it: rarely exact, often only its kind."""
     draw = generator.random()
     if draw < 0.25:
         return one.name

@@ -18,8 +18,8 @@ BASE = f"local-dir:{BASE_FOLDER}"
 class Recipe:
     """Sizes and hyper-parameters of a demo run; those of `train` have its names.
 
-    `train` is for every method, `rea` for re-alignment; over both, `appended` and `plus` (`mcip+`) are for
-    one method.
+    `train` is for every method, `rea` for re-alignment; `appended` and `plus` (`mcip+`) override both for one
+    method.
     """
 
     world: WorldConfig = dataclasses.field(default_factory=WorldConfig)
@@ -71,7 +71,7 @@ class Recipe:
     )
 
     def config(self, world: World, **options: Any) -> TrainConfig:
-        """The training of every method on a world's scenes, but for `changes`; `out` is empty."""
+        """The training of every method on a world's scenes, without `changes`; `out` is empty."""
         fixed: dict[str, Any] = {
             "model": BASE,
             "out": "",

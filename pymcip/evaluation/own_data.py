@@ -132,7 +132,7 @@ def evaluate_model(
         Percentages by name, only those that the data allow.
 
     Raises:
-        DataError: no image can be decoded; class names or k-NN data don't go with the data.
+        DataError: no image can be decoded; class names or k-NN data don't match the data.
     """
     own = check_own(data, knn_data, class_names, duplicates)
     options = SuiteOptions(knn_k=knn_k, knn_vote=knn_vote, knn_temperature=knn_temperature)
@@ -154,7 +154,7 @@ def measure_model(
     batch_size: int = 64,
     workers: Workers = 0,
 ) -> Measured:
-    """Do as `measure_own`, with embeddings that are kept for the time of the call alone."""
+    """Measure as `measure_own` does, with embeddings that are kept for the time of the call only."""
     with tempfile.TemporaryDirectory(prefix="pymcip-") as folder:
         cache = EmbeddingCache(clip, folder, batch_size=batch_size, workers=workers)
         return measure_own(own, cache, options, templates, recall_at)
@@ -166,10 +166,10 @@ def check_own(
     class_names: ClassNames | None,
     duplicates: Duplicates = "join",
 ) -> OwnData:
-    """Join the parts of a user's data before any model runs.
+    """Check that the parts of a user's data match, and join them, before any model runs.
 
     Raises:
-        DataError: they don't go together, or there is nothing to measure.
+        DataError: they don't match, or there is nothing to measure.
     """
     labelled = bool((data.labels >= 0).any())
     if not labelled and not any(data.titles(i) for i in range(len(data))):

@@ -247,7 +247,7 @@ def _each_model(
 def _prepare(config: EvaluateConfig, read: Iterable[Path]) -> Iterator[Path | None]:
     """Make and hold the output folder, if one is asked for; `read`: files of the data.
 
-    Of several processes the first one does, before the others go on.
+    Of several processes the first one does, before the others continue.
     """
     if config.out is None or not is_first():
         barrier()

@@ -108,7 +108,7 @@ def sweep(config: SweepConfig | None = None, /, **options: Any) -> SweepResult:
         try:
             records = [_run_seed(config, seed) for seed in seeds]
         except KeyboardInterrupt:
-            _log.warning("interrupted; resume='latest' goes on with what is missing in %s", out)
+            _log.warning("interrupted; resume='latest' continues with what is missing in %s", out)
             raise
         config = with_alignment(config, records[0]["base"])
         table = sweep_rows(config, points, records)

@@ -76,7 +76,7 @@ def train(
 
     Writes a run folder: `config.json`, `inputs.json` (what the data and weights were), `out.log`, `metrics.jsonl`, `embeddings/` and `mined/` (the
     pseudo-captions), `checkpoints/`, `exported/` (plain open_clip weights), `result.json`;
-    with a budget `alignment.json`; at last `report.html`, which shows what came of it.
+    with a budget `alignment.json`; and `report.html`, which shows the results.
 
     With `alignment_budget` the tuned weights are drawn back towards the original ones as far as the
     budget asks for (`TrainResult.alignment`); if nothing keeps it, nothing is exported.
@@ -86,8 +86,8 @@ def train(
     dimensions; `pymcip.load` reads both.
 
     Options that are "auto" are chosen by the model and the number of images; `config.json` and the log
-    have what was taken. Where there is no `val_data`, some classes are held out to measure the model
-    before and after. The last lines of the log say what it was and is, and warn where it isn't better.
+    say what was taken. Where there is no `val_data`, some classes are held out to measure the model
+    before and after. The last lines of the log give both figures, and warn if it isn't better.
 
     With `resume="latest"` a run that was killed continues from its last checkpoint, on the CPU to the
     same bits as if it had not been.
