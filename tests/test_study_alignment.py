@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pymcip.configs import TrainConfig
-from pymcip.demo.recipe import Recipe
+from pymcip.demo.recipe import DEMO
 from pymcip.errors import DataError
 from tests.conftest import bench_module
 
@@ -44,7 +44,7 @@ def test_rank_correlation_by_hand(
 
 def test_variants_are_allowed_and_measured(bench: Any) -> None:
     """Each with the demo's recipe, as the ablation trains it; all have a probe."""
-    common = {"method": "mcip", **Recipe().train}
+    common = {"method": "mcip", **DEMO.train}
     for options in bench.VARIANTS.values():
         config = TrainConfig(
             model="m", train_data="d", captions="c", out="o", **{**common, **options}

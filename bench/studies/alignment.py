@@ -31,7 +31,7 @@ import torch
 import pymcip
 from pymcip.configs import TrainConfig
 from pymcip.data import ImageData, load_captions, load_images
-from pymcip.demo.recipe import BASE, Recipe
+from pymcip.demo.recipe import BASE, DEMO
 from pymcip.demo.world import World, prepare_world
 from pymcip.errors import DataError
 from pymcip.evaluation import evaluate_model, read_class_names
@@ -46,7 +46,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the harness is in bench/
 from harness import Report, training_dtype
 
 UNBOUND = {"alignment_budget": 0.999}  # measured, and not held to anything
-PLUS: dict[str, Any] = {"method": "mcip+", **Recipe().rea, **Recipe().plus}
+PLUS: dict[str, Any] = {"method": "mcip+", **DEMO.rea, **DEMO.plus}
 VARIANTS: dict[str, dict[str, Any]] = {
     "gpr": {"method": "gpr", **UNBOUND},
     "mcip": {"method": "mcip", **UNBOUND},
@@ -122,11 +122,11 @@ def run_ablation(report: Report, arguments: argparse.Namespace) -> dict[str, Any
 
 
 def _world(folder: Path, seed: int) -> World:
-    return prepare_world(dataclasses.replace(Recipe().world, seed=seed), folder / "world")
+    return prepare_world(dataclasses.replace(DEMO.world, seed=seed), folder / "world")
 
 
 def _variant(name: str, folder: Path, seed: int, world: World) -> dict[str, float]:
-    options = {"method": "mcip", **Recipe().train, **VARIANTS[name]}
+    options = {"method": "mcip", **DEMO.train, **VARIANTS[name]}
     if options["method"] == "mcip+":
         options["rea_class_names"] = str(world.names("train"))
     result = pymcip.train(

@@ -177,7 +177,7 @@ def _write_split(
     generator = np.random.default_rng([config.seed, key])
     labels = generator.permutation(np.sort(np.resize(np.arange(len(classes)), count)))
     scenes = compose(generator, classes[labels], clutter, config.style)
-    pixels = render(scenes, 2 * config.seed + key, sprites)
+    pixels = render(scenes, 2 * config.seed + key)
     captions = None
     if split != "train":  # whose captions are the corpus, aligned with no image
         captions = describe_all(scenes, 2 * config.seed + key, sprites.emoji)

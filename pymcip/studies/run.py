@@ -25,7 +25,7 @@ from pymcip.demo.points import (
     study_points,
     trained,
 )
-from pymcip.demo.recipe import SMOKE, Recipe
+from pymcip.demo.recipe import DEMO, SMOKE
 from pymcip.demo.sprites import load_sprites
 from pymcip.demo.world import World, prepare_world
 from pymcip.errors import ConfigError, PymcipError
@@ -153,7 +153,7 @@ def _study(config: SweepConfig, seed: int | None = None) -> _Study:
     folder = Path(config.out) / f"seed{seed}"
     if config.train is None:
         load_sprites()  # before anything is written: it says what is not installed
-        recipe = SMOKE if config.smoke else Recipe()
+        recipe = SMOKE if config.smoke else DEMO
         world, own = World(Path()), {}
         if seed is not None:
             world = prepare_world(replace(recipe.world, seed=seed), folder / "world")
