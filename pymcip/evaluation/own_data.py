@@ -177,32 +177,24 @@ def check_own(
             "the images have neither labels nor captions, so there is nothing to measure; give them "
             "labels (folders, a label column, cls) or captions (a title column, txt)"
         )
-    if not labelled:
-        given = [
-            name
-            for name, value in (("class_names", class_names), ("knn_data", knn_data))
-            if value is not None
-        ]
-        if given:
-            raise DataError(f"{' and '.join(given)} need labelled images; data has no labels")
-        return OwnData(data, duplicates=duplicates)
-    own = OwnData(data, duplicates=duplicates)
+    both = {"class_names": class_names, "knn_data": knn_data}
+    given = [name for name, value in both.items() if value is not None]
+    if not labelled and given:
+        raise DataError(f"{' and '.join(given)} need labelled images; data has no labels")
+    voters = names = descriptions = None
     if knn_data is not None:
-        voter_labels = np.append(_shared_labels(data, knn_data), -1)[knn_data.labels]
-        own = replace(own, voters=(knn_data, voter_labels))
+        voters = knn_data, np.append(_shared_labels(data, knn_data), -1)[knn_data.labels]
     if class_names is not None:
         rows = rows_of_classes(data, class_names)
-        own = replace(
-            own, names=class_texts([class_names.names[row] for row in rows], class_names.names)
-        )
+        names = class_texts([class_names.names[row] for row in rows], class_names.names)
         if class_names.descriptions is not None:
             described = [class_names.descriptions[row] for row in rows]
-            own = replace(own, descriptions=class_texts(described, described))
-    elif all(name.lstrip("-").isdecimal() for name in data.class_names):
+            descriptions = class_texts(described, described)
+    elif labelled and all(name.lstrip("-").isdecimal() for name in data.class_names):
         _log.info("no zero-shot: the class names are numbers; give class_names= to name them")
     elif len(set(data.class_names)) > 1:
-        own = replace(own, names=class_texts(data.class_names, data.class_names))
-    return own
+        names = class_texts(data.class_names, data.class_names)
+    return OwnData(data, names, descriptions, voters, duplicates)
 
 
 def measure_own(
