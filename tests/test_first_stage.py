@@ -105,6 +105,17 @@ def test_another_run_is_refused(options: dict[str, Any], tmp_path: Path) -> None
     assert not (tmp_path / "second").exists()
 
 
+def test_names_of_classes_that_are_held_out(
+    options: dict[str, Any], tmp_path: Path, tiny_images: Callable[..., Path]
+) -> None:
+    many = {**options, "val_data": None, "train_data": str(tiny_images("many", classes=8))}
+    first = train(**many, method="gpr", out=tmp_path / "first")
+    (tmp_path / "names.tsv").write_text("".join(f"class{i}\tname {i}\n" for i in range(8)))
+    named = {"method": "2sft", "rea_class_names": tmp_path / "names.tsv"}
+    with pytest.raises(ConfigError, match="other rea_class_names, which name held-out classes"):
+        train(**many, **named, out=tmp_path / "second", first_stage=first.out)
+
+
 def test_weights_that_are_damaged(options: dict[str, Any], tmp_path: Path) -> None:
     first = train(**options, method="gpr", out=tmp_path / "first")
     assert first.state_dict is not None

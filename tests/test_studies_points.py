@@ -154,6 +154,7 @@ def test_an_option_that_no_method_uses() -> None:
         ({"set": {"method": "magic"}}, "one of 'appended'"),
         ({"set": {"thresold": 0.2}}, "unknown option 'thresold'"),
         ({"set": {"seed": (1, 2)}}, "seed can't be swept"),
+        ({"set": {"first_stage": "runs/gpr"}}, "first_stage can't be swept"),
         ({"set": {"k": 1}, "data": "d"}, "data is for your own data: give `train` too"),
         ({"set": {"k": 1}, "train": "t", "smoke": True}, "it excludes `train`"),
         ({"set": {"k": 1}, "train": "t", "class_names": "n"}, "give `data` too"),

@@ -165,7 +165,7 @@ def _study(config: SweepConfig, seed: int | None = None) -> _Study:
     if config.data is not None:
         data, names = config.data, config.class_names
     problems = [] if data is not None else ["give `data`, labelled images to measure the runs on"]
-    options |= {"out": "", "resume": None, "overwrite": False, "holdout": 0.0}
+    options |= {"out": "", "first_stage": None, "resume": None, "overwrite": False, "holdout": 0.0}
     try:
         base = TrainConfig.make(None, options)
     except ConfigError as error:

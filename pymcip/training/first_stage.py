@@ -49,11 +49,10 @@ def check_first_stage(config: TrainSettings, made_from: Mapping[str, str]) -> No
     wanted = replace(config, method=FIRST_STAGE[config.method], first_stage=None)
     ignored = {*RESUMABLE, *wanted.unused}
     differences = changed_options(wanted, read_json(first / "config.json", {}), ignored)
-    differences += [
-        f"other {name}"
-        for name in changed_inputs(first, made_from)
-        if name.split()[-1] not in ignored
-    ]
+    inputs = [name for name in changed_inputs(first, made_from) if name.split()[-1] not in ignored]
+    if "val_class_names" in inputs and config.val_class_names is None:
+        inputs[inputs.index("val_class_names")] = "rea_class_names, which name held-out classes"
+    differences += [f"other {name}" for name in inputs]
     if differences:
         raise ConfigError(
             f"first_stage: the run in {first} is not the first stage of this one: "
