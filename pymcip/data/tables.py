@@ -191,8 +191,8 @@ def read_delimited(
         delimiter: between cells.
         choose: which of the columns' names are wanted.
         header: names of the columns; default: the first line has them.
-        how: "lines": there is no quoting. "rest": each line is a row, and its last cell all that is
-            behind the other ones' delimiters; in quotes or not.
+        how: "lines": there is no quoting. "rest": each line is a row, and its last cell the rest of
+            the line, in quotes or not.
         cells: of columns by name, what each of their cells must be.
 
     Raises:

@@ -218,8 +218,8 @@ def measure_own(
         (text, place) for place, texts in enumerate(pictures.titles(images)) for text in texts
     ]
     found: dict[str, float] = {}
-    shown: list[Ranking] = []
-    told: list[Ranking] = []
+    by_picture: list[Ranking] = []
+    by_text: list[Ranking] = []
     by_class: list[tuple[int, int, float]] = []
     chosen = drawn_queries(classes.labels)
     if several:
@@ -234,7 +234,7 @@ def measure_own(
         by_class = [
             (int(c), int(sizes[c]), float(sums[c] / sizes[c])) for c in np.flatnonzero(sizes)
         ]
-        shown = by_pictures(classes, chosen, embed)
+        by_picture = by_pictures(classes, chosen, embed)
         found["i2i_r1"] = protocols.nearest_other(classes, embed, options)["r1"]
     voters = own_voters = None
     if own.voters is not None:
@@ -251,7 +251,7 @@ def measure_own(
         named = replace(_by_texts(own.names, classes), templates=tuple(templates))
         top = protocols.zero_shot(named, embed, options)
         found["zero_shot"], found["zero_shot_top5"] = top["top1"], top["top5"]
-        told = by_names(named, chosen, embed)
+        by_text = by_names(named, chosen, embed)
     if len(classes.labels) and own.descriptions is not None:
         described = _by_texts(own.descriptions, classes)
         found["t2i_map"] = protocols.descriptions(described, embed, options)["map"]
@@ -276,12 +276,12 @@ def measure_own(
         "texts_cut": embed.texts_cut,
     }
     if captions:
-        told = by_captions(images, pictures.rows, texts, owners, embed)
+        by_text = by_captions(images, pictures.rows, texts, owners, embed)
     left_out = [*images.left_out, *embed.undecodable(images)]
     class_names = images.class_names
     if own.names is not None:
         class_names = [own.names.texts[text] for text in own.names.of_class]
-    return Measured(found, counts, Examples(shown, told, by_class), class_names, left_out)
+    return Measured(found, counts, Examples(by_picture, by_text, by_class), class_names, left_out)
 
 
 @dataclass(frozen=True)
