@@ -243,7 +243,11 @@ def measure_own(
         place = {content: row for row, content in enumerate(known.of(known.labels >= 0))}
         asked = pictures.of(pictures.labels >= 0)
         own_voters = np.array([place.get(content, -1) for content in asked], np.int64)
-        _report_own(own_voters)
+        if held := int((own_voters >= 0).sum()):
+            _log.warning(
+                "knn_data holds %d of the %d images to classify; none of them votes for itself",
+                held, len(own_voters),
+            )  # fmt: skip
     if several or (voters and len(classes.labels)):
         voting = replace(classes, voters=voters, own_voters=own_voters)
         found["knn"] = protocols.knn(voting, embed, options)["top1"]
@@ -350,15 +354,6 @@ def _pictures(
         list(members),
         list(members.values()),
     )
-
-
-def _report_own(own_voters: Int64) -> None:
-    held = int((own_voters >= 0).sum())
-    if held:
-        _log.warning(
-            "knn_data holds %d of the %d images to classify; none of them votes for itself",
-            held, len(own_voters),
-        )  # fmt: skip
 
 
 def _labelled(images: ImageData, pictures: _Pictures) -> Labelled:

@@ -128,7 +128,8 @@ def write_report(
             _figure(name, words(name), models) for name in (models[-1].metrics if models else ())
         ],
         shown=shown,
-        left_out=[_listed(kind) for kind in left_out if kind.items],
+        left_out=[kind for kind in left_out if kind.items],
+        most_listed=LISTED,
         thumbnails=thumbnails,
         **values,
     )
@@ -193,12 +194,3 @@ def _worst(data: Named, each: Sequence[Examples], thumbnails: Thumbnails) -> lis
         }
         for _, number, size in sorted(several)[:WORST]
     ]
-
-
-def _listed(kind: LeftOuts) -> dict[str, Any]:
-    return {
-        "what": kind.what,
-        "count": len(kind.items),
-        "items": kind.items[:LISTED],
-        "listed": kind.listed,
-    }

@@ -213,10 +213,8 @@ def protocol_options(config: EvaluateConfig) -> SuiteOptions:
 
 def _models(config: EvaluateConfig) -> list[tuple[str, str | None]]:
     """List names and weights of the models to measure: the baseline, if there is one, first."""
-    models: list[tuple[str, str | None]] = [(config.model, config.pretrained)]
-    if config.baseline is not None:
-        models.insert(0, (config.baseline, config.baseline_pretrained))
-    return models
+    baseline = [] if config.baseline is None else [(config.baseline, config.baseline_pretrained)]
+    return [*baseline, (config.model, config.pretrained)]
 
 
 def _each_model(

@@ -116,8 +116,12 @@ def as_begun(config: TrainConfig, begun: Mapping[str, Any] | None) -> TrainConfi
     """The config with what the run that was begun took where it says "auto"."""
     if begun is None:
         return config
-    open_ones = [item.name for item in fields(config) if getattr(config, item.name) == "auto"]
-    return replace(config, **{name: begun[name] for name in open_ones if name in begun})
+    chosen = {
+        name: begun[name]
+        for name, value in vars(config).items()
+        if value == "auto" and name in begun
+    }
+    return replace(config, **chosen)
 
 
 def finished_result(
