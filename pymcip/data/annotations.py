@@ -21,6 +21,7 @@ from pymcip.data.column_names import (
     FILE_COLUMNS,
     LABEL_COLUMNS,
     caption_columns,
+    columns_of,
     first_of,
     key_of,
     keys_of,
@@ -97,9 +98,7 @@ def read_annotations(path: Path, *, images: bool = False) -> Annotations:
 def _parquet(path: Path, images: bool) -> Annotations:
     content: str | None = None
     if images:
-        columns = parquet_columns(path)
-        known = dict(reversed(list(zip(keys_of(columns), columns, strict=True))))
-        content = image_column(path, [known[name] for name in FILE_COLUMNS if name in known])
+        content = image_column(path, columns_of(parquet_columns(path), FILE_COLUMNS))
 
     def choose(names: Sequence[str]) -> list[str]:
         return _wanted(path, [name for name in names if name != content], images)
@@ -207,8 +206,7 @@ def _text(path: Path, layout: _Layout, images: bool) -> Annotations:
         if not ("Expected" in str(error) and _files_and_captions(names)):
             raise
         # CLIP_benchmark's lists and Flickr30k's results.csv: the caption is all that follows the image.
-        table = _repaired(path, layout.delimiter, names)
-        _check_files(table, names)
+        table = _repaired(path, layout.delimiter, names, with_header=not layout.header)
     result = _from_table(table, images)
     result.kind = f"{layout.kind} ({result.kind})" if layout.kind else result.kind
     if images and result.files is not None:
@@ -222,41 +220,30 @@ def _files_and_captions(names: Sequence[str]) -> bool:
     return first is not None and bool(last) and len(names) in (2, 3)
 
 
-def _repaired(path: Path, delimiter: str, names: list[str]) -> Table:
+def _repaired(path: Path, delimiter: str, names: list[str], *, with_header: bool) -> Table:
     """Read a table of images and captions whose captions hold the delimiter."""
+    header = [names[0], names[-1]]
+    if with_header:  # as the first line reads where it is split once, like the others
+        header = [cell.strip() for cell in first_lines(path, 1)[0].split(delimiter, 1)]
     table = read_delimited(
-        path, delimiter, lambda _: [names[0], names[-1]], [names[0], names[-1]], how="rest"
+        path, delimiter, list, header, how="rest", cells={header[0]: _IMAGE_CELL}
     )
-    skipped = key_of(table.columns[names[0]][0].as_py()) == key_of(
-        names[0]
-    )  # the header is a row here
-    files, captions = (table.columns[name].to_pylist() for name in (names[0], names[-1]))
+    files, captions = table.columns.values()
     if len(names) == 3:
-        for row, text in enumerate(captions):
+        texts = captions.to_pylist()
+        for row, text in enumerate(texts):
             number, bar, caption = text.partition(delimiter)
-            lost = _LOST_BAR.fullmatch(text.strip())
+            lost = _LOST_BAR.fullmatch(text)
             if bar and _NUMBER_CELL.fullmatch(number.strip()):
-                captions[row] = caption.strip()
+                texts[row] = caption.strip()
             elif lost:
-                captions[row] = lost[2]
-            elif not (skipped and row == 0):
+                texts[row] = lost[2]
+            else:
                 raise DataError(f"{path}, {table.where(row)}: no number between image and caption")
-    if skipped:
-        files, captions, table.lines = files[1:], captions[1:], table.lines[1:]
-    table.columns = {
-        names[0]: pa.chunked_array([pa.array(files, pa.large_string())]),
-        names[-1]: pa.chunked_array([pa.array(captions, pa.large_string())]),
-    }
+        captions = pa.chunked_array([pa.array(texts, pa.large_string())])
+    table.names = [names[0], names[-1]]
+    table.columns = dict(zip(table.names, (files, captions), strict=True))
     return table
-
-
-def _check_files(table: Table, names: Sequence[str]) -> None:
-    for row, name in enumerate(table.columns[names[0]].to_pylist()):
-        if not _IMAGE_CELL.fullmatch(name or ""):
-            raise DataError(
-                f"{table.path}, {table.where(row)}: {name!r:.60} is no image's name, as in the other "
-                "rows; put cells that hold the delimiter into quotes"
-            )
 
 
 def _recognise(path: Path, kind: str) -> _Layout:

@@ -272,8 +272,8 @@ def _read_rows(
         for place, pattern in patterns:
             if not pattern.fullmatch(cells[place]):
                 raise DataError(
-                    f"{path}, line {first}: {cells[place]!r:.60} is no {header[place]}, as in the lines "
-                    "before it; give the file a header, or put the line right"
+                    f"{path}, line {first}: {cells[place]!r:.60} is no {header[place]}, as in the other "
+                    "lines; correct it, put cells that hold the delimiter into quotes, or give the file a header"
                 )
         if number > first and not several:
             several = first
