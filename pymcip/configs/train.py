@@ -5,15 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from pymcip.configs.options import (
-    WORKERS,
-    DataOptions,
-    Source,
-    Sources,
-    Workers,
-    option,
-    required,
-)
+from pymcip.configs.options import WORKERS, DataOptions, Source, Sources, Workers, option, required
 from pymcip.configs.recipes import read_recipe
 from pymcip.configs.stages import ModelOptions
 

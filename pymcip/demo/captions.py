@@ -6,14 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pymcip.demo.scenes import (
-    COLOURS,
-    MAX_CLUTTER,
-    PATTERNS,
-    TINTS,
-    Scenes,
-    compose,
-)
+from pymcip.demo.scenes import COLOURS, MAX_CLUTTER, PATTERNS, TINTS, Scenes, compose
 from pymcip.demo.sprites import Emoji
 
 _COLOUR_NAMES = tuple(COLOURS)

@@ -32,12 +32,7 @@ from pymcip.embedding import EmbeddingCache
 from pymcip.errors import ConfigError, DataError
 from pymcip.evaluation.own_data import check_own, measure_own
 from pymcip.evaluation.report import LeftOuts, Model, Named, Thumbnails, write_report
-from pymcip.evaluation.tables import (
-    comparison_table,
-    model_headings,
-    reported_columns,
-    suite_table,
-)
+from pymcip.evaluation.tables import comparison_table, model_headings, reported_columns, suite_table
 from pymcip.files import write_json, write_text
 from pymcip.folders import manifest
 from pymcip.model import load_configured

@@ -17,14 +17,7 @@ from pymcip.configs import SweepConfig, TrainConfig, read_options
 from pymcip.contents import digest_of_files
 from pymcip.data import load_images
 from pymcip.data.column_names import columns_named
-from pymcip.demo.points import (
-    Changes,
-    Point,
-    label,
-    measured,
-    study_points,
-    trained,
-)
+from pymcip.demo.points import Changes, Point, label, measured, study_points, trained
 from pymcip.demo.recipe import DEMO, SMOKE
 from pymcip.demo.sprites import load_sprites
 from pymcip.demo.world import World, prepare_world
@@ -32,13 +25,7 @@ from pymcip.errors import ConfigError, PymcipError
 from pymcip.files import read_json, write_json, write_text
 from pymcip.outputs import output_folder
 from pymcip.studies.plots import draw_curves, draw_front, require_matplotlib
-from pymcip.studies.tables import (
-    KEPT,
-    qualities,
-    sweep_markdown,
-    sweep_rows,
-    with_alignment,
-)
+from pymcip.studies.tables import KEPT, qualities, sweep_markdown, sweep_rows, with_alignment
 from pymcip.training.inputs import open_inputs
 from pymcip.training.result import read_begun
 

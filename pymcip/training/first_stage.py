@@ -15,13 +15,7 @@ from pymcip.configs.train import FIRST_STAGE
 from pymcip.errors import ConfigError
 from pymcip.files import atomic_path, damaged, read_json
 from pymcip.training.checkpoints import Position, checkpoint_files, save_checkpoint
-from pymcip.training.result import (
-    RESULT,
-    RESUMABLE,
-    changed_inputs,
-    changed_options,
-    read_result,
-)
+from pymcip.training.result import RESULT, RESUMABLE, changed_inputs, changed_options, read_result
 
 _log = logging.getLogger("pymcip.training")
 

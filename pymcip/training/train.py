@@ -44,12 +44,7 @@ from pymcip.training.appended import WEIGHT, choose_weight, fit_appended
 from pymcip.training.budget import AlignmentBudget
 from pymcip.training.callbacks import Callbacks
 from pymcip.training.card import model_card
-from pymcip.training.checkpoints import (
-    Position,
-    checkpoint_files,
-    load_checkpoint,
-    load_weights,
-)
+from pymcip.training.checkpoints import Position, checkpoint_files, load_checkpoint, load_weights
 from pymcip.training.distillation import Distillation
 from pymcip.training.divergence import refuse_diverged, weight_norms
 from pymcip.training.first_stage import check_first_stage, take_first_stage
