@@ -124,17 +124,12 @@ def read_lines(path: Path) -> Iterator[list[str]]:
                     )
                 if lines:
                     number += len(lines)
-                    yield [_bare(line) for line in lines]
+                    yield [line.removesuffix("\r").lstrip("\ufeff") for line in lines]
                 if not block:
                     return
                 block = stream.read(_BLOCK)
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{path} can't be read: {error}") from error
-
-
-def _bare(line: str) -> str:
-    line = line[:-1] if line.endswith("\r") else line
-    return line.lstrip("\ufeff") if line.startswith("\ufeff") else line
 
 
 def _encoding(path: Path, start: bytes) -> str:

@@ -62,10 +62,6 @@ class Sprites:
         return len(self.emoji)
 
 
-def _head_noun(concept: str) -> str:
-    return _CUT.split(concept)[0].split()[-1]
-
-
 def _names(english: str, code: str) -> tuple[str, str, str]:
     """Distinct name, name without skin tones, head noun."""
     english = english.strip(":").replace("_", " ").replace("’", "'").lower()
@@ -79,7 +75,7 @@ def _names(english: str, code: str) -> tuple[str, str, str]:
         concept, noun = f"clock showing {concept}", "clock"
     elif code.endswith("20e3"):
         noun = "keycap"
-    noun = noun or _head_noun(concept)
+    noun = noun or _CUT.split(concept)[0].split()[-1]
     skin = " and ".join(tones)
     return (f"{concept} with {skin} skin" if tones else concept), concept, noun
 

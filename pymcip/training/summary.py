@@ -47,8 +47,9 @@ def log_start(
 
 def log_end(result: TrainResult, config: TrainSettings) -> None:
     """Log where the weights of a run lie, and what to do next."""
-    took = timedelta(seconds=round(result.seconds))
-    _log.info("%d steps in %s%s", result.steps, took, _skipped(result.skipped_steps))
+    took, skipped = timedelta(seconds=round(result.seconds)), result.skipped_steps
+    why = f"; {skipped} of them skipped, because loss or gradient was not finite" if skipped else ""
+    _log.info("%d steps in %s%s", result.steps, took, why)
     if result.interrupted:
         _log.info(
             "interrupted by %s; checkpoint: %s. To continue: the same command with --resume latest",
@@ -74,7 +75,3 @@ def evaluate_command(result: TrainResult, config: TrainSettings) -> str:
     if config.columns and config.val_data is not None:
         words += ["--columns", *(f"{role}={name}" for role, name in config.columns.items())]
     return shlex.join(words)
-
-
-def _skipped(steps: int) -> str:
-    return f"; {steps} of them skipped, because loss or gradient was not finite" if steps else ""
