@@ -13,10 +13,8 @@ Method = Literal["appended", "gpr", "2sft", "mcip", "mcip+rea", "rea", "mcip+"]
 Auto = Literal["auto"]  # chosen when the model and the data are known: `training.settings`
 BUDGET = 0.02  # alignment_budget of mcip+, where no other is given
 APPENDED_DIMS = 64  # of the method appended, likewise
-FIRST_STAGE: dict[str, Method] = {
-    "2sft": "gpr",
-    "mcip+rea": "mcip",
-}  # methods that train the first stage alone
+# Of a two-stage method: the one that trains its first stage alone.
+FIRST_STAGE: dict[str, Method] = {"2sft": "gpr", "mcip+rea": "mcip"}
 OF_IMAGES = """margin scale lr lr_classes epochs batch_size warmup train_size unlock_layers freeze_bn_stats
     class_init class_balanced continuation aug_cfg appended_dims grad_clip_classes train_resize patch_dropout"""
 OF_CAPTION_LOSS = """lambda_class lambda_caption caption_scale caption_margin positives negatives loss_delta

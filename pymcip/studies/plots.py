@@ -28,10 +28,10 @@ def require_matplotlib() -> None:
 def draw_front(config: SweepConfig, rows: Sequence[dict[str, Any]], out: Path) -> None:
     """Draw retrieval over alignment, a point per row, and the Pareto front as a step line.
 
-    rows[0] is the base. Points of one method, or else of one swept option, share a colour.
+    Points of one method, or else of one swept option, share a colour; the base has its own.
     """
-    groups: dict[str, list[dict[str, Any]]] = {"base": [rows[0]]}
-    for row in rows[1:]:
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
         group = row["settings"].get("method", ", ".join(row["settings"]))
         groups.setdefault(str(group), []).append(row)
     names = titles(config)
