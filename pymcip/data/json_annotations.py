@@ -92,13 +92,14 @@ def _annotations(path: Path, kind: str, rows: _Rows) -> Annotations:
     """Take image, label and captions of each row."""
     captions = [captions_of(value, f"{path}, {where}") for where, value in rows]
     files = [first_text(value, FILE_COLUMNS) for _, value in rows]
+    places = [where for where, _ in rows]
     return Annotations(
         path,
         kind,
         pa.chunked_array([pa.array(captions, TEXTS)]),
         files if any(files) else None,
         [label_of(first_text(value, LABEL_COLUMNS)) for _, value in rows],
-        lambda row: rows[row][0],
+        places.__getitem__,
     )
 
 
