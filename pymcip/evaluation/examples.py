@@ -44,7 +44,7 @@ class Examples:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Examples:
-        """Take them from `asdict`, which may have been JSON meanwhile."""
+        """Make them from what `asdict` returns, also after it was written as JSON."""
         pictures, texts = (
             [Ranking(**ranking) for ranking in values[name]] for name in ("pictures", "texts")
         )
@@ -52,7 +52,7 @@ class Examples:
 
 
 def drawn_queries(labels: Int64) -> Int64:
-    """Draw rows to search with, of as many classes as there are; their classes have other images too."""
+    """Draw query rows from as many classes as possible, each with two images or more."""
     order = np.random.default_rng(0).permutation(len(labels))
     alone = np.bincount(labels)[labels[order]] < 2
     order = order[~alone]

@@ -41,7 +41,7 @@ def caption_divergence(
     """KL(p0 || p) of every image, fp32 [B]; see the module.
 
     Args:
-        features: unit rows [B, D] of the model in training; the gradient goes to them alone.
+        features: unit rows [B, D] of the model in training; only they get a gradient.
         original: unit rows [B, D] of the untrained model.
         captions: unit rows [M, D].
         scale: s.

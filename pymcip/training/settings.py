@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -78,9 +77,7 @@ def fit_settings(
     if is_convolutional(clip.model) and not any("pos" in n for n, _ in visual.named_parameters()):
         size, why = max(GRID, round(size * CROP / GRID) * GRID), "a convolutional tower"
     choose("train_size", size, why)
-    settings = TrainSettings(
-        **{item.name: getattr(config, item.name) for item in fields(config)} | taken
-    )
+    settings = TrainSettings(**{**vars(config), **taken})
     check_train_size(clip, settings.train_size)
     train_transform(clip, settings.train_size, config.aug_cfg, config.train_resize)
     return settings, reasons

@@ -44,14 +44,10 @@ from pymcip.training.appended import SHAPES, WEIGHT, choose_head, fit_appended
 from pymcip.training.budget import AlignmentBudget
 from pymcip.training.callbacks import Callbacks
 from pymcip.training.card import model_card
-from pymcip.training.checkpoints import (
-    Position,
-    checkpoint_files,
-    load_checkpoint,
-    load_weights,
-)
+from pymcip.training.checkpoints import Position, checkpoint_files, load_checkpoint, load_weights
 from pymcip.training.distillation import Distillation
 from pymcip.training.divergence import refuse_diverged, weight_norms
+from pymcip.training.first_stage import check_first_stage, take_first_stage
 from pymcip.training.image_stage import ImageStage, caption_bank, class_means, order_caption_bank
 from pymcip.training.inputs import Inputs, open_inputs
 from pymcip.training.logs import MetricsLog, forget_after, log_file
@@ -76,7 +72,7 @@ def train(
 
     Writes a run folder: `config.json`, `inputs.json` (what the data and weights were), `out.log`, `metrics.jsonl`, `embeddings/` and `mined/` (the
     pseudo-captions), `checkpoints/`, `exported/` (plain open_clip weights), `result.json`;
-    with a budget `alignment.json`; at last `report.html`, which shows what came of it.
+    with a budget `alignment.json`; and `report.html`, which shows the results.
 
     With `alignment_budget` the tuned weights are drawn back towards the original ones as far as the
     budget asks for (`TrainResult.alignment`); if nothing keeps it, nothing is exported.
@@ -86,11 +82,14 @@ def train(
     dimensions; `pymcip.load` reads both.
 
     Options that are "auto" are chosen by the model and the number of images; `config.json` and the log
-    have what was taken. Where there is no `val_data`, some classes are held out to measure the model
-    before and after. The last lines of the log say what it was and is, and warn where it isn't better.
+    say what was taken. Where there is no `val_data`, some classes are held out to measure the model
+    before and after. The last lines of the log give both figures, and warn if it isn't better.
 
     With `resume="latest"` a run that was killed continues from its last checkpoint, on the CPU to the
     same bits as if it had not been.
+
+    With `first_stage` a two-stage method takes its first stage from a finished run, which must have had
+    the same options, data and weights; the result has the same bits as if both were trained here.
 
     `callbacks` are called at steps, evaluations and the ends of epochs, and may end a stage early; see
     `pymcip.Callbacks`.
@@ -117,7 +116,7 @@ def train(
 
 def _train(config: TrainConfig, callbacks: Callbacks) -> TrainResult:
     """Check everything, then hold the run's folder and run; of several processes the first writes."""
-    begun = read_begun(config) if config.resume else None
+    begun = read_begun(Path(config.out)) if config.resume else None
     config = as_begun(config, begun)
     inputs = open_inputs(config)
     clip = load_configured(config).joint()
@@ -129,6 +128,7 @@ def _train(config: TrainConfig, callbacks: Callbacks) -> TrainResult:
     weights = {part: clip.weights(part) for part in ("image", "text")}
     made_from = inputs.fingerprints(config, weights)
     check_alike(made_from)
+    check_first_stage(settings, made_from)
     if begun is not None:
         finished = finished_result(config, begun, made_from)
         if finished is not None:
@@ -145,6 +145,7 @@ def _train(config: TrainConfig, callbacks: Callbacks) -> TrainResult:
         write_json(out / INPUTS, made_from)
         write_json(out / "config.json", settings.to_dict())
         (out / "checkpoints").mkdir(exist_ok=True)
+        take_first_stage(settings, out)
         barrier()
         with Interruption().installed() as interruption, log_file(out / "out.log"):
             log_start(settings, reasons, clip, inputs)
@@ -202,7 +203,7 @@ def _run(
     if config.grad_checkpointing:
         clip.model.set_grad_checkpointing(True)  # type: ignore[operator]
     files = checkpoint_files(out / "checkpoints")
-    state = load_checkpoint(files[-1]) if config.resume and files else None
+    state = load_checkpoint(files[-1]) if files and (config.resume or config.first_stage) else None
     if state is None:
         position = Position()
     else:
