@@ -135,7 +135,7 @@ def _known(kept: Path) -> dict[State, bytes]:
 
 
 def _keep(kept: Path, known: dict[State, bytes], found: Sequence[tuple[State, bytes]]) -> None:
-    """Add what is found of files that have not changed of late; it is no loss if that fails."""
+    """Add the digests of files that have not changed recently; a failure to write is ignored."""
     latest = time.time_ns() - SETTLED
     new = {
         state: digest

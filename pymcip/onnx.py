@@ -98,7 +98,8 @@ class _Tower(nn.Module):
     def __init__(self, clip: ClipModel, features: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.model, self.features = clip.model, features
-        self.appended = clip.tower if isinstance(clip, AppendedClip) else None
+        if isinstance(clip, AppendedClip):
+            self.appended, self.head = clip.tower, clip.head
 
     def forward(self, batch: Tensor) -> Tensor:
         return self.features(batch)

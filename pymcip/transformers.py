@@ -37,6 +37,7 @@ PARTS = {
     "ln_final": "text_model.final_layer_norm",
     "text_projection": "text_projection.weight",
 }
+BLOCK = "ResidualAttentionBlock"
 LAYERS = {
     ".ln_1.": ".layer_norm1.",
     ".ln_2.": ".layer_norm2.",
@@ -131,6 +132,8 @@ def _obstacle(clip: ClipModel) -> str | None:
             getattr(text, "text_pool_type", None) or text.pool_type,
             "argmax",
         ),
+        ("blocks of the image tower", _blocks(visual), BLOCK),
+        ("blocks of the texts", _blocks(text), BLOCK),
         ("causal mask", text.attn_mask is not None, True),
         ("tokenizer", type(tokenizer).__name__, SimpleTokenizer.__name__),
         ("reduction_mask", getattr(tokenizer, "reduction_fn", None), None),
@@ -147,6 +150,10 @@ def _obstacle(clip: ClipModel) -> str | None:
         wanted = transformers.CLIPModel(transformers.CLIPConfig(**_config(clip))).state_dict()
     names = sorted(_renamed(model.state_dict()).keys() ^ wanted.keys())
     return f"these weights are not in both: {', '.join(names[:4])}" if names else None
+
+
+def _blocks(tower: Any) -> str:
+    return type(tower.transformer.resblocks[0]).__name__
 
 
 def _config(clip: ClipModel) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import pymcip
 from pymcip.errors import CheckpointError, ConfigError
 from pymcip.exporting import write_export
 from pymcip.model import ClipModel, load
-from pymcip.model.appended import Gate, appended_clip
+from pymcip.model.appended import Gate, appended_clip, linear_head
 from pymcip.transformers import write_transformers
 from tests.conftest import TINY_MODEL, TINY_PREPROCESSING, TINY_TIMM, picture, write_hub_folder
 
@@ -111,6 +111,7 @@ def test_pixels_are_the_same(changes: dict[str, Any], tmp_path: Path) -> None:
         ({"vision_cfg": {**VISION, "ls_init_value": 0.1}}, r"not in both: .*\.ls_1\.gamma"),
         ({"vision_cfg": {**VISION, "no_ln_pre": True}}, "not in both: .*pre_layrnorm"),
         ({"init_logit_bias": -10.0}, "not in both: logit_bias"),
+        ({"text_cfg": {**TEXT, "block_type": "custom"}}, "blocks of the texts is 'Custom"),
     ],
 )
 def test_a_model_without_a_counterpart_is_refused(
@@ -123,7 +124,8 @@ def test_a_model_without_a_counterpart_is_refused(
 
 
 def test_appended_dimensions_are_refused(tiny_clip: ClipModel, tmp_path: Path) -> None:
-    head = torch.randn(4, tiny_clip.embed_dim, generator=torch.Generator().manual_seed(2))
+    generator = torch.Generator().manual_seed(2)
+    head = linear_head(torch.randn(4, tiny_clip.embed_dim, generator=generator), torch.zeros(4))
     gate = Gate(torch.eye(tiny_clip.embed_dim)[:2], 0.5, 0.1)
     write_export(appended_clip(tiny_clip, None, head, 2.0, gate), tmp_path / "model")
     with pytest.raises(ConfigError, match=r"appended dimensions.* use onnx=True"):

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import threading
+from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,17 +26,20 @@ from pymcip.errors import DataError, DecodeError
 from pymcip.progress import progress
 
 Int64: TypeAlias = npt.NDArray[np.int64]
+Opened = TypeVar("Opened")
 
 
-class Store(Protocol):
+class Store(ABC):
     """Where the images of one source lie; rows are counted from 0."""
 
+    _sizes: Int64  # bytes of each image file
+    _titles: pa.Array | None  # lists of the captions that come with each
+
+    @abstractmethod
     def key(self, row: int) -> str:
         """Path of the image, or its shard's path and the member's name."""
 
-    def titles(self, row: int) -> tuple[str, ...]:
-        """Captions that come with the image; may be none."""
-
+    @abstractmethod
     def read(self, row: int) -> bytes:
         """The image file's bytes.
 
@@ -44,20 +48,73 @@ class Store(Protocol):
             DecodeError: it can't be opened or read (no permission, a damaged disk).
         """
 
-    def digest(self, row: int) -> bytes:
-        """The digest of the image file's bytes, as `fingerprint` has found it; else as `read`."""
-
-    def size(self, row: int) -> int:
-        """How many bytes the image file has."""
-
+    @abstractmethod
     def files(self) -> list[Path]:
         """The files that hold the images."""
 
+    @abstractmethod
     def fingerprint(self) -> list[Any]:
         """Plain values that change whenever the images do; reads the files at the first call."""
 
+    def titles(self, row: int) -> tuple[str, ...]:
+        """Captions that come with the image; may be none."""
+        return () if self._titles is None else tuple(self._titles[row].as_py())
 
-class FileStore:
+    def digest(self, row: int) -> bytes:
+        """The digest of the image file's bytes, as `fingerprint` has found it; else as `read`."""
+        return digest_of(self.read(row))
+
+    def size(self, row: int) -> int:
+        """How many bytes the image file has."""
+        return int(self._sizes[row])
+
+
+class PackedStore(Store, Generic[Opened]):
+    """Images inside larger files, of which a few parts are open at a time; may be sent to processes.
+
+    Args:
+        paths: the files.
+        titles: the captions of each image, large_list<large_string> [N], or None.
+    """
+
+    MOST_OPEN: int
+    _digest = ""  # of all files, once it is known
+
+    def __init__(self, paths: list[Path], titles: pa.Array | None) -> None:
+        self._paths, self._titles = paths, titles
+        self._open: dict[int, Opened] = {}
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+    @abstractmethod
+    def _opened(self, number: int) -> Opened:
+        """Open a part."""
+
+    def _part(self, number: int) -> Opened:
+        """Give an open part; the one that has been open longest is given up where there are too many."""
+        with self._lock:
+            if number not in self._open:
+                if len(self._open) >= self.MOST_OPEN:
+                    self._open.pop(next(iter(self._open)))
+                self._open[number] = self._opened(number)
+            return self._open[number]
+
+    def files(self) -> list[Path]:
+        return self._paths
+
+    def content(self) -> tuple[list[str], str]:
+        """The names of the files and a digest of their bytes."""
+        self._digest = self._digest or digest_of_files(self._paths)
+        return [path.name for path in self._paths], self._digest
+
+
+class FileStore(Store):
     """Images as files below a folder.
 
     Args:
@@ -91,12 +148,6 @@ class FileStore:
     def key(self, row: int) -> str:
         return plain(self._path(row))
 
-    def titles(self, row: int) -> tuple[str, ...]:
-        return () if self._titles is None else tuple(self._titles[row].as_py())
-
-    def size(self, row: int) -> int:
-        return int(self._sizes[row])
-
     def read(self, row: int) -> bytes:
         try:
             return Path(self._path(row)).read_bytes()
@@ -108,7 +159,7 @@ class FileStore:
     def digest(self, row: int) -> bytes:
         if self._digests is not None and self._digests[row].any():
             return self._digests[row].tobytes()
-        return digest_of(self.read(row))
+        return super().digest(row)
 
     def files(self) -> list[Path]:
         return [Path(self._path(row)) for row in range(len(self._names))]
@@ -168,52 +219,29 @@ class ShardIndex(NamedTuple):
     titles: pa.Array
 
 
-class ShardStore:
+class ShardStore(PackedStore[_Descriptor]):
     """Images inside tar shards, read by offset; the shards stay as they are."""
 
     MOST_OPEN = 64
-    _digest = ""  # of all shards, once it is known
 
     def __init__(self, paths: list[Path], indices: list[ShardIndex]) -> None:
+        super().__init__(paths, pa.concat_arrays([index.titles for index in indices]))
         counts = [len(index.offsets) for index in indices]
-        self._paths = paths
         self._shard_ids = np.repeat(np.arange(len(paths), dtype=np.int32), counts)
         self._offsets = np.concatenate([index.offsets for index in indices])
         self._sizes = np.concatenate([index.sizes for index in indices])
         self._names = pa.concat_arrays([index.names for index in indices])
-        self._titles = pa.concat_arrays([index.titles for index in indices])
-        self._open: dict[int, _Descriptor] = {}
-        self._lock = threading.Lock()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}, "_lock": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._lock = threading.Lock()
-
-    def _descriptor(self, shard: int) -> _Descriptor:
-        with self._lock:
-            descriptor = self._open.get(shard)
-            if descriptor is None:
-                if len(self._open) >= self.MOST_OPEN:
-                    self._open.pop(next(iter(self._open)))
-                descriptor = self._open[shard] = _Descriptor(self._paths[shard])
-            return descriptor
+    def _opened(self, number: int) -> _Descriptor:
+        return _Descriptor(self._paths[number])
 
     def key(self, row: int) -> str:
         return f"{self._paths[self._shard_ids[row]]}/{self._names[row].as_py()}"
 
-    def titles(self, row: int) -> tuple[str, ...]:
-        return tuple(self._titles[row].as_py())
-
-    def size(self, row: int) -> int:
-        return int(self._sizes[row])
-
     def read(self, row: int) -> bytes:
         size, offset = int(self._sizes[row]), int(self._offsets[row])
         try:
-            content = os.pread(self._descriptor(int(self._shard_ids[row])).number, size, offset)
+            content = os.pread(self._part(int(self._shard_ids[row])).number, size, offset)
         except FileNotFoundError as error:
             raise DataError(f"{self.key(row)} can't be read any more: {error}") from error
         except OSError as error:
@@ -222,12 +250,5 @@ class ShardStore:
             raise DataError(f"{self.key(row)}: the shard has been cut short since it was indexed")
         return content
 
-    def digest(self, row: int) -> bytes:
-        return digest_of(self.read(row))
-
-    def files(self) -> list[Path]:
-        return self._paths
-
     def fingerprint(self) -> list[Any]:
-        self._digest = self._digest or digest_of_files(self._paths)
-        return ["shards", [path.name for path in self._paths], self._digest]
+        return ["shards", *self.content()]
