@@ -155,6 +155,7 @@ class ApproximateIndex:
         *,
         recall: float | None = None,
         nprobe: int | None = None,
+        rerank: int = RERANK,
         sample: int = 256,
         population: int | None = None,
         backend: str = "auto",
@@ -172,6 +173,7 @@ class ApproximateIndex:
             recall: the share of the exact answer that should be found; nprobe is chosen for it, on
                 a sample of queries of its own. Default 0.95, unless `nprobe` is given.
             nprobe: lists to search per query.
+            rerank: candidates that are scored exactly, per place asked for; at least 100 in all.
             sample: queries whose exact answer is computed to measure the recall, each of which
                 costs M D products; and as many again to choose nprobe. 0 measures nothing.
             population: of how many queries these are a random sample themselves, if of more than
@@ -193,6 +195,7 @@ class ApproximateIndex:
         for name, value, right, allowed in (
             ("recall", recall, recall is None or 0 < recall <= 1, "above 0, at most 1"),
             ("nprobe", nprobe, nprobe is None or 1 <= nprobe <= self.lists, f"1 to {self.lists}"),
+            ("rerank", rerank, rerank >= 1, "at least 1"),
             ("sample", sample, sample >= (nprobe is None), least),
             ("population", population, (population or count) >= count, f"at least the {count}"),
         ):
@@ -205,7 +208,7 @@ class ApproximateIndex:
             )
         threads = threads or torch.get_num_threads()
         floor = -np.inf if threshold is None else float(np.float32(threshold))
-        candidates = min(self.rows, max(100, RERANK * k))
+        candidates = min(self.rows, max(100, rerank * k))
         step = max(1, min(256, _BYTES // (4 * self.columns * candidates)))  # queries at a time
         measured, tuned = split_sample(count, sample, nprobe is None, seed)
         total, done = len(measured) + len(tuned) + count, 0

@@ -16,10 +16,8 @@ from pymcip.ops.approximate import LEAST_ROWS
 from pymcip.ops.arrays import MatrixParts
 
 FOLDER = "approximate"  # in the embedding folder
-QUERIES, RESULTS = (
-    512,
-    12,
-)  # by which the effort is chosen and the recall measured, half of them each
+QUERIES, RESULTS = 512, 12  # by which effort and recall are found, a half of the queries for each
+RERANK = 120  # as for `ApproximateIndex.search`: for one query more of them cost little
 
 _log = logging.getLogger("pymcip.search")
 
@@ -67,13 +65,17 @@ def prepare_approximate(
         _log.warning("there are no captions and no labels, so the recall of texts is not measured")
     half = {kind: max(1, len(vectors) // 2) for kind, vectors in queries.items()}
     nprobe = max(
-        index.search(vectors[: half[kind]], parts, RESULTS, recall=recall, sample=half[kind]).nprobe
+        index.search(
+            vectors[: half[kind]], parts, RESULTS, recall=recall, rerank=RERANK, sample=half[kind]
+        ).nprobe
         for kind, vectors in queries.items()
     )
     found: dict[str, Any] = {"nprobe": nprobe, "recall": {}}
     for kind, vectors in queries.items():
         asked = vectors[half[kind] :] if len(vectors) > 1 else vectors
-        result = index.search(asked, parts, RESULTS, nprobe=nprobe, sample=len(asked))
+        result = index.search(
+            asked, parts, RESULTS, nprobe=nprobe, rerank=RERANK, sample=len(asked)
+        )
         found["recall"][kind] = round(float(result.recall), 4)
         _log.info(
             "%s: %.1f %% of the exact %d best results are found; %.1f %% were asked for",
@@ -94,7 +96,7 @@ def nearest(
     Where `nprobe` lists hold fewer than k rows, more are searched.
     """
     while True:
-        found = index.search(query[None], parts, k, nprobe=nprobe, sample=0)
+        found = index.search(query[None], parts, k, nprobe=nprobe, rerank=RERANK, sample=0)
         there = found.ids[0] >= 0
         if there.sum() == min(k, index.rows) or nprobe == index.lists:
             return found.ids[0][there], found.scores[0][there]
