@@ -114,14 +114,11 @@ def test_scores_are_canonical_and_ranked(world: World) -> None:
         assert pairs == sorted(set(pairs))
 
 
-def test_everything_is_found_where_everything_is_scored(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_everything_is_found_where_everything_is_scored(world: World) -> None:
     """All lists, and as many candidates as rows: the exact answer, ties by lower id."""
     queries = np.concatenate([world.queries[:3], world.bank[17:18].astype(np.float32)])
     exact = canonical(queries, world.bank)
-    monkeypatch.setattr(approximate, "RERANK", 1500)
-    result = world.index.search(queries, world.bank, K, nprobe=64, threads=1)
+    result = world.index.search(queries, world.bank, K, nprobe=64, rerank=1500, threads=1)
     assert result.candidates == len(world.bank)
     assert result.ids.tolist() == ranking(exact, K)
     assert result.recall == 1
@@ -151,12 +148,9 @@ def test_many_lists_are_found_by_a_graph(
     assert result.recall > 0.9
 
 
-def test_a_recall_out_of_reach_is_told(
-    world: World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(approximate, "RERANK", 1)
+def test_a_recall_out_of_reach_is_told(world: World, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        result = world.index.search(world.queries, world.bank, 100, recall=1.0, threads=1)
+        result = world.index.search(world.queries, world.bank, 100, recall=1.0, rerank=1, threads=1)
     assert result.nprobe == 64
     assert result.recall < 1
     assert "a recall of 1.000 was asked for; the most that is found is" in caplog.text
@@ -293,6 +287,7 @@ def test_wrong_options_are_refused(world: World) -> None:
         ({"recall": 0.9, "nprobe": 3}, "exclude each other"),
         ({"recall": 1.2}, "at most 1"),
         ({"nprobe": 65}, "1 to 64"),
+        ({"rerank": 0}, "rerank=0 is not allowed; allowed: at least 1"),
         ({"sample": 0}, "sample=0 is not allowed; allowed: at least 1, or 0 with nprobe"),
         ({"sample": -1, "nprobe": 3}, "sample=-1 is not allowed; allowed: at least 0"),
         ({"population": 3}, "population=3 is not allowed; allowed: at least the"),
