@@ -46,6 +46,7 @@ def gradients(classes: int) -> dict[str, Any]:
     with torch.no_grad():
         head.weight.copy_(matrix[own])
     captions = MCArcMargin(bank[own], **options)
+    repelled = MCArcMargin(bank[own], **options, positives="compete", repel=0.1)
     columns = torch.unique(labels)  # as with negatives="batch"
     run = replicated(tower, tower)
     losses = []
@@ -55,7 +56,9 @@ def gradients(classes: int) -> dict[str, Any]:
         shown = labels[together].flatten()
         indptr = torch.arange(len(shown) + 1)
         loss = (
-            head(features, shown).sum() + captions(features, indptr, shown, columns=columns).sum()
+            head(features, shown).sum()
+            + captions(features, indptr, shown, columns=columns).sum()
+            + repelled(features, indptr, shown).sum()
         )
         (loss + captions(features, indptr, shown).sum()).backward()
         losses.append(loss.detach())

@@ -67,6 +67,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> dic
         "model": f"local-dir:{tiny_model_dir}", "train_data": str(folder / "train"),
         "captions": str(folder / "captions.txt"), "threshold": -1.0, "k": 2, "holdout": 0,
         "method": "mcip+rea", "distill": 1.0, "mixtures": 0.5, "negatives": "bank",
+        "positives": "compete", "repel": 0.1,
         "device": "cpu", "precision": "fp32", "epochs": 2, "batch_size": 2, "accum_freq": 2,
         "lr": 1e-3, "warmup": 2, "log_steps": 1, "save_steps": 2, "rea_epochs": 2,
         "grad_clip_classes": 1.0,
