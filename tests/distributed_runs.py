@@ -6,6 +6,7 @@ Started again after a kill, the processes leave out the jobs that are done.
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
@@ -23,9 +24,11 @@ from torch import Tensor, nn
 import pymcip
 from pymcip.distributed import joined, rank, rows_of, share, world
 from pymcip.losses import ArcMargin, MCArcMargin
+from pymcip.ops.arrays import MatrixParts
 from pymcip.training import loop
 from pymcip.training.replicas import gather, replicated, shard_of, to_first
 
+training: Any = importlib.import_module("pymcip.training.train")  # the function has its name
 ROWS, DIM, MICRO_BATCHES = 4, 8, 4
 STARTED_BEFORE = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
@@ -135,6 +138,15 @@ def train(
         saving.clear()
         return path
 
+    bank_rows: list[int] = []  # how many are read at a time
+
+    class Counted(MatrixParts):
+        def __getitem__(self, rows: Any) -> Any:
+            found = super().__getitem__(rows)
+            bank_rows.append(len(found))
+            return found
+
+    training.MatrixParts = Counted
     loop.optimizer_step, loop.Run.save, torch.save = disturbed, saved, cut_off
     try:
         result = pymcip.train(**options, callbacks=ending if end else None)
@@ -142,9 +154,11 @@ def train(
         return {"error": f"{type(error).__name__}: {error}"}
     finally:
         loop.optimizer_step, loop.Run.save, torch.save = inner, last, write
+        training.MatrixParts = MatrixParts
     return {
         "steps": result.steps, "skipped": result.skipped_steps, "interrupted": result.interrupted,
         "checkpoint": result.checkpoint.name, "weights": weights, "calls": len(calls),
+        "bank_rows": bank_rows,
     }  # fmt: skip
 
 

@@ -150,6 +150,11 @@ def test_a_run_is_that_of_one_process(
     assert "2 processes, each with 1 of a step's 2 micro-batches" in (two / "out.log").read_text()
 
 
+def test_each_process_reads_its_own_captions_alone(found: dict[str, Any]) -> None:
+    half = -(-len(CAPTIONS) // 2)
+    assert [result["bank_rows"] for result in found["whole"]] == [[half], [len(CAPTIONS) - half]]
+
+
 def test_the_towers_stay_equal(found: dict[str, Any]) -> None:
     for name in ("whole", "bank", "nan", "ended", "resumed"):
         first, second = (result["weights"] for result in found[name])

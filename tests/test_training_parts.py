@@ -29,7 +29,8 @@ from pymcip.model.towers import (
     unlock_image_tower,
     unlock_text_tower,
 )
-from pymcip.ops import margin_softmax
+from pymcip.ops import margin_softmax, order_bank
+from pymcip.ops.arrays import MatrixParts
 from pymcip.training import train
 from pymcip.training.batches import (
     AugmentedImages,
@@ -248,27 +249,30 @@ def test_caption_banks() -> None:
     table = table_of([[4, 2], [], [2, 7]])
     vectors = np.arange(10, dtype=np.float16)[:, None]
     bank, positives = caption_bank(table, vectors, "mined", 0)
-    assert bank.ravel().tolist() == [2, 4, 7]
+    assert bank[:].ravel().tolist() == [2, 4, 7]
     assert positives.ids.tolist() == [1, 0, 0, 2]
     bank, positives = caption_bank(table, vectors, "bank", 0)
     assert len(bank) == 10
     assert positives.ids.tolist() == [4, 2, 2, 7]
     bank, positives = caption_bank(table, vectors, 6, 0)
     assert len(bank) == 6
-    assert bank.ravel()[positives.ids].tolist() == [4, 2, 2, 7]
+    assert bank[:].ravel()[positives.ids].tolist() == [4, 2, 2, 7]
     batch = positives.take(np.array([2, 1, 0]))
     assert batch.indptr.tolist() == [0, 2, 2, 4]
-    assert bank.ravel()[batch.ids].tolist() == [2, 7, 4, 2]
+    assert bank[:].ravel()[batch.ids].tolist() == [2, 7, 4, 2]
 
 
 def test_an_ordered_bank_has_the_same_positives() -> None:
     vectors = np.random.default_rng(0).standard_normal((600, 8)).astype(np.float16)
     table = table_of([[4, 2], [], [2, 599]])
-    bank, positives = caption_bank(table, vectors, "bank", 0)
-    ordered, moved = order_caption_bank(bank, positives, 0, torch.device("cpu"))
-    assert np.array_equal(ordered[moved.ids], bank[positives.ids])
-    assert not np.array_equal(ordered, bank)
-    assert np.array_equal(np.sort(ordered, axis=0), np.sort(bank, axis=0))
+    read = MatrixParts([vectors[:250], vectors[250:]])
+    bank, positives = caption_bank(table, read, "bank", 0)
+    rows, moved = order_caption_bank(bank, positives, 0, torch.device("cpu"))
+    ordered = rows[:]
+    assert np.array_equal(ordered, vectors[order_bank(vectors)])
+    assert np.array_equal(ordered[moved.ids], vectors[positives.ids])
+    assert not np.array_equal(ordered, vectors)
+    assert np.array_equal(np.sort(ordered, axis=0), np.sort(vectors, axis=0))
 
 
 @pytest.mark.parametrize(("form", "repel"), [("apart", 0), ("compete", 0), ("compete", 0.1)])
