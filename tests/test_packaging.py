@@ -46,7 +46,7 @@ FLOORS = {
         ops.margin_softmax ops triton_kernels.margin_softmax triton_kernels.topk ops.topk_triton losses""",
     "models": """model.depthwise model.clip model.hub_config model.appended model.towers model.loading
         model environment workers""",
-    "data": """data.decode data.sources data.tally data.labels data.walk data.shards data.tables
+    "data": """data.decode data.sources data.tally data.labels data.compact data.walk data.shards data.tables
         data.column_names data.columns data.json_annotations data.parquet_images data.annotations data.captions data.stores data.images data.class_names
         data.indexed data.index data.loading data outputs checking""",
     "embedding": """embedding.foreign embedding.folder embedding.write embedding.cache embedding

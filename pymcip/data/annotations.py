@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from pymcip.data.column_names import (
     keys_of,
 )  # fmt: skip
 from pymcip.data.columns import TEXTS, parquet_columns, read_parquet, text_lists, texts
+from pymcip.data.compact import Labels, Names
 from pymcip.data.json_annotations import read_json
 from pymcip.data.labels import label_of
 from pymcip.data.parquet_images import class_names_of, image_column
@@ -58,8 +59,8 @@ class Annotations:
         path: the file.
         kind: what it was taken for, in words.
         captions: large_list<large_string> [N]: the captions of each row.
-        files: the image of each row, None where a row has none; or None: no row has one.
-        labels: the class of each row, or None where there is none.
+        files: the image of each row, "" where a row has none; or None: no row has one.
+        labels: the class of each row.
         where: says where a row is in the file.
         left_out: rows that are no rows.
         names: of all columns, of a table.
@@ -69,8 +70,8 @@ class Annotations:
     path: Path
     kind: str
     captions: pa.ChunkedArray
-    files: list[str | None] | None
-    labels: list[str | None]
+    files: Names | None
+    labels: Labels
     where: Callable[[int], str]
     left_out: list[LeftOut] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
@@ -105,13 +106,12 @@ def read_annotations(path: Path, *, images: bool = False) -> Annotations:
     kind = suffix(path)
     if kind in (".json", ".jsonl"):
         found = read_json(path)
-        rows = len(found.captions)
         result = Annotations(
             path,
             found.kind,
             pa.chunked_array([pa.array(found.captions, TEXTS)]),
-            found.files,
-            found.labels or [None] * rows,
+            None if found.files is None else Names(name or "" for name in found.files),
+            Labels(found.labels or [None] * len(found.captions)),
             lambda row: found.where[row],
         )
     elif kind == ".parquet":
@@ -141,7 +141,7 @@ def _parquet(path: Path, images: bool) -> Annotations:
         label = first_of(result.names, LABEL_COLUMNS)
         named = class_names_of(path, label) if label is not None else []
         if named:
-            result.labels = [_name_of(number, named) for number in result.labels]
+            result.labels = Labels(_name_of(number, named) for number in result.labels)
     return result
 
 
@@ -191,9 +191,9 @@ def _from_table(table: Table, images: bool) -> Annotations:
         path=table.path,
         kind=f"{table.kind}: {', '.join(described) or 'no column that is known'}",
         captions=_joined(lists, rows),
-        files=None if file is None else texts(table, file),
-        labels=[None] * rows if label is None else [label_of(text) for text in texts(table, label)],
-        where=table.where,
+        files=None if file is None else Names(texts(table, file)),
+        labels=Labels([None] * rows if label is None else map(label_of, texts(table, label))),
+        where=replace(table, columns={}).where,
         left_out=[
             LeftOut(f"{table.path}, line {line}", "a header between the rows")
             for line in table.repeated
@@ -241,7 +241,7 @@ def _text(path: Path, layout: _Layout, images: bool) -> Annotations:
     result = _from_table(table, images)
     result.kind = f"{layout.kind} ({result.kind})" if layout.kind else result.kind
     if images and result.files is not None:
-        result.files = [None if f is None else re.sub(r"#\d+$", "", f) for f in result.files]
+        result.files = Names(re.sub(r"#\d+$", "", name) for name in result.files)
     return result
 
 
@@ -400,6 +400,6 @@ def _lines(path: Path, kind: str) -> Annotations:
         kind,
         pa.chunked_array(lists, TEXTS),
         None,
-        [None] * rows,
+        Labels([None] * rows),
         lambda row: f"line {row + 1}",
     )

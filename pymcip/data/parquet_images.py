@@ -15,7 +15,7 @@ import pyarrow.compute
 import pyarrow.parquet
 
 from pymcip.contents import digest_of, digest_of_files
-from pymcip.data.columns import reading_parquet
+from pymcip.data.columns import lists_in, reading_parquet
 from pymcip.errors import DecodeError
 from pymcip.progress import progress
 
@@ -140,7 +140,7 @@ class ParquetStore:
 
     def fingerprint(self) -> list[Any]:
         self._digest = self._digest or digest_of_files(self._paths)
-        titles = None if self._titles is None else self._titles.to_pylist()
+        titles = None if self._titles is None else lists_in(self._titles)
         return ["parquet", [path.name for path in self._paths], titles, self._digest]
 
     def _group(self, place: int) -> pa.ChunkedArray:

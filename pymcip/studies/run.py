@@ -243,7 +243,7 @@ def _inputs(config: SweepConfig, study: _Study) -> tuple[list[Path], dict[str, s
     names = study.evaluation["class_names"]
     if names is not None:
         found["class_names"] = digest_of_files([names])
-    return opened.files() + data.files(), found
+    return [*opened.files(), *data.files()], found
 
 
 def _settings(
