@@ -36,6 +36,7 @@ from pymcip.training.batches import (
     AugmentedImages,
     image_batches,
     random_state,
+    reduced_transform,
     train_transform,
 )
 from pymcip.training.image_stage import ImageStage, caption_bank, order_caption_bank
@@ -191,6 +192,51 @@ def test_random_state_is_restored_after_an_error() -> None:
     with pytest.raises(RuntimeError, match="boom"):
         fail()
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("resize", "aug_cfg"),
+    [(None, {}), (None, {"scale": (0.5, 0.9)}), (1.125, {}), (1.5, {"color_jitter": 0.2})],
+)
+def test_reduced_images_have_the_same_crops(
+    resize: float | None, aug_cfg: dict[str, Any], tiny_clip: ClipModel, tmp_path: Path
+) -> None:
+    """Of a JPEG that is read at a part of its size, and of a PNG, which is read as it is."""
+    coarse = np.random.default_rng(0).integers(0, 256, (18, 24, 3), dtype=np.uint8)
+    whole = Image.fromarray(coarse).resize((803, 601), Image.Resampling.BICUBIC)
+    whole.save(tmp_path / "a.jpg", quality=95)
+    whole.save(tmp_path / "b.png")
+    data = load_images(tmp_path, labelled=False)
+    plain = train_transform(tiny_clip, 32, aug_cfg, resize)
+    transform, least = reduced_transform(plain)
+    reduced = data.reduced(least)
+    assert reduced.read(0).width in (101, 201)
+    exact, found = (
+        torch.stack([AugmentedImages(source, made, seed=1)[0, place, row][0] for place in range(8) for row in (0, 1)])
+        for source, made in ((data, plain), (reduced, transform))
+    )  # fmt: skip
+    assert torch.equal(exact[1::2], found[1::2])
+    deviation = torch.tensor(tiny_clip.preprocess_cfg["std"])[:, None, None]
+    difference = 255 * deviation * (exact - found).abs()
+    assert 0 < float(difference.mean()) < 1
+    assert float(difference.max()) < 8
+    moved = 255 * deviation * (exact[::2] - exact[::2].roll(1, dims=3)).abs()  # by a pixel
+    assert float(moved.mean()) > 10
+
+
+def test_reduced_decoding_reaches_the_training_images(
+    tiny_images: Callable[..., Path], tiny_clip: ClipModel
+) -> None:
+    data = load_images(tiny_images())
+    sides = []
+    for aug_cfg in ({}, {"scale": (0.25, 1)}):
+        chosen = settings_for(reduced_decoding=True, train_size=32, aug_cfg=aug_cfg)
+        stage = ImageStage(tiny_clip, data, chosen, class_rows=None)
+        assert stage.data.least_side is None
+        sides.append(stage.images.data.least_side)
+    assert sides == [78, 148]  # 2 * 32 / sqrt(0.75 * 0.9), and with 0.25
+    with pytest.raises(ConfigError, match="timm"):
+        reduced_transform(train_transform(tiny_clip, 32, {"use_timm": True}))
 
 
 def test_parameter_groups_exempt_vectors(tiny_clip: ClipModel) -> None:

@@ -30,7 +30,12 @@ from pymcip.model.towers import (
 )
 from pymcip.ops import order_bank
 from pymcip.ops.arrays import ChosenRows, MatrixParts
-from pymcip.training.batches import AugmentedImages, image_batches, train_transform
+from pymcip.training.batches import (
+    AugmentedImages,
+    image_batches,
+    reduced_transform,
+    train_transform,
+)
 from pymcip.training.distillation import Distillation
 from pymcip.training.optim import make_optimizer, parameter_groups
 from pymcip.training.replicas import check_steps, gather, replicated, shard_of, total
@@ -199,6 +204,10 @@ class ImageStage:
                     distillation.rate, config.batch_size,
                 )  # fmt: skip
         transform = train_transform(clip, config.train_size, config.aug_cfg, config.train_resize)
+        if config.reduced_decoding:
+            transform, least = reduced_transform(transform)
+            data = data.reduced(least)
+            generic = None if generic is None else generic.reduced(least)
         self.images = AugmentedImages(data, transform, config.seed, generic)
         self.features = replicated(partial(image_features, clip), clip.model)
 

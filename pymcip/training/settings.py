@@ -12,7 +12,7 @@ from pymcip.configs import TrainConfig, TrainSettings
 from pymcip.data import ImageData
 from pymcip.errors import ConfigError
 from pymcip.model import ClipModel, is_convolutional
-from pymcip.training.batches import train_transform
+from pymcip.training.batches import reduced_transform, train_transform
 
 PAPER_LR, PAPER_PARAMETERS, EXPONENT = 1e-5, 3e8, 0.8
 PAPER_THRESHOLD = 0.27
@@ -74,7 +74,9 @@ def fit_settings(
         **{item.name: getattr(config, item.name) for item in fields(config)} | taken
     )
     check_train_size(clip, settings.train_size)
-    train_transform(clip, settings.train_size, config.aug_cfg, config.train_resize)
+    transform = train_transform(clip, settings.train_size, config.aug_cfg, config.train_resize)
+    if config.reduced_decoding:
+        reduced_transform(transform)
     return settings, reasons
 
 
