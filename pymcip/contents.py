@@ -30,7 +30,7 @@ KEPT_FROM = 1 << 28  # bytes of a set whose digests are kept
 SETTLED = 2 * 10**9  # ns: a file that changed later than that may change again at the same time
 MOST_KEPT = 1 << 21  # digests of files below one folder, 72 bytes each
 _BLOCK = 1 << 20
-_FILES_AT_A_TIME, _FILES_WAITING = 64, 65_536
+FILES_AT_A_TIME, FILES_WAITING = 64, 65_536
 _INT64 = 2**63 - 1
 _FIELDS = {"states": ("int64", 2), "digests": ("uint8", 2)}
 _UNREAD = bytes(32)  # stands for the digest of a file that can't be read
@@ -64,15 +64,15 @@ def file_digests(paths: Sequence[str | os.PathLike[str]]) -> Digests:
     known = _known(kept)
 
     def read_group(first: int) -> list[tuple[State, bytes]]:
-        group = range(first, min(first + _FILES_AT_A_TIME, count))
+        group = range(first, min(first + FILES_AT_A_TIME, count))
         return [_of(os.path.abspath(paths[i]), known) for i in group]  # noqa: PTH100
 
     with (
         ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
         progress(total=count, description="reading files", unit="file") as bar,
     ):
-        for start in range(0, count, _FILES_WAITING):
-            firsts = range(start, min(start + _FILES_WAITING, count), _FILES_AT_A_TIME)
+        for start in range(0, count, FILES_WAITING):
+            firsts = range(start, min(start + FILES_WAITING, count), FILES_AT_A_TIME)
             for first, found in zip(firsts, pool.map(read_group, firsts), strict=True):
                 place = slice(first, first + len(found))
                 states[place] = [state for state, _ in found]

@@ -26,7 +26,7 @@ from pymcip.folders import record_files, temporary_name
 
 _AGAIN = "Remove it and run the same command again"
 _WHOLE = (str, int, float, dict)  # are made JSON as a whole
-_PIECE = 65_536  # items of a list at a time
+PIECE = 65_536  # items of a list at a time
 
 
 @contextlib.contextmanager
@@ -232,9 +232,9 @@ def json_pieces(value: Any, **options: Any) -> Iterator[str]:
     comma = options.get("separators", (", ",))[0]
     parts: Iterable[Any] = [value]
     if isinstance(value, np.ndarray):
-        parts = (value[start : start + _PIECE].tolist() for start in range(0, len(value), _PIECE))
+        parts = (value[start : start + PIECE].tolist() for start in range(0, len(value), PIECE))
     items, before = chain.from_iterable(parts), "["
-    while block := list(islice(items, _PIECE)):
+    while block := list(islice(items, PIECE)):
         if all(item is None or isinstance(item, _WHOLE) for item in block):
             yield before + json.dumps(block, **options)[1:-1]
         else:

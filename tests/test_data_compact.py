@@ -103,7 +103,7 @@ class Listed:
 def test_json_in_pieces_is_json(
     piece: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pymcip.files._PIECE", piece)
+    monkeypatch.setattr("pymcip.files.PIECE", piece)
     plain = [
         [],
         [1, None, True, 0.5],
@@ -122,8 +122,8 @@ def test_json_in_pieces_is_json(
 
 
 def test_digests_of_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pymcip.contents._FILES_AT_A_TIME", 2)
-    monkeypatch.setattr("pymcip.contents._FILES_WAITING", 4)
+    monkeypatch.setattr("pymcip.contents.FILES_AT_A_TIME", 2)
+    monkeypatch.setattr("pymcip.contents.FILES_WAITING", 4)
     paths = [tmp_path / f"{number}" for number in range(11)]
     for number, path in enumerate(paths):
         path.write_bytes(bytes(number))
