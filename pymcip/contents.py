@@ -99,6 +99,19 @@ def digest_of_files(paths: Sequence[str | os.PathLike[str]]) -> str:
     return digest_of(file_digests(paths).tobytes()).hex()
 
 
+def file_states(paths: Sequence[str | os.PathLike[str]]) -> list[State] | None:
+    """By what it is noticed that files change: path, size, times, inode.
+
+    None: a file is not there, or has changed so lately that it may change again at the same time.
+    """
+    latest = time.time_ns() - SETTLED
+    try:
+        states = [_state(name, os.stat(name)) for name in map(os.path.abspath, paths)]  # noqa: PTH116
+    except OSError:
+        return None
+    return states if all(max(state[2:4]) < latest for state in states) else None
+
+
 def _of(name: str, known: dict[State, bytes]) -> tuple[State, bytes]:
     """State and digest of a file: that which is known of this state, if any."""
     if known:
@@ -134,8 +147,13 @@ def _state(name: str, status: os.stat_result) -> State:
 
 def _kept_at(folder: str) -> Path:
     """The file that keeps the digests of files below a folder."""
+    return cache_folder("digests") / f"{digest_of(os.fsencode(folder)).hex()[:32]}.npz"
+
+
+def cache_folder(name: str) -> Path:
+    """A folder of the user's cache folder."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-    return base / "pymcip" / "digests" / f"{digest_of(os.fsencode(folder)).hex()[:32]}.npz"
+    return base / "pymcip" / name
 
 
 def _known(kept: Path) -> dict[State, bytes]:

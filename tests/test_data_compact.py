@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import pickle
+import tarfile
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,6 +87,78 @@ def test_opening_takes_less_than_100_bytes_an_image(
         assert len(data) == images
         assert len(data.key(images - 1).removeprefix(f"{source}/")) >= 31
     assert 31 < (peaks[2] - peaks[1]) / (many - few) < 100
+
+
+@pytest.fixture
+def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Two shards whose index is kept, however small they are and however new."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("pymcip.contents.SETTLED", 0)
+    monkeypatch.setattr("pymcip.data.kept_index.KEPT_FROM", 5)
+    for number in range(2):
+        write_tar(tmp_path / f"{number:05d}.tar", 3 + number)
+    return str(tmp_path / "{00000..00001}.tar")
+
+
+def write_tar(path: Path, images: int) -> None:
+    with tarfile.open(path, "w") as tar:
+        for number in range(images):
+            picture = io.BytesIO()
+            Image.new("RGB", (4, 4), (images, number, 0)).save(picture, "PNG")
+            members = {f"é{number}.png": picture.getvalue(), f"é{number}.cls": b"%d" % (number % 2)}
+            if number == 1:
+                members[f"é{number}.txt"] = "one\ntwo é".encode()
+            if number == 2:
+                del members[f"é{number}.cls"]
+                members["no image.txt"] = b"text"
+            for name, content in members.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+def everything(data: ImageData) -> list[Any]:
+    each = [
+        (data.key(i), data.titles(i), data.size(i), data.read(i).tobytes())
+        for i in range(len(data))
+    ]
+    return [each, data.labels.tolist(), data.class_names, data.left_out, data.fingerprint()]
+
+
+def test_an_index_of_shards_is_found_once(
+    shop: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    first = everything(load_images(shop, labelled=False))
+    said = [line.message for line in caplog.records]
+    caplog.clear()
+    with monkeypatch.context() as patched:  # nothing of the shards is read
+        patched.setattr("pymcip.data.shards.read_index", None)
+        again = load_images(shop, labelled=False)
+    (kept,) = caplog.records[0].args[2:]  # type: ignore[index]
+    assert [line.message for line in caplog.records[1:]] == said
+    assert everything(again) == first
+    assert everything(pickle.loads(pickle.dumps(again))) == first
+    assert len(first[0]) == 7
+    assert first[3]
+
+    content = Path(kept).read_bytes()
+    for damaged in (content[:-1], content[:100], b"", content.replace(b"two", b"owt")):
+        assert damaged != content == Path(kept).read_bytes()
+        Path(kept).write_bytes(damaged)
+        assert everything(load_images(shop, labelled=False)) == first
+    write_tar(tmp_path / "00001.tar", 5)
+    assert len(load_images(shop, labelled=False)) == 8
+    assert len(load_images(tmp_path / "00001.tar", labelled=False)) == 5
+
+
+def test_an_index_of_few_images_or_of_changing_shards_is_not_kept(
+    shop: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_images(tmp_path / "00001.tar", labelled=False)
+    monkeypatch.setattr("pymcip.contents.SETTLED", 10**12)
+    load_images(shop, labelled=False)
+    assert not (tmp_path / "cache" / "pymcip" / "indexes").exists()
 
 
 class Listed:

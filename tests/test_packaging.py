@@ -48,7 +48,7 @@ FLOORS = {
         model environment workers""",
     "data": """data.decode data.sources data.tally data.labels data.compact data.walk data.shards data.tables
         data.column_names data.columns data.json_annotations data.parquet_images data.annotations data.captions data.stores data.images data.class_names
-        data.indexed data.index data.loading data outputs checking""",
+        data.indexed data.kept_index data.index data.loading data outputs checking""",
     "embedding": """embedding.foreign embedding.folder embedding.write embedding.cache embedding
         onnx exporting""",
     "search": "search.approximate search.index search.build search search.gallery search.serve search.show",

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 
 UNLABELLED = -1
 
@@ -12,9 +17,21 @@ class Names:
     """N names of files, in 8 bytes each and their UTF-8; also such as the system can't decode."""
 
     def __init__(self, names: Iterable[str] = ()) -> None:
-        self._bytes, self._ends = bytearray(), array("q", [0])
+        self._bytes: Any = bytearray()
+        self._ends: Any = array("q", [0])
         for name in names:
             self.append(name)
+
+    @classmethod
+    def of(cls, content: pa.Buffer, ends: npt.NDArray[np.int64]) -> Names:
+        """Names that `buffers` has given; none can be added."""
+        names = cls()
+        names._bytes, names._ends = content, ends
+        return names
+
+    def buffers(self) -> tuple[pa.Buffer, pa.Buffer]:
+        """Bounds int64 [N + 1] and bytes, as Arrow's large_binary has them; nothing is copied."""
+        return pa.py_buffer(self._ends), pa.py_buffer(self._bytes)
 
     def append(self, name: str) -> None:
         """Add a name."""
@@ -28,7 +45,7 @@ class Names:
         if not 0 <= row < len(self):
             message = f"name {row} of {len(self)}"
             raise IndexError(message)
-        return self._bytes[self._ends[row] : self._ends[row + 1]].decode("utf-8", "surrogatepass")
+        return str(self._bytes[self._ends[row] : self._ends[row + 1]], "utf-8", "surrogatepass")
 
     def __iter__(self) -> Iterator[str]:
         return (self[row] for row in range(len(self)))
@@ -43,9 +60,17 @@ class Labels:
     """
 
     def __init__(self, labels: Iterable[str | None] = ()) -> None:
-        self.codes, self.names = array("i"), list[str]()
+        self.codes: Any = array("i")
+        self.names: list[str] = []
         self._code: dict[str | None, int] = {None: UNLABELLED}
         self.extend(labels)
+
+    @classmethod
+    def of(cls, codes: npt.NDArray[np.int32], names: list[str]) -> Labels:
+        """Labels of these codes; none can be added."""
+        labels = cls()
+        labels.codes, labels.names = codes, names
+        return labels
 
     def append(self, label: str | None) -> None:
         """Add an image."""

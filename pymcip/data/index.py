@@ -24,6 +24,7 @@ from pymcip.data.decode import kind_of_suffix
 from pymcip.data.images import ImageData
 from pymcip.data.indexed import Indexed, joined
 from pymcip.data.json_annotations import captions_of, first_text, parse
+from pymcip.data.kept_index import ShardIndex, kept_index
 from pymcip.data.labels import (
     are_shards,
     class_name,
@@ -324,6 +325,12 @@ def _folder_of(folder: Path, name: str | None) -> Path:
 
 
 def _index_shards(paths: list[Path]) -> Indexed:
+    found = kept_index(paths, lambda: _read_shards(paths))
+    store = ShardStore(paths, found.ends, found.names, found.offsets, found.sizes, found.titles)
+    return Indexed(store, found.labels, found.tally)
+
+
+def _read_shards(paths: list[Path]) -> ShardIndex:
     names, labels, tally = Names(), Labels(), Tally()
     offsets, sizes, ends = array("q"), array("q"), array("q")
 
@@ -357,9 +364,10 @@ def _index_shards(paths: list[Path]) -> Indexed:
             f"{some(paths)}: no images; expected members named key.jpg (or "
             f"{', '.join(shards.IMAGE_EXTENSIONS[1:])}, …) with key.cls beside them"
         )
-    places = np.asarray(ends), names, np.asarray(offsets), np.asarray(sizes)
-    store = ShardStore(paths, *places, titles if has_texts(titles) else None)
-    return Indexed(store, labels, tally)
+    return ShardIndex(
+        np.asarray(ends), names, np.asarray(offsets), np.asarray(sizes),
+        labels, titles if has_texts(titles) else None, tally,
+    )  # fmt: skip
 
 
 def _without_image(path: Path, sample: shards.Sample) -> tuple[str, str]:
