@@ -28,7 +28,7 @@ half precision. siglip-kernel has another loss (sigmoids, no softmax) with the s
 checked against its own fp64. memeff is left out: it takes only as many columns as rows.
 
 Peak memory is above what was in use before the call, results included: on CUDA what torch
-allocated, on the CPU the resident memory of a fresh process.
+allocated, on the CPU what was resident.
 """
 
 from __future__ import annotations
@@ -37,14 +37,11 @@ import argparse
 import importlib.util
 import itertools
 import math
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
-from harness import Report, Rival, Timing, common_arguments, compare, peak_above, resident
+from harness import Report, Rival, common_arguments, compare
 from margin_case import Case
 from margin_rivals import GEMM, PACKAGES, Builder, Built, builders, free_memory
 
@@ -70,10 +67,6 @@ Size = tuple[int, int, int]
 
 def main() -> None:
     options = arguments()
-    if options.peak_of:
-        mode, name = options.peak_of.split(":")
-        print_peak(mode, name, options)
-        return
     started = time.monotonic()
     chosen, left_out = select_cases(options, free_memory(options.device))
     missing = [pip for module, pip in PACKAGES.items() if importlib.util.find_spec(module) is None]
@@ -123,8 +116,6 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--positives", type=int, default=8, help="per row, in MCArcMargin")
     add("--cluster", type=int, default=1024, help="columns of a cluster")
     add("--scratch", type=int, help="bytes; default: 2^31 on cuda, 2^26 on the CPU")
-    add("--skip-memory", action="store_true", help="on the CPU: start no processes to measure it")
-    add("--peak-of", help=argparse.SUPPRESS)  # MODE:RIVAL, in the process that measures its memory
     options = parser.parse_args(words)
     cuda = options.device == "cuda"
     options.repetitions = options.repetitions or (20 if cuda else 5)
@@ -200,8 +191,6 @@ def measure(case: Case, mode: str, report: Report, seconds: float) -> None:
         seconds=seconds,
         tolerant=True,
     )
-    if options.device == "cpu" and not options.skip_memory:
-        timings = [with_peak(timing, mode, case) for timing in timings]
     figures = {"mode": mode, "B": rows, "C": columns, "D": dim, "scale": options.scale}
     if mode.startswith("mc") or mode == "forward":
         figures["positives"] = options.positives
@@ -230,63 +219,23 @@ def rivals(case: Case, mode: str) -> Iterable[Rival]:
 
 
 class Lazy:
-    """A run whose own copies of the inputs are made first, once, and let go if it fails."""
+    """A run whose own copies of the inputs are made first, once, and freed if it fails."""
 
     def __init__(self, build: Builder, case: Case, mode: str) -> None:
         self._build: Callable[[], Built] = lambda: build(case, mode)
         self._built: Built | None = None
 
-    def prepare(self) -> Built:
-        if self._built is None:
-            self._built = self._build()
-        return self._built
-
     def __call__(self) -> Any:
         try:
-            return self.prepare()[0]()
+            self._built = self._built or self._build()
+            return self._built[0]()
         except Exception:
             self._built = None
             raise
 
     def check(self, result: Any) -> dict[str, float]:
-        compute = self.prepare()[1]
+        compute = self._built[1] if self._built else None
         return compute(result) if compute else {}
-
-
-# --- peak memory on the CPU -------------------------------------------------------------------
-
-
-def with_peak(timing: Timing, mode: str, case: Case) -> Timing:
-    """With the peak memory of one run in a fresh process, if that can be measured."""
-    if timing.error:
-        return timing
-    names = dict(zip(("--rows", "--columns", "--dims"), map(str, case.size), strict=True))
-    command = [sys.executable, *sys.argv, *itertools.chain(*names.items())]
-    child = subprocess.run(
-        [*command, "--modes", mode, "--peak-of", f"{mode}:{timing.rival}"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    try:
-        return replace(timing, memory=int(child.stdout.split()[-1]))
-    except (IndexError, ValueError):
-        print(f"no peak memory of {timing.rival}: {(child.stderr or child.stdout)[-200:]}")
-        return timing
-
-
-def print_peak(mode: str, name: str, options: argparse.Namespace) -> None:
-    """Run a rival on a small problem, then on the real one, and print what the latter took."""
-    (rows,), (columns,), (dim,) = options.rows, options.columns, options.dims
-    for size in ((min(rows, 8), min(columns, 512), dim), (rows, columns, dim)):
-        (run,) = (r.run for r in rivals(Case(*size, options), mode) if r.name == name)
-        assert isinstance(run, Lazy)
-        run.prepare()
-        before = resident()
-        result = run()
-        peak = peak_above(before)
-        del result
-    print(peak)
 
 
 if __name__ == "__main__":

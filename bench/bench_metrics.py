@@ -225,25 +225,14 @@ def main(words: Sequence[str] | None = None) -> None:
         problem = resembling(case)
         exact = straightforward(case, problem, rankings_numpy, lambda rows: rows.double().numpy())()
         check = points_off(exact)
-        rivals = [
-            Rival(OURS, ours(case, problem, options.device), check),
-            Rival(
-                "torch mm+argsort+loop",
-                straightforward(
-                    case, problem, rankings_torch, lambda rows: rows.to(options.device)
-                ),
-                check,
-            ),
-            Rival(
-                OPEN_TIES,
-                straightforward(case, problem, rankings_unstable, lambda rows: rows.numpy()),
-                check,
-            ),
-            Rival(
-                "numpy dot+argsort+loop",
-                straightforward(case, problem, rankings_numpy, lambda rows: rows.numpy()),
-                check,
-            ),
+        ways: dict[str, tuple[Callable[[Any, Any], np.ndarray], Callable[..., Any]]] = {
+            "torch mm+argsort+loop": (rankings_torch, lambda rows: rows.to(options.device)),
+            OPEN_TIES: (rankings_unstable, lambda rows: rows.numpy()),
+            "numpy dot+argsort+loop": (rankings_numpy, lambda rows: rows.numpy()),
+        }
+        rivals = [Rival(OURS, ours(case, problem, options.device), check)]
+        rivals += [
+            Rival(name, straightforward(case, problem, *way), check) for name, way in ways.items()
         ]
         if options.rivals:
             rivals = [
@@ -253,13 +242,8 @@ def main(words: Sequence[str] | None = None) -> None:
         queries = case.queries or case.database
         figure = exact if isinstance(exact, float) else exact["medium_map"]
         report.add(
-            {
-                "case": case.name,
-                "N": queries,
-                "M": case.database,
-                "D": case.dim,
-                "mAP": round(figure, 2),
-            },
+            {"case": case.name, "N": queries, "M": case.database, "D": case.dim}
+            | {"mAP": round(figure, 2)},
             timings,
             work=queries * case.database / 1e6,
             unit="Mpairs",

@@ -1,7 +1,6 @@
 """Mining at its full size: N images, M captions from the disk, a kill in the middle, resumed.
 
-`pymcip mine` runs in a process of its own, with a limit on its memory, two threads of it by default
-and a terminal, so that the bar is drawn. Once some blocks of images are finished it gets SIGKILL in
+`pymcip mine` runs in a process of its own, with a limit on its memory. Once some blocks of images are finished it gets SIGKILL in
 the middle of the next one and is started again. The embeddings resemble a model's
 (`mining_data.py`) and lie on the disk as `pymcip embed` leaves them: fp16, in parts. Recall is the
 share of the pairs in an fp64 ranking of some images that were found.
@@ -14,19 +13,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import json
-import os
-import pty
 import resource
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
-import termios
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -37,15 +30,17 @@ import numpy as np
 import torch
 from harness import Report, Rival, common_arguments, compare
 from mining_data import generate
-from topk_rivals import Merge, MissingRivalError, Problem, faiss_flat, product_alone
+from topk_rivals import CONTENDERS, MissingRivalError, Problem, product_alone
 
 from pymcip.embedding import EmbeddingFolder
 from pymcip.mining import CaptionTable, images_per_block, search_device
 from pymcip.ops import topk
+from pymcip.ops.arrays import MatrixParts, torch_threads
 
 FULL = {"images": 100_000, "captions": 12_000_000, "dim": 512, "part_rows": 100_000}
 SMOKE = {"images": 70_000, "captions": 6_000, "dim": 32, "part_rows": 1_500}
 GEMM_ROWS = 20_000
+RIVALS = ("faiss IndexFlatIP", "faiss-gpu fp16", "torch bf16")
 POLL = 0.02  # seconds between looks at the mining process
 
 
@@ -62,7 +57,6 @@ class Watched:
     killed: bool = False
     since_block: float = 0.0  # from the last finished block to the kill
     peak: dict[str, int] = field(default_factory=dict)  # bytes, by /proc/PID/status's names
-    shown: str = ""  # on its terminal
 
 
 def mine(options: argparse.Namespace, folder: Path, out: Path, kill_at: float | None) -> Watched:
@@ -72,25 +66,16 @@ def mine(options: argparse.Namespace, folder: Path, out: Path, kill_at: float | 
     command += ["--k", options.k, "--threshold", options.threshold, "--backend", options.backend]
     command += ["--threads", options.threads]
     watched = Watched()
-    terminal, side = pty.openpty()
-    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.perf_counter()
     process = subprocess.Popen(
         list(map(str, command)),
-        stdin=side,
-        stdout=side,
-        stderr=side,
         start_new_session=True,
         cwd=out.parent,  # in the repository, -m would take its folder for the package
     )
-    os.close(side)
     if options.memory_limit:
         limit = int(options.memory_limit * 2**30)
         resource.prlimit(process.pid, resource.RLIMIT_DATA, (limit, limit))
-    shown: list[bytes] = []
-    reader = threading.Thread(target=_drain, args=(terminal, shown))
-    reader.start()
     rows = images_per_block(options.k, options.dim, torch.device(options.device))
     planned = -(-options.images // rows)
     due = None if kill_at is None else max(1, round(kill_at * planned))
@@ -110,18 +95,9 @@ def mine(options: argparse.Namespace, folder: Path, out: Path, kill_at: float | 
     watched.seconds = time.perf_counter() - start
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     watched.cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    reader.join()
-    os.close(terminal)
-    watched.shown = b"".join(shown).decode(errors="replace")
     if process.returncode != 0 and not watched.killed:
-        raise SystemExit(f"pymcip mine failed ({process.returncode}):\n{watched.shown[-4000:]}")
+        raise SystemExit(f"pymcip mine failed ({process.returncode})")
     return watched
-
-
-def _drain(terminal: int, shown: list[bytes]) -> None:
-    with contextlib.suppress(OSError):  # the other side is closed
-        while block := os.read(terminal, 65_536):
-            shown.append(block)
 
 
 def _remember(pid: int, peak: dict[str, int]) -> None:
@@ -131,16 +107,6 @@ def _remember(pid: int, peak: dict[str, int]) -> None:
             name, _, value = line.partition(":")
             if name in ("VmHWM", "RssAnon", "RssFile"):
                 peak[name] = max(peak.get(name, 0), int(value.split()[0]) * 1024)
-
-
-def bar_places(shown: str) -> list[int]:
-    """The percentages that the bar went through."""
-    places = []
-    for line in shown.replace("\n", "\r").split("\r"):
-        head, mark, _ = line.partition("%|")
-        if mark and head.startswith("mining:"):
-            places.append(int(head.removeprefix("mining:")))
-    return places
 
 
 # --------------------------------------------------------------------------------------------------
@@ -155,17 +121,13 @@ def fp64_recall(
     queries = torch.from_numpy(folder.vectors("img")[chosen].astype(np.float64))
     best = torch.empty(len(chosen), 0, dtype=torch.float32)
     ids = torch.empty(len(chosen), 0, dtype=torch.int64)
-    first = 0
-    for part in folder.parts("text"):
-        for start in range(0, len(part), 16_384):
-            rows = torch.from_numpy(part[start : start + 16_384].astype(np.float32)).double()
-            scores = (queries @ rows.T).float()
-            more, places = scores.sort(dim=1, descending=True, stable=True)
-            best = torch.cat([best, more[:, : options.k]], 1)
-            ids = torch.cat([ids, places[:, : options.k] + first + start], 1)
-            best, order = best.sort(dim=1, descending=True, stable=True)
-            best, ids = best[:, : options.k], ids.gather(1, order)[:, : options.k]
-        first += len(part)
+    for first, block in MatrixParts(folder.parts("text")).blocks(16_384):
+        rows = torch.from_numpy(block.astype(np.float64))
+        more, places = (queries @ rows.T).float().sort(dim=1, descending=True, stable=True)
+        best = torch.cat([best, more[:, : options.k]], 1)
+        ids = torch.cat([ids, places[:, : options.k] + first], 1)
+        best, order = best.sort(dim=1, descending=True, stable=True)
+        best, ids = best[:, : options.k], ids.gather(1, order)[:, : options.k]
     due = hits = same = 0
     for row, image in enumerate(chosen):
         wanted = ids[row][best[row] >= np.float32(options.threshold)].tolist()
@@ -196,38 +158,17 @@ def gemm_rate(options: argparse.Namespace) -> float:
 
 
 def rivals(options: argparse.Namespace, folder: EmbeddingFolder) -> list[Rival]:
-    """The same problem, smaller: all take fp16 parts as they lie on the disk."""
-    images = np.array(folder.parts("img")[0][: options.rival_images])
-    parts, left = [], options.rival_captions
-    for part in folder.parts("text"):
-        parts.append(part[:left])
-        left -= len(parts[-1])
-        if left <= 0:
-            break
+    """The same problem, smaller: ours takes fp16 parts as they lie on the disk."""
+    images = folder.parts("img")[0][: options.rival_images]
+    parts = MatrixParts(folder.parts("text")).pieces(0, options.rival_captions)
+    queries, bank = (
+        torch.from_numpy(rows).to(options.device)
+        for rows in (np.array(images), np.concatenate(parts))
+    )
+    problem = Problem(queries, bank, options.k, options.threads)
 
     def ours() -> Any:
-        queries = torch.from_numpy(images).to(options.device)
         return topk(queries, parts, options.k, options.threshold, threads=options.threads)
-
-    def by_torch() -> Any:
-        queries = torch.from_numpy(images).to(options.device, torch.bfloat16)
-        best, first = Merge(options.k), 0
-        for part in parts:
-            for start in range(0, len(part), 4000):
-                rows = torch.from_numpy(np.array(part[start : start + 4000]))
-                best.add(queries @ rows.to(queries.device, torch.bfloat16).T, first + start)
-            first += len(part)
-        return best.ids, best.scores
-
-    def by_faiss() -> Any:
-        best, first = Merge(options.k), 0
-        for part in parts:
-            rows = torch.from_numpy(np.array(part))
-            problem = Problem(torch.from_numpy(images), rows, options.k, options.threads)
-            ids, scores = faiss_flat(problem)()
-            best.ids, best.scores = _merged(best, ids, scores, first, options.k)
-            first += len(part)
-        return best.ids, best.scores
 
     wanted = ours()[0].cpu()
 
@@ -239,21 +180,11 @@ def rivals(options: argparse.Namespace, folder: EmbeddingFolder) -> list[Rival]:
         return float(hit[due].double().mean()) if due.any() else float("nan")
 
     found = [Rival("pymcip topk over parts", ours, recall)]
-    found.append(Rival("torch bf16 mm+topk, 4k", by_torch, recall))  # where the miner works
-    with contextlib.suppress(MissingRivalError, ImportError):
-        import faiss  # noqa: F401
-
-        found.append(Rival("faiss IndexFlatIP, by parts", by_faiss, recall))
+    for contender in CONTENDERS:
+        if contender.device == options.device and contender.name.startswith(RIVALS):
+            with contextlib.suppress(MissingRivalError):
+                found.append(Rival(contender.name, contender.make(problem), recall))
     return found
-
-
-def _merged(best: Merge, ids: Any, scores: Any, first: int, k: int) -> tuple[Any, Any]:
-    scores, ids = torch.as_tensor(scores), torch.as_tensor(ids) + first
-    if first:
-        scores, ids = torch.cat([best.scores, scores], 1), torch.cat([best.ids, ids], 1)
-        scores, order = scores.topk(min(k, scores.shape[1]), dim=1)
-        ids = ids.gather(1, order)
-    return ids, scores
 
 
 # --------------------------------------------------------------------------------------------------
@@ -310,12 +241,8 @@ def place(options: argparse.Namespace) -> Iterator[Path]:
 
 def main(words: Sequence[str] | None = None) -> None:
     options = arguments(words)
-    before = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
-    try:
+    with torch_threads(options.threads):
         _run(options)
-    finally:
-        torch.set_num_threads(before)
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -382,7 +309,6 @@ def full_case(options: argparse.Namespace, work: Path, case: dict[str, Any]) -> 
     flop = 2e-9 * options.images * options.captions * options.dim
     rate = flop / (whole - lost)
     ceiling = (before + after) / 2
-    places = [bar_places(run.shown) for run in runs]
     table = CaptionTable.load(out)
     figures = {
         "note": options.note,
@@ -403,7 +329,6 @@ def full_case(options: argparse.Namespace, work: Path, case: dict[str, Any]) -> 
             "resident": max(run.peak.get("VmHWM", 0) for run in runs),
             "mapped_files": max(run.peak.get("RssFile", 0) for run in runs),
         },
-        "bar": [{"from": own[0], "to": own[-1], "places": len(set(own))} for own in places if own],
         "pairs": len(table.ids),
         "fp64": fp64_recall(options, EmbeddingFolder(work / "embedded"), table),
         "threads": options.threads,

@@ -25,23 +25,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-WORDS = [
-    "red",
-    "green",
-    "small",
-    "old",
-    "wooden",
-    "open",
-    "round",
-    "two",
-    "photo",
-    "bowl",
-    "dog",
-    "street",
-    "apple",
-    "house",
-    "water",
-]
+WORDS = "red green small old wooden open round two photo bowl dog street apple house water"
 
 
 def client(port: int, seed: int, until: float, times: dict[str, list[float]]) -> None:
@@ -67,7 +51,7 @@ def client(port: int, seed: int, until: float, times: dict[str, list[float]]) ->
 
     row = None
     while time.perf_counter() < until:
-        text = quote(" ".join(chosen.choices(WORDS, k=3)))
+        text = quote(" ".join(chosen.choices(WORDS.split(), k=3)))
         query = f"text={text}" if row is None or chosen.random() < 0.75 else f"row={row}"
         found = timed("search", f"/api/search?{query}")
         hits = json.loads(found)["hits"] if found else []

@@ -15,11 +15,12 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from harness import Report, Rival, common_arguments, compare, describe
-from topk_rivals import CONTENDERS, MissingRivalError, Problem, product_alone
+from topk_rivals import CONTENDERS, Merge, MissingRivalError, Problem, product_alone
 
 from pymcip.ops import PackedBank, backends, topk
 
@@ -35,7 +36,7 @@ PACKED = {  # back end, and whether it is exact
     "pymcip packed, avx512_vnni": ("avx512_vnni", True),
 }
 GEMM = "torch bf16 product alone"  # the ceiling: what can't be had faster without 8 bits
-PACKAGES = ("faiss-cpu", "faiss-gpu", "numkong", "usearch", "cuvs-cu12", "cuvs-cu13")
+PACKAGES = ("faiss-cpu", "faiss-gpu", "numkong", "cuvs-cu12", "cuvs-cu13")
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def main(words: Sequence[str] | None = None) -> None:
                     "threshold": case.threshold,
                 },
                 timings,
-                work=gflop(problem, case.queries),
+                work=2e-9 * case.queries * len(bank) * dim,
                 unit="GFLOP",
                 accuracy=f"recall@{case.k}",
                 ceiling=GEMM,
@@ -158,10 +159,6 @@ def main(words: Sequence[str] | None = None) -> None:
     print(f"seconds to pack the bank, once: {packing}; cases left out: {left_out or 'none'}")
     notes = {"missing": missing, "left_out": left_out, "packing_seconds": packing}
     report.finish(notes=notes)
-
-
-def gflop(problem: Problem, count: int) -> float:
-    return 2e-9 * count * len(problem.bank) * problem.bank.shape[1]
 
 
 def resembling(
@@ -193,23 +190,10 @@ def fp64_ranking(
     queries: torch.Tensor, bank: torch.Tensor, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and scores of the k best, in fp64, on the host."""
-    scores, ids = torch.empty(0), torch.empty(0)
+    best = Merge(k)
     for start in range(0, len(bank), 16_384):
-        block = queries.double() @ bank[start : start + 16_384].double().T
-        more, places = block.topk(min(k, block.shape[1]), dim=1)
-        places += start
-        if start:
-            more, places = torch.cat([scores, more], dim=1), torch.cat([ids, places], dim=1)
-        scores, order = more.topk(min(k, more.shape[1]), dim=1)
-        ids = places.gather(1, order)
-    return ids.cpu(), scores.cpu()
-
-
-def _runs_here(backend: str, options: argparse.Namespace) -> bool:
-    return backend == "auto" or any(
-        row.name == backend and row.obstacle(options.device, options.dtype) is None
-        for row in backends("topk")
-    )
+        best.add(queries.double() @ bank[start : start + 16_384].double().T, start)
+    return best.ids.cpu(), best.scores.cpu()
 
 
 def asked_for(name: str, options: argparse.Namespace) -> bool:
@@ -237,8 +221,7 @@ def rivals(
     packed: Any = None,
 ) -> list[Rival]:
     """Those that were asked for and can run here; why others can't goes into `missing`."""
-    k, count = problem.k, len(problem.queries)
-    dtype = options.dtype
+    k, dtype = problem.k, options.dtype
 
     def recall(result: tuple[Any, Any]) -> dict[str, float]:
         """Of the pairs in fp64's answer, the share found; nothing if there are none."""
@@ -264,9 +247,7 @@ def rivals(
     def ours(bank: Any, backend: str, exact: bool) -> Callable[[], tuple[Any, Any]]:
         return lambda: topk(problem.queries, bank, k, threshold, exact=exact, backend=backend)
 
-    def listed(name: str) -> bool:
-        return asked_for(name, options)
-
+    listed = partial(asked_for, options=options)
     chosen: list[Rival] = []
     for row in backends("topk"):
         names = {f"pymcip {row.name}": True, f"pymcip {row.name}, screen": False}
@@ -284,23 +265,24 @@ def rivals(
             if listed(name) and (exact or every)
         ]
     if packed is not None:
+        here = (row for row in backends("topk") if not row.obstacle(options.device, dtype))
+        runnable = {"auto", *(row.name for row in here)}
         chosen += [
             Rival(name, ours(packed, backend, exact), recall)
             for name, (backend, exact) in PACKED.items()
-            if listed(name) and _runs_here(backend, options)
+            if listed(name) and backend in runnable
         ]
     for contender in CONTENDERS:
         if contender.device != options.device or not listed(contender.name):
             continue
         try:
-            call, answered = contender.prepare(problem)
+            call = contender.make(problem)
         except MissingRivalError as reason:
             missing[contender.name] = str(reason)
         except Exception as error:
             missing[contender.name] = describe(error)
         else:
-            name = contender.name if answered == count else f"{contender.name}, {answered}"
-            chosen.append(Rival(name, reaching(call), recall, gflop(problem, answered)))
+            chosen.append(Rival(contender.name, reaching(call), recall))
     rows = 20_000 if options.device == "cpu" else 65_536
     chosen.append(Rival(GEMM, product_alone(problem, torch.bfloat16, rows)))
     return chosen

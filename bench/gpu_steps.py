@@ -177,7 +177,7 @@ def ours(places: Places) -> list[Step]:
             goal_case(places, "--rivals pymcip --seconds 60"),
             places.bench(
                 "margin_softmax",
-                f"{TINY} --cluster 64 --skip-memory --repetitions 1 --modes mc arc --rivals",
+                f"{TINY} --cluster 64 --repetitions 1 --modes mc arc --rivals",
                 "pymcip torch",
             ),
             limit=70,

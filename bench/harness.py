@@ -1,7 +1,7 @@
 """Times rivals side by side: interleaved, warmed up, with quantiles and a figure of accuracy.
 
 Rivals take turns within every repetition, each time starting with another one, so that a change of
-the machine's clock or load meets all of them alike.
+the machine's clock or load affects all of them alike.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from pymcip.environment import environment_report
+from pymcip.environment import environment_report, package_version
 from pymcip.model import has_bf16
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,7 +76,7 @@ def compare(
         `least`.
     tolerant: a rival that raises gets a `Timing` with its error, and the others go on.
     """
-    wait: Callable[[], object] = torch.cuda.synchronize if device == "cuda" else _nothing
+    wait: Callable[[], object] = torch.cuda.synchronize if device == "cuda" else lambda: None
     found = []
     turns = []
     for rival in rivals:
@@ -179,10 +178,6 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"[:200]
 
 
-def _nothing() -> None:
-    pass
-
-
 def training_dtype(device: str) -> str:
     """What `precision="amp_bf16"` runs in on the device."""
     return "bfloat16 autocast" if has_bf16(torch.device(device)) else "float32"
@@ -207,7 +202,7 @@ class Report:
     ) -> None:
         """`packages`: the rivals', whose versions go into the rows, too."""
         environment = environment_report()
-        versions = environment["versions"] | {name: _version(name) for name in packages}
+        versions = environment["versions"] | {name: package_version(name) for name in packages}
         self.bench = bench
         self.rows: list[dict[str, Any]] = []
         self._file: Path | None = None
@@ -361,13 +356,6 @@ def common_arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--store", action="store_true", help=f"add the rows to {RESULTS.name}/")
     return parser
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _commit() -> str | None:

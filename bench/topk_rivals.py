@@ -15,7 +15,7 @@ import importlib
 import itertools
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -45,22 +45,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class Contender:
-    """A rival by name.
-
-    queries: as many queries as it gets at most: the rate of one that takes them one by one doesn't
-        change, and the bench would wait for it.
-    """
+    """A rival by name; `make` gives what is to be timed."""
 
     name: str
     make: Callable[[Problem], Call]
     device: str = "cpu"
-    queries: int | None = None
-
-    def prepare(self, problem: Problem) -> tuple[Call, int]:
-        """What is to be timed, and the number of queries it answers."""
-        if self.queries is not None:
-            problem = replace(problem, queries=problem.queries[: self.queries])
-        return self.make(problem), len(problem.queries)
 
 
 def _need(module: str, package: str) -> Any:
@@ -96,7 +85,8 @@ class Merge:
 
     def add(self, block: torch.Tensor, start: int) -> None:
         scores, ids = block.topk(min(self.k, block.shape[1]), dim=1)
-        scores, ids = scores.float(), ids + start
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        ids = ids + start
         if start:
             scores = torch.cat([self.scores, scores], dim=1)
             ids = torch.cat([self.ids, ids], dim=1)
@@ -122,32 +112,11 @@ def product_alone(problem: Problem, dtype: torch.dtype, rows: int) -> Callable[[
 # faiss
 
 
-def _faiss(problem: Problem) -> Any:
+def faiss_flat(problem: Problem) -> Call:
     faiss = _need("faiss", "faiss-cpu")
     faiss.omp_set_num_threads(problem.threads)
-    return faiss
-
-
-def faiss_flat(problem: Problem) -> Call:
-    faiss = _faiss(problem)
     index = faiss.IndexFlatIP(problem.bank.shape[1])
     index.add(problem.bank.float().numpy())
-    return _search(index, problem)
-
-
-def faiss_scalar(problem: Problem, kind: str) -> Call:
-    """Codes of 8 or 16 bits, compared with fp32 queries; it has no blocked product for them."""
-    faiss = _faiss(problem)
-    index = faiss.IndexScalarQuantizer(
-        problem.bank.shape[1], getattr(faiss.ScalarQuantizer, kind), faiss.METRIC_INNER_PRODUCT
-    )
-    rows = problem.bank.float().numpy()
-    index.train(rows[:20_000])
-    index.add(rows)
-    return _search(index, problem)
-
-
-def _search(index: Any, problem: Problem) -> Call:
     queries = problem.queries.float().cpu().numpy()
 
     def run() -> Result:
@@ -177,7 +146,7 @@ def faiss_gpu(problem: Problem, dtype: torch.dtype) -> Call:
 
 
 # --------------------------------------------------------------------------------------------------
-# NumKong, USearch, cuVS
+# NumKong, cuVS
 
 
 def numkong(problem: Problem, kind: str) -> Call:
@@ -225,29 +194,6 @@ def numkong(problem: Problem, kind: str) -> Call:
     return run
 
 
-def usearch(problem: Problem, kind: str) -> Call:
-    """Its exact search, which takes queries one by one."""
-    index = _need("usearch.index", "usearch")
-    queries, bank = problem.queries.float().numpy(), problem.bank.float().numpy()
-    unit, options = 1.0, {}
-    if kind == "int8":
-        scale = 127 / max(float(np.abs(queries).max()), float(np.abs(bank).max()))
-        queries = np.round(queries * scale).astype(np.int8)
-        bank = np.round(bank * scale).astype(np.int8)
-        unit, options = scale**2, {"dtype": "i8"}
-
-    def run() -> Result:
-        found = index.search(
-            bank, queries, problem.k, index.MetricKind.IP, exact=True, threads=problem.threads,
-            **options,
-        )  # fmt: skip
-        shape = (len(queries), problem.k)  # of one query it makes a vector
-        scores = (1 - found.distances.reshape(shape)) / unit
-        return found.keys.reshape(shape).astype(np.int64), scores
-
-    return run
-
-
 def cuvs(problem: Problem, dtype: torch.dtype) -> Call:
     brute_force = _need("cuvs.neighbors.brute_force", "cuvs-cu12 or cuvs-cu13")
     queries = problem.queries.to(dtype).contiguous()
@@ -260,16 +206,12 @@ def cuvs(problem: Problem, dtype: torch.dtype) -> Call:
     return run
 
 
-FEW = 64  # queries of the slow ones
 CONTENDERS = (
     Contender("faiss IndexFlatIP", faiss_flat),
-    Contender("faiss SQ 8 bit", lambda problem: faiss_scalar(problem, "QT_8bit"), queries=FEW),
     Contender("torch fp32 mm+topk", lambda problem: chunked(problem, torch.float32, 20_000)),
     Contender("torch bf16 mm+topk, 4k", lambda problem: chunked(problem, torch.bfloat16, 4000)),
     Contender("numkong bf16 packed+topk", lambda problem: numkong(problem, "bf16")),
     Contender("numkong int8 packed+topk", lambda problem: numkong(problem, "int8")),
-    Contender("usearch exact f32", lambda problem: usearch(problem, "f32"), queries=FEW),
-    Contender("usearch exact i8", lambda problem: usearch(problem, "int8"), queries=FEW),
     Contender("faiss-gpu fp32", lambda problem: faiss_gpu(problem, torch.float32), "cuda"),
     Contender("faiss-gpu fp16", lambda problem: faiss_gpu(problem, torch.float16), "cuda"),
     Contender("cuVS brute force fp32", lambda problem: cuvs(problem, torch.float32), "cuda"),

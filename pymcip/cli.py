@@ -183,10 +183,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="print a script that completes commands and options in this shell, and stop",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    shown = commands.add_parser("env", help="what a bug report needs", allow_abbrev=False)
-    _add_debug(shown)
-    recipes = commands.add_parser("recipes", help="named settings of train", allow_abbrev=False)
-    _add_debug(recipes)
+    for name, help_text in (
+        ("env", "what a bug report needs"), ("recipes", "named settings of train")
+    ):  # fmt: skip
+        _add_debug(commands.add_parser(name, help=help_text, allow_abbrev=False))
     for name, command in COMMANDS.items():
         stage = commands.add_parser(
             name,
@@ -220,24 +220,17 @@ def build_parser() -> argparse.ArgumentParser:
                 help="list the benchmarks, what they need and where to get it, and stop",
             )
         hints = get_type_hints(command.config)
-        for option in command.positional[:-1]:
+        for option in command.positional:
+            how: dict[str, Any] = {"nargs": "?"}
+            if option == command.positional[-1]:
+                how = {"nargs": "*", "type": lambda word: [word], "action": Several}
+                how["finish"] = finish_of(hints[option])
             stage.add_argument(
                 option,
-                nargs="?",
                 default=argparse.SUPPRESS,
                 metavar=option.upper(),
                 help="the same as --" + option,
-            )
-        for option in command.positional[-1:]:
-            stage.add_argument(
-                option,
-                nargs="*",
-                type=lambda word: [word],
-                action=Several,
-                finish=finish_of(hints[option]),
-                default=argparse.SUPPRESS,
-                metavar=option.upper(),
-                help="the same as --" + option,
+                **how,
             )
         items = {item.name: item for item in dataclasses.fields(command.config)}
         for title, names in command.config.GROUPS.items():

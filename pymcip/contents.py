@@ -176,7 +176,7 @@ def _known(kept: Path) -> dict[State, bytes]:
 def _keep(
     kept: Path, known: dict[State, bytes], states: npt.NDArray[np.int64], digests: Digests
 ) -> None:
-    """Add what is found of files that have not changed of late; it is no loss if that fails."""
+    """Add the digests of files that have not changed recently; a failure to write is ignored."""
     latest = time.time_ns() - SETTLED
     settled = (states[:, 2:4].max(axis=1) < latest) & digests.any(axis=1)
     rows = [row for row in np.flatnonzero(settled) if tuple(states[row].tolist()) not in known]

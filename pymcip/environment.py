@@ -29,7 +29,7 @@ def environment_report() -> dict[str, Any]:
     return {
         "versions": {
             "python": platform.python_version(),
-            **{package: _version(package) for package in PACKAGES},
+            **{package: package_version(package) for package in PACKAGES},
         },
         "core": _core(),
         "back ends": _back_ends(),
@@ -80,7 +80,8 @@ def _plain(value: Any) -> str:
     return str(value)
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """The version of an installed package; None if there is none."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -177,7 +177,8 @@ def check_finite_weights(clip: ClipModel) -> None:
     if isinstance(clip, AppendedClip):
         tower = {} if clip.tower is None else clip.tower.state_dict()
         state = {**state, **{f"tower.{name}": value for name, value in tower.items()}}
-        state |= {"head": clip.head, "gate.prototypes": clip.gate.prototypes}
+        state |= {f"head.{name}": value for name, value in clip.head.state_dict().items()}
+        state["gate.prototypes"] = clip.gate.prototypes
     for name, value in state.items():
         # open_clip's text towers hold -inf in the mask of their attention
         if value.is_floating_point() and "attn_mask" not in name and not value.isfinite().all():

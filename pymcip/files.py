@@ -37,12 +37,12 @@ def atomic_path(
 
     Works for files and folders. If the block raises (a full disk included), the temporary one is
     removed and whatever stood at `path` before is untouched. A folder takes the place of another
-    one without a moment between them.
+    one at once: there is no moment without either.
 
     Args:
         path: the file or folder.
-        owned: names of the files in a folder that go if the new folder lacks them, while others are
-            kept in it; None: all go.
+        owned: names of the files in a folder that are removed if the new folder lacks them, while
+            others are kept in it; None: all are removed.
 
     Raises:
         ResourceError: the disk is full, or there are too many open files.

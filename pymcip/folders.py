@@ -59,7 +59,7 @@ def hold(folder: Path, *, wait: bool = False, shared: bool = False) -> Iterator[
 
     The lock is the kernel's, so that it ends with its process; where a file system has none, the
     host and the process that the file names decide. What killed processes began is removed. A
-    folder that this thread holds already is held on.
+    folder that this thread holds already stays held.
 
     Args:
         folder: exists.

@@ -100,7 +100,8 @@ class _Tower(nn.Module):
     def __init__(self, clip: ClipModel, features: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.model, self.features = clip.model, features
-        self.appended = clip.tower if isinstance(clip, AppendedClip) else None
+        if isinstance(clip, AppendedClip):
+            self.appended, self.head = clip.tower, clip.head
 
     def forward(self, batch: Tensor) -> Tensor:
         return self.features(batch)
@@ -111,7 +112,7 @@ def _on_cpu(clip: ClipModel) -> ClipModel:
     memo: dict[int, Any] = {}  # one for both towers: blocks that are shared stay so
     changed: dict[str, Any] = {"model": copy.deepcopy(clip.model, memo).float().cpu().eval()}
     if isinstance(clip, AppendedClip):
-        changed["head"] = clip.head.detach().cpu()
+        changed["head"] = copy.deepcopy(clip.head).cpu()
         if clip.tower is not None:
             changed["tower"] = copy.deepcopy(clip.tower, memo).float().cpu().eval()
     return replace(clip, device=torch.device("cpu"), precision="fp32", **changed)

@@ -37,12 +37,11 @@ def data_uri(jpeg: bytes) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
 
 
-def chart(curves: Mapping[str, Points], unit: str = "step") -> Markup:
-    """Draw curves over one scale as SVG, with the values at both ends of each axis.
+def chart(curves: Mapping[str, Points]) -> Markup:
+    """Draw curves over steps as SVG, with the values at both ends of each axis.
 
     Args:
         curves: by name, each of points (x, y) with rising x, all finite, one point or more.
-        unit: what x counts.
     """
     points = [point for curve in curves.values() for point in curve]
     xs, ys = zip(*points, strict=True)
@@ -57,16 +56,10 @@ def chart(curves: Mapping[str, Points], unit: str = "step") -> Markup:
         {"name": name, "points": [place(*point) for point in _thinned(curve)]}
         for name, curve in curves.items()
     ]
-    values = {
-        "first": f"{first:g}",
-        "last": f"{last:g}",
-        "low": f"{low:.3g}",
-        "high": f"{high:.3g}",
-    }
     return Markup(
         filled(
-            "chart.svg", curves=drawn, unit=unit, **values,
-            width=WIDTH, height=HEIGHT, left=LEFT, bottom=BOTTOM, top=TOP,
+            "chart.svg", curves=drawn, first=f"{first:g}", last=f"{last:g}", low=f"{low:.3g}",
+            high=f"{high:.3g}", width=WIDTH, height=HEIGHT, left=LEFT, bottom=BOTTOM, top=TOP,
         )
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Batches made by worker processes: what goes wrong in one ends the work, and says why."""
+"""Batches made by worker processes; an error in one of them is raised with its own message."""
 
 from __future__ import annotations
 

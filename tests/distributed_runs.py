@@ -16,7 +16,8 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +25,16 @@ from torch import Tensor, nn
 import pymcip
 from pymcip.distributed import joined, rank, rows_of, share, world
 from pymcip.losses import ArcMargin, MCArcMargin
+from pymcip.model.towers import (
+    image_parameters,
+    text_parameters,
+    unlock_image_tower,
+    unlock_text_tower,
+)
 from pymcip.ops.arrays import MatrixParts
 from pymcip.training import loop
 from pymcip.training.replicas import gather, replicated, shard_of, to_first
+from pymcip.training.sharding import bring_back, clip_gradients, divided, is_part, whole
 
 training: Any = importlib.import_module("pymcip.training.train")  # the function has its name
 ROWS, DIM, MICRO_BATCHES = 4, 8, 4
@@ -72,6 +80,45 @@ def gradients(classes: int) -> dict[str, Any]:
     }
 
 
+def divided_step(model: str, part: Literal["image", "text"]) -> dict[str, Any]:
+    """A step in fp64 of a tower that is divided among the processes: its norm and whole gradients.
+
+    `held`: the share of its weights, gradients and moments that this process has.
+    """
+    clip = pymcip.load(model, device="cpu", precision="fp32")
+    clip.model.double()
+    if part == "image":
+        unlock_image_tower(clip, projector="keep", unlock_layers=None)
+    else:
+        unlock_text_tower(clip, None)
+    trained = divided(clip, SimpleNamespace(sharding="full"), part)
+    generator = torch.Generator().manual_seed(0)
+    shape = (MICRO_BATCHES, ROWS, clip.embed_dim)
+    slopes = torch.randn(shape, generator=generator, dtype=torch.float64)
+    shape = (MICRO_BATCHES, ROWS, 3, clip.image_size, clip.image_size)
+    batches = torch.randn(shape, generator=generator, dtype=torch.float64)
+    if part == "text":
+        shape = (MICRO_BATCHES, ROWS, clip.context_length)
+        batches = torch.randint(1, 1000, shape, generator=generator)
+    run = replicated(getattr(trained.model, f"encode_{part}"), trained.model)
+    for number in share(MICRO_BATCHES):
+        features = run(batches[number], last=number == share(MICRO_BATCHES)[-1])
+        (features * slopes[number]).sum().backward()
+    named = {"image": image_parameters, "text": text_parameters}[part]
+    parameters = dict(named(trained.model))
+    norm = clip_gradients(list(parameters.values()), 1.0)
+    gradients = {name: whole(p.grad).clone() for name, p in parameters.items()}
+    optimizer = torch.optim.AdamW(parameters.values(), fused=True)
+    optimizer.step()
+    bring_back(trained, clip)
+    kept = [x for p in parameters.values() for x in (p, p.grad, *optimizer.state[p].values())]
+    own = sum(x.to_local().numel() if is_part(x) else x.numel() for x in kept)
+    return {
+        "norm": norm, "gradients": gradients, "held": own / sum(x.numel() for x in kept),
+        "weights": clip.model.state_dict(),
+    }  # fmt: skip
+
+
 def train(
     options: dict[str, Any],
     disturb: str | None = None,
@@ -79,14 +126,18 @@ def train(
     end: int = 0,
     killed_save: int | None = None,
     kills: int = 0,
+    apart: str | None = None,
 ) -> dict[str, Any]:
     """A run; in its step `at` the last process `disturb`s: "nan", "SIGTERM" or "SIGKILL".
 
     `end`: the step after which a callback of the first process ends a stage.
     `killed_save`: a step at whose checkpoint process 0 is killed when half of it is written, after
     one restart; that half stays as OUT.half. `kills`: how often a random process is killed at a random
-    moment, 1 to 9 steps after its start; OUT.kills has a line for each.
+    moment, 1 to 9 steps after its start; OUT.kills has a line for each. `apart`: the captions of the last
+    process.
     """
+    if apart is not None and rank() == world() - 1:
+        options["captions"] = apart
     calls = []
     ending = pymcip.Callbacks(on_step=lambda s: calls.append(s) or s.global_step == end)  # type: ignore[func-returns-value]
     inner, write = loop.optimizer_step, torch.save
@@ -132,10 +183,10 @@ def train(
     last = loop.Run.save
 
     def saved(self: Any, stage: Any) -> Path:
-        weights.update({k: v.clone() for k, v in self.clip.model.state_dict().items()})
         saving.set()
         path = last(self, stage)
         saving.clear()
+        weights.update({k: v.clone() for k, v in self.clip.model.state_dict().items()})
         return path
 
     bank_rows: list[int] = []  # how many are read at a time
@@ -179,9 +230,9 @@ def main() -> None:
         out = folder / f"{number}-{rank()}.pt"
         if out.exists():
             continue
-        if "classes" in job:
+        if "classes" in job or "part" in job:
             with joined("cpu"):
-                found = gradients(**job)
+                found = gradients(**job) if "classes" in job else divided_step(**job)
         else:
             found = command(**job) if "words" in job else train(**job)
         torch.save(found, out)

@@ -16,7 +16,9 @@ import pymcip
 from pymcip.errors import CheckpointError, ConfigError, DataError
 from pymcip.metrics import full_ranking_map, knn_classify, recall_at_k
 from pymcip.model import AppendedClip, ClipModel
-from pymcip.model.appended import Gate, appended_clip, share_blocks
+from pymcip.model.appended import Gate, appended_clip, linear_head, share_blocks
+from pymcip.ops.arrays import MatrixParts
+from pymcip.training.appended import class_covariances, fit_head
 from tests.conftest import CAPTIONS, images
 
 DIMS = 6
@@ -38,13 +40,18 @@ def unit(rows: np.ndarray) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
+def through(clip: AppendedClip, features: np.ndarray) -> np.ndarray:
+    weight, bias = (value.double().numpy() for value in (clip.head.weight, clip.head.bias))
+    return features @ weight.T + bias
+
+
 def test_vectors_are_as_documented(trained: AppendedClip, tiny_clip: ClipModel) -> None:
     pixels = images()
     joint = tiny_clip.encode_images(pixels).double().numpy()
     assert trained.tower is not None
     with torch.inference_mode():
         features = unit(trained.tower(pixels).double().numpy())
-    appended = unit(features @ trained.head.double().numpy().T)
+    appended = unit(through(trained, features))
     expected = np.hstack([joint, trained.weight * appended]) / np.hypot(1, trained.weight)
     found = trained.encode_images(pixels).numpy()
     assert trained.embed_dim == found.shape[1] == tiny_clip.embed_dim + DIMS
@@ -64,7 +71,7 @@ def test_a_head_alone_has_no_second_tower(options: dict[str, Any], tiny_clip: Cl
     assert result.steps == 0
     pixels = images()
     joint = tiny_clip.encode_images(pixels).double().numpy()
-    appended = unit(joint @ clip.head.double().numpy().T)
+    appended = unit(through(clip, joint))
     expected = np.hstack([joint, clip.weight * appended]) / np.hypot(1, clip.weight)
     np.testing.assert_allclose(clip.encode_images(pixels).numpy(), expected, atol=1e-5)
 
@@ -156,7 +163,10 @@ def test_export_keeps_the_dimensions(options: dict[str, Any], tmp_path: Path) ->
 
 def test_the_gate(tiny_clip: ClipModel) -> None:
     prototypes = torch.eye(tiny_clip.embed_dim)[:2]
-    head = torch.randn(DIMS, tiny_clip.embed_dim, generator=torch.Generator().manual_seed(0))
+    head = linear_head(
+        torch.randn(DIMS, tiny_clip.embed_dim, generator=torch.Generator().manual_seed(0)),
+        torch.zeros(DIMS),
+    )
     clip = appended_clip(tiny_clip, None, head, 1.5, Gate(prototypes, 0.5, 0.1))
     joint = torch.zeros(3, tiny_clip.embed_dim)
     joint[0, 0] = joint[2, 5] = 1  # a prototype; nothing like one
@@ -248,9 +258,47 @@ def test_a_damaged_file_is_refused(
     run = pymcip.train(**options).out
     path = run / "exported" / "hub" / "appended.safetensors"
     content = path.read_bytes()
-    assert b'version\\": 1' in content
+    assert b'version\\": 2' in content
     path.write_bytes(
-        content[:100] if damage == "cut" else content.replace(b'version\\": 1', b'version\\": 9')
+        content[:100] if damage == "cut" else content.replace(b'version\\": 2', b'version\\": 9')
     )
     with pytest.raises(CheckpointError, match="can't be read as appended dimensions"):
         pymcip.load(str(run))
+
+
+def test_the_head_separates_classes_best() -> None:
+    """Against the definition: the generalised eigenvectors, in NumPy."""
+    generator = np.random.default_rng(0)
+    centres = generator.normal(size=(9, 12))
+    labels = np.repeat(np.arange(9), 1 + np.arange(9))
+    rows = (centres[labels] + 0.5 * generator.normal(size=(len(labels), 12))).astype(np.float32)
+    means = np.stack([rows[labels == c].mean(axis=0, dtype=np.float64) for c in range(9)])
+    off, apart = rows - means[labels], means[labels] - rows.mean(axis=0, dtype=np.float64)
+    within, between = off.T @ off / len(rows), apart.T @ apart / len(rows)
+    found = class_covariances(MatrixParts([rows[:7], rows[7:]]), labels)
+    for one, expected in zip(found, (within, between, rows.mean(axis=0)), strict=True):
+        np.testing.assert_allclose(one, expected, atol=1e-5)
+    head = fit_head(*found, 5, 0.1, 0.25)
+    ridge = within + 0.1 * np.trace(within) / 12 * np.eye(12)
+    ratios, directions = np.linalg.eig(np.linalg.solve(ridge, between + 0.1 * within))
+    best = np.argsort(-ratios.real)[:5]
+    lengths = np.sqrt(np.einsum("ij,ik,kj->j", directions.real, ridge, directions.real))
+    expected = (directions.real / lengths * ratios.real**0.25)[:, best]
+    centred = rows - rows.mean(axis=0, dtype=np.float64)
+    likeness = unit(centred @ expected) @ unit(centred @ expected).T
+    z = unit(head(torch.from_numpy(rows)).double().numpy())
+    np.testing.assert_allclose(z @ z.T, likeness, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [np.eye(8, dtype=np.float32)[:5], np.ones((5, 8), np.float32)])
+def test_a_head_of_one_image_per_class_or_of_equal_ones(rows: np.ndarray) -> None:
+    head = fit_head(*class_covariances(MatrixParts(rows), np.arange(5)), 6, 0.1, 0.0)
+    assert bool(head.weight.isfinite().all())
+    assert bool(head.bias.isfinite().all())
+
+
+def test_more_dimensions_than_the_embedding_has(options: dict[str, Any]) -> None:
+    with pytest.raises(
+        ConfigError, match=r"appended_dims=4096 is not allowed with .* allowed: 1 to"
+    ):
+        pymcip.train(**{**options, "appended_dims": 4096})

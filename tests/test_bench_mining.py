@@ -42,11 +42,6 @@ def test_data_are_as_described() -> None:
     assert values[1] > 3 * values[-1]
 
 
-def test_bar_places(bench: Any) -> None:
-    shown = "12:00:00 INFO mining\r\nmining:   0%|  | 0.00/9\rmining:  42%|█ | 4\rmining: 100%|█|"
-    assert bench.bar_places(shown) == [0, 42, 100]
-
-
 def test_room_is_checked(bench: Any, tmp_path: Path) -> None:
     words = ["--captions", "1000000000000", "--work", str(tmp_path)]
     with pytest.raises(SystemExit, match="GB are needed"):

@@ -13,7 +13,7 @@ import pytest
 from pymcip import metrics
 from pymcip.benchmarks import imagenet
 from pymcip.benchmarks.aircraft import AIRCRAFT_TEST
-from pymcip.benchmarks.contract import AbsentError, Labelled, SuiteOptions
+from pymcip.benchmarks.contract import AbsentError, DataSet, Labelled, SuiteOptions
 from pymcip.benchmarks.imagenet import IMAGENET_A, IMAGENET_SKETCH, IMAGENET_TRAIN, IMAGENET_VAL
 from pymcip.benchmarks.imagenet_names import imagenet_names, imagenet_templates, synsets
 from pymcip.benchmarks.objectnet import OBJECTNET
@@ -137,7 +137,7 @@ def test_val_needs_fifty_images_of_each_class(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_imagenet_val(tmp_path)
-    monkeypatch.setattr(imagenet, "VAL_COUNTS", {"images": 6, "classes": 4})
+    monkeypatch.setitem(imagenet.COUNTS, IMAGENET_VAL.name, {"images": 6, "classes": 4})
     with pytest.raises(DataError, match="found 0 of 1,000 classes of 50 images"):  # 1 or 2 each
         read(IMAGENET_VAL, tmp_path, SuiteOptions())
 
@@ -270,9 +270,9 @@ def test_val_with_folders_of_other_classes(tmp_path: Path) -> None:
         read(IMAGENET_VAL, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["VAL_COUNTS", "SKETCH_COUNTS"])
+@pytest.mark.parametrize("data_set", [IMAGENET_VAL, IMAGENET_SKETCH], ids=["val", "sketch"])
 def test_complete_sets_have_no_notes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data_set: DataSet
 ) -> None:
     write_imagenet_sketch(tmp_path)
     for synset, number in zip(synsets(), range(1, 2_001, 2), strict=True):
@@ -280,10 +280,10 @@ def test_complete_sets_have_no_notes(
             path = tmp_path / "val" / synset / val_name(each)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
-    public = {"VAL_COUNTS": (2_000, 1_000), "SKETCH_COUNTS": (8, 4)}[name]
-    monkeypatch.setattr(imagenet, name, dict(zip(("images", "classes"), public, strict=True)))
+    images, classes = (2_000, 1_000) if data_set is IMAGENET_VAL else (8, 4)
+    public = {"images": images, "classes": classes}
+    monkeypatch.setitem(imagenet.COUNTS, data_set.name, public)
     monkeypatch.setattr(imagenet, "VAL_PER_CLASS", 2)
-    data_set = {"VAL_COUNTS": IMAGENET_VAL, "SKETCH_COUNTS": IMAGENET_SKETCH}[name]
     assert read(data_set, tmp_path, SuiteOptions()).notes == ()
 
 

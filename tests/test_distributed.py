@@ -16,8 +16,18 @@ import torch
 
 import pymcip
 from pymcip.errors import CheckpointError, ConfigError
+from pymcip.model import ClipModel
 from pymcip.training.checkpoints import checkpoint_files, load_checkpoint
-from tests.conftest import CAPTIONS, COLOURS, computed_of, picture
+from pymcip.training.sharding import check_sharding
+from tests.conftest import (
+    CAPTIONS,
+    COLOURS,
+    TINY_MODEL,
+    computed_of,
+    picture,
+    settings_for,
+    write_hub_folder,
+)
 
 SCRIPT = Path(__file__).with_name("distributed_runs.py")
 SPEC = importlib.util.spec_from_file_location("distributed_runs", SCRIPT)
@@ -79,13 +89,25 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> dic
 def found(tmp_path_factory: pytest.TempPathFactory, world: dict[str, Any]) -> dict[str, Any]:
     """What two processes found of the jobs, by name."""
     folder = tmp_path_factory.mktemp("jobs")
-    names = "whole bank nan stopped half ended many few killed"
+    names = (
+        "whole bank nan stopped half ended many few killed parts halted mixed remains scale apart"
+    )
+    full = {**world, "sharding": "full"}
+    small = {"width": 33, "layers": 2}  # rows that two processes can't share evenly
+    odd = write_hub_folder(
+        folder / "odd",
+        vision_cfg={**TINY_MODEL["vision_cfg"], **small, "head_width": 11},
+        text_cfg={**TINY_MODEL["text_cfg"], **small, "heads": 3},
+    )
     out = {name: str(folder / name) for name in names.split()}
     gpr = {**world, "method": "gpr", "distill": 0, "mixtures": 0}
+    (folder / "other.txt").write_text("a red square\n" * 8)
     config = folder / "config.json"
     config.write_text(json.dumps({**gpr, "epochs": 3}))  # 9 steps, as no other job has
     appended = {"method": "appended", "distill": 0, "mixtures": 0, "epochs": 1, "resume": None}
     jobs: dict[str, dict[str, Any]] = {f"gradients {n}": {"classes": n} for n in CLASSES}
+    for part in ("image", "text"):
+        jobs[f"{part} step"] = {"model": f"local-dir:{odd}", "part": part}
     jobs |= {
         "whole": {"options": {**world, "out": out["whole"]}},
         "bank": {
@@ -98,6 +120,14 @@ def found(tmp_path_factory: pytest.TempPathFactory, world: dict[str, Any]) -> di
         "stopped": {"options": {**world, "out": out["stopped"]}, "disturb": "SIGTERM", "at": 3},
         "half": {"options": {**world, "out": out["half"]}, "disturb": "SIGTERM", "at": 3},
         "resumed": {"options": {**world, "out": out["stopped"]}},
+        "parts": {"options": {**full, "out": out["parts"], "val_data": world["train_data"]}},
+        "halted": {"options": {**full, "out": out["halted"]}, "disturb": "SIGTERM", "at": 3},
+        "continued": {"options": {**full, "out": out["halted"]}},
+        "remains": {"options": {**full, "out": out["remains"]}, "disturb": "SIGTERM", "at": 3},
+        "mixed": {"options": {**world, "out": out["mixed"]}, "disturb": "SIGTERM", "at": 3},
+        "in parts": {"options": {**full, "out": out["mixed"]}},
+        "apart": {"options": {**full, "out": out["apart"]}, "apart": str(folder / "other.txt")},
+        "scale": {"options": {**full, "out": out["scale"], "rea_logit_scale": True}},
         "ended": {"options": {**gpr, "out": out["ended"]}, "end": 2},
         "many": {"options": {**world, "out": out["many"], "accum_freq": 3}},
         "few": {"options": {**world, "out": out["few"], "batch_size": 7}},
@@ -126,28 +156,53 @@ def test_a_step_has_the_gradients_of_one_process(classes: int, found: dict[str, 
     assert close(first["matrix"], whole["matrix"], 1e-11)
 
 
-def test_a_run_is_that_of_one_process(
-    world: dict[str, Any], found: dict[str, Any], tmp_path: Path
+@pytest.mark.parametrize("part", ["image", "text"])
+def test_a_step_of_a_divided_tower_has_the_gradients_of_one_process(
+    part: str, found: dict[str, Any]
 ) -> None:
-    one = pymcip.train(**world, out=tmp_path / "one")
-    assert one.steps == STEPS
-    two = found["folder"] / "whole"
-    assert [result["steps"] for result in found["whole"]] == [STEPS, STEPS]
-    lines = zip(computed_of(one.out), computed_of(two), strict=True)
-    for number, (line, other) in enumerate(lines):
+    whole = runs.divided_step(f"local-dir:{found['folder'] / 'odd'}", part)
+    assert whole["held"] == 1
+    for own in found[f"{part} step"]:
+        assert own["held"] < 0.55
+        assert close(own["norm"], whole["norm"], 1e-11)
+        for kind in ("gradients", "weights"):
+            assert own[kind].keys() == whole[kind].keys()
+            for name, value in whole[kind].items():
+                assert close(own[kind][name], value, 1e-11), name
+
+
+@pytest.fixture(scope="module")
+def one(world: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of one process, with evaluations."""
+    out = tmp_path_factory.mktemp("runs") / "one"
+    result = pymcip.train(**world, out=out, val_data=world["train_data"])
+    assert result.steps == STEPS
+    return result.out
+
+
+@pytest.mark.parametrize("run", ["whole", "parts", "mixed"])
+def test_a_run_is_that_of_one_process(run: str, one: Path, found: dict[str, Any]) -> None:
+    """Also with divided towers, and if they are divided from the fourth step on."""
+    two = found["folder"] / run
+    last = {"mixed": "in parts"}.get(run, run)
+    assert [result["steps"] for result in found[last]] == [STEPS, STEPS]
+    mine = [x for x in computed_of(one) if run == "parts" or "evaluation" not in x]
+    lines = zip(mine, computed_of(two), strict=True)
+    for line, other in lines:
         assert line.keys() == other.keys()
-        assert line["stage"] == other["stage"]
+        assert line.get("stage") == other.get("stage")
         assert line.get("caption_margin", 1) > 0
         for name in line.keys() - {"stage"}:
-            tolerance = ROUNDING if number else FIRST
+            tolerance = FIRST if line["global_step"] == 1 else ROUNDING
             assert other[name] == pytest.approx(line[name], rel=tolerance, abs=tolerance), name
     states = [
-        load_checkpoint(checkpoint_files(out / "checkpoints")[-1])["model"]
-        for out in (one.out, two)
+        load_checkpoint(checkpoint_files(out / "checkpoints")[-1])["model"] for out in (one, two)
     ]
     for name, value in states[0].items():
         assert close(states[1][name], value, ROUNDING), name
-    assert "2 processes, each with 1 of a step's 2 micro-batches" in (two / "out.log").read_text()
+    log = (two / "out.log").read_text()
+    assert "2 processes, each with 1 of a step's 2 micro-batches" in log
+    assert ("divided among the processes" in log) == (run != "whole")
 
 
 def test_each_process_reads_its_own_captions_alone(found: dict[str, Any]) -> None:
@@ -156,7 +211,7 @@ def test_each_process_reads_its_own_captions_alone(found: dict[str, Any]) -> Non
 
 
 def test_the_towers_stay_equal(found: dict[str, Any]) -> None:
-    for name in ("whole", "bank", "nan", "ended", "resumed"):
+    for name in ("whole", "bank", "nan", "ended", "resumed", "parts", "in parts"):
         first, second = (result["weights"] for result in found[name])
         assert all(torch.equal(first[key], second[key]) for key in first)
 
@@ -186,8 +241,9 @@ def test_a_callback_of_the_first_process_ends_the_stage_of_all(found: dict[str, 
     assert [result["calls"] for result in found["ended"]] == [2, 0]
 
 
-def test_it_resumes_to_the_same_bits(found: dict[str, Any]) -> None:
-    for whole, resumed in zip(found["whole"], found["resumed"], strict=True):
+@pytest.mark.parametrize(("name", "later"), [("whole", "resumed"), ("parts", "continued")])
+def test_it_resumes_to_the_same_bits(name: str, later: str, found: dict[str, Any]) -> None:
+    for whole, resumed in zip(found[name], found[later], strict=True):
         assert resumed["steps"] == whole["steps"]
         for name, value in whole["weights"].items():
             assert torch.equal(value, resumed["weights"][name]), name
@@ -200,16 +256,44 @@ def test_what_cannot_be_shared_out_is_refused(found: dict[str, Any]) -> None:
     for result in found["few"]:
         assert "ConfigError: 12 images" in result["error"]
         assert "batch_size of 6 at most" in result["error"]
-    assert not (found["folder"] / "many").exists()
+    for result in found["scale"]:
+        assert "ConfigError: sharding='full' with rea_logit_scale=True" in result["error"]
+        assert "allowed: rea_logit_scale=False, or sharding='none'" in result["error"]
+    for result in found["apart"]:
+        assert "ConfigError: the 2 processes read different captions" in result["error"]
+    for name in ("many", "few", "scale", "apart"):
+        assert not (found["folder"] / name).exists(), name
 
 
-def test_one_process_resumes_what_two_began(world: dict[str, Any], found: dict[str, Any]) -> None:
-    """Interrupted in its image stage: the class matrix and its moments are whole."""
-    out = found["folder"] / "half"
+def test_weights_that_cannot_be_divided_are_refused(
+    second: Callable[..., None], world: dict[str, Any], tmp_path: Path, tiny_clip: ClipModel
+) -> None:
+    second(WORLD_SIZE="2", RANK="0")
+    config = settings_for(**{**world, "out": tmp_path / "run", "sharding": "full"})
+    check_sharding(config, tiny_clip)
+    visual: Any = tiny_clip.model.visual
+    for value in (torch.nn.Parameter(torch.ones(())), visual.proj):
+        visual.again = value
+        with pytest.raises(ConfigError, match=r"visual\.(again|proj).*allowed: sharding='none'"):
+            check_sharding(config, tiny_clip)
+    del visual.again
+    check_sharding(config, tiny_clip)
+
+
+@pytest.mark.parametrize("name", ["half", "remains"])
+def test_one_process_resumes_what_two_began(
+    name: str, world: dict[str, Any], found: dict[str, Any]
+) -> None:
+    """Interrupted in its image stage: the class matrix, divided towers and their moments are whole."""
+    out = found["folder"] / name
     state = load_checkpoint(checkpoint_files(out / "checkpoints")[-1])
     assert state["heads"]["classes.weight"].shape == (3, 16)
     (number,) = state["optimizer"]["param_groups"][-1]["params"]
     assert state["optimizer"]["state"][number]["exp_avg_sq"].shape == (3, 16)
+    shapes = {tuple(values["exp_avg"].shape) for values in state["optimizer"]["state"].values()}
+    assert shapes >= {
+        tuple(state["model"][f"visual.{tensor}"].shape) for tensor in ("proj", "conv1.weight")
+    }
     result = pymcip.train(**world, out=out)
     assert result.steps == STEPS
     for line, other in zip(computed_of(out), computed_of(found["folder"] / "whole"), strict=True):
@@ -229,8 +313,15 @@ def test_torchrun_restarts_a_run_that_lost_a_process(found: dict[str, Any]) -> N
 
 
 @pytest.mark.skipif(not KILLS, reason="takes minutes; PYMCIP_KILLS=10 kills a run ten times")
-def test_random_kills_change_no_bit(world: dict[str, Any], tmp_path: Path) -> None:
-    options = {**world, "epochs": 4 * KILLS, "rea_epochs": KILLS, "save_steps": 1}
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_random_kills_change_no_bit(sharding: str, world: dict[str, Any], tmp_path: Path) -> None:
+    options = {
+        **world,
+        "sharding": sharding,
+        "epochs": 4 * KILLS,
+        "rea_epochs": KILLS,
+        "save_steps": 1,
+    }
     jobs = [
         {"options": {**options, "out": str(tmp_path / "whole")}},
         {"options": {**options, "out": str(tmp_path / "killed")}, "kills": KILLS},

@@ -409,7 +409,7 @@ def test_problems_are_told_before_a_model_is_loaded(
     def never(*arguments: Any, **more: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(run, "load", never)
+    monkeypatch.setattr(run, "load_configured", never)
     images = tiny_images()
     with pytest.raises(ConfigError, match="knn_k=0"):
         pymcip.evaluate(model="any", data=images, knn_k=0)

@@ -28,7 +28,7 @@ from pymcip.errors import (
 )
 from pymcip.exporting import write_export, write_index
 from pymcip.model import ClipModel, load, plain_state
-from pymcip.model.appended import Gate, appended_clip
+from pymcip.model.appended import Gate, appended_clip, linear_head
 from tests.conftest import TINY_MODEL, TINY_TIMM, picture, write_hub_folder
 
 READER = """
@@ -332,7 +332,10 @@ def test_onnx_gives_the_vectors_of_both_towers(tiny_clip: ClipModel, tmp_path: P
     tower = copy.deepcopy(tiny_clip.model.visual)
     with torch.no_grad():
         tower.transformer.resblocks[-1].mlp.c_fc.weight.mul_(2)
-    head = torch.randn(4, tiny_clip.embed_dim, generator=torch.Generator().manual_seed(2))
+    head = linear_head(
+        torch.randn(4, tiny_clip.embed_dim, generator=torch.Generator().manual_seed(2)),
+        torch.zeros(4),
+    )
     gate = Gate(torch.eye(tiny_clip.embed_dim)[:2], 0.5, 0.1)
     clip = appended_clip(tiny_clip, tower, head, 2.0, gate)
     write_export(clip, tmp_path)

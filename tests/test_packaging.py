@@ -47,7 +47,7 @@ FLOORS = {
     "models": """model.depthwise model.clip model.hub_config model.appended model.towers model.loading
         model environment workers""",
     "data": """data.decode data.sources data.tally data.labels data.compact data.walk data.shards data.tables
-        data.column_names data.columns data.json_annotations data.parquet_images data.annotations data.captions data.stores data.images data.class_names
+        data.column_names data.columns data.json_annotations data.stores data.parquet_images data.annotations data.captions data.images data.class_names
         data.indexed data.kept_index data.index data.loading data outputs checking""",
     "embedding": """embedding.foreign embedding.folder embedding.write embedding.cache embedding
         onnx exporting""",
@@ -55,19 +55,19 @@ FLOORS = {
     "mining": """mining.table mining.given mining.search mining.report mining.mine mining""",
     "metrics": "metrics.inputs metrics.rankings metrics.neighbours metrics.text metrics",
     "benchmarks": """benchmarks.paper benchmarks.imagenet_names benchmarks.unpickling benchmarks.readers
-        benchmarks.contract benchmarks.folders benchmarks.imagenet_val benchmarks.protocols
+        benchmarks.embedder benchmarks.contract benchmarks.folders benchmarks.imagenet_val benchmarks.protocols
         benchmarks.query_sets benchmarks.webdataset benchmarks.aircraft benchmarks.captions
         benchmarks.cub200 benchmarks.gpr1200 benchmarks.imagenet benchmarks.instre benchmarks.objectnet
-        benchmarks.revisited benchmarks.registry benchmarks.embedder benchmarks.suite benchmarks""",
+        benchmarks.revisited benchmarks.registry benchmarks.suite benchmarks""",
     "evaluation": "evaluation.tables evaluation.examples evaluation.own_data evaluation.report evaluation.run evaluation",
-    "training": """training.interpolation training.sampling training.replicas training.batches training.mixtures
-        training.callbacks training.checkpoints training.divergence training.logs training.optim training.result training.runs training.pace training.loop
+    "training": """training.interpolation training.sampling training.sharding training.replicas training.batches training.mixtures
+        training.callbacks training.checkpoints training.divergence training.logs training.optim training.result training.first_stage training.runs training.pace training.loop
         training.probe_sources training.inputs training.distillation training.image_stage
         training.settings training.noise training.appended training.text_stage training.probe training.summary training.validation training.report training.card training.budget
         training.train training""",
     "demo": """demo.sprites demo.scenes demo.captions demo.world demo.recipe demo.report
         demo.points demo.run demo""",
-    "studies": "studies.plots studies.tables studies.run studies",
+    "studies": "studies.tables studies.plots studies.run studies",
     "what users call": "__init__ flags cli __main__",
 }
 ORDER = [module for modules in FLOORS.values() for module in modules.split()]

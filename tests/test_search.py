@@ -20,7 +20,7 @@ from pymcip.cli import main
 from pymcip.errors import ConfigError, DataError, PymcipError, StaleEmbeddingsError
 from pymcip.exporting import write_export
 from pymcip.model import ClipModel
-from pymcip.model.appended import Gate, appended_clip
+from pymcip.model.appended import Gate, appended_clip, linear_head
 from tests.conftest import picture, write_hub_folder
 
 Build = Callable[..., pymcip.IndexResult]
@@ -225,7 +225,7 @@ def test_appended_dimensions_count_as_the_strength_says(
     build: Build, tiny_clip: ClipModel, photos: Path, tmp_path: Path
 ) -> None:
     generator = torch.Generator().manual_seed(0)
-    head = torch.randn(6, tiny_clip.embed_dim, generator=generator)
+    head = linear_head(torch.randn(6, tiny_clip.embed_dim, generator=generator), torch.zeros(6))
     gate = Gate(torch.eye(tiny_clip.embed_dim)[:2], 0.5, 0.1)
     clip = appended_clip(tiny_clip, None, head, 1.5, gate)
     index = pymcip.Index(build(model=str(write_export(clip, tmp_path / "model").hub)).out)

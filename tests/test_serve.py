@@ -24,7 +24,7 @@ from pymcip.cli import main
 from pymcip.configs import ServeConfig
 from pymcip.errors import ConfigError, DataError
 from pymcip.exporting import write_export
-from pymcip.model.appended import Gate, appended_clip
+from pymcip.model.appended import Gate, appended_clip, linear_head
 from pymcip.search.gallery import Gallery
 from tests.conftest import COLOURS, picture, write_shard
 
@@ -97,7 +97,7 @@ def folders(
     odd.with_suffix(".txt").write_text(HTML)
     clip = pymcip.load(str(tiny_model_dir), device="cpu", precision="fp32")
     generator = torch.Generator().manual_seed(0)
-    head = torch.randn(6, clip.embed_dim, generator=generator)
+    head = linear_head(torch.randn(6, clip.embed_dim, generator=generator), torch.zeros(6))
     tuned = appended_clip(clip, None, head, 1.5, Gate(torch.eye(clip.embed_dim)[:2], 0.5, 0.1))
     hub = write_export(tuned, base / "model").hub
     options: dict[str, Any] = {"images": base / "photos", "precision": "fp32", "device": "cpu"}

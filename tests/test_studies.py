@@ -230,7 +230,7 @@ def test_a_signal_stops_the_sweep(
     with pytest.raises(KeyboardInterrupt, match="SIGTERM"):
         sweep(**own, set={"k": (1, 2)})
     assert len(trainings.configs) == 1
-    assert "resume='latest' goes on" in caplog.text
+    assert "resume='latest' continues" in caplog.text
 
 
 def test_metrics_that_are_chosen(own: dict[str, Any]) -> None:

@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 
 from pymcip.cli import COMMANDS, build_parser, make_config
 from pymcip.configs import SweepConfig, TrainConfig
-from pymcip.demo.points import label, make_point, second_stage
+from pymcip.demo.points import label, make_point, study_points
 from pymcip.errors import ConfigError
 from pymcip.studies import pareto_front, sweep
-from pymcip.studies.run import study_points
 
 BASE = TrainConfig(
     model="m",
@@ -114,13 +113,8 @@ def test_two_stages_share_the_first_one() -> None:
     gpr = two.first
     assert gpr is not None
     assert gpr.run == "gpr", "class labels know of no threshold"
-    discard = dataclasses.replace(two.config, projector="discard", pretrained="p")
-    second = second_stage(discard, "runs/gpr")
-    assert (second.method, second.model, second.pretrained) == ("rea", "runs/gpr", None)
-    assert (second.mine_model, second.mine_pretrained) == ("m", "p")
-    other = dataclasses.replace(discard, mine_model="other")
-    assert second_stage(other, "x").mine_model == "other"
-    assert second_stage(other, "x").mine_pretrained is None
+    with_budget = make_point(BASE, {"method": "2sft", "alignment_budget": 0.1})
+    assert with_budget.first is None, "its first stage would export weights that are drawn back"
 
 
 def test_a_method_with_options_of_its_own() -> None:
@@ -160,6 +154,7 @@ def test_an_option_that_no_method_uses() -> None:
         ({"set": {"method": "magic"}}, "one of 'appended'"),
         ({"set": {"thresold": 0.2}}, "unknown option 'thresold'"),
         ({"set": {"seed": (1, 2)}}, "seed can't be swept"),
+        ({"set": {"first_stage": "runs/gpr"}}, "first_stage can't be swept"),
         ({"set": {"k": 1}, "data": "d"}, "data is for your own data: give `train` too"),
         ({"set": {"k": 1}, "train": "t", "smoke": True}, "it excludes `train`"),
         ({"set": {"k": 1}, "train": "t", "class_names": "n"}, "give `data` too"),

@@ -132,12 +132,11 @@ def _weights() -> npt.NDArray[np.float64]:
 
 
 def _draw(seed: int, count: int) -> tuple[Scenes, npt.NDArray[np.uint8]]:
-    sprites = load_sprites()
     generator = np.random.default_rng([_STREAM, seed])
-    everything = np.arange(len(sprites))
+    everything = np.arange(len(load_sprites()))
     main = generator.choice(everything, count, p=_weights())
     scenes = compose(generator, main, everything)
-    return scenes, render(scenes, _STREAM + seed, sprites)
+    return scenes, render(scenes, _STREAM + seed)
 
 
 Drawn = tuple[Scenes, npt.NDArray[np.uint8]]

@@ -13,33 +13,28 @@ trains one embedding for both. Here both systems hold the same N images:
   its bytes and seconds are larger by R / 2D than those of two plain indexes.
 
 For an image query, or a text query, both systems search one index of N rows of D numbers: the same
-work, and the tables show how far the timings of the same work differ (for text even the index is
-the same one). One embedding saves bytes, build time, and one of the searches of a combined query.
+work, and the table shows how far the timings of the same work differ (for text even the index is the
+same one). One embedding saves bytes, build time, and one of the searches of a combined query.
 
-The embeddings are drawn (`Space`), not a model's: they decide how hard the search is, and say
-nothing on which system finds the better images. Recall is against an exact search of the same
-system. Where an index has a knob (HNSW efSearch, IVF-PQ nprobe), it gets the smallest value that
+The embeddings are drawn (`studies.storage_space`), not a model's: they decide how hard the search
+is, and say nothing on which system finds the better images. Recall is against an exact search of the
+same system. Where an index has a knob (HNSW efSearch, IVF-PQ nprobe), it gets the smallest value that
 reaches --recall on one half of the queries, for each kind of query its own, but for image queries
 the same in both spaces; the other half is measured. Where no value reaches it, it gets the smallest
-that comes within 0.005 of the best one's recall. The mean of an image and a text vector lies nearer
-to images than a text does, so that a combined search of one index may do with a smaller value than
-the search by text that the other system needs. How much smaller depends on the data, and these are
-drawn: the same search with the texts' value stands beside it. The values are printed.
-
-faiss searches with one thread for a single query. Batches are of 256 because faiss 1.15's flat
-index multiplies matrices only where queries x D >= 128,000, and is 20 times slower below that.
+that comes within 0.005 of the best one's recall. The values are printed. faiss searches with one
+thread for a single query.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import shutil
+import itertools
+import math
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,70 +42,90 @@ import numpy as np
 import torch
 
 from pymcip.files import write_text
+from pymcip.markdown import markdown_table
 from pymcip.ops import topk
+from pymcip.ops.arrays import torch_threads
 from pymcip.ops.faiss_import import faiss_threads, import_faiss
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the harness is in bench/
-from harness import Report, common_arguments, compare
+from harness import Report, Rival, common_arguments, compare
 
-from studies.storage_search import (
-    AT_ONCE,
-    KINDS,
-    ONE,
-    QUERIES,
-    SEARCHES,
-    TWO,
-    Asked,
-    Kind,
-    build,
-    lists,
-    load,
-    recall,
-    systems,
-    tune,
-)
 from studies.storage_space import (
+    BLOCK,
     AppendedSpace,
     Floats,
+    Ids,
     Space,
     cluster_labels,
-    describe,
     generate,
     unit_rows,
 )
-from studies.storage_tables import import_figure, plot, tables
 
 WEIGHT = 2.0  # of the appended dimensions
 SMALLEST = 2_000  # vectors: below, the lists of IVF-PQ can't be trained
+FUSION = 60  # of reciprocal rank fusion
+CLOSE = 0.005  # of recall, to the best that a knob reaches
+TWO, ONE = "two embeddings", "one embedding"
+SPACES = {TWO: ("image", "joint"), ONE: ("joint",)}
+QUERIES = ("image", "text", "combined")
+# Of which space an index is searched, with which query.
+SEARCHES = (("image", "image"), ("joint", "image"), ("joint", "text"), ("joint", "combined"))
+
+Search = Callable[[Floats, int], Ids]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of index, as `faiss.index_factory` takes it.
+
+    `knob` trades time for recall in each search; None: the search is exact.
+    """
+
+    name: str
+    factory: str
+    knob: str | None = None
+    values: tuple[int, ...] = ()  # of the knob, rising
+    parameters: str = ""  # faiss's class that takes the knob
+
+    def search(self, index: Any, value: int | None) -> Search:
+        """A function of queries and k that gives ids."""
+        chosen = None
+        if self.knob is not None:
+            chosen = getattr(import_faiss(), self.parameters)(**{self.knob: value})
+        return lambda queries, k: index.search(queries, k, params=chosen)[1]
+
+
+def _powers(first: int, last: int) -> tuple[int, ...]:
+    return tuple(2**power for power in range(first, last + 1))
+
+
+KINDS = {
+    "flat": Kind("flat", "Flat"),
+    "hnsw": Kind("HNSW", "HNSW32", "efSearch", _powers(4, 12), "SearchParametersHNSW"),
+    "ivfpq": Kind(
+        "IVF-PQ", "IVF{lists},PQ{bytes}np", "nprobe", _powers(0, 10), "SearchParametersIVF"
+    ),
+}
 
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = common_arguments(__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.set_defaults(repetitions=200)
-    parser.add_argument("--vectors", type=int, default=1_000_000, help="images, N")
-    parser.add_argument("--dimensions", type=int, default=512, help="D, a multiple of 8")
-    parser.add_argument(
-        "--appended", type=int, default=0, metavar="R", help="dimensions, a multiple of 8"
-    )
-    parser.add_argument(
-        "--queries", type=int, default=1024, help="of each kind; half are for tuning"
-    )
-    parser.add_argument("--batch", type=int, default=256, help="queries per search, besides 1")
-    parser.add_argument("--k", type=int, default=10)
-    parser.add_argument("--recall", type=float, default=0.95, help="what knobs are set to reach")
-    parser.add_argument("--indexes", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--links", type=int, default=32, help="HNSW's M")
-    parser.add_argument("--ef-construction", type=int, default=40, help="HNSW's; faiss's default")
-    parser.add_argument("--seconds", type=float, default=15.0, help="per timed comparison")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument(
-        "--work", type=Path, help="folder for vectors and indexes; they are removed"
-    )
-    parser.add_argument("--out", type=Path, help="folder for storage.md, the tables")
-    parser.add_argument("--plot", action="store_true", help="and storage.png (needs matplotlib)")
-    parser.add_argument("--note", default="", help="what else ran on the machine; goes into rows")
+    add = parser.add_argument
+    add("--vectors", type=int, default=1_000_000, help="images, N")
+    add("--dimensions", type=int, default=512, help="D, a multiple of 8")
+    add("--appended", type=int, default=0, metavar="R", help="dimensions, a multiple of 8")
+    add("--queries", type=int, default=1024, help="of each kind; half are for tuning")
+    add("--k", type=int, default=10)
+    add("--recall", type=float, default=0.95, help="what knobs are set to reach")
+    add("--indexes", nargs="+", choices=KINDS, default=list(KINDS))
+    add("--seconds", type=float, default=15.0, help="per timed comparison")
+    add("--seed", type=int, default=0)
+    add("--threads", type=int, default=torch.get_num_threads())
+    add("--work", type=Path, help="folder for vectors and indexes; they are removed")
+    add("--out", type=Path, help="folder for storage.md, the tables")
+    add("--note", default="", help="what else ran on the machine; goes into rows")
     options = parser.parse_args(words)
     if options.device != "cpu":
         parser.error(
@@ -124,169 +139,29 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--appended {options.appended}: IVF-PQ needs a multiple of 8, or 0")
     if not 2 <= options.queries <= options.vectors:
         parser.error(f"--queries {options.queries}; allowed: 2 to --vectors, {options.vectors}")
-    if options.plot and options.out is None:
-        parser.error("--plot needs a folder to write to; give --out FOLDER")
-    for name in ("batch", "k", "threads", "repetitions"):
+    for name in ("k", "threads", "repetitions"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} {getattr(options, name)}; allowed: at least 1")
-    options.indexes = list(dict.fromkeys(options.indexes))
-    options.batch = min(options.batch, options.queries - options.queries // 2)
     return options
-
-
-@contextlib.contextmanager
-def place(options: argparse.Namespace) -> Iterator[Path]:
-    """A folder with room for the vectors of both spaces and two indexes, removed at the end."""
-    row = 4 * (options.dimensions + options.appended)
-    needed = 2 * options.vectors * (2 * row + 8 * options.links + 100)
-    if options.work is not None:
-        options.work.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="storage_", dir=options.work) as work:
-        free = shutil.disk_usage(work).free
-        if free < 1.1 * needed:
-            raise SystemExit(
-                f"{work} has {free / 1e9:.1f} GB free; {1.1 * needed / 1e9:.1f} GB are needed; give "
-                "another folder with --work, or fewer --vectors"
-            )
-        yield Path(work)
-
-
-def ask(
-    spaces: Mapping[str, Space | AppendedSpace],
-    banks: Mapping[str, Floats],
-    options: argparse.Namespace,
-) -> tuple[dict[tuple[str, str], Asked], dict[str, Any]]:
-    """The queries with their exact answers, and what the spaces are like."""
-    generator = np.random.default_rng([options.seed, 7])
-    ids = generator.choice(options.vectors, options.queries, replace=False)
-    queries: dict[tuple[str, str], Floats] = {}
-    drawn = {}
-    for name, space in spaces.items():
-        images = banks[name][ids]
-        own = {
-            "image": space.image_queries(ids, images),
-            "text": space.text_queries(ids, images),
-        }
-        drawn[name] = describe(space, banks[name], ids, own)
-        own["combined"] = unit_rows(own["image"] + own["text"])
-        queries |= {(name, kind): rows for kind, rows in own.items()}
-    asked = {}
-    for name, kind in SEARCHES:
-        wanted, _ = topk(queries[name, kind], banks[name], options.k, threads=options.threads)
-        asked[name, kind] = Asked(queries[name, kind], wanted)
-    return asked, drawn
-
-
-def measure(
-    kind: Kind,
-    banks: Mapping[str, Floats],
-    asked: Mapping[tuple[str, str], Asked],
-    report: Report,
-    work: Path,
-    options: argparse.Namespace,
-) -> dict[str, Any]:
-    """Build, store and search one kind of index for both systems; rows go to the report."""
-    case = {"N": options.vectors, "D": options.dimensions, "index": kind.name}
-    if options.appended:
-        case["appended"] = options.appended
-    built = {}
-    for name, images in banks.items():
-        built[name] = build(kind, images, work / f"{name}.index", options)
-        own = built[name]
-        seconds = own.train_seconds + own.add_seconds
-        print(f"{kind.name}, {name} space: {own.bytes / 1e9:.3f} GB, built in {seconds:.1f} s")
-    loaded = {name: load(own.path) for name, own in built.items()}
-    storage = {}
-    for system, names in ((TWO, ("image", "joint")), (ONE, ("joint",))):
-        memory = [loaded[name][1] for name in names]
-        storage[system] = {
-            "bytes": sum(built[name].bytes for name in names),
-            "build_seconds": sum(
-                built[name].train_seconds + built[name].add_seconds for name in names
-            ),
-            "train_seconds": sum(built[name].train_seconds for name in names),
-            "memory_bytes": None if None in memory else sum(size or 0 for size in memory),
-        }
-        report.record({"case": case, "rival": system, "note": options.note, **storage[system]})
-    for own in built.values():
-        own.path.unlink()
-
-    knobs: dict[str, int | None] = {}
-    measured = {}
-    for space, query in SEARCHES:
-        tuning, measured[space, query] = asked[space, query].halves()
-        value = tune(kind, loaded[space][0], tuning.queries, tuning.wanted, options.recall)
-        knobs[query] = value if value is None else max(value, knobs.get(query) or 0)
-    search = {
-        (space, query): kind.search(loaded[space][0], knobs[query]) for space, query in SEARCHES
-    }
-    figures: dict[str, Any] = {
-        "storage": storage,
-        "knob": kind.knob,
-        "values": knobs,
-        "queries": {},
-    }
-    by_texts_knob = None
-    if knobs["combined"] != knobs["text"]:
-        by_texts_knob = kind.search(loaded["joint"][0], knobs["text"])
-    faiss = import_faiss()
-    with ThreadPoolExecutor(1, initializer=faiss.omp_set_num_threads, initargs=(1,)) as pool:
-        for query in QUERIES:
-            helper = pool if options.threads > 1 else None
-            rivals = systems(query, search, measured, helper, by_texts_knob)
-            shares = {
-                own.name: recall(own.answer(*own.queries, options.k), own.wanted) for own in rivals
-            }
-            for batch in dict.fromkeys((1, options.batch)):
-                # A batch keeps all threads busy by itself.
-                chosen = [own for own in rivals if batch == 1 or own.name != AT_ONCE]
-                timings = compare(
-                    [own.rival(options.k, batch, shares[own.name]) for own in chosen],
-                    repetitions=options.repetitions,
-                    warmup=2,
-                    seconds=options.seconds,
-                    least=5,
-                )
-                report.add(
-                    case | {"query": query, "batch": batch},
-                    timings,
-                    work=batch,
-                    unit="queries",
-                    accuracy=f"recall@{options.k}",
-                    notes={"note": options.note, "knob": kind.knob, "values": knobs},
-                )
-                figures["queries"].setdefault(query, {})[f"batch {batch}"] = {
-                    timing.rival: {
-                        "seconds": {f"p{at}": timing.quantile(at / 100) for at in (20, 50, 80)},
-                        "recall": shares[timing.rival],
-                    }
-                    for timing in timings
-                }
-    return figures
 
 
 def main(words: Sequence[str] | None = None) -> None:
     options = arguments(words)
     import_faiss()
-    if options.plot:
-        import_figure()
-    before = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
-    try:
-        with faiss_threads(options.threads), place(options) as work:
-            _run(options, work)
-    finally:
-        torch.set_num_threads(before)
+    if options.work is not None:
+        options.work.mkdir(parents=True, exist_ok=True)
+    with (
+        torch_threads(options.threads),
+        faiss_threads(options.threads),
+        tempfile.TemporaryDirectory(prefix="storage_", dir=options.work) as work,
+    ):
+        _run(options, Path(work))
 
 
 def _run(options: argparse.Namespace, work: Path) -> None:
-    start = time.perf_counter()
+    packages = ("faiss-cpu", "faiss-gpu")
     report = Report(
-        "storage",
-        device="cpu",
-        dtype="float32",
-        packages=("faiss-cpu", "faiss-gpu"),
-        store=options.store,
+        "storage", device="cpu", dtype="float32", packages=packages, store=options.store
     )
     labels = cluster_labels(options.vectors, options.seed)
     first = 3 * options.seed
@@ -299,40 +174,248 @@ def _run(options: argparse.Namespace, work: Path) -> None:
         name: generate(space, work / f"{name}.npy", options.threads)
         for name, space in spaces.items()
     }
-    asked, drawn = ask(spaces, banks, options)
-    print(f"vectors and exact answers in {time.perf_counter() - start:.1f} s")
-    for name, figures in drawn.items():
-        print(f"{name} space: effective rank {figures['effective_rank']:.0f}", end=", ")
-        print(f"participation ratio {figures['participation_ratio']:.0f}", end=", ")
-        print(f"90 % of the variance in {figures['components_for_90_percent']} components")
-        for pair, (low, middle, high) in figures["cosines"].items():
-            print(f"  cosine of {pair}: {middle:.2f} ({low:.2f} to {high:.2f}, 5 % to 95 %)")
+    asked = ask(spaces, banks, options)
     found = {
         KINDS[name].name: measure(KINDS[name], banks, asked, report, work, options)
-        for name in options.indexes
+        for name in dict.fromkeys(options.indexes)
     }
     text = tables(found, options)
     print("\n" + text)
     if options.out is not None:
         write_text(options.out / "storage.md", text)
-    if options.plot:
-        plot(found, options.out / "storage.png", options)
-    case = {
-        name: getattr(options, name)
-        for name in ("vectors", "dimensions", "appended", "queries", "k")
-    }
-    case |= {"links": options.links, "ef_construction": options.ef_construction}
+    case = {name: getattr(options, name) for name in ("vectors", "dimensions", "appended", "k")}
     report.finish(
-        summary={
-            "bench": "storage",
-            "case": case | {"lists": lists(options.vectors), "seed": options.seed},
-            "threads": options.threads,
-            "note": options.note,
-            "seconds": time.perf_counter() - start,
-            "spaces": drawn,
-            "indexes": found,
-        },
+        summary={"bench": "storage", "case": case, "note": options.note, "indexes": found}
     )
+
+
+def ask(
+    spaces: Mapping[str, Space | AppendedSpace],
+    banks: Mapping[str, Floats],
+    options: argparse.Namespace,
+) -> dict[tuple[str, str], tuple[Floats, Ids]]:
+    """By `SEARCHES`: the queries [Q, D], and their exact answers [Q, k]."""
+    generator = np.random.default_rng([options.seed, 7])
+    ids = generator.choice(options.vectors, options.queries, replace=False)
+    queries: dict[tuple[str, str], Floats] = {}
+    for name, space in spaces.items():
+        images = banks[name][ids]
+        image, text = space.image_queries(ids, images), space.text_queries(ids, images)
+        own = {"image": image, "text": text, "combined": unit_rows(image + text)}
+        queries |= {(name, kind): rows for kind, rows in own.items()}
+    return {
+        place: (queries[place], topk(queries[place], banks[place[0]], options.k)[0])
+        for place in SEARCHES
+    }
+
+
+def measure(
+    kind: Kind,
+    banks: Mapping[str, Floats],
+    asked: Mapping[tuple[str, str], tuple[Floats, Ids]],
+    report: Report,
+    work: Path,
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    """Build, store and search one kind of index for both systems; rows go to the report."""
+    case: dict[str, Any] = {"N": options.vectors, "D": options.dimensions, "index": kind.name}
+    if options.appended:
+        case["appended"] = options.appended
+    built = {
+        name: build(kind, images, work / f"{name}.index", options) for name, images in banks.items()
+    }
+    storage = {}
+    for system, names in SPACES.items():
+        sizes, seconds = zip(*(built[name][1:] for name in names), strict=True)
+        storage[system] = {"bytes": sum(sizes), "build_seconds": sum(seconds)}
+        report.record({"case": case, "rival": system, "note": options.note, **storage[system]})
+    half = options.queries // 2
+    knobs: dict[str, int | None] = {}
+    for space, query in SEARCHES:
+        rows, wanted = asked[space, query]
+        value = tune(kind, built[space][0], rows[:half], wanted[:half], options.recall)
+        knobs[query] = value if value is None else max(value, knobs.get(query) or 0)
+    search = {
+        (space, query): kind.search(built[space][0], knobs[query]) for space, query in SEARCHES
+    }
+    measured = {place: (rows[half:], wanted[half:]) for place, (rows, wanted) in asked.items()}
+    figures: dict[str, Any] = {"storage": storage, "knob": kind.knob, "values": knobs}
+    figures["queries"] = {}
+    for query in QUERIES:
+        rivals, shares = systems(query, search, measured, options.k)
+        timings = compare(
+            rivals,
+            repetitions=options.repetitions,
+            warmup=2,
+            seconds=options.seconds,
+            least=5,
+        )
+        report.add(
+            case | {"query": query},
+            timings,
+            work=1,
+            unit="queries",
+            accuracy=f"recall@{options.k}",
+            notes={"note": options.note, "knob": kind.knob, "values": knobs},
+        )
+        figures["queries"][query] = {
+            timing.rival: {
+                "seconds": {f"p{at}": timing.quantile(at / 100) for at in (20, 50, 80)},
+                "recall": shares[timing.rival],
+            }
+            for timing in timings
+        }
+    return figures
+
+
+def build(
+    kind: Kind, images: Floats, path: Path, options: argparse.Namespace
+) -> tuple[Any, int, float]:
+    """An index of all images, the bytes of its file, and the seconds that it took."""
+    faiss = import_faiss()
+    count, dimensions = images.shape
+    form = kind.factory.format(lists=lists(count), bytes=dimensions // 8)
+    index = faiss.index_factory(dimensions, form, faiss.METRIC_INNER_PRODUCT)
+    start = time.perf_counter()
+    if not index.is_trained:
+        # faiss warns below 39 rows per centroid, which small runs don't have.
+        index.cp.min_points_per_centroid = index.pq.cp.min_points_per_centroid = 1
+        size = min(count, max(40 * lists(count), 256 * 256))  # lists; codes
+        chosen = np.random.default_rng([options.seed, 6]).choice(count, size, replace=False)
+        index.train(images[np.sort(chosen)])
+    for first in range(0, count, BLOCK):
+        index.add(images[first : first + BLOCK])
+    seconds = time.perf_counter() - start
+    faiss.write_index(index, str(path))
+    size = path.stat().st_size
+    path.unlink()
+    print(f"{kind.name}, {path.stem} space: {size / 1e9:.3f} GB, built in {seconds:.1f} s")
+    return index, size, seconds
+
+
+def lists(vectors: int) -> int:
+    """Of IVF-PQ: 4 sqrt(N), and at least 40 rows each to train them."""
+    return max(1, min(round(4 * math.sqrt(vectors)), vectors // 40))
+
+
+def tune(kind: Kind, index: Any, queries: Floats, wanted: Ids, goal: float) -> int | None:
+    """The knob's smallest value that reaches the goal, or comes near the best; see the module."""
+    if kind.knob is None:
+        return None
+    most = index.nlist if kind.knob == "nprobe" else math.inf
+    reached: dict[int, float] = {}
+    for value in kind.values:
+        value = int(min(value, most))
+        reached[value] = recall(kind.search(index, value)(queries, wanted.shape[1]), wanted)
+        if reached[value] >= goal:
+            return value
+    best = max(reached.values())
+    return next(value for value, got in reached.items() if got >= best - CLOSE)
+
+
+def systems(
+    query: str,
+    search: Mapping[tuple[str, str], Search],
+    asked: Mapping[tuple[str, str], tuple[Floats, Ids]],
+    k: int,
+) -> tuple[list[Rival], dict[str, float]]:
+    """The systems that answer a kind of query, one query a turn, and the recall of each."""
+    if query == "combined":
+        by_image, by_text = search["image", "image"], search["joint", "text"]
+
+        def both(images: Floats, texts: Floats, k: int) -> Ids:
+            return fuse(by_image(images, k), by_text(texts, k), k)
+
+        (images, first), (texts, second) = asked["image", "image"], asked["joint", "text"]
+        ways: dict[str, tuple[Callable[..., Ids], tuple[Floats, ...], Ids]]
+        ways = {TWO: (both, (images, texts), fuse(first, second, k))}
+    else:
+        space = "image" if query == "image" else "joint"
+        rows, wanted = asked[space, query]
+        ways = {TWO: (search[space, query], (rows,), wanted)}
+    rows, wanted = asked["joint", query]
+    ways[ONE] = (search["joint", query], (rows,), wanted)
+    rivals, shares = [], {}
+    for name, (answer, queries, wanted) in ways.items():
+        shares[name] = recall(answer(*queries, k), wanted)
+        rivals.append(rival(name, answer, queries, k, shares[name]))
+    return rivals, shares
+
+
+def rival(
+    name: str, answer: Callable[..., Ids], queries: Sequence[Floats], k: int, found: float
+) -> Rival:
+    """Takes the next query at every turn."""
+    turns = itertools.cycle(range(len(queries[0])))
+
+    def run() -> Ids:
+        row = next(turns)
+        return answer(*(own[row : row + 1] for own in queries), k)
+
+    return Rival(name, run, lambda _: {f"recall@{k}": found})
+
+
+def fuse(first: Ids, second: Ids, k: int) -> Ids:
+    """Reciprocal rank fusion of two lists per query, ids [N, k']; [N, k], ties to the lower id.
+
+    Places that hold -1 are empty, before and after.
+    """
+    fused = np.full((len(first), k), -1, dtype=np.int64)
+    for row, pair in enumerate(zip(first.tolist(), second.tolist(), strict=True)):
+        scores: dict[int, float] = {}
+        for ids in pair:
+            for rank, found in enumerate(ids, 1):
+                if found >= 0:
+                    scores[found] = scores.get(found, 0.0) + 1 / (FUSION + rank)
+        best = sorted(scores, key=lambda found: (-scores[found], found))[:k]
+        fused[row, : len(best)] = best
+    return fused
+
+
+def recall(found: Ids, wanted: Ids) -> float:
+    """Share of the wanted ids, [N, k] without -1, that are among those found for their query."""
+    return float((wanted[:, :, None] == found[:, None, :]).any(axis=2).mean())
+
+
+def tables(found: Mapping[str, Any], options: argparse.Namespace) -> str:
+    """Markdown: what each system stores and builds, and how it answers."""
+    stored = [
+        [name, system.split()[0], f"{own['bytes'] / 1e6:.1f} MB", f"{own['build_seconds']:.1f} s"]
+        for name, figures in found.items()
+        for system, own in figures["storage"].items()
+    ]
+    answered = []
+    for name, figures in found.items():
+        for query, systems in figures["queries"].items():
+            two, one = systems[TWO], systems[ONE]
+            ratio = one["seconds"]["p50"] / two["seconds"]["p50"]
+            answered.append(
+                [name, query, _milliseconds(two), _milliseconds(one), f"{ratio:.2f}"]
+                + [f"{100 * system['recall']:.1f}" for system in (two, one)]
+            )
+    knobs = [
+        f"\n{name}, {figures['knob']}: "
+        + ", ".join(f"{query} {value}" for query, value in figures["values"].items())
+        + ".\n"
+        for name, figures in found.items()
+        if figures["knob"]
+    ]
+    appended = f", {options.appended} more appended in the one" if options.appended else ""
+    heads = ["index", "query", "two", "one", "one / two", "recall two", "recall one"]
+    return (
+        f"{options.vectors:,} images, D = {options.dimensions}{appended}, fp32; "
+        f"{options.threads} threads.\n\n"
+        + markdown_table(["index", "embeddings", "bytes", "build"], "llrr", stored)
+        + "\nMilliseconds per query, p50 (p20 to p80), of searches for one query; "
+        + f"recall@{options.k} in percent.\n\n"
+        + markdown_table(heads, "llrrrrr", answered)
+        + "".join(knobs)
+    )
+
+
+def _milliseconds(own: Mapping[str, Any]) -> str:
+    low, middle, high = (f"{1e3 * own['seconds'][at]:.3g}" for at in ("p20", "p50", "p80"))
+    return f"{middle} ({low} to {high})"
 
 
 if __name__ == "__main__":

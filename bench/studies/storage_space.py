@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +13,6 @@ Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 
 BLOCK = 50_000  # rows that are drawn, and added to an index, at a time
-SAMPLE = 20_000  # rows whose spectrum and cosines are printed
 
 
 class Space:
@@ -147,34 +144,3 @@ def generate(space: Space | AppendedSpace, path: Path, threads: int) -> Floats:
         list(pool.map(write, range(-(-count // BLOCK))))
     rows.flush()
     return np.load(path, mmap_mode="r")
-
-
-def describe(
-    space: Space | AppendedSpace, images: Floats, ids: Ids, asked: Mapping[str, Floats]
-) -> dict[str, Any]:
-    """What the drawn vectors are like: ranks of the covariance and quantiles of cosines."""
-    generator = np.random.default_rng([space.seed, 5])
-    chosen = np.sort(generator.choice(len(images), min(SAMPLE, len(images)), replace=False))
-    rows = images[chosen]
-    values = np.linalg.eigvalsh(np.cov(rows, rowvar=False, dtype=np.float64))[::-1]
-    shares = np.maximum(values, 0) / values.sum()
-    entropy = -float((shares * np.log(np.maximum(shares, 1e-300))).sum())
-    order = np.argsort(space.labels[chosen], kind="stable")
-    mates = np.flatnonzero(np.diff(space.labels[chosen][order]) == 0)
-    pairs = {
-        "two images": (rows[:-1], rows[1:]),
-        "two of a cluster": (rows[order[mates]], rows[order[mates + 1]]),
-    }
-    for kind, queries in asked.items():
-        pairs[f"{kind} query, its image"] = (queries, images[ids])
-        pairs[f"{kind} query, any image"] = (queries[:-1], images[ids[1:]])
-    return {
-        "effective_rank": math.exp(entropy),
-        "participation_ratio": 1 / float((shares**2).sum()),
-        "components_for_90_percent": int((np.cumsum(shares) < 0.9).sum()) + 1,
-        "cosines": {
-            name: np.quantile((left * right).sum(axis=1), (0.05, 0.5, 0.95)).tolist()
-            for name, (left, right) in pairs.items()
-            if len(left)
-        },
-    }

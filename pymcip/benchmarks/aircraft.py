@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from pymcip.benchmarks import webdataset
 from pymcip.benchmarks.contract import AbsentError, DataSet, Labelled, SuiteOptions, check_counts
-from pymcip.benchmarks.folders import count_labels
+from pymcip.benchmarks.folders import any_exists, count_labels, first_folder
 from pymcip.benchmarks.readers import read_keyed, read_lines
 from pymcip.data import list_images
 from pymcip.data.sources import some
@@ -23,65 +24,52 @@ AIRCRAFT_TEMPLATES = (
 AIRCRAFT_IMAGES = {"train": 3_334, "trainval": 6_667, "test": 3_333}
 
 
-def read_aircraft_test(folder: Path, options: SuiteOptions) -> Labelled:
-    """Read FGVC-Aircraft's 3,333 test images of 100 variants; see `read_aircraft_database`."""
-    return _read_aircraft(folder, "test", AIRCRAFT_TEST, options)
+def _read(data: DataSet, folder: Path, options: SuiteOptions) -> Labelled:
+    """Read the test split, or the one that votes (`options.aircraft_database`).
 
-
-def read_aircraft_database(folder: Path, options: SuiteOptions) -> Labelled:
-    """Read the images that vote for FGVC-Aircraft's test images.
-
-    They are the 6,667 of trainval or the 3,334 of train, as `options.aircraft_database` says. Labels
-    are the variants in the order of variants.txt. The banner with the photographer's name, 20 pixels
-    at the bottom, stays on the pictures, as in CLIP's evaluations.
+    Labels are the 100 variants in the order of variants.txt. The banner with the photographer's
+    name, 20 pixels at the bottom, stays on the pictures, as in CLIP's evaluations.
 
     Raises:
         AbsentError: the data set is not there. CLIP_benchmark's shards have train and test only.
         DataError: lists or images are missing, a list has malformed or double lines, or the split
             shares images with the test.
     """
-    return _read_aircraft(folder, options.aircraft_database, AIRCRAFT_DATABASE, options)
-
-
-def _read_aircraft(folder: Path, split: str, data: DataSet, options: SuiteOptions) -> Labelled:
+    split = "test" if data is AIRCRAFT_TEST else options.aircraft_database
+    title = data.title
     expected = {"images": AIRCRAFT_IMAGES[split], "classes": 100}
     if webdataset.is_layout(folder):
         if split == "trainval" and not (folder / split).is_dir():
             raise AbsentError(
-                f"{data.title}: {folder} holds CLIP_benchmark's shards, which have no split trainval. "
+                f"{folder} holds CLIP_benchmark's shards, which have no split trainval. "
                 'Let the split train vote with aircraft_database="train", or get the original data set'
             )
         return webdataset.read_labelled(
-            folder, split, data.title, expected, options, templates=AIRCRAFT_TEMPLATES
+            folder, split, title, expected, options, templates=AIRCRAFT_TEMPLATES
         )
-    place = _aircraft_folder(folder, data)
-    variants = [
-        line.strip() for line in read_lines(place / "variants.txt", data.title) if line.strip()
-    ]
+    marks = ("variants.txt", "images")
+    places = ("fgvc-aircraft-2013b/data", "data", "")
+    place = first_folder(folder, places, lambda path: any_exists(path, marks))
+    if not any_exists(place, marks):
+        raise AbsentError(f"{folder} holds no variants.txt")
+    variants = [line.strip() for line in read_lines(place / "variants.txt", title) if line.strip()]
     if len(set(variants)) < len(variants) or not variants:
         raise DataError(
-            f"{data.title}: {place / 'variants.txt'} has {len(variants)} lines, "
+            f"{title}: {place / 'variants.txt'} has {len(variants)} lines, "
             f"{len(set(variants))} of them different; needed: each variant once"
         )
-    listed = _aircraft_list(place, split, variants, data.title)
+    listed = _aircraft_list(place, split, variants, title)
     if split != "test" and (place / "images_variant_test.txt").is_file():
-        shared = set(listed) & set(_aircraft_list(place, "test", variants, data.title))
+        shared = set(listed) & set(_aircraft_list(place, "test", variants, title))
         if shared:
             raise DataError(
-                f"{data.title}: images_variant_{split}.txt and images_variant_test.txt of {place} share "
+                f"{title}: images_variant_{split}.txt and images_variant_test.txt of {place} share "
                 f"{len(shared)} images: {some(sorted(shared))}. Get the lists again"
             )
     labels = np.fromiter(listed.values(), np.int64, len(listed))
-    notes = check_counts(data.title, count_labels(labels), expected, options)
+    notes = check_counts(title, count_labels(labels), expected, options)
     images = list_images(place, [f"images/{number}.jpg" for number in listed])
     return Labelled(images, labels, tuple(variants), AIRCRAFT_TEMPLATES, notes=notes)
-
-
-def _aircraft_folder(folder: Path, data: DataSet) -> Path:
-    for place in (folder / "fgvc-aircraft-2013b" / "data", folder / "data", folder):
-        if (place / "variants.txt").is_file() or (place / "images").is_dir():
-            return place
-    raise AbsentError(f"{data.title}: {folder} holds no variants.txt. {data.how_to_get()}")
 
 
 def _aircraft_list(place: Path, split: str, variants: Sequence[str], title: str) -> dict[str, int]:
@@ -98,45 +86,28 @@ def _aircraft_list(place: Path, split: str, variants: Sequence[str], title: str)
     return read_keyed(place / f"images_variant_{split}.txt", title, parse, needed)
 
 
-_FOLDERS = (
-    "fgvc-aircraft",
-    "fgvc-aircraft-2013b",
-    "fgvc_aircraft",
-    "wds_fgvc_aircraft",
-)
-
-
-_SOURCE = (
-    "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/ or "
-    "https://huggingface.co/datasets/clip-benchmark/wds_fgvc_aircraft"
-)
-
-
 AIRCRAFT_TEST = DataSet(
     name="fgvc-aircraft-test",
     title="FGVC-Aircraft test",
-    folders=_FOLDERS,
-    source=_SOURCE,
+    folders=("fgvc-aircraft", "fgvc-aircraft-2013b", "fgvc_aircraft", "wds_fgvc_aircraft"),
+    source="https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/ or "
+    "https://huggingface.co/datasets/clip-benchmark/wds_fgvc_aircraft",
     layout="""
 fgvc-aircraft-2013b/data/images/1514522.jpg
 fgvc-aircraft-2013b/data/variants.txt        100 variants
 fgvc-aircraft-2013b/data/images_variant_test.txt   3,333 lines such as "1514522 707-320"
 or test/{nshards.txt,0.tar,…}                CLIP_benchmark's shards
 """,
-    read=read_aircraft_test,
+    reader=_read,
 )
-
-
-AIRCRAFT_DATABASE = DataSet(
+AIRCRAFT_DATABASE = replace(
+    AIRCRAFT_TEST,
     name="fgvc-aircraft-trainval",
     title="FGVC-Aircraft trainval (or train)",
-    folders=_FOLDERS,
-    source=_SOURCE,
     layout="""
 fgvc-aircraft-2013b/data/images/1025794.jpg
 fgvc-aircraft-2013b/data/variants.txt        100 variants
 fgvc-aircraft-2013b/data/images_variant_trainval.txt   6,667 lines; images_variant_train.txt: 3,334
 or train/{nshards.txt,0.tar,…}               CLIP_benchmark's shards: aircraft_database="train" only
 """,
-    read=read_aircraft_database,
 )

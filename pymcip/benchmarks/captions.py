@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -75,42 +75,24 @@ class _Layout:
         return any((folder / place).is_dir() for place in places if place)
 
 
-def read_flickr30k(folder: Path, options: SuiteOptions) -> Captioned:
-    """Read Flickr30k's Karpathy test split: 1,000 images with 5 captions each.
-
-    Raises:
-        AbsentError: neither images nor captions are there.
-        DataError: one of them is missing, the file of captions is malformed, images are missing,
-            or the numbers are others.
-    """
-    if is_layout(folder):
-        return read_captioned(folder, SPLIT, "Flickr30k", _FLICKR30K_NUMBERS, options)
-    layouts = (_FLICKR30K_KARPATHY, _FLICKR30K_CLIP_BENCHMARK)
-    return _read("Flickr30k", folder, _FLICKR30K_FOLDERS, layouts, options)
-
-
-def read_coco(folder: Path, options: SuiteOptions) -> Captioned:
-    """Read COCO: the Karpathy test split (5,000 images, 25,010 captions), or else val2017.
-
-    Raises:
-        AbsentError: neither images nor captions are there.
-        DataError: one of them is missing, the file of captions is malformed, images are missing,
-            or the numbers are others.
-    """
-    if is_layout(folder):
-        return read_captioned(folder, SPLIT, "COCO", _COCO_NUMBERS, options)
-    layouts = (_COCO_KARPATHY, _COCO_TEST_KARPATHY, _COCO_VAL2017)
-    return _read("COCO", folder, _COCO_FOLDERS, layouts, options)
-
-
 def _read(
-    title: str,
+    data: DataSet,
     folder: Path,
+    options: SuiteOptions,
+    *,
     folders: Sequence[str],
     layouts: Sequence[_Layout],
-    options: SuiteOptions,
 ) -> Captioned:
-    """Read the first layout that has captions and images, in `folder` or one more folder down."""
+    """Read the first layout that has captions and images, in `folder` or one more folder down.
+
+    Raises:
+        AbsentError: neither images nor captions are there.
+        DataError: one of them is missing, the file of captions is malformed, images are missing,
+            or the numbers are others.
+    """
+    title = data.title
+    if is_layout(folder):
+        return read_captioned(folder, SPLIT, title, layouts[0].expected, options)
     roots = [folder, *(folder / name for name in folders if (folder / name).is_dir())]
     halves = []
     for layout in layouts:
@@ -127,7 +109,7 @@ def _read(
                 )
     files = " or ".join(layout.file for layout in layouts)
     if not halves:
-        raise AbsentError(f"{title}: {folder} holds neither {files} nor a folder of images")
+        raise AbsentError(f"{folder} holds neither {files} nor a folder of images")
     raise DataError(
         f"{title}: {'; '.join(halves)}. Captions of the Karpathy split come from {KARPATHY_SOURCE}"
     )
@@ -268,8 +250,6 @@ def _rows(document: dict[str, Any], key: str, path: Path, title: str) -> list[di
     return rows
 
 
-_FLICKR30K_NUMBERS = {"images": 1_000, "captions": 5_000}
-_COCO_NUMBERS = {"images": 5_000, "captions": 25_010}
 _FLICKR30K_KARPATHY = _Layout(
     "dataset_flickr30k.json",
     _parse_karpathy,
@@ -282,24 +262,22 @@ _FLICKR30K_KARPATHY = _Layout(
         "",
     ),
     "",
-    _FLICKR30K_NUMBERS,
+    {"images": 1_000, "captions": 5_000},
 )
-_FLICKR30K_CLIP_BENCHMARK = _Layout(
-    "flickr30k_test_karpathy.txt",
-    _parse_clip_benchmark,
-    _FLICKR30K_KARPATHY.bases,
-    "",
-    _FLICKR30K_NUMBERS,
+_FLICKR30K_CLIP_BENCHMARK = replace(
+    _FLICKR30K_KARPATHY, file="flickr30k_test_karpathy.txt", parse=_parse_clip_benchmark
 )
 _COCO_KARPATHY = _Layout(
-    "dataset_coco.json", _parse_karpathy, ("", "images"), "val2014", _COCO_NUMBERS
-)
-_COCO_TEST_KARPATHY = _Layout(
-    "coco_test_karpathy.json",
-    partial(_parse_coco, place="val2014"),
+    "dataset_coco.json",
+    _parse_karpathy,
     ("", "images"),
     "val2014",
-    _COCO_NUMBERS,
+    {"images": 5_000, "captions": 25_010},
+)
+_COCO_TEST_KARPATHY = replace(
+    _COCO_KARPATHY,
+    file="coco_test_karpathy.json",
+    parse=partial(_parse_coco, place="val2014"),
 )
 _COCO_VAL2017 = _Layout(
     "captions_val2017.json",
@@ -323,7 +301,11 @@ dataset_flickr30k.json       (or in caption_datasets/; or flickr30k_test_karpath
 flickr30k-images/            (or flickr30k_images/, images/)
   1007129816.jpg             all that the split "test" lists: 1,000
 """,
-    read=read_flickr30k,
+    reader=partial(
+        _read,
+        folders=_FLICKR30K_FOLDERS,
+        layouts=(_FLICKR30K_KARPATHY, _FLICKR30K_CLIP_BENCHMARK),
+    ),
 )
 COCO = DataSet(
     name="coco",
@@ -342,5 +324,7 @@ annotations/captions_val2017.json
 val2017/
   000000397133.jpg           5,000
 """,
-    read=read_coco,
+    reader=partial(
+        _read, folders=_COCO_FOLDERS, layouts=(_COCO_KARPATHY, _COCO_TEST_KARPATHY, _COCO_VAL2017)
+    ),
 )

@@ -8,19 +8,16 @@ lists and counts only: pixels are read when the images are embedded.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
-from torch import Tensor
-
+from pymcip.benchmarks.embedder import CachedEmbedder
 from pymcip.data import ImageData
 from pymcip.errors import DataError
+from pymcip.metrics.inputs import Int64
 
-Int64 = npt.NDArray[np.int64]
 Group = Literal["I2I", "k-NN", "zero-shot", "T2I"]
 _log = logging.getLogger("pymcip.benchmarks")
 
@@ -137,8 +134,8 @@ class DataSet:
         folders: names looked for below the data root; the first that is there is taken.
         source: where to get it.
         layout: what the folder must look like, a line per file or folder.
-        read: reads a folder; raises AbsentError if this part of it is not there, DataError if
-            what is there is not what it must be.
+        reader: reads a folder of this data set, as `read` says, which adds to its AbsentError where
+            to get the data.
     """
 
     name: str
@@ -146,7 +143,19 @@ class DataSet:
     folders: tuple[str, ...]
     source: str
     layout: str
-    read: Callable[[Path, SuiteOptions], Data]
+    reader: Callable[[DataSet, Path, SuiteOptions], Data]
+
+    def read(self, folder: Path, options: SuiteOptions) -> Data:
+        """Read a folder.
+
+        Raises:
+            AbsentError: this part of the data set is not there; the message says where to get it.
+            DataError: what is there is not what it must be.
+        """
+        try:
+            return self.reader(self, folder, options)
+        except AbsentError as error:
+            raise AbsentError(f"{self.title}: {error}. {self.how_to_get()}") from error
 
     def find(self, root: Path | None, paths: Mapping[str, str]) -> list[Path]:
         """List the folders that may hold it: `paths[name]`, or those of `folders` below `root`.
@@ -189,26 +198,6 @@ class DataSet:
         )
 
 
-class Embedder(Protocol):
-    """A model's unit vectors; every image and text is embedded once, whoever asks."""
-
-    def images(self, data: ImageData, rows: Int64 | None = None) -> Tensor:
-        """Return float32 [N, D] of all images, or of `rows` [N].
-
-        Raises:
-            DataError: one of the N can't be decoded.
-        """
-
-    def queries(self, data: ImageData, rows: Int64 | None = None) -> Tensor:
-        """Return float32 [N, D], what these images search with; raises what `images` does."""
-
-    def texts(self, texts: Sequence[str]) -> Tensor:
-        """Return float32 [M, D]."""
-
-    def classifier(self, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-        """Return float32 [C, D], as `pymcip.metrics.zero_shot_classifier` makes it."""
-
-
 @dataclass(frozen=True)
 class Benchmark:
     """A protocol on a data set: one column of the table.
@@ -222,7 +211,7 @@ class Benchmark:
     group: Group
     metric: str
     data: DataSet
-    measure: Callable[[Data, Embedder, SuiteOptions], dict[str, float]]
+    measure: Callable[[Data, CachedEmbedder, SuiteOptions], dict[str, float]]
     database: DataSet | None = None
 
     @property

@@ -17,7 +17,7 @@ CUB_COUNTS = {"images": 5_924, "classes": 100}
 CUB_TEST = range(100, 200)  # classes, 0-based: the second half, by which retrieval tests
 
 
-def read_cub200(folder: Path, options: SuiteOptions) -> Labelled:
+def _read(data: DataSet, folder: Path, options: SuiteOptions) -> Labelled:
     """Read the images of CUB-200-2011's classes 100 to 199 (counted from 0), as images.txt has them.
 
     That is the split of metric learning: by class, not by train_test_split.txt, whose two parts have
@@ -38,10 +38,10 @@ def read_cub200(folder: Path, options: SuiteOptions) -> Labelled:
     )
     absent = [name for name in lists if not (base / name).is_file()]
     if len(absent) == len(lists):
-        raise AbsentError(f"{folder} has none of {', '.join(lists)}. {CUB200.how_to_get()}")
+        raise AbsentError(f"{folder} has none of {', '.join(lists)}")
     if absent:
         raise DataError(f"{base} has no {' and no '.join(absent)}; unpack CUB_200_2011.tgz again")
-    paths, classes, names = (read_numbered(base / name, CUB200.title) for name in lists)
+    paths, classes, names = (read_numbered(base / name, data.title) for name in lists)
     problems = []
     unlike = paths.keys() ^ classes.keys()
     if unlike:
@@ -83,5 +83,5 @@ image_class_labels.txt      1 1
 classes.txt                 1 001.Black_footed_Albatross
 images/001.Black_footed_Albatross/*.jpg
 """,
-    read=read_cub200,
+    reader=_read,
 )

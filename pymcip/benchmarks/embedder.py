@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pymcip.benchmarks.contract import Int64
 from pymcip.data import Captions, ImageData
 from pymcip.data.sources import some
 from pymcip.data.tally import LeftOut
 from pymcip.embedding import EmbeddingCache, EmbeddingFolder
 from pymcip.errors import DataError
 from pymcip.metrics import expand_prompts, prompt_ensemble
+from pymcip.metrics.inputs import Int64
 
 _log = logging.getLogger("pymcip.benchmarks")
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pymcip.benchmarks.contract import Int64
 from pymcip.data.decode import image_suffixes
 from pymcip.data.sources import some
 from pymcip.errors import DataError
+from pymcip.metrics.inputs import Int64
 from pymcip.progress import progress
 
 
@@ -69,8 +69,8 @@ def list_classes(
         place: holds the folders.
         title: the data set's, for messages.
         known: the folders' names in the order of the labels.
-        stem: what images' names begin with, `{}` for the folder's; None: folders that are not known
-            are of no concern.
+        stem: what images' names begin with, `{}` for the folder's; None: unknown folders are
+            ignored.
 
     Raises:
         DataError: folders are unknown, images lie outside of them or have other names, or there are

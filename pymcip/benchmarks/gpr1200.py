@@ -16,7 +16,7 @@ from pymcip.errors import DataError
 GPR1200_COUNTS = {"images": 12_000, "classes": 1_200, "classes of 10 images": 1_200}
 
 
-def read_gpr1200(folder: Path, options: SuiteOptions) -> Labelled:
+def _read(data: DataSet, folder: Path, options: SuiteOptions) -> Labelled:
     """Read GPR1200: 1,200 classes of 10 images, ordered by class number, then name.
 
     A file is called `{class}_{name}.jpg`, and the class number is its label. In this order the six
@@ -31,7 +31,7 @@ def read_gpr1200(folder: Path, options: SuiteOptions) -> Labelled:
     base = first_folder(folder, ("images", "GPR1200/images", "GPR1200", ""))
     names = list(image_names(base))
     if not names:
-        raise AbsentError(f"{base} holds no images. {GPR1200.how_to_get()}")
+        raise AbsentError(f"{base} holds no images")
     wrong = sorted(name for name in names if not name.partition("_")[0].isdecimal())
     if wrong:
         raise DataError(
@@ -46,7 +46,7 @@ def read_gpr1200(folder: Path, options: SuiteOptions) -> Labelled:
         "classes": len(sizes),
         "classes of 10 images": sum(size == 10 for size in sizes.values()),
     }
-    notes = check_counts("GPR1200", found, GPR1200_COUNTS, options)
+    notes = check_counts(data.title, found, GPR1200_COUNTS, options)
     return Labelled(list_images(base, [name for _, name in ordered]), labels, notes=notes)
 
 
@@ -58,5 +58,5 @@ GPR1200 = DataSet(
     layout="""
 images/0_*.jpg … images/1199_*.jpg    12,000 images, {class}_{name}.jpg
 """,
-    read=read_gpr1200,
+    reader=_read,
 )

@@ -8,7 +8,9 @@ CLIP_benchmark's layout (see `pymcip.benchmarks.webdataset`), with the same labe
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,115 +28,59 @@ from pymcip.benchmarks.imagenet_names import imagenet_names, imagenet_templates,
 from pymcip.benchmarks.imagenet_val import TITLE, list_flat_val
 from pymcip.data import list_images
 
-VAL_COUNTS = {"images": 50_000, "classes": 1_000}
-TRAIN_COUNTS = {"images": 1_281_167, "classes": 1_000}
-SKETCH_COUNTS = {"images": 50_889, "classes": 1_000}
-A_COUNTS = {"images": 7_500, "classes": 200}
+COUNTS = {
+    "imagenet1k-val": {"images": 50_000, "classes": 1_000},
+    "imagenet1k-train": {"images": 1_281_167, "classes": 1_000},
+    "imagenet-sketch": {"images": 50_889, "classes": 1_000},
+    "imagenet-a": {"images": 7_500, "classes": 200},
+}
 VAL_PER_CLASS = 50
 _SYNSET = re.compile(r"n\d{8}")
-_FOLDERS = (
-    "imagenet1k",
-    "imagenet-1k",
-    "imagenet",
-    "ImageNet",
-    "ILSVRC2012",
-    "imagenet-object-localization-challenge",
-    "wds_imagenet1k",
-)
-
-
-def read_imagenet_val(folder: Path, options: SuiteOptions) -> Labelled:
-    """Read ImageNet-1k's 50,000 validation images, 50 of each of the 1,000 classes.
-
-    They lie in a folder per synset, or all in one folder; then their classes are taken from the
-    synsets in their names (Hugging Face), from LOC_val_solution.csv (Kaggle), or from the
-    development kit, whose ILSVRC2012_ID (1 to 1,000, not in the order of the synsets) meta.mat maps
-    to synsets.
-
-    Raises:
-        AbsentError: there are no validation images.
-        DataError: there are other images among them, or some are missing or without a class.
-        MissingDependencyError: the development kit is needed, and SciPy is missing.
-    """
-    found = _read(
-        IMAGENET_VAL,
-        VAL_COUNTS,
-        folder,
-        options,
-        ("val", "ILSVRC/Data/CLS-LOC/val", "Data/CLS-LOC/val", "ILSVRC2012_img_val", "."),
-        stem="ILSVRC2012_val_",
-    )
-    if not found.notes:  # complete, but images may lie in folders of other classes
-        even = int(np.sum(np.bincount(found.labels) == VAL_PER_CLASS))
-        what = f"classes of {VAL_PER_CLASS} images"
-        check_counts(IMAGENET_VAL.title, {what: even}, {what: 1_000}, options)
-    return found
-
-
-def read_imagenet_train(folder: Path, options: SuiteOptions) -> Labelled:
-    """Read ImageNet-1k's 1,281,167 training images from a folder per synset.
-
-    Raises:
-        AbsentError: there are no training images.
-        DataError: there are other images among them, or some are missing.
-    """
-    images = "Data/CLS-LOC/train"
-    places = ("train", f"ILSVRC/{images}", images, "ILSVRC2012_img_train", ".")
-    return _read(IMAGENET_TRAIN, TRAIN_COUNTS, folder, options, places, split="train", stem="{}_")
-
-
-def read_imagenet_sketch(folder: Path, options: SuiteOptions) -> Labelled:
-    """Read ImageNet-Sketch's 50,889 images of ImageNet's 1,000 classes.
-
-    Raises:
-        AbsentError: there are no images.
-        DataError: some are missing, or there are folders of other classes.
-    """
-    places = ("sketch", "ImageNet-Sketch", ".")
-    return _read(IMAGENET_SKETCH, SKETCH_COUNTS, folder, options, places)
-
-
-def read_imagenet_a(folder: Path, options: SuiteOptions) -> Labelled:
-    """Read ImageNet-A's 7,500 images of 200 of ImageNet's classes.
-
-    Labels are ImageNet's, 0 to 999, so that ImageNet's training images can vote for them; the
-    candidates of zero-shot are the 200, whichever of them have images.
-
-    Raises:
-        AbsentError: there are no images.
-        DataError: some are missing, or there are folders of other classes.
-    """
-    known = synsets("imagenet_a_synsets.txt")
-    return _read(IMAGENET_A, A_COUNTS, folder, options, ("imagenet-a", "."), known=known)
+_CLS_LOC = "Data/CLS-LOC"
 
 
 def _read(
     data: DataSet,
-    expected: Mapping[str, int],
     folder: Path,
     options: SuiteOptions,
-    places: Sequence[str],
     *,
+    places: Sequence[str],
     split: str = "test",
     stem: str = "",
-    known: Sequence[str] | None = None,
+    synset_list: str | None = None,
 ) -> Labelled:
     """Read a data set of ImageNet's classes from shards, or from a folder per synset.
 
+    ImageNet-1k's validation images may also lie in one folder; then their classes are taken from the
+    synsets in their names (Hugging Face), from LOC_val_solution.csv (Kaggle), or from the
+    development kit, whose ILSVRC2012_ID (1 to 1,000, not in the order of the synsets) meta.mat maps
+    to synsets.
+
+    Labels are ImageNet's, 0 to 999, so that ImageNet's training images can vote for all of them.
+
     Args:
         data: the data set.
-        expected: its public numbers of images and classes.
         folder: where it lies.
         options: of the suite.
         places: folders below `folder` that may hold the images.
         split: that of CLIP_benchmark's shards.
         stem: what images' names begin with, `{}` for the synset.
-        known: synsets, if they are not ImageNet's 1,000; they are the candidates of zero-shot.
+        synset_list: timm's list of the synsets, if they are not ImageNet's 1,000; they are the
+            candidates of zero-shot, whichever of them have images.
+
+    Raises:
+        AbsentError: there are no images.
+        DataError: there are other images among them, or some are missing or without a class.
+        MissingDependencyError: the development kit is needed, and SciPy is missing.
     """
-    label_of = {synset: label for label, synset in enumerate(synsets())}
-    candidates = None if known is None else tuple(label_of[synset] for synset in known)
+    expected = COUNTS[data.name]
+    known, candidates = synsets(), None
+    if synset_list is not None:
+        label_of = {synset: label for label, synset in enumerate(known)}
+        known = synsets(synset_list)
+        candidates = tuple(label_of[synset] for synset in known)
     if webdataset.is_layout(folder):
-        return webdataset.read_labelled(
+        found = webdataset.read_labelled(
             folder,
             split,
             data.title,
@@ -144,21 +90,28 @@ def _read(
             names=imagenet_names(),
             templates=imagenet_templates(),
         )
-    place = _find_split(folder, places, data, stem.replace("{}_", "n"))
-    folders, files = list_entries(place)
-    if files and not folders and data is IMAGENET_VAL:
-        names, labels = list_flat_val(folder, place, files, options)
     else:
-        names, labels = list_classes(place, data.title, known or synsets(), stem)
-    notes = check_counts(data.title, count_labels(labels), expected, options)
-    if candidates is not None:
-        labels = np.array(candidates, np.int64)[labels]
-    return Labelled(
-        list_images(place, names), labels, imagenet_names(), imagenet_templates(), candidates, notes
-    )
+        place = _find_split(folder, places, stem.replace("{}_", "n"))
+        folders, files = list_entries(place)
+        if files and not folders and data is IMAGENET_VAL:
+            names, labels = list_flat_val(folder, place, files, options)
+        else:
+            names, labels = list_classes(place, data.title, known, stem)
+        notes = check_counts(data.title, count_labels(labels), expected, options)
+        if candidates is not None:
+            labels = np.array(candidates, np.int64)[labels]
+        found = Labelled(
+            list_images(place, names), labels, imagenet_names(), imagenet_templates(), candidates,
+            notes,
+        )  # fmt: skip
+    if data is IMAGENET_VAL and not found.notes:  # complete, but some may lie in another's folder
+        even = int(np.sum(np.bincount(found.labels) == VAL_PER_CLASS))
+        what = f"classes of {VAL_PER_CLASS} images"
+        check_counts(data.title, {what: even}, {what: 1_000}, options)
+    return found
 
 
-def _find_split(folder: Path, places: Sequence[str], data: DataSet, stem: str) -> Path:
+def _find_split(folder: Path, places: Sequence[str], stem: str) -> Path:
     """Return the first of the places that holds images or folders.
 
     The folder itself (".") may be the one of another split: the names of its images must begin with
@@ -178,13 +131,21 @@ def _find_split(folder: Path, places: Sequence[str], data: DataSet, stem: str) -
                 return place
         elif folders or files:
             return place
-    raise AbsentError(f"{data.title}: {folder} holds none of its images. {data.how_to_get()}")
+    raise AbsentError(f"{folder} holds none of its images")
 
 
 IMAGENET_VAL = DataSet(
     name="imagenet1k-val",
     title=TITLE,
-    folders=_FOLDERS,
+    folders=(
+        "imagenet1k",
+        "imagenet-1k",
+        "imagenet",
+        "ImageNet",
+        "ILSVRC2012",
+        "imagenet-object-localization-challenge",
+        "wds_imagenet1k",
+    ),
     source="https://image-net.org/download-images (ILSVRC 2012), "
     "https://www.kaggle.com/c/imagenet-object-localization-challenge or "
     "https://huggingface.co/datasets/clip-benchmark/wds_imagenet1k",
@@ -195,21 +156,35 @@ or val/ILSVRC2012_val_00000001.JPEG          all 50,000 in it (or in ILSVRC/Data
    ILSVRC2012_devkit_t12/data/               meta.mat, ILSVRC2012_validation_ground_truth.txt
 or test/{nshards.txt,0.tar,…}                CLIP_benchmark's shards
 """,
-    read=read_imagenet_val,
+    reader=partial(
+        _read,
+        places=("val", f"ILSVRC/{_CLS_LOC}/val", f"{_CLS_LOC}/val", "ILSVRC2012_img_val", "."),
+        stem="ILSVRC2012_val_",
+    ),
 )
 
 
-IMAGENET_TRAIN = DataSet(
+IMAGENET_TRAIN = replace(
+    IMAGENET_VAL,
     name="imagenet1k-train",
     title="ImageNet-1k train",
-    folders=_FOLDERS,
-    source=IMAGENET_VAL.source,
     layout="""
 train/n01440764/n01440764_10026.JPEG         1,000 folders named by synset ids, 1,281,167 images
                                              (or in ILSVRC/Data/CLS-LOC/train/)
 or train/{nshards.txt,0.tar,…}               CLIP_benchmark's shards
 """,
-    read=read_imagenet_train,
+    reader=partial(
+        _read,
+        places=(
+            "train",
+            f"ILSVRC/{_CLS_LOC}/train",
+            f"{_CLS_LOC}/train",
+            "ILSVRC2012_img_train",
+            ".",
+        ),
+        split="train",
+        stem="{}_",
+    ),
 )
 
 
@@ -229,7 +204,7 @@ IMAGENET_SKETCH = DataSet(
 sketch/n01440764/sketch_0.JPEG               1,000 folders named by synset ids, 50,889 images
 or test/{nshards.txt,0.tar,…}                CLIP_benchmark's shards
 """,
-    read=read_imagenet_sketch,
+    reader=partial(_read, places=("sketch", "ImageNet-Sketch", ".")),
 )
 
 
@@ -243,5 +218,9 @@ IMAGENET_A = DataSet(
 n01498041/*.jpg                              200 folders named by synset ids, 7,500 images
 or test/{nshards.txt,0.tar,…}                CLIP_benchmark's shards
 """,
-    read=read_imagenet_a,
+    reader=partial(
+        _read,
+        places=("imagenet-a", "."),
+        synset_list="imagenet_a_synsets.txt",
+    ),
 )

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from pymcip.benchmarks.contract import Int64, SuiteOptions
+from pymcip.benchmarks.contract import SuiteOptions
 from pymcip.benchmarks.imagenet_names import synsets
 from pymcip.benchmarks.readers import load_mat, read_keyed, read_lines
 from pymcip.data.sources import some
 from pymcip.errors import DataError
+from pymcip.metrics.inputs import Int64
 
 TITLE = "ImageNet-1k val"
 SOLUTION = "LOC_val_solution.csv"  # of Kaggle's ILSVRC

@@ -25,7 +25,7 @@ INSTRE_COUNTS = {"queries": 1_250, "database images": 27_293}
 INSTRE_ALL_COUNTS = {"images": 28_543, "folders": 250}
 
 
-def read_instre(folder: Path, options: SuiteOptions) -> QuerySet | Labelled:
+def _read(data: DataSet, folder: Path, options: SuiteOptions) -> QuerySet | Labelled:
     """Read INSTRE in the form that `options.instre` asks for.
 
     "iscen": queries, database and relevant images of gnd_instre.mat; queries are cropped to their
@@ -49,16 +49,16 @@ def read_instre(folder: Path, options: SuiteOptions) -> QuerySet | Labelled:
         lambda path: any_exists(path, INSTRE_SUBSETS),
     )
     if not any_exists(base, INSTRE_SUBSETS):
-        raise AbsentError(
-            f"{folder} has none of {', '.join(INSTRE_SUBSETS)}. {INSTRE.how_to_get()}"
-        )
-    return _instre_all(base, options) if options.instre == "all" else _instre(folder, base, options)
+        raise AbsentError(f"{folder} has none of {', '.join(INSTRE_SUBSETS)}")
+    if options.instre == "all":
+        return _read_all(base, options)
+    return _read_queries(data, folder, base, options)
 
 
-def _instre_all(base: Path, options: SuiteOptions) -> Labelled:
+def _read_all(base: Path, options: SuiteOptions) -> Labelled:
     names = sorted(name for subset in INSTRE_SUBSETS for name in image_names(base, subset))
     if not names:
-        raise AbsentError(f"{base} holds no images. {INSTRE.how_to_get()}")
+        raise AbsentError(f"{base} holds no images")
     folders = [name.rpartition("/")[0] for name in names]
     distinct = sorted(set(folders))
     found = {"images": len(names), "folders": len(distinct)}
@@ -70,7 +70,7 @@ def _instre_all(base: Path, options: SuiteOptions) -> Labelled:
     return Labelled(list_images(base, names), labels.reshape(-1).astype(np.int64), notes=notes)
 
 
-def _instre(folder: Path, base: Path, options: SuiteOptions) -> QuerySet:
+def _read_queries(data: DataSet, folder: Path, base: Path, options: SuiteOptions) -> QuerySet:
     path = first_file((folder, base, folder / "test_script"), "gnd_instre.mat")
     if path is None:
         raise DataError(
@@ -78,7 +78,7 @@ def _instre(folder: Path, base: Path, options: SuiteOptions) -> QuerySet:
             "https://cmp.felk.cvut.cz/~iscenahm/files/test_script.zip. Without it, "
             'instre="all" ranks all images for each image'
         )
-    table = load_mat(path, INSTRE.title, ("imlist", "qimlist", "gnd"), "get it again")
+    table = load_mat(path, data.title, ("imlist", "qimlist", "gnd"), "get it again")
     database = as_texts(path, "imlist", table["imlist"])
     queries = as_texts(path, "qimlist", table["qimlist"])
     gnd = np.asarray(table["gnd"]).reshape(-1)
@@ -93,7 +93,7 @@ def _instre(folder: Path, base: Path, options: SuiteOptions) -> QuerySet:
     ]
     boxes = gnd[bbx] if options.instre_crop else None
     return make_query_set(
-        INSTRE, path, base, database, queries, truth, problems, boxes, INSTRE_COUNTS, options
+        data, path, base, database, queries, truth, problems, boxes, INSTRE_COUNTS, options
     )
 
 
@@ -111,5 +111,5 @@ INSTRE-S1/01a_*/001.jpg     100 folders
 INSTRE-S2/*/001.jpg         100 folders
 INSTRE-M/01/001.jpg         50 folders; 28,543 images in all
 """,
-    read=read_instre,
+    reader=_read,
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pymcip.benchmarks import webdataset
 from pymcip.benchmarks.contract import AbsentError, DataSet, Labelled, SuiteOptions, check_counts
-from pymcip.benchmarks.folders import count_labels, list_classes, list_entries
+from pymcip.benchmarks.folders import count_labels, first_folder, list_classes, list_entries
 from pymcip.benchmarks.imagenet_names import imagenet_templates
 from pymcip.benchmarks.readers import read_json
 from pymcip.data import list_images
@@ -16,7 +16,7 @@ from pymcip.errors import DataError
 OBJECTNET_COUNTS = {"images": 18_574, "classes": 113}
 
 
-def read_objectnet(folder: Path, options: SuiteOptions) -> Labelled:
+def _read(data: DataSet, folder: Path, options: SuiteOptions) -> Labelled:
     """Read ObjectNet's 18,574 images of the 113 classes that it shares with ImageNet.
 
     The classes are in the order of ObjectNet's folder names. Prompts call them by ObjectNet's own
@@ -33,17 +33,23 @@ def read_objectnet(folder: Path, options: SuiteOptions) -> Labelled:
         read = webdataset.read_labelled(
             folder,
             "test",
-            OBJECTNET.title,
+            data.title,
             OBJECTNET_COUNTS,
             options,
             templates=imagenet_templates(),
         )
         images, labels, classes, notes = read.images, read.labels, read.names, read.notes
     else:
-        place = _objectnet_folder(folder)
-        titles = _objectnet_titles(place)
-        found, labels = list_classes(place / "images", OBJECTNET.title, sorted(titles), None)
-        notes = check_counts(OBJECTNET.title, count_labels(labels), OBJECTNET_COUNTS, options)
+        place = first_folder(
+            folder,
+            ("", "objectnet-1.0", "objectnet-1.0/objectnet-1.0"),
+            lambda path: (path / "images").is_dir(),
+        )
+        if not (place / "images").is_dir():
+            raise AbsentError(f"{folder} holds no images/")
+        titles = _titles(data, place)
+        found, labels = list_classes(place / "images", data.title, sorted(titles), None)
+        notes = check_counts(data.title, count_labels(labels), OBJECTNET_COUNTS, options)
         images = list_images(place / "images", found)
         classes = tuple(titles[name].lower() for name in sorted(titles))
     border = options.objectnet_border
@@ -56,17 +62,10 @@ def read_objectnet(folder: Path, options: SuiteOptions) -> Labelled:
     )
 
 
-def _objectnet_folder(folder: Path) -> Path:
-    for place in (folder, folder / "objectnet-1.0", folder / "objectnet-1.0" / "objectnet-1.0"):
-        if (place / "images").is_dir():
-            return place
-    raise AbsentError(f"{OBJECTNET.title}: {folder} holds no images/. {OBJECTNET.how_to_get()}")
-
-
-def _objectnet_titles(place: Path) -> dict[str, str]:
+def _titles(data: DataSet, place: Path) -> dict[str, str]:
     """Map each folder whose class is one of ImageNet's too to ObjectNet's label of it."""
-    title_of = _mapping(place, "folder_to_objectnet_label.json")
-    shared = set(_mapping(place, "objectnet_to_imagenet_1k.json"))
+    title_of = _mapping(data, place, "folder_to_objectnet_label.json")
+    shared = set(_mapping(data, place, "objectnet_to_imagenet_1k.json"))
     folders, _ = list_entries(place / "images")
     problems = []
     unknown = sorted(set(folders) - set(title_of))
@@ -82,24 +81,24 @@ def _objectnet_titles(place: Path) -> dict[str, str]:
         problems.append("folder_to_objectnet_label.json gives several folders one label")
     if problems:
         raise DataError(
-            f"{OBJECTNET.title}: {place}: {'; '.join(problems)}. Take images and mappings from one "
+            f"{data.title}: {place}: {'; '.join(problems)}. Take images and mappings from one "
             "copy of objectnet-1.0.zip"
         )
     return titles
 
 
-def _mapping(place: Path, name: str) -> dict[str, str]:
+def _mapping(data: DataSet, place: Path, name: str) -> dict[str, str]:
     # clip_benchmark copies the mappings beside the folder objectnet-1.0.
     paths = [place / "mappings" / name, place / name, place.parent / name]
     path = next((each for each in paths if each.is_file()), None)
     if path is None:
         raise DataError(
-            f"{OBJECTNET.title}: {paths[0]} is missing; it is part of objectnet-1.0.zip and says what "
+            f"{data.title}: {paths[0]} is missing; it is part of objectnet-1.0.zip and says what "
             "the classes are; unpack it again"
         )
-    value = read_json(path, OBJECTNET.title)
+    value = read_json(path, data.title)
     if not all(isinstance(each, str) for each in value.values()):
-        raise DataError(f"{OBJECTNET.title}: {path}: needed: an object of texts by text")
+        raise DataError(f"{data.title}: {path}: needed: an object of texts by text")
     return value
 
 
@@ -115,5 +114,5 @@ objectnet-1.0/mappings/folder_to_objectnet_label.json
 objectnet-1.0/mappings/objectnet_to_imagenet_1k.json
 or test/{nshards.txt,0.tar,…}                CLIP_benchmark's shards
 """,
-    read=read_objectnet,
+    reader=_read,
 )

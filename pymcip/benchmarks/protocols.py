@@ -11,14 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from pymcip import metrics
-from pymcip.benchmarks.contract import (
-    Captioned,
-    Data,
-    Embedder,
-    Labelled,
-    QuerySet,
-    SuiteOptions,
-)
+from pymcip.benchmarks.contract import Captioned, Data, Labelled, QuerySet, SuiteOptions
+from pymcip.benchmarks.embedder import CachedEmbedder
 
 Scores = dict[str, float]
 
@@ -27,7 +21,7 @@ GPR1200_PARTS = ("landmarks", "inaturalist", "sketch", "instre", "sop", "faces")
 GPR1200_PART_SIZE = 2_000
 
 
-def full_ranking(data: Data, embed: Embedder, options: SuiteOptions) -> Scores:
+def full_ranking(data: Data, embed: CachedEmbedder, options: SuiteOptions) -> Scores:
     """Measure mAP over the full ranking of all images, each a query that counts itself."""
     assert isinstance(data, Labelled)
     vectors = embed.images(data.images, data.rows)
@@ -35,7 +29,7 @@ def full_ranking(data: Data, embed: Embedder, options: SuiteOptions) -> Scores:
     return {"map": metrics.full_ranking_map(vectors, data.labels, queries=queries)}
 
 
-def gpr1200(data: Data, embed: Embedder, options: SuiteOptions) -> Scores:
+def gpr1200(data: Data, embed: CachedEmbedder, options: SuiteOptions) -> Scores:
     """Measure mAP over the full ranking, the query included, and its mean over each source."""
     assert isinstance(data, Labelled)
     precisions = metrics.full_ranking_ap(
@@ -50,7 +44,7 @@ def gpr1200(data: Data, embed: Embedder, options: SuiteOptions) -> Scores:
     return scores
 
 
-def instre(data: Data, embed: Embedder, options: SuiteOptions) -> Scores:
+def instre(data: Data, embed: CachedEmbedder, options: SuiteOptions) -> Scores:
     """Measure trapezoidal mAP of the queries, or with `instre="all"` the full ranking of all."""
     if isinstance(data, Labelled):
         return full_ranking(data, embed, options)
@@ -61,7 +55,7 @@ def instre(data: Data, embed: Embedder, options: SuiteOptions) -> Scores:
     return {"map": found}
 
 
-def revisited(data: Data, embed: Embedder, options: SuiteOptions) -> Scores:
+def revisited(data: Data, embed: CachedEmbedder, options: SuiteOptions) -> Scores:
     """Measure mAP and mP@k of revisitop, easy, medium and hard."""
     assert isinstance(data, QuerySet)
     found = metrics.revisited_retrieval(
@@ -71,7 +65,7 @@ def revisited(data: Data, embed: Embedder, options: SuiteOptions) -> Scores:
     return {figure: found[figure], **found}
 
 
-def nearest_other(data: Data, embed: Embedder, options: SuiteOptions) -> Scores:
+def nearest_other(data: Data, embed: CachedEmbedder, options: SuiteOptions) -> Scores:
     """Measure R@1, 2, 4 and 8, all against all."""
     assert isinstance(data, Labelled)
     vectors = embed.images(data.images, data.rows)
@@ -82,7 +76,7 @@ def nearest_other(data: Data, embed: Embedder, options: SuiteOptions) -> Scores:
     return {f"r{k}": value for k, value in found.items()}
 
 
-def knn(data: Data, embed: Embedder, options: SuiteOptions) -> Scores:
+def knn(data: Data, embed: CachedEmbedder, options: SuiteOptions) -> Scores:
     """Measure the accuracy of k-NN: the data set's voters vote, or else its other images."""
     assert isinstance(data, Labelled)
     queries = embed.queries(data.images, data.rows)
@@ -100,7 +94,7 @@ def knn(data: Data, embed: Embedder, options: SuiteOptions) -> Scores:
     return {"top1": 100 * float(np.mean(answers == data.labels))}
 
 
-def zero_shot(data: Data, embed: Embedder, options: SuiteOptions) -> Scores:
+def zero_shot(data: Data, embed: CachedEmbedder, options: SuiteOptions) -> Scores:
     """Measure top-1 and top-5 accuracy among the candidates' prompt ensembles."""
     assert isinstance(data, Labelled)
     classifier, labels = embed.classifier(data.names, data.templates), data.labels
@@ -114,20 +108,20 @@ def zero_shot(data: Data, embed: Embedder, options: SuiteOptions) -> Scores:
     return {"top1": found[1], "top5": found[5]}
 
 
-def descriptions(data: Data, embed: Embedder, options: SuiteOptions) -> Scores:
+def descriptions(data: Data, embed: CachedEmbedder, options: SuiteOptions) -> Scores:
     """Measure mAP of the images for each class's description, which are the data set's names."""
     assert isinstance(data, Labelled)
     images = embed.images(data.images, data.rows)
     return {"map": metrics.class_text_map(images, data.labels, embed.texts(data.names))}
 
 
-def text_to_image(data: Data, embed: Embedder, options: SuiteOptions) -> Scores:
+def text_to_image(data: Data, embed: CachedEmbedder, options: SuiteOptions) -> Scores:
     """Measure T2I and I2T R@1, 5 and 10; the figure is T2I R@5."""
     found = cross_modal(data, embed, (1, 5, 10))
     return {"t2i_r5": found["t2i_r5"], **found}
 
 
-def cross_modal(data: Data, embed: Embedder, ks: Sequence[int]) -> Scores:
+def cross_modal(data: Data, embed: CachedEmbedder, ks: Sequence[int]) -> Scores:
     """Measure T2I and I2T R@k of a captioned data set."""
     assert isinstance(data, Captioned)
     images = embed.images(data.images, data.rows)

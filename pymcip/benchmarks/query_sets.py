@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pymcip.benchmarks.contract import DataSet, Int64, QuerySet, SuiteOptions, check_counts
+from pymcip.benchmarks.contract import DataSet, QuerySet, SuiteOptions, check_counts
 from pymcip.data import list_images
 from pymcip.data.sources import some
 from pymcip.errors import DataError
+from pymcip.metrics.inputs import Int64
 
 
 def make_query_set(

@@ -2,54 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pymcip.benchmarks.contract import (
-    AbsentError,
-    DataSet,
-    Int64,
-    QuerySet,
-    SuiteOptions,
-)
+from pymcip.benchmarks.contract import AbsentError, DataSet, QuerySet, SuiteOptions
 from pymcip.benchmarks.folders import first_file, first_folder, image_names
 from pymcip.benchmarks.query_sets import as_rows, as_texts, make_query_set
 from pymcip.benchmarks.unpickling import load_restricted
 from pymcip.data.sources import some
 from pymcip.errors import DataError
+from pymcip.metrics.inputs import Int64
 
-ROXFORD_COUNTS = {"queries": 70, "database images": 4_993}
-RPARIS_COUNTS = {"queries": 70, "database images": 6_322}
+COUNTS = {
+    "roxford5k": {"queries": 70, "database images": 4_993},
+    "rparis6k": {"queries": 70, "database images": 6_322},
+}
 REVISITED_PARTS = ("easy", "hard", "junk")
 
 
-def read_roxford5k(folder: Path, options: SuiteOptions) -> QuerySet:
-    """Read ROxford5k: 70 queries, 4,993 images, and what is easy, hard and junk for each query.
-
-    `_read_revisited` says what is read, and what is refused.
-    """
-    return _read_revisited(ROXFORD5K, ROXFORD_COUNTS, folder, options)
-
-
-def read_rparis6k(folder: Path, options: SuiteOptions) -> QuerySet:
-    """Read RParis6k: 70 queries, 6,322 images, and what is easy, hard and junk for each query.
-
-    `_read_revisited` says what is read, and what is refused. The 20 pictures of Paris6k that were
-    damaged when it was published (they hold an HTML page) are in none of its lists.
-    """
-    return _read_revisited(RPARIS6K, RPARIS_COUNTS, folder, options)
-
-
-def _read_revisited(
-    data: DataSet, counts: Mapping[str, int], folder: Path, options: SuiteOptions
-) -> QuerySet:
+def _read(data: DataSet, folder: Path, options: SuiteOptions) -> QuerySet:
     """Read gnd_*.pkl (imlist, qimlist, gnd: bbx, easy, hard, junk; 0-based) and the images of jpg/.
 
     Images may lie in jpg/ or below it, as the archives unpack, or in the folder itself. Queries are
-    cropped to bbx (x1, y1, x2, y2) if `options.revisited_crop`.
+    cropped to bbx (x1, y1, x2, y2) if `options.revisited_crop`. The 20 pictures of Paris6k that were
+    damaged when it was published (they hold an HTML page) are in none of its lists.
 
     Raises:
         AbsentError: neither the pickle nor an image is there.
@@ -58,22 +36,21 @@ def _read_revisited(
 
     Source: Radenović et al., Revisiting Oxford and Paris (CVPR 2018).
     """
+    pickle = f"gnd_{data.name}.pkl"
     folder = first_folder(
         folder, ("", f"data/test/{data.name}", f"datasets/{data.name}", data.name),
-        lambda path: (path / f"gnd_{data.name}.pkl").is_file() or (path / "jpg").is_dir(),
+        lambda path: (path / pickle).is_file() or (path / "jpg").is_dir(),
     )  # fmt: skip
-    path = first_file((folder, folder.parent), f"gnd_{data.name}.pkl")
+    path = first_file((folder, folder.parent), pickle)
     base = first_folder(folder, ("jpg", "images", ""))
     places = {Path(name).stem: name for name in sorted(image_names(base, deep=True), reverse=True)}
     if path is None:
         if not places:
-            raise AbsentError(
-                f"{folder} has neither gnd_{data.name}.pkl nor images. {data.how_to_get()}"
-            )
+            raise AbsentError(f"{folder} has neither {pickle} nor images")
         others = some(sorted(each.name for each in folder.glob("gnd_*"))) or "none of that kind"
         raise DataError(
-            f"{folder} has images, but no gnd_{data.name}.pkl ({others}); get it from "
-            f"https://cmp.felk.cvut.cz/revisitop/data/datasets/{data.name}/gnd_{data.name}.pkl"
+            f"{folder} has images, but no {pickle} ({others}); get it from "
+            f"https://cmp.felk.cvut.cz/revisitop/data/datasets/{data.name}/{pickle}"
         )
     database, queries, gnd = _unpack_revisited(path)
     problems: list[str] = []
@@ -89,7 +66,17 @@ def _read_revisited(
         truth.append(rows)
     boxes = [each.get("bbx") for each in gnd] if options.revisited_crop else None
     return make_query_set(
-        data, path, base, database, queries, truth, problems, boxes, counts, options, places
+        data,
+        path,
+        base,
+        database,
+        queries,
+        truth,
+        problems,
+        boxes,
+        COUNTS[data.name],
+        options,
+        places,
     )
 
 
@@ -116,40 +103,28 @@ def _unpack_revisited(path: Path) -> tuple[list[str], list[str], list[dict[str, 
     return database, queries, gnd
 
 
-ROXFORD5K = DataSet(
-    name="roxford5k",
-    title="ROxford5k",
-    folders=(
-        "roxford5k",
-        "ROxford5k",
-        "test/roxford5k",
-        "data/test/roxford5k",
-        "datasets/roxford5k",
-    ),
-    source=(
-        "https://cmp.felk.cvut.cz/revisitop/data/datasets/roxford5k/gnd_roxford5k.pkl and "
-        "https://www.robots.ox.ac.uk/~vgg/data/oxbuildings/ (oxbuild_images-v1.tgz)"
-    ),
-    layout="""
+def _data_set(name: str, title: str, images: str, layout: str) -> DataSet:
+    folders = (name, title, f"test/{name}", f"data/test/{name}", f"datasets/{name}")
+    source = f"https://cmp.felk.cvut.cz/revisitop/data/datasets/{name}/gnd_{name}.pkl and {images}"
+    return DataSet(name, title, folders, source, layout, _read)
+
+
+ROXFORD5K = _data_set(
+    "roxford5k",
+    "ROxford5k",
+    "https://www.robots.ox.ac.uk/~vgg/data/oxbuildings/ (oxbuild_images-v1.tgz)",
+    """
 gnd_roxford5k.pkl           imlist, qimlist, gnd
 jpg/all_souls_000000.jpg    5,063 images: 4,993 of imlist, 70 of qimlist
 """,
-    read=read_roxford5k,
 )
-
-
-RPARIS6K = DataSet(
-    name="rparis6k",
-    title="RParis6k",
-    folders=("rparis6k", "RParis6k", "test/rparis6k", "data/test/rparis6k", "datasets/rparis6k"),
-    source=(
-        "https://cmp.felk.cvut.cz/revisitop/data/datasets/rparis6k/gnd_rparis6k.pkl and "
-        "https://www.robots.ox.ac.uk/~vgg/data/parisbuildings/ (paris_1-v1.tgz, paris_2-v1.tgz)"
-    ),
-    layout="""
+RPARIS6K = _data_set(
+    "rparis6k",
+    "RParis6k",
+    "https://www.robots.ox.ac.uk/~vgg/data/parisbuildings/ (paris_1-v1.tgz, paris_2-v1.tgz)",
+    """
 gnd_rparis6k.pkl                    imlist, qimlist, gnd
 jpg/paris_defense_000000.jpg        6,412 images, also in folders as the archives have them: 6,322
                                     of imlist, 70 of qimlist, 20 damaged ones that are in neither
 """,
-    read=read_rparis6k,
 )

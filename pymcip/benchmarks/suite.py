@@ -17,6 +17,7 @@ from pymcip.benchmarks.contract import (
     SuiteOptions,
 )
 from pymcip.benchmarks.embedder import CachedEmbedder
+from pymcip.data import ImageData
 from pymcip.embedding import EmbeddingCache
 from pymcip.errors import DataError
 
@@ -36,17 +37,20 @@ class Found:
         return self.data.notes + (self.voters.notes if self.voters else ())
 
     @property
+    def sets(self) -> list[ImageData]:
+        """The images that are evaluated: separate queries and voters included."""
+        queries = [self.data.queries] if isinstance(self.data, QuerySet) else []
+        return [self.data.images, *queries, *([self.voters.images] if self.voters else [])]
+
+    @property
     def images(self) -> int:
-        """Number of images that are evaluated: separate queries and voters included."""
-        queries = len(self.data.queries) if isinstance(self.data, QuerySet) else 0
-        return len(self.data.images) + queries + (len(self.voters.images) if self.voters else 0)
+        """Number of these images."""
+        return sum(map(len, self.sets))
 
     @property
     def files(self) -> list[Path]:
-        """The files that hold these images."""
-        data = [self.data.images, *([self.voters.images] if self.voters else [])]
-        data += [self.data.queries] if isinstance(self.data, QuerySet) else []
-        return [path for images in data for path in images.files()]
+        """The files that hold them."""
+        return [path for images in self.sets for path in images.files()]
 
     @property
     def voters(self) -> Labelled | None:
@@ -132,7 +136,7 @@ def find_suite(
 def measure_suite(
     found: Sequence[Found], cache: EmbeddingCache, options: SuiteOptions
 ) -> SuiteScores:
-    """Measure one model; a benchmark whose images can't all be decoded fails alone."""
+    """Measure one model; one benchmark whose images can't all be decoded does not stop the others."""
     embed = CachedEmbedder(cache)
     result = SuiteScores()
     for item in found:

@@ -33,7 +33,6 @@ import numpy as np
 from pymcip.benchmarks.contract import (
     AbsentError,
     Captioned,
-    Int64,
     Labelled,
     SuiteOptions,
     check_counts,
@@ -42,6 +41,7 @@ from pymcip.benchmarks.readers import read_text
 from pymcip.data import ImageData, load_images
 from pymcip.data.sources import some
 from pymcip.errors import DataError
+from pymcip.metrics.inputs import Int64
 
 CLASS_NAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
@@ -111,14 +111,17 @@ def read_labelled(
     labels = _classes(data, title, number)
     classes = len(np.unique(labels))
     notes = check_counts(title, {"images": len(data), "classes": classes}, expected, options)
+    candidates = None
     if class_ids is not None:
         labels = np.asarray(class_ids, np.int64)[labels]
+        if len(set(class_ids)) < len(names):
+            candidates = tuple(sorted(set(class_ids)))
     return Labelled(
         images=data,
         labels=labels,
         names=tuple(names),
         templates=_templates(folder, title) if templates is None else tuple(templates),
-        candidates=_candidates(class_ids, len(names)),
+        candidates=candidates,
         notes=partial + notes,
     )
 
@@ -167,12 +170,12 @@ def read_captioned(
 def _load(
     folder: Path, split: str, title: str, options: SuiteOptions
 ) -> tuple[ImageData, tuple[str, ...]]:
-    """Index a split's shards once they are seen to be all there; notes if they are not."""
+    """Index a split's shards; notes if `allow_partial` lets some of them be missing."""
     place = folder / split
     if not place.is_dir():
         there = [path.parent.name for path in sorted(folder.glob(f"*/{NUMBER_OF_SHARDS}"))]
         raise AbsentError(
-            f"{title}: there is no split {split!r} in {folder}"
+            f"there is no split {split!r} in {folder}"
             + (f", only {some(there)}" if there else "")
             + f"; needed: {place}/{{{NUMBER_OF_SHARDS},0.tar,…}}"
         )
@@ -268,9 +271,3 @@ def _classes(data: ImageData, title: str, number: int) -> Int64:
             "another data set"
         )
     return np.array([int(text) for text in data.class_names], np.int64)[data.labels]
-
-
-def _candidates(class_ids: Sequence[int] | None, number: int) -> tuple[int, ...] | None:
-    if class_ids is None or len(set(class_ids)) == number:
-        return None
-    return tuple(sorted(set(class_ids)))

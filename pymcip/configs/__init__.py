@@ -1,14 +1,6 @@
 """The options of every stage, one frozen dataclass each; the command line is made from them."""
 
-from pymcip.configs.options import (
-    Config,
-    Source,
-    Sources,
-    Workers,
-    option,
-    read_options,
-    required,
-)
+from pymcip.configs.options import Config, Source, Sources, Workers, option, read_options, required
 from pymcip.configs.search import IndexConfig, SearchConfig, ServeConfig
 from pymcip.configs.stages import (
     CheckConfig,

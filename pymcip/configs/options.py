@@ -38,7 +38,7 @@ BOUNDS = {
 def option(default: Any, help: str, **bounds: float) -> Any:
     """A dataclass field with the one-line help that docs and command line show, and its bounds.
 
-    Bounds are those of `BOUNDS`, for numbers and each of several; None and words are left alone.
+    Bounds are those of `BOUNDS`, for numbers and each of several; None and strings are not checked.
     """
     assert bounds.keys() <= BOUNDS.keys(), bounds
     metadata = {"help": help, **bounds}
@@ -153,7 +153,7 @@ class DataOptions(Config):
 def read_options(path: Path, name: str) -> dict[str, Any]:
     """Read a file of options, such as a run's config.json; `name` is what to call it in errors.
 
-    It is YAML if its name ends so (.yaml, .yml), else JSON.
+    It is YAML if its name ends in .yaml or .yml, else JSON.
 
     Raises:
         ConfigError: it can't be read, or holds no options.

@@ -19,7 +19,7 @@ def recipe_names() -> list[str]:
 def read_recipe(name: str) -> dict[str, Any]:
     """Read a recipe: "about", "source", "date", "settings" and "not reproduced" (by name, why).
 
-    What a recipe "extends" is another whose settings and reasons it starts from.
+    A recipe may name another one as "extends", whose settings and reasons it starts from.
 
     Raises:
         ConfigError: there is no recipe of this name.

@@ -45,12 +45,12 @@ class SearchConfig(Config):
 
     index: Source = required("folder that pymcip index has written")
     text: tuple[str, ...] = option((), "what to look for; several texts are one query")
-    image: tuple[Source, ...] = option((), "pictures to look for the like of")
+    image: tuple[Source, ...] = option((), "pictures to find similar images to")
     weight: float = option(
         0.5, "of pictures beside texts, where both are given: 0 to 1", at_least=0, at_most=1
     )
-    without: tuple[str, ...] = option((), "texts to go away from")
-    without_image: tuple[Source, ...] = option((), "pictures to go away from")
+    without: tuple[str, ...] = option((), "texts that results should not be like")
+    without_image: tuple[Source, ...] = option((), "pictures that results should not be like")
     k: int = option(12, "results, at most", at_least=1)
     label: tuple[str, ...] = option((), "only images of these labels")
     strength: float | None = option(
@@ -84,7 +84,7 @@ class ServeConfig(Config):
     host: str = option("127.0.0.1", "address to listen on; beyond this machine it takes a token")
     port: int = option(8000, "port to listen on; 0: a free one", at_least=0, at_most=65_535)
     token: str | None = option(
-        None, "what every request must bring; default: none on this machine, else a random one"
+        None, "what every request must carry; default: none on this machine, else a random one"
     )
     device: str | None = option(None, "cpu, cuda, cuda:1, …; default: a GPU if there is one")
 

@@ -221,7 +221,7 @@ class RunsConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig(Config):
-    """Options of `pymcip demo`, the whole way on a small world of pictures."""
+    """Options of `pymcip demo`: all stages on a small world of pictures."""
 
     out: Source = option(Path("runs/demo"), "folder to write: report.md, report.json, pictures")
     seeds: int = option(1, "how many seeds to run and average over", at_least=1)

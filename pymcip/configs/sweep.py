@@ -18,7 +18,15 @@ TextMetric = Literal[
 ]  # fmt: skip
 
 
-FIXED = ("model", "pretrained", "out", "seed", "resume", "overwrite")  # of the runs of a sweep
+FIXED = (
+    "model",
+    "pretrained",
+    "out",
+    "seed",
+    "first_stage",
+    "resume",
+    "overwrite",
+)  # of the runs of a sweep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +81,7 @@ class SweepConfig(Config):
             problems.append("nothing is swept; give set=, such as {'method': ['gpr', 'mcip']}")
         for name, values in self.axes.items():
             if name in FIXED:
-                problems.append(f"{name} can't be swept: all runs of a sweep share it")
+                problems.append(f"{name} can't be swept: the sweep sets it, the same for all runs")
                 continue
             for value in values:
                 # of a method and with weights that allow it; `study_points` checks the runs themselves
@@ -107,7 +115,7 @@ def with_both_weights(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _values(given: Any) -> list[Any]:
-    """Take apart a text of values with commas between them; numbers among them become numbers."""
+    """Split a text of values at its commas; numbers among them become numbers."""
     if not isinstance(given, str):
         return list(given) if isinstance(given, (list, tuple)) else [given]
     return [_value(word) for word in given.split(",") if word]

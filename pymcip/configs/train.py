@@ -5,15 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from pymcip.configs.options import (
-    WORKERS,
-    DataOptions,
-    Source,
-    Sources,
-    Workers,
-    option,
-    required,
-)
+from pymcip.configs.options import WORKERS, DataOptions, Source, Sources, Workers, option, required
 from pymcip.configs.recipes import read_recipe
 from pymcip.configs.stages import ModelOptions
 
@@ -21,6 +13,12 @@ Method = Literal["appended", "gpr", "2sft", "mcip", "mcip+rea", "rea", "mcip+"]
 Auto = Literal["auto"]  # chosen when the model and the data are known: `training.settings`
 BUDGET = 0.02  # alignment_budget of mcip+, where no other is given
 APPENDED_DIMS = 64  # of the method appended, likewise
+# Of a two-stage method: the one that trains its first stage alone.
+FIRST_STAGE: dict[str, Method] = {"2sft": "gpr", "mcip+rea": "mcip"}
+OF_IMAGES = """margin scale lr lr_classes epochs batch_size warmup train_size unlock_layers freeze_bn_stats
+    class_init class_balanced continuation aug_cfg appended_dims grad_clip_classes train_resize patch_dropout"""
+OF_CAPTION_LOSS = """lambda_class lambda_caption caption_scale caption_margin positives negatives loss_delta
+    repel caption_mean"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +38,9 @@ class TrainConfig(ModelOptions, DataOptions):
         "pseudo-captions": "threshold k caption_table caption_noise mine_model mine_pretrained",
         "alignment": """alignment_budget probe_data probe_captions probe_class_names distill
             distill_temperature distill_captions distill_data mixtures""",
-        "re-alignment": """rea_data rea_k rea_class_names rea_templates rea_epochs rea_batch_size rea_lr
-            rea_warmup rea_unlock_layers rea_logit_scale""",
-        "machine and run folder": """device precision grad_checkpointing seed cache loss_chunk save_steps
+        "re-alignment": """first_stage rea_data rea_k rea_class_names rea_templates rea_epochs rea_batch_size
+            rea_lr rea_warmup rea_unlock_layers rea_logit_scale""",
+        "machine and run folder": """device sharding precision grad_checkpointing seed cache loss_chunk save_steps
             log_steps overwrite report_to""",
     }
 
@@ -106,6 +104,11 @@ class TrainConfig(ModelOptions, DataOptions):
     )
     accum_freq: int = option(1, "micro-batches per optimizer step", at_least=1)
     grad_checkpointing: bool = option(False, "recompute activations to save memory")
+    sharding: Literal["none", "full"] = option(
+        "none",
+        "what each process of torchrun holds of the tower in training: none: all of it; full: a part of its "
+        "weights, gradients and moments (FSDP2)",
+    )
     workers: Workers = option("auto", WORKERS, at_least=0)
     seed: int = option(0, "seed of everything random", at_least=0)
     aug_cfg: dict[str, Any] = option(
@@ -125,7 +128,7 @@ class TrainConfig(ModelOptions, DataOptions):
         "keeps twice train_size: faster for large ones; pixels differ a little",
     )
 
-    # What of the image tower is trained
+    # Which parts of the image tower are trained
     projector: Literal["keep", "lock", "discard"] = option(
         "keep", "image projector: keep (train it), lock, or discard (gpr, 2sft: drop it)"
     )
@@ -216,10 +219,10 @@ class TrainConfig(ModelOptions, DataOptions):
     )
     probe_data: Sources | None = option(
         None,
-        "its images, not trained on, best with captions or labels; default: of training images",
+        "images of the probe, not trained on, best with captions or labels; default: made of training images",
     )
     probe_captions: Sources | None = option(
-        None, "its captions; default: those of `probe_data`, or a sample of `captions`"
+        None, "captions of the probe; default: those of `probe_data`, or a sample of `captions`"
     )
     probe_class_names: Source | None = option(
         None, "TSV label<TAB>name: the probe asks for these names instead of captions"
@@ -237,6 +240,10 @@ class TrainConfig(ModelOptions, DataOptions):
     )
 
     # Re-alignment, the text stage
+    first_stage: Source | None = option(
+        None,
+        "2sft, mcip+rea: finished run of gpr, mcip with these options, to train no first stage again",
+    )
     rea_data: Sources | None = option(
         None, "image-caption pairs for re-alignment; default: train_data with its pseudo-captions"
     )
@@ -315,105 +322,108 @@ class TrainConfig(ModelOptions, DataOptions):
         """Whether pseudo-captions are mined."""
         return self.uses_captions_for_images or (self.realigns and self.rea_data is None)
 
+    @property
+    def unused(self) -> set[str]:
+        """Options that change nothing in a run of this method."""
+        mined, realigned = self.GROUPS["pseudo-captions"], self.GROUPS["re-alignment"]
+        with_captions = self.needs_captions or self.compares_with_captions
+        used = {
+            OF_IMAGES: self.trains_images,
+            OF_CAPTION_LOSS: self.uses_captions_for_images,
+            mined: self.needs_captions,
+            realigned: self.realigns,
+            "captions": with_captions or self.budget is not None,
+        }
+        return {name for names, is_used in used.items() if not is_used for name in names.split()}
+
     def problems(self) -> list[str]:
-        problems = super().problems()
-        if self.needs_captions and self.captions is None:
-            pairs = (
-                "" if self.uses_captions_for_images else "; or rea_data= with image-caption pairs"
-            )
-            problems.append(
-                f"method={self.method!r} needs captions=: a text file, TSV, parquet or tar shards{pairs}"
-            )
-        if self.projector == "discard" and self.method not in ("appended", "gpr", "2sft"):
-            problems.append(
-                f"projector='discard' is not allowed with method={self.method!r}, whose captions "
-                "live in the joint space; allowed: keep, lock; or method gpr or 2sft"
-            )
         sources = self.train_data if isinstance(self.train_data, tuple) else (self.train_data,)
-        if not sources:
-            problems.append("train_data is empty; give at least one source")
-        if self.train_weights is not None and len(self.train_weights) != len(sources):
-            problems.append(
-                f"train_weights has {len(self.train_weights)} values for {len(sources)} sources "
-                "of train_data; give one per source"
-            )
+        weights = self.train_weights
+        pairs = "" if self.uses_captions_for_images else "; or rea_data= with image-caption pairs"
+        found = {
+            "first_stage= is for 2sft and mcip+rea without alignment_budget; leave it out to train both "
+            "stages in this run": (
+                self.first_stage is not None
+                and (self.method not in FIRST_STAGE or self.budget is not None)
+            ),
+            f"method={self.method!r} needs captions=: a text file, TSV, parquet or tar shards{pairs}": (
+                self.needs_captions and self.captions is None
+            ),
+            f"projector='discard' is not allowed with method={self.method!r}, whose captions live in the "
+            "joint space; allowed: keep, lock; or method gpr or 2sft": (
+                self.projector == "discard" and self.method not in ("appended", "gpr", "2sft")
+            ),
+            "train_data is empty; give at least one source": not sources,
+            f"train_weights has {len(weights or ())} values for {len(sources)} sources of train_data; give "
+            "one per source": weights is not None and len(weights) != len(sources),
+            "rea_class_names are those of train_data, and rea_data takes its place; give one of them": (
+                self.rea_class_names is not None and self.rea_data is not None
+            ),
+            f"repel={self.repel} is a term of the softmax in which an image's captions compete; give "
+            "positives='compete' too": self.repel > 0 and self.positives != "compete",
+            "lambda_class and lambda_caption are both 0; nothing would be trained": (
+                self.uses_captions_for_images and self.lambda_class + self.lambda_caption == 0
+            ),
+        }
         if self.caption_table is not None:
-            own = {name: getattr(self, name) for name in ("threshold", "k", "mine_model")}
-            problems += [
-                f"caption_table was mined with {name} of its own; leave {name}={value!r} out"
-                for name, value in own.items()
-                if value != type(self).__dataclass_fields__[name].default
-            ]
-        if self.rea_class_names is not None and self.rea_data is not None:
-            problems.append(
-                "rea_class_names are those of train_data, and rea_data takes its place; give one of them"
-            )
-        problems += self._appended_problems()
-        problems += self._budget_problems()
-        problems += self._distillation_problems()
-        if self.repel > 0 and self.positives != "compete":
-            problems.append(
-                f"repel={self.repel} is a term of the softmax in which an image's captions compete; "
-                "give positives='compete' too"
-            )
-        if self.uses_captions_for_images and self.lambda_class + self.lambda_caption == 0:
-            problems.append("lambda_class and lambda_caption are both 0; nothing would be trained")
-        return problems
-
-    def _distillation_problems(self) -> list[str]:
-        problems = []
-        if self.distill > 0 and self.trains_images:
-            if self.captions is None and not self.needs_captions:
-                problems.append("distill needs captions=: distributions over them are what is kept")
-            if self.projector == "discard":
-                problems.append(
-                    "distill and projector='discard' exclude each other: without the projector there "
-                    "is no joint space to keep; allowed: keep, lock"
+            for name in ("threshold", "k", "mine_model"):
+                value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+                problem = (
+                    f"caption_table was mined with {name} of its own; leave {name}={value!r} out"
                 )
-        if self.distill == 0 and (self.distill_data is not None or self.mixtures > 0):
-            problems.append(
-                "distill_data and mixtures are for distillation; give distill too, such as 1"
-            )
-        return problems
+                found[problem] = value != default
+        found |= self._appended_problems() | self._budget_problems() | self._distillation_problems()
+        return super().problems() + [problem for problem, wrong in found.items() if wrong]
 
-    def _appended_problems(self) -> list[str]:
-        problems = []
-        if self.method == "appended" and self.appended_dims == 0:
-            problems.append("method='appended' needs appended_dims of 1 or more; 0 is method='gpr'")
-        if not self.extra_dims:
-            return problems
-        if self.realigns and (self.method == "rea" or self.budget is None):
-            problems.append(
-                f"appended_dims leaves the text side as it was, and method={self.method!r} trains it; "
-                "allowed: appended, mcip, mcip+"
-                + ("" if self.method == "rea" else ", or this method with alignment_budget=")
-            )
-        if self.projector == "discard":
-            problems.append(
-                "appended_dims is not allowed with projector='discard'; allowed: keep, lock"
-            )
-        return problems
+    def _appended_problems(self) -> dict[str, bool]:
+        alone = self.method == "rea"
+        more = "" if alone else ", or this method with alignment_budget="
+        return {
+            "method='appended' needs appended_dims of 1 or more; 0 is method='gpr'": (
+                self.method == "appended" and self.appended_dims == 0
+            ),
+            f"appended_dims leaves the text side as it was, and method={self.method!r} trains it; allowed: "
+            f"appended, mcip, mcip+{more}": (
+                self.extra_dims > 0 and self.realigns and (alone or self.budget is None)
+            ),
+            "appended_dims is not allowed with projector='discard'; allowed: keep, lock": (
+                self.extra_dims > 0 and self.projector == "discard"
+            ),
+        }
 
-    def _budget_problems(self) -> list[str]:
+    def _budget_problems(self) -> dict[str, bool]:
         probe = ("probe_data", "probe_captions", "probe_class_names")
         given = [name for name in probe if getattr(self, name) is not None]
-        problems = []
-        if "probe_captions" in given and "probe_class_names" in given:
-            problems.append("probe_captions and probe_class_names exclude each other; give one")
+        problems = {
+            "probe_captions and probe_class_names exclude each other; give one": (
+                {"probe_captions", "probe_class_names"} <= set(given)
+            )
+        }
         if self.budget is None:
-            problems += [f"{name} is for a budget; give alignment_budget too" for name in given]
-            return problems
-        if self.projector == "discard":
-            problems.append(
-                "alignment_budget is not allowed with projector='discard', which gives up the joint "
-                "space; allowed: keep, lock"
-            )
-        if self.captions is None and not self.needs_captions and not given:
-            problems.append(
-                f"alignment_budget={self.budget} is measured with texts; give captions=, probe_captions= "
-                "or probe_class_names=, or probe_data= with captions"
-            )
-        return problems
+            needless = [f"{name} is for a budget; give alignment_budget too" for name in given]
+            return problems | dict.fromkeys(needless, True)
+        return {
+            **problems,
+            "alignment_budget is not allowed with projector='discard', which gives up the joint space; "
+            "allowed: keep, lock": self.projector == "discard",
+            f"alignment_budget={self.budget} is measured with texts; give captions=, probe_captions= or "
+            "probe_class_names=, or probe_data= with captions": (
+                self.captions is None and not self.needs_captions and not given
+            ),
+        }
+
+    def _distillation_problems(self) -> dict[str, bool]:
+        distilled = self.distill > 0 and self.trains_images
+        return {
+            "distill needs captions=: distributions over them are what is kept": (
+                distilled and self.captions is None and not self.needs_captions
+            ),
+            "distill and projector='discard' exclude each other: without the projector there is no joint "
+            "space to keep; allowed: keep, lock": distilled and self.projector == "discard",
+            "distill_data and mixtures are for distillation; give distill too, such as 1": (
+                self.distill == 0 and (self.distill_data is not None or self.mixtures > 0)
+            ),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

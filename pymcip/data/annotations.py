@@ -1,14 +1,14 @@
-"""Files that describe images or hold captions: one reader that recognises what lies there.
+"""Files that describe images or hold captions: one reader that recognises their layout.
 
-`docs/data.md` lists the formats. What a file was taken for is said in the log; what can't be sure is
-refused, with its first suspicious line.
+`docs/data.md` lists the formats. The log says what a file was read as. A layout that can't be recognised
+for sure is refused, with the first suspicious line.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -21,17 +21,25 @@ from pymcip.data.column_names import (
     FILE_COLUMNS,
     LABEL_COLUMNS,
     caption_columns,
+    columns_of,
     first_of,
     key_of,
     keys_of,
 )  # fmt: skip
-from pymcip.data.columns import TEXTS, parquet_columns, read_parquet, text_lists, texts
+from pymcip.data.columns import TEXTS, grouped, parquet_columns, read_parquet, text_lists, texts
 from pymcip.data.compact import Labels, Names
 from pymcip.data.json_annotations import read_json
 from pymcip.data.labels import label_of
 from pymcip.data.parquet_images import class_names_of, image_column
 from pymcip.data.sources import some, suffix
-from pymcip.data.tables import Table, first_lines, read_delimited, read_lines, split_line
+from pymcip.data.tables import (
+    Annotations,
+    Table,
+    first_lines,
+    read_delimited,
+    read_lines,
+    split_line,
+)
 from pymcip.data.tally import LeftOut
 from pymcip.errors import DataError
 
@@ -52,33 +60,6 @@ _log = logging.getLogger("pymcip.data")
 
 
 @dataclass
-class Annotations:
-    """What a file says about images, row by row.
-
-    Attributes:
-        path: the file.
-        kind: what it was taken for, in words.
-        captions: large_list<large_string> [N]: the captions of each row.
-        files: the image of each row, "" where a row has none; or None: no row has one.
-        labels: the class of each row.
-        where: says where a row is in the file.
-        left_out: rows that are no rows.
-        names: of all columns, of a table.
-        content: the column that holds the images themselves; None: there is none.
-    """
-
-    path: Path
-    kind: str
-    captions: pa.ChunkedArray
-    files: Names | None
-    labels: Labels
-    where: Callable[[int], str]
-    left_out: list[LeftOut] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
-    content: str | None = None
-
-
-@dataclass
 class _Layout:
     """How a text file is to be read: as a table, or None as lines."""
 
@@ -89,7 +70,7 @@ class _Layout:
 
 
 _CELLS = {"url": _URL_CELL, "image": _IMAGE_CELL, "number": _NUMBER_CELL}
-_FEW = 3  # rows by which it can't be said whether all have the same number of cells
+_FEW = 3  # rows, too few to tell whether all have the same number of cells
 
 
 def read_annotations(path: Path, *, images: bool = False) -> Annotations:
@@ -101,19 +82,11 @@ def read_annotations(path: Path, *, images: bool = False) -> Annotations:
             of captions (caption before title before text).
 
     Raises:
-        DataError: the file can't be read, or what it is can't be said for sure.
+        DataError: the file can't be read, or its layout can't be recognised for sure.
     """
     kind = suffix(path)
     if kind in (".json", ".jsonl"):
-        found = read_json(path)
-        result = Annotations(
-            path,
-            found.kind,
-            pa.chunked_array([pa.array(found.captions, TEXTS)]),
-            None if found.files is None else Names(name or "" for name in found.files),
-            Labels(found.labels or [None] * len(found.captions)),
-            lambda row: found.where[row],
-        )
+        result = read_json(path)
     elif kind == ".parquet":
         result = _parquet(path, images)
     else:
@@ -126,9 +99,7 @@ def read_annotations(path: Path, *, images: bool = False) -> Annotations:
 def _parquet(path: Path, images: bool) -> Annotations:
     content: str | None = None
     if images:
-        columns = parquet_columns(path)
-        known = dict(reversed(list(zip(keys_of(columns), columns, strict=True))))
-        content = image_column(path, [known[name] for name in FILE_COLUMNS if name in known])
+        content = image_column(path, columns_of(parquet_columns(path), FILE_COLUMNS))
 
     def choose(names: Sequence[str]) -> list[str]:
         return _wanted(path, [name for name in names if name != content], images)
@@ -235,9 +206,8 @@ def _text(path: Path, layout: _Layout, images: bool) -> Annotations:
         names = layout.header or split_line(first_lines(path, 1)[0], layout.delimiter)
         if not ("Expected" in str(error) and _files_and_captions(names)):
             raise
-        # CLIP_benchmark's lists and Flickr30k's results.csv: the caption is all behind the image.
-        table = _repaired(path, layout.delimiter, names)
-        _check_files(table, names)
+        # CLIP_benchmark's lists and Flickr30k's results.csv: the caption is all that follows the image.
+        table = _repaired(path, layout.delimiter, names, with_header=not layout.header)
     result = _from_table(table, images)
     result.kind = f"{layout.kind} ({result.kind})" if layout.kind else result.kind
     if images and result.files is not None:
@@ -251,41 +221,30 @@ def _files_and_captions(names: Sequence[str]) -> bool:
     return first is not None and bool(last) and len(names) in (2, 3)
 
 
-def _repaired(path: Path, delimiter: str, names: list[str]) -> Table:
+def _repaired(path: Path, delimiter: str, names: list[str], *, with_header: bool) -> Table:
     """Read a table of images and captions whose captions hold the delimiter."""
+    header = [names[0], names[-1]]
+    if with_header:  # as the first line reads where it is split once, like the others
+        header = [cell.strip() for cell in first_lines(path, 1)[0].split(delimiter, 1)]
     table = read_delimited(
-        path, delimiter, lambda _: [names[0], names[-1]], [names[0], names[-1]], how="rest"
+        path, delimiter, list, header, how="rest", cells={header[0]: _IMAGE_CELL}
     )
-    skipped = key_of(table.columns[names[0]][0].as_py()) == key_of(
-        names[0]
-    )  # the header is a row here
-    files, captions = (table.columns[name].to_pylist() for name in (names[0], names[-1]))
+    files, captions = table.columns.values()
     if len(names) == 3:
-        for row, text in enumerate(captions):
+        texts = captions.to_pylist()
+        for row, text in enumerate(texts):
             number, bar, caption = text.partition(delimiter)
-            lost = _LOST_BAR.fullmatch(text.strip())
+            lost = _LOST_BAR.fullmatch(text)
             if bar and _NUMBER_CELL.fullmatch(number.strip()):
-                captions[row] = caption.strip()
+                texts[row] = caption.strip()
             elif lost:
-                captions[row] = lost[2]
-            elif not (skipped and row == 0):
+                texts[row] = lost[2]
+            else:
                 raise DataError(f"{path}, {table.where(row)}: no number between image and caption")
-    if skipped:
-        files, captions, table.lines = files[1:], captions[1:], table.lines[1:]
-    table.columns = {
-        names[0]: pa.chunked_array([pa.array(files, pa.large_string())]),
-        names[-1]: pa.chunked_array([pa.array(captions, pa.large_string())]),
-    }
+        captions = pa.chunked_array([pa.array(texts, pa.large_string())])
+    table.names = [names[0], names[-1]]
+    table.columns = dict(zip(table.names, (files, captions), strict=True))
     return table
-
-
-def _check_files(table: Table, names: Sequence[str]) -> None:
-    for row, name in enumerate(table.columns[names[0]].to_pylist()):
-        if not _IMAGE_CELL.fullmatch(name or ""):
-            raise DataError(
-                f"{table.path}, {table.where(row)}: {name!r:.60} is no image's name, as in the other "
-                "rows; put cells that hold the delimiter into quotes"
-            )
 
 
 def _recognise(path: Path, kind: str) -> _Layout:
@@ -371,7 +330,7 @@ def _kind_of_cells(cells: Sequence[str]) -> str:
 
 
 def _refuse_suspicious(path: Path, head: Sequence[str]) -> None:
-    """Refuse text whose lines are more than captions, or none."""
+    """Refuse text whose lines are not captions, or hold more than captions."""
     for what, pattern in (
         ("begins with an image's name", _STARTS_WITH_IMAGE),
         ("is a web address", _URL_CELL),
@@ -388,18 +347,11 @@ def _refuse_suspicious(path: Path, head: Sequence[str]) -> None:
 
 def _lines(path: Path, kind: str) -> Annotations:
     """Read a caption per line."""
-    pieces = [pa.array(lines, pa.large_string()) for lines in read_lines(path)]
-    ones = [pa.array(np.arange(len(piece) + 1), pa.int64()) for piece in pieces]
     lists = [
-        pa.LargeListArray.from_arrays(offsets, piece)
-        for offsets, piece in zip(ones, pieces, strict=True)
+        grouped(np.ones(len(lines), np.int64), pa.array(lines, pa.large_string()))
+        for lines in read_lines(path)
     ]
-    rows = sum(map(len, pieces))
+    captions = pa.chunked_array(lists, TEXTS)
     return Annotations(
-        path,
-        kind,
-        pa.chunked_array(lists, TEXTS),
-        None,
-        Labels([None] * rows),
-        lambda row: f"line {row + 1}",
+        path, kind, captions, None, Labels([None] * len(captions)), lambda row: f"line {row + 1}"
     )

@@ -25,7 +25,7 @@ from pymcip.progress import progress
 SUFFIXES = (*TABLES, ".tar")
 _JSON = (".json", ".jsonl")
 _LINES_AT_A_TIME = 100_000
-# What stands beside captions in a folder and is none, by the names of the files.
+# Files that are no captions, though they lie in a folder of captions, by their names.
 _DOCUMENTS = re.compile(
     r"(read.?me|licen[cs]e|copying|notice|changelog|changes|authors|citation|contributing|sources"
     r"|requirements|nshards|dataset_type|classnames|zeroshot_classification_templates)([-_. ].*)?",
@@ -91,7 +91,7 @@ def load_captions(sources: Sources | list[Source]) -> Captions:
     A source is a file, a pattern (`{000000..000078}.tar`, `*.tsv`) or a folder of such files:
 
     - text, TSV, CSV, parquet or JSON; `docs/data.md` says which layouts are recognised and how. The
-      log says what each file was taken for;
+      log says what each file was read as;
     - tar shards with `txt` members, a caption per line (else the json's caption). In a folder, a shard
       that has a parquet file of the same name beside it (img2dataset's output) is not opened: the
       parquet file holds its captions, those of images that could not be downloaded included.
@@ -200,10 +200,10 @@ def sample_captions(path: Path, handle: io.BufferedReader, sample: shards.Sample
 
 
 def caption_lines(text: str, whole: object = None) -> list[str]:
-    """Take a txt beside an image apart: a caption per line, as CLIP_benchmark writes them.
+    """Split a txt beside an image: a caption per line, as CLIP_benchmark writes them.
 
-    A line break within a caption is spelt as a backslash and n there. img2dataset writes one caption,
-    whose lines are not apart: it stands in the json too (`whole`).
+    A line break within a caption is written as a backslash and n there. img2dataset writes one caption,
+    which may have several lines: it is in the json too (`whole`).
     """
     if isinstance(whole, str) and whole.strip() == text.strip():
         return [text.strip()] if text.strip() else []

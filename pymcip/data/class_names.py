@@ -16,6 +16,8 @@ from pymcip.data.sources import some
 from pymcip.data.tables import read_lines
 from pymcip.errors import DataError
 
+_COLUMNS = ("label", "name", "description")
+
 
 @dataclass(frozen=True)
 class ClassNames:
@@ -54,7 +56,7 @@ def read_class_names(path: str | os.PathLike[str]) -> ClassNames:
         for number, line in enumerate(lines, start=1)
         if line.strip()
     ]
-    columns = ["label", "name", "description"]
+    columns = list(_COLUMNS)
     if table and {"label", "name"} <= {cell.lower() for cell in table[0][1]}:
         columns = [cell.lower() for cell in table.pop(0)[1]]
     elif table:
@@ -62,15 +64,14 @@ def read_class_names(path: str | os.PathLike[str]) -> ClassNames:
     if not table:
         raise DataError(f"class_names: {path} has no rows; needed: label<TAB>name in each")
     problems: list[str] = []
-    seen: dict[str, int] = {}
-    wanted = [name for name in ("label", "name", "description") if name in columns]
-    found: dict[str, list[str]] = {name: [] for name in wanted}
     if "name" not in columns:
         problems.append(f"line {table[0][0]} has one column; needed: label<TAB>name")
-    for number, cells in table if not problems else []:
-        row = dict(zip(columns, cells, strict=False))
-        if row.get("label"):
-            row["label"] = class_name(row["label"])
+        table = []
+    wanted = [name for name in _COLUMNS if name in columns]
+    rows = [(number, dict(zip(columns, cells, strict=False))) for number, cells in table]
+    seen: dict[str, int] = {}
+    for number, row in rows:
+        row["label"] = class_name(row.get("label", ""))
         empty = [name for name in wanted if not row.get(name)]
         if empty:
             problems.append(f"line {number}: no {' and no '.join(empty)}")
@@ -78,16 +79,11 @@ def read_class_names(path: str | os.PathLike[str]) -> ClassNames:
             problems.append(
                 f"line {number}: label {row['label']!r} stands in line {seen[row['label']]} already"
             )
-        for name in wanted:
-            found[name].append(row.get(name, ""))
-        seen.setdefault(row.get("label", ""), number)
+        seen.setdefault(row["label"], number)
     if problems:
         raise DataError(f"class_names: {path} can't be used: {some(problems)}")
-    return ClassNames(
-        labels=tuple(found["label"]),
-        names=tuple(found["name"]),
-        descriptions=tuple(found["description"]) if "description" in found else None,
-    )
+    found = {name: tuple(row[name] for _, row in rows) for name in wanted}
+    return ClassNames(found["label"], found["name"], found.get("description"))
 
 
 def name_texts(data: ImageData, class_names: ClassNames) -> ClassTexts:

@@ -79,10 +79,15 @@ def keys_of(names: Sequence[str]) -> list[str]:
     return keys
 
 
-def first_of(names: Sequence[str], known: Sequence[str]) -> str | None:
-    """The column with the first of the known keys that is there; the leftmost of several."""
+def columns_of(names: Sequence[str], known: Sequence[str]) -> list[str]:
+    """The columns that have one of the known keys, in the order of the keys; the leftmost of each."""
     columns = dict(reversed(list(zip(keys_of(names), names, strict=True))))
-    return next((columns[key] for key in known if key in columns), None)
+    return [columns[key] for key in known if key in columns]
+
+
+def first_of(names: Sequence[str], known: Sequence[str]) -> str | None:
+    """The first of these columns, if there is one."""
+    return next(iter(columns_of(names, known)), None)
 
 
 def caption_columns(names: Sequence[str], *, every: bool) -> list[str]:

@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet
 
 from pymcip.data.labels import plain
-from pymcip.data.tables import Choose, Table, check_once
+from pymcip.data.tables import Choose, Table
 from pymcip.errors import DataError
 
 _ROWS = 8192  # lists at a time
 TEXTS = pa.large_list(pa.large_string())
+_STRINGS = ("string", "large_string", "string_view")
 _TEXT_FIELDS = ("raw", "caption", "sentence", "text", "path")  # of a struct that stands for a text
 
 
@@ -27,11 +29,10 @@ def read_parquet(path: Path, choose: Choose) -> Table:
     """Read the wanted columns of a parquet file.
 
     Raises:
-        DataError: it is no parquet file, or a wanted name is there twice.
+        DataError: it is no parquet file.
     """
     names = parquet_columns(path)
     wanted = list(choose(names))
-    check_once(path, names, wanted)
     with reading_parquet(path):
         table = pyarrow.parquet.read_table(path, columns=wanted)
         table.validate()
@@ -91,9 +92,22 @@ def text_lists(table: Table, name: str) -> pa.ChunkedArray:
     missing one is an empty list.
 
     Raises:
-        DataError: the column is of another type, or a row is not UTF-8.
+        DataError: a cell is of another type, or not UTF-8.
     """
-    pieces = [_lists(table, name, piece) for piece in table.columns[name].chunks]
+    pieces: list[pa.Array] = []
+    for piece in table.columns[name].chunks:
+        if pa.types.is_dictionary(piece.type):
+            piece = piece.dictionary_decode()
+        flat = _flat(piece)
+        if flat is not None:
+            counts = pa.compute.is_valid(flat).to_numpy(zero_copy_only=False)
+            pieces.append(grouped(counts.astype(np.int64), flat.drop_null()))
+            continue
+        if str(piece.type) in _STRINGS:
+            piece = piece.cast(pa.large_binary())  # to find what is not UTF-8
+        first = sum(map(len, pieces))
+        cells = enumerate(piece.to_pylist(), start=first)
+        pieces.append(pa.array([_cell_texts(table, name, *cell) for cell in cells], TEXTS))
     return pa.chunked_array(pieces, TEXTS)
 
 
@@ -113,95 +127,46 @@ def texts(table: Table, name: str) -> Iterator[str]:
         yield piece[0].strip() if piece else ""
 
 
-def _lists(table: Table, name: str, piece: pa.Array) -> pa.Array:
-    kind = piece.type
-    if pa.types.is_dictionary(kind):
-        return _lists(table, name, piece.dictionary_decode())
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        return _flattened(table, name, piece)
-    flat = _flat(table, name, piece)
-    counts = pa.compute.is_valid(flat).to_numpy(zero_copy_only=False)
-    return _grouped(counts.astype(np.int64), flat.drop_null())
-
-
-def _flattened(table: Table, name: str, piece: pa.Array) -> pa.Array:
-    """Join lists (of texts, of structs, of lists) into a list of texts per row."""
-    outer = pa.compute.fill_null(pa.compute.list_value_length(piece), 0)
-    inner = _lists(table, name, piece.flatten())
-    sizes = pa.compute.list_value_length(inner).to_numpy(zero_copy_only=False)
-    ends = np.concatenate([[0], np.cumsum(sizes)])
-    stops = np.cumsum(outer.to_numpy(zero_copy_only=False).astype(np.int64))
-    starts = np.concatenate([[0], stops])[:-1].astype(np.int64)
-    return _grouped(ends[stops] - ends[starts] if len(stops) else stops, inner.flatten())
-
-
-def _grouped(counts: Any, values: pa.Array) -> pa.Array:
+def grouped(counts: npt.NDArray[np.int64], values: pa.Array) -> pa.Array:
+    """Make lists of texts of the values, of which list i has the next counts[i]."""
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    return pa.LargeListArray.from_arrays(
-        pa.array(offsets, pa.int64()), values.cast(pa.large_string())
-    )
+    return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), values)
 
 
-def _flat(table: Table, name: str, piece: pa.Array) -> pa.Array:
-    """Take a column of one value per row as large_string, null where there is none."""
+def _flat(piece: pa.Array) -> pa.Array | None:
+    """Cast texts, whole numbers and truth values to large_string at once; None where that fails."""
     kind = piece.type
-    if pa.types.is_struct(kind):
-        field_name = next((each for each in _TEXT_FIELDS if kind.get_field_index(each) >= 0), None)
-        if field_name is not None:
-            inner = pa.compute.struct_field(piece, field_name)
-            return _flat(table, name, inner)
-    if pa.types.is_floating(kind):
-        return pa.array(
-            [_whole(table, name, row, value) for row, value in enumerate(piece.to_pylist())],
-            pa.large_string(),
-        )
-    text = (
-        pa.types.is_string(kind)
-        or pa.types.is_large_string(kind)
-        or str(kind) == "string_view"
-        or pa.types.is_binary(kind)
-        or pa.types.is_large_binary(kind)
-    )
-    if not (
-        text or pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind)
-    ):
-        raise DataError(
-            f"{table.path}: column {name} holds {kind}; needed: a text per row, a list of texts, or a "
-            "number"
-        )
+    whole = pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind)
+    if not (whole or str(kind) in _STRINGS):
+        return None
     try:
         values = piece.cast(pa.large_string())
         values.validate(full=True)
     except pa.ArrowInvalid:
-        raise _not_utf8(table, name, piece) from None
+        return None
     return values
 
 
-def _whole(table: Table, name: str, row: int, value: float | None) -> str | None:
-    if value is None or math.isnan(value):
-        return None
-    if not float(value).is_integer():
-        raise DataError(
-            f"{table.path}: column {name} holds {value!r} ({table.where(row)} or later); needed: a text "
-            "or a whole number"
-        )
-    return str(int(value))
-
-
-def _not_utf8(table: Table, name: str, piece: pa.Array) -> DataError:
-    """Find the first row whose bytes are no text."""
-    for row, value in enumerate(piece.cast(pa.large_binary())):
-        content = value.as_py()
+def _cell_texts(table: Table, name: str, row: int, cell: Any) -> list[str]:
+    """Take a cell of any type as texts."""
+    if isinstance(cell, dict):
+        cell = next((cell[field] for field in _TEXT_FIELDS if field in cell), cell)
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+        return []
+    if isinstance(cell, list):
+        return [text for each in cell for text in _cell_texts(table, name, row, each)]
+    if isinstance(cell, (str, int)):
+        return [str(cell)]
+    if isinstance(cell, float) and cell.is_integer():
+        return [str(int(cell))]
+    where = f"{table.path}, {table.where(row)}: column {name}"
+    if isinstance(cell, bytes):
         try:
-            (content or b"").decode()
+            return [cell.decode()]
         except UnicodeDecodeError as error:
-            before = 0
-            for other in table.columns[name].chunks:
-                if other.equals(piece):
-                    break
-                before += len(other)
-            return DataError(
-                f"{table.path}, {table.where(before + row)}: column {name} is not UTF-8 text "
-                f"({error.reason}): {plain(content[:60].decode('utf-8', 'backslashreplace'))}"
-            )
-    return DataError(f"{table.path}: column {name} is not UTF-8 text")
+            shown = plain(cell[:60].decode("utf-8", "backslashreplace"))
+            raise DataError(f"{where} is not UTF-8 text ({error.reason}): {shown}") from error
+    shown = repr(cell) if isinstance(cell, float) else table.columns[name].type
+    raise DataError(
+        f"{where} holds {shown}; needed: a text per row, a list of texts, or a whole number"
+    )

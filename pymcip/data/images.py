@@ -32,7 +32,7 @@ class ImageData:
         class_names: C texts, the label as the source spells it (folder name, table cell, cls).
         class_sources: int64 [C], the source each class belongs to.
         crops: float32 [N, 4], the box each image is cut to (see `cropped`), or None.
-        left_out: what the sources hold beside these images and could be one, and why it is none.
+        left_out: what else in the sources could have been an image, and why it is not among these.
         least_side: see `reduced`; None: images are read at their full size.
     """
 

@@ -6,31 +6,23 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
+from pymcip.data.column_names import FILE_COLUMNS, LABEL_COLUMNS
+from pymcip.data.columns import TEXTS
+from pymcip.data.compact import Labels, Names
 from pymcip.data.labels import label_of
 from pymcip.data.sources import some, suffix
-from pymcip.data.tables import open_text, read_lines
+from pymcip.data.tables import Annotations, open_text, read_lines
 from pymcip.errors import DataError
 
-_FILES = ("filepath", "file_path", "file_name", "filename", "image_path", "path", "image", "img")
-_LABELS = ("label", "cls", "class", "class_name")
 _CAPTIONS = ("caption", "captions", "title", "text", "sentences", "raw")
+_Rows = list[tuple[str, dict[str, Any]]]  # where each is, and an object under the usual names
 
 _log = logging.getLogger("pymcip.data")
-
-
-@dataclass
-class Described:
-    """Rows of a JSON file: captions, image and label of each, and where each is."""
-
-    kind: str
-    captions: list[list[str]] = field(default_factory=list)
-    files: list[str | None] | None = None
-    labels: list[str | None] = field(default_factory=list)
-    where: list[str] = field(default_factory=list)
 
 
 def parse(text: str | bytes, where: object) -> Any:
@@ -61,21 +53,16 @@ def first_text(value: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
     return None
 
 
-def read_json(path: Path) -> Described:
+def read_json(path: Path) -> Annotations:
     """Read a JSON file (one document) or JSON lines, and say what it is.
 
     Raises:
         DataError: it is no JSON, or none of the layouts that are known.
     """
     if suffix(path) == ".jsonl":
-        rows = []
-        number = 0
-        for lines in read_lines(path):
-            for line in lines:
-                number += 1
-                if line.strip():
-                    rows.append((f"line {number}", parse(line, f"{path}, line {number}")))
-        return _objects(path, "JSON lines", rows)
+        lines = enumerate((line for block in read_lines(path) for line in block), start=1)
+        values = [(f"line {i}", parse(x, f"{path}, line {i}")) for i, x in lines if x.strip()]
+        return _annotations(path, "JSON lines", _checked(path, values))
     try:
         with open_text(path) as stream:
             content = stream.read()
@@ -83,23 +70,50 @@ def read_json(path: Path) -> Described:
         raise DataError(f"{path} can't be read: {error}") from error
     value = parse(content, path)
     if isinstance(value, list):
+        kind = "JSON, a list of objects, as BLIP's"
         if value and all(isinstance(each, str) for each in value):
-            rows = [(f"[{i}]", {"caption": text}) for i, text in enumerate(value)]
-            return _objects(path, "JSON, a list of captions", rows)
-        rows = [(f"[{i}]", each) for i, each in enumerate(value)]
-        return _objects(path, "JSON, a list of objects, as BLIP's", rows)
+            kind, value = "JSON, a list of captions", [{"caption": text} for text in value]
+        values = [(f"[{i}]", each) for i, each in enumerate(value)]
+        return _annotations(path, kind, _checked(path, values))
     if isinstance(value, dict) and isinstance(value.get("images"), list):
         if isinstance(value.get("annotations"), list):
-            return _coco(path, value)
-        return _karpathy(path, value["images"])
-    if (
+            return _annotations(path, "COCO's captions", _coco(path, value))
+        return _annotations(path, "Karpathy's captions", _karpathy(path, value["images"]))
+    if not (
         isinstance(value, dict)
         and value
-        and all(isinstance(v, (str, list)) for v in value.values())
+        and all(isinstance(each, (str, list)) for each in value.values())
     ):
-        rows = [(repr(name), {"image": name, "caption": each}) for name, each in value.items()]
-        return _objects(path, "JSON, captions by image", rows)
-    raise _unknown(path, value)
+        raise _unknown(path, value)
+    values = [(repr(name), {"image": name, "caption": each}) for name, each in value.items()]
+    return _annotations(path, "JSON, captions by image", _checked(path, values))
+
+
+def _annotations(path: Path, kind: str, rows: _Rows) -> Annotations:
+    """Take image, label and captions of each row."""
+    captions = [captions_of(value, f"{path}, {where}") for where, value in rows]
+    files = [first_text(value, FILE_COLUMNS) or "" for _, value in rows]
+    places = [where for where, _ in rows]
+    return Annotations(
+        path,
+        kind,
+        pa.chunked_array([pa.array(captions, TEXTS)]),
+        Names(files) if any(files) else None,
+        Labels(label_of(first_text(value, LABEL_COLUMNS)) for _, value in rows),
+        places.__getitem__,
+    )
+
+
+def _checked(path: Path, values: list[tuple[str, Any]]) -> _Rows:
+    """Check that each value is an object with a caption or an image."""
+    for where, value in values:
+        if not isinstance(value, dict):
+            raise DataError(f"{path}, {where}: {value!r:.60} is no object with image and caption")
+        if first_text(value, FILE_COLUMNS) is None and not captions_of(value, f"{path}, {where}"):
+            raise DataError(
+                f"{path}, {where}: there is neither a caption nor an image, only {some(map(repr, value))}"
+            )
+    return values
 
 
 def _unknown(path: Path, value: Any) -> DataError:
@@ -125,68 +139,28 @@ def _texts(value: Any, where: str) -> list[str]:
     raise DataError(f"{where} is {value!r:.60}; needed: a text or a list of texts")
 
 
-def _objects(path: Path, kind: str, rows: list[tuple[str, Any]]) -> Described:
-    """Read a row per object, with image, label and captions under the usual names."""
-    found = Described(kind)
-    files: list[str | None] = []
-    for where, value in rows:
-        if not isinstance(value, dict):
-            raise DataError(f"{path}, {where}: {value!r:.60} is no object with image and caption")
-        captions = captions_of(value, f"{path}, {where}")
-        file = first_text(value, _FILES)
-        if not captions and file is None:
-            raise DataError(
-                f"{path}, {where}: there is neither a caption nor an image, only {some(map(repr, value))}"
-            )
-        _add(found, files, where, file, first_text(value, _LABELS), captions)
-    if any(files):
-        found.files = files
-    return found
-
-
-def _add(
-    found: Described,
-    files: list[str | None],
-    where: str,
-    file: str | None,
-    label: str | None,
-    captions: list[str],
-) -> None:
-    files.append(file)
-    found.where.append(where)
-    found.labels.append(label_of(label))
-    found.captions.append(captions)
-
-
-def _coco(path: Path, value: Mapping[str, Any]) -> Described:
-    found = Described("COCO's captions")
-    names: dict[Any, str | None] = {}
-    texts: dict[Any, list[str]] = {}
+def _coco(path: Path, value: Mapping[str, Any]) -> _Rows:
+    rows: dict[Any, dict[str, Any]] = {}
     for where, image in _numbered(path, "images", value["images"]):
         number = image.get("id")
-        if not isinstance(number, (int, str)) or number in names:
+        if not isinstance(number, (int, str)) or number in rows:
             raise DataError(f"{path}, {where}: id {number!r} is no number, or there twice")
-        names[number], texts[number] = first_text(image, _FILES), []
+        rows[number] = {"image": first_text(image, FILE_COLUMNS), "captions": []}
     for where, each in _numbered(path, "annotations", value["annotations"]):
         number = each.get("image_id")
-        if not isinstance(number, (int, str)) or number not in texts:
+        if not isinstance(number, (int, str)) or number not in rows:
             raise DataError(f"{path}, {where}: image_id {number!r} is the id of no image")
         if "caption" not in each:
             raise DataError(
                 f"{path}, {where} has no caption: it is a file of COCO's for another task; give "
                 "captions_….json"
             )
-        texts[number] += _texts(each["caption"], f"{path}, {where}")
-    files: list[str | None] = []
-    for number, name in names.items():
-        _add(found, files, f"image {number}", name, None, texts[number])
-    found.files = files if any(files) else None
-    return found
+        rows[number]["captions"] += _texts(each["caption"], f"{path}, {where}")
+    return [(f"image {number}", row) for number, row in rows.items()]
 
 
-def _karpathy(path: Path, images: list[Any]) -> Described:
-    found = Described("Karpathy's captions")
-    files: list[str | None] = []
+def _karpathy(path: Path, images: list[Any]) -> _Rows:
+    rows: _Rows = []
     splits: Counter[str] = Counter()
     for where, image in _numbered(path, "images", images):
         if "sentences" not in image:
@@ -195,13 +169,12 @@ def _karpathy(path: Path, images: list[Any]) -> Described:
         name = image.get("filename")
         if isinstance(name, str) and isinstance(image.get("filepath"), str):
             name = f"{image['filepath']}/{name}"
-        captions = _texts(image["sentences"], f"{path}, {where}")
-        _add(found, files, where, name if isinstance(name, str) else None, None, captions)
-    found.files = files if any(files) else None
+        name = name if isinstance(name, str) else None
+        rows.append((where, {"image": name, "sentences": image["sentences"]}))
     if len(splits) > 1:
         counts = ", ".join(f"{split} {count}" for split, count in splits.items())
         _log.warning("%s: the images of all splits are taken: %s", path, counts)
-    return found
+    return rows
 
 
 def _numbered(path: Path, name: str, rows: list[Any]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable
 
 from pymcip.data.sources import some
 
-# Folders that systems and tools put beside a user's files; names with a dot before them are too.
+# Folders that systems and tools put beside a user's files; so are names that begin with a dot.
 _IGNORED_FOLDERS = {
     "@eadir", "@recently-snapshot", "@recycle", "@tmp", "#recycle", "#snapshot", "$recycle.bin",
     "__macosx", "__pycache__", "lost+found", "system volume information",
@@ -16,7 +16,7 @@ _IGNORED_FOLDERS = {
 _IGNORED_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
 _TRAINING = re.compile(r"(train|training)([-_]?\d+)?")
 _TESTING = re.compile(r"(val|valid|validation|test|testing|dev|eval|holdout)([-_]?\d+|[-_]dev)?")
-_MISSING = {"", "nan", "NaN", "<NA>", "NaT"}  # as pandas and NumPy write a value that is not there
+_MISSING = {"", "nan", "NaN", "<NA>", "NaT"}  # as pandas and NumPy write a missing value
 _SHARD = re.compile(r"\d{5,}")
 
 

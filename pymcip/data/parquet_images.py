@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet
 
-from pymcip.contents import digest_of, digest_of_files
 from pymcip.data.columns import lists_in, reading_parquet
+from pymcip.data.stores import PackedStore
 from pymcip.errors import DecodeError
 from pymcip.progress import progress
 
 BYTES, PATH = "bytes", "path"  # fields of a struct of an image
-MOST_KEPT = 4  # row groups
 
 
 def image_column(path: Path, names: Sequence[str]) -> str | None:
@@ -71,7 +68,7 @@ def _is_text(content: bytes) -> bool:
     return b"\0" not in content[:64]
 
 
-class ParquetStore:
+class ParquetStore(PackedStore[pa.ChunkedArray]):
     """Images in the column of parquet files, whose row groups are read when they are needed.
 
     Args:
@@ -80,12 +77,15 @@ class ParquetStore:
         titles: the captions of each image, large_list<large_string> [N], or None.
     """
 
-    _digest = ""  # of all files, once it is known
+    MOST_OPEN = 4  # row groups
 
-    def __init__(self, paths: list[Path], columns: list[str], titles: pa.Array | None) -> None:
-        self._paths, self._columns, self._titles = paths, columns, titles
+    def __init__(
+        self, paths: list[Path], columns: list[str], titles: pa.ChunkedArray | None
+    ) -> None:
+        super().__init__(paths, titles)
+        self._columns = columns
         places: list[tuple[int, int, int]] = []  # file, row group, rows
-        sizes: list[Any] = []
+        sizes: list[Any] = [np.empty(0, np.int64)]
         names: list[str] = []
         for number, (path, column) in enumerate(
             progress(list(zip(paths, columns, strict=True)), description="indexing", unit="file")
@@ -100,62 +100,32 @@ class ParquetStore:
                     names += _names(values, len(names))
         counts = [rows for _, _, rows in places]
         self._groups = np.repeat(np.arange(len(places)), counts)
-        self._offsets: npt.NDArray[np.int64] = np.concatenate(
-            [np.empty(0, np.int64), *(np.arange(rows, dtype=np.int64) for rows in counts)]
-        )
-        self._places = places
-        self._sizes = np.concatenate([np.empty(0, np.int64), *sizes])
-        self._names = names
-        self._kept: dict[int, pa.ChunkedArray] = {}
-        self._lock = threading.Lock()
+        self._first_rows = np.cumsum([0, *counts])  # of each row group
+        self._places, self._names = places, names
+        self._sizes = np.concatenate(sizes)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": {}, "_lock": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._lock = threading.Lock()
+    def _opened(self, number: int) -> pa.ChunkedArray:
+        file, group, _ = self._places[number]
+        path, column = self._paths[file], self._columns[file]
+        with reading_parquet(path):
+            table = pyarrow.parquet.ParquetFile(path).read_row_group(group, columns=[column])
+        return _contents(table[column])
 
     def key(self, row: int) -> str:
         number = self._places[self._groups[row]][0]
         return f"{self._paths[number]}/{self._names[row]}"
 
-    def titles(self, row: int) -> tuple[str, ...]:
-        return () if self._titles is None else tuple(self._titles[row].as_py())
-
-    def size(self, row: int) -> int:
-        return int(self._sizes[row])
-
     def read(self, row: int) -> bytes:
-        content: bytes | None = self._group(int(self._groups[row]))[int(self._offsets[row])].as_py()
+        group = int(self._groups[row])
+        content: bytes | None = self._part(group)[row - int(self._first_rows[group])].as_py()
         if content is None:
             raise DecodeError(f"{self.key(row)}: the row has no image")
         return content
 
-    def digest(self, row: int) -> bytes:
-        return digest_of(self.read(row))
-
-    def files(self) -> list[Path]:
-        return self._paths
-
     def fingerprint(self) -> list[Any]:
-        self._digest = self._digest or digest_of_files(self._paths)
+        names, digest = self.content()
         titles = None if self._titles is None else lists_in(self._titles)
-        return ["parquet", [path.name for path in self._paths], titles, self._digest]
-
-    def _group(self, place: int) -> pa.ChunkedArray:
-        with self._lock:
-            if place not in self._kept:
-                number, group, _ = self._places[place]
-                path, column = self._paths[number], self._columns[number]
-                with reading_parquet(path):
-                    table = pyarrow.parquet.ParquetFile(path).read_row_group(
-                        group, columns=[column]
-                    )
-                if len(self._kept) >= MOST_KEPT:
-                    self._kept.pop(next(iter(self._kept)))
-                self._kept[place] = _contents(table[column])
-            return self._kept[place]
+        return ["parquet", names, titles, digest]
 
 
 def _names(values: pa.ChunkedArray, first: int) -> list[str]:

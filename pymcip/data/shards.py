@@ -48,8 +48,8 @@ def split_name(name: str) -> tuple[str, str] | None:
 def read_index(shard: Path, tally: Tally | None = None) -> Iterator[tuple[str, Sample]]:
     """Yield (key, sample) for each key of a shard, in the order of their first members.
 
-    Folders are passed over; links, hidden files and `__…__` members are left out. Archives that were
-    written one behind the other are read as one. If all members of a key have several dots in
+    Folders are skipped; links, hidden files and `__…__` members are left out. Archives that were
+    concatenated are read as one. If all members of a key have several dots in
     their names (IMG_2023.01.02.jpg, .cls), the key ends at the last dot.
 
     Args:
@@ -104,7 +104,7 @@ def image_of(sample: Sample) -> Member | None:
 
 
 def _members(shard: Path) -> Iterator[tarfile.TarInfo]:
-    """Yield the members of all archives that a file holds, one behind the other."""
+    """Yield the members of all archives that a file holds, one after the other."""
     with shard.open("rb") as handle:
         start: int | None = 0
         while start is not None:

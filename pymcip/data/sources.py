@@ -1,4 +1,4 @@
-"""From a source (a path, a pattern, a folder) to the files that it means.
+"""The files that a source (a path, a pattern, a folder) names.
 
 Nothing here knows about images or captions: `images` and `captions` build on it.
 """
@@ -37,7 +37,7 @@ def some(names: Iterable[object], count: int | None = None) -> str:
 
 
 def suffix(path: Path) -> str:
-    """The lower-case extension of a file; `.gz` and the like are left off."""
+    """The lower-case extension of a file; `.gz` and other compressions are left off."""
     suffixes = [part.lower() for part in path.suffixes[-2:]]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()

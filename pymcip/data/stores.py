@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import threading
+from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,17 +28,20 @@ from pymcip.errors import DataError, DecodeError
 from pymcip.progress import progress
 
 Int64: TypeAlias = npt.NDArray[np.int64]
+Opened = TypeVar("Opened")
 
 
-class Store(Protocol):
+class Store(ABC):
     """Where the images of one source lie; rows are counted from 0."""
 
+    _sizes: Int64  # bytes of each image file
+    _titles: pa.ChunkedArray | None  # lists of the captions that come with each
+
+    @abstractmethod
     def key(self, row: int) -> str:
         """Path of the image, or its shard's path and the member's name."""
 
-    def titles(self, row: int) -> tuple[str, ...]:
-        """Captions that come with the image; may be none."""
-
+    @abstractmethod
     def read(self, row: int) -> bytes:
         """The image file's bytes.
 
@@ -46,20 +50,73 @@ class Store(Protocol):
             DecodeError: it can't be opened or read (no permission, a damaged disk).
         """
 
-    def digest(self, row: int) -> bytes:
-        """The digest of the image file's bytes, as `fingerprint` has found it; else as `read`."""
-
-    def size(self, row: int) -> int:
-        """How many bytes the image file has."""
-
+    @abstractmethod
     def files(self) -> Iterable[Path]:
         """The files that hold the images."""
 
+    @abstractmethod
     def fingerprint(self) -> list[Any]:
         """What `json_pieces` takes, which changes whenever the images do; the first call reads the files."""
 
+    def titles(self, row: int) -> tuple[str, ...]:
+        """Captions that come with the image; may be none."""
+        return () if self._titles is None else tuple(self._titles[row].as_py())
 
-class FileStore:
+    def digest(self, row: int) -> bytes:
+        """The digest of the image file's bytes, as `fingerprint` has found it; else as `read`."""
+        return digest_of(self.read(row))
+
+    def size(self, row: int) -> int:
+        """How many bytes the image file has."""
+        return int(self._sizes[row])
+
+
+class PackedStore(Store, Generic[Opened]):
+    """Images inside larger files, of which a few parts are open at a time; may be sent to processes.
+
+    Args:
+        paths: the files.
+        titles: the captions of each image, large_list<large_string> [N], or None.
+    """
+
+    MOST_OPEN: int
+    _digest = ""  # of all files, once it is known
+
+    def __init__(self, paths: list[Path], titles: pa.ChunkedArray | None) -> None:
+        self._paths, self._titles = paths, titles
+        self._open: dict[int, Opened] = {}
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+    @abstractmethod
+    def _opened(self, number: int) -> Opened:
+        """Open a part."""
+
+    def _part(self, number: int) -> Opened:
+        """Give an open part; the one that has been open longest is given up where there are too many."""
+        with self._lock:
+            if number not in self._open:
+                if len(self._open) >= self.MOST_OPEN:
+                    self._open.pop(next(iter(self._open)))
+                self._open[number] = self._opened(number)
+            return self._open[number]
+
+    def files(self) -> list[Path]:
+        return self._paths
+
+    def content(self) -> tuple[list[str], str]:
+        """The names of the files and a digest of their bytes."""
+        self._digest = self._digest or digest_of_files(self._paths)
+        return [path.name for path in self._paths], self._digest
+
+
+class FileStore(Store):
     """Images as files below a folder.
 
     Args:
@@ -97,12 +154,6 @@ class FileStore:
     def key(self, row: int) -> str:
         return plain(self.path(row))
 
-    def titles(self, row: int) -> tuple[str, ...]:
-        return () if self._titles is None else tuple(self._titles[row].as_py())
-
-    def size(self, row: int) -> int:
-        return int(self._sizes[row])
-
     def read(self, row: int) -> bytes:
         try:
             return Path(self.path(row)).read_bytes()
@@ -114,7 +165,7 @@ class FileStore:
     def digest(self, row: int) -> bytes:
         if self._digests is not None and self._digests[row].any():
             return self._digests[row].tobytes()
-        return digest_of(self.read(row))
+        return super().digest(row)
 
     def files(self) -> Iterable[Path]:
         return map(Path, _Files(self))
@@ -177,7 +228,7 @@ class _Descriptor:
             os.close(self.number)
 
 
-class ShardStore:
+class ShardStore(PackedStore[_Descriptor]):
     """Images inside tar shards, read by offset; the shards stay as they are.
 
     Args:
@@ -189,7 +240,6 @@ class ShardStore:
     """
 
     MOST_OPEN = 64
-    _digest = ""  # of all shards, once it is known
 
     def __init__(
         self,
@@ -200,43 +250,22 @@ class ShardStore:
         sizes: Int64,
         titles: pa.ChunkedArray | None,
     ) -> None:
-        self._paths, self._ends = paths, ends
-        self._names, self._offsets, self._sizes, self._titles = names, offsets, sizes, titles
-        self._open: dict[int, _Descriptor] = {}
-        self._lock = threading.Lock()
+        super().__init__(paths, titles)
+        self._ends, self._names, self._offsets, self._sizes = ends, names, offsets, sizes
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}, "_lock": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._lock = threading.Lock()
-
-    def _descriptor(self, shard: int) -> _Descriptor:
-        with self._lock:
-            descriptor = self._open.get(shard)
-            if descriptor is None:
-                if len(self._open) >= self.MOST_OPEN:
-                    self._open.pop(next(iter(self._open)))
-                descriptor = self._open[shard] = _Descriptor(self._paths[shard])
-            return descriptor
-
-    def _shard(self, row: int) -> int:
-        return int(np.searchsorted(self._ends, row, side="right"))
+    def _opened(self, number: int) -> _Descriptor:
+        return _Descriptor(self._paths[number])
 
     def key(self, row: int) -> str:
         return f"{self._paths[self._shard(row)]}/{self._names[row]}"
 
-    def titles(self, row: int) -> tuple[str, ...]:
-        return () if self._titles is None else tuple(self._titles[row].as_py())
-
-    def size(self, row: int) -> int:
-        return int(self._sizes[row])
+    def _shard(self, row: int) -> int:
+        return int(np.searchsorted(self._ends, row, side="right"))
 
     def read(self, row: int) -> bytes:
         size, offset = int(self._sizes[row]), int(self._offsets[row])
         try:
-            content = os.pread(self._descriptor(self._shard(row)).number, size, offset)
+            content = os.pread(self._part(self._shard(row)).number, size, offset)
         except FileNotFoundError as error:
             raise DataError(f"{self.key(row)} can't be read any more: {error}") from error
         except OSError as error:
@@ -245,12 +274,5 @@ class ShardStore:
             raise DataError(f"{self.key(row)}: the shard has been cut short since it was indexed")
         return content
 
-    def digest(self, row: int) -> bytes:
-        return digest_of(self.read(row))
-
-    def files(self) -> list[Path]:
-        return self._paths
-
     def fingerprint(self) -> list[Any]:
-        self._digest = self._digest or digest_of_files(self._paths)
-        return ["shards", [path.name for path in self._paths], self._digest]
+        return ["shards", *self.content()]

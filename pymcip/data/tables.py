@@ -1,4 +1,4 @@
-"""Text as it lies on the disk: encodings, lines, delimiters and quoting; and what a table is.
+"""Text as it lies on the disk: encodings, lines, delimiters and quoting; what a table is, and what it says about images.
 
 What a table is about is for `annotations` to say; here are lines and cells, each with its place.
 """
@@ -17,6 +17,8 @@ from typing import Literal
 
 import pyarrow as pa
 
+from pymcip.data.compact import Labels, Names
+from pymcip.data.tally import LeftOut
 from pymcip.errors import DataError
 
 _BLOCK = 1 << 24  # bytes of text that are read together
@@ -52,6 +54,33 @@ class Table:
     def where(self, row: int) -> str:
         """Say where a row is in the file."""
         return f"line {self.lines[row]}" if self.lines else f"row {row + 1}"
+
+
+@dataclass
+class Annotations:
+    """What a file says about images, row by row.
+
+    Attributes:
+        path: the file.
+        kind: what it was taken for, in words.
+        captions: large_list<large_string> [N]: the captions of each row.
+        files: the image of each row, "" where a row has none; or None: no row has one.
+        labels: the class of each row.
+        where: says where a row is in the file.
+        left_out: rows that are no rows.
+        names: of all columns, of a table.
+        content: the column that holds the images themselves; None: there is none.
+    """
+
+    path: Path
+    kind: str
+    captions: pa.ChunkedArray
+    files: Names | None
+    labels: Labels
+    where: Callable[[int], str]
+    left_out: list[LeftOut] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    content: str | None = None
 
 
 # Lines
@@ -96,17 +125,12 @@ def read_lines(path: Path) -> Iterator[list[str]]:
                     )
                 if lines:
                     number += len(lines)
-                    yield [_bare(line) for line in lines]
+                    yield [line.removesuffix("\r").lstrip("\ufeff") for line in lines]
                 if not block:
                     return
                 block = stream.read(_BLOCK)
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{path} can't be read: {error}") from error
-
-
-def _bare(line: str) -> str:
-    line = line[:-1] if line.endswith("\r") else line
-    return line.lstrip("\ufeff") if line.startswith("\ufeff") else line
 
 
 def _encoding(path: Path, start: bytes) -> str:
@@ -163,14 +187,13 @@ def read_delimited(
         delimiter: between cells.
         choose: which of the columns' names are wanted.
         header: names of the columns; default: the first line has them.
-        how: "lines": there is no quoting. "rest": each line is a row, and its last cell all that is
-            behind the other ones' delimiters; in quotes or not.
+        how: "lines": there is no quoting. "rest": each line is a row, and its last cell the rest of
+            the line, in quotes or not.
         cells: of columns by name, what each of their cells must be.
 
     Raises:
         DataError: a line has another number of cells than the header or one that is not as it must
-            be, a wanted name is there twice, or it can't be said whether a cell of several lines is
-            one.
+            be, or it can't be said whether a cell of several lines is one.
     """
     checked = cells or {}
     if how == "any":
@@ -216,24 +239,25 @@ def _read_rows(
 ) -> Table:
     """Read a table; raises csv.Error if it is not quoted as it must be for "quoted"."""
     records = _records(path, delimiter, how, len(header))
-    chosen = list(choose(header)) if header else []
-    wanted = [header.index(name) for name in chosen]
-    table = Table(path, "", [], {})
-    pending: list[list[str]] = [[] for _ in wanted]
-    pieces: list[list[pa.Array]] = [[] for _ in wanted]
+    last = 0  # line that has been read
+    if not header:
+        last, header = next((record for record in records if any(record[1])), (0, []))
+    places = {name: header.index(name) for name in (choose(header) if header else ())}
     patterns = [(header.index(name), pattern) for name, pattern in checked.items()]
+    kind = _NAMES.get(delimiter, delimiter)
+    table = Table(path, f"{kind}, {'quoted' if how == 'quoted' else 'without quoting'}", header, {})
+    pending: dict[str, list[str]] = {name: [] for name in places}
+    pieces: dict[str, list[pa.Array]] = {name: [] for name in places}
+
+    def take_pending() -> None:
+        for name, column in pending.items():
+            pieces[name].append(pa.array(column, pa.large_string()))
+            column.clear()
+
     several = 0  # the first line of the first cell that has several
-    last = 0
     for number, cells in records:
         first, last = last + 1, number
         if not any(cells):
-            continue
-        if not header:
-            header = cells
-            chosen = list(choose(header))
-            check_once(path, header, chosen)
-            wanted = [header.index(name) for name in chosen]
-            pending, pieces = [[] for _ in wanted], [[] for _ in wanted]
             continue
         if len(cells) != len(header):
             raise _ragged(path, delimiter, first, len(cells), len(header))
@@ -244,33 +268,25 @@ def _read_rows(
         for place, pattern in patterns:
             if not pattern.fullmatch(cells[place]):
                 raise DataError(
-                    f"{path}, line {first}: {cells[place]!r:.60} is no {header[place]}, as in the lines "
-                    "before it; give the file a header, or put the line right"
+                    f"{path}, line {first}: {cells[place]!r:.60} is no {header[place]}, as in the other "
+                    "lines; correct it, put cells that hold the delimiter into quotes, or give the file a header"
                 )
         if number > first and not several:
             several = first
         table.lines.append(first)
-        for column, place in zip(pending, wanted, strict=True):
-            column.append(cells[place])
+        for name, place in places.items():
+            pending[name].append(cells[place])
         if len(table.lines) % _ROWS == 0:
-            for column, piece in zip(pending, pieces, strict=True):
-                piece.append(pa.array(column, pa.large_string()))
-                column.clear()
+            take_pending()
     if several and not _surely_quoted(path, delimiter, len(header)):
         raise DataError(
             f"{path}, line {several}: a quote opens a cell that closes on another line, and nothing "
             "else in the file is quoted; double the quotes and put all cells with quotes into "
             "quotes, or write it as parquet"
         )
-    for column, piece in zip(pending, pieces, strict=True):
-        piece.append(pa.array(column, pa.large_string()))
-    table.names = header
-    table.kind = (
-        f"{_NAMES.get(delimiter, delimiter)}, {'quoted' if how == 'quoted' else 'without quoting'}"
-    )
+    take_pending()
     table.columns = {
-        header[place]: pa.chunked_array(piece, pa.large_string())
-        for place, piece in zip(wanted, pieces, strict=True)
+        name: pa.chunked_array(parts, pa.large_string()) for name, parts in pieces.items()
     }
     return table
 
@@ -298,12 +314,3 @@ def _surely_quoted(path: Path, delimiter: str, width: int) -> bool:
             return True
         uneven |= bool(line.strip()) and line.count(delimiter) + 1 != width
     return uneven
-
-
-def check_once(path: Path, names: Sequence[str], wanted: Sequence[str]) -> None:
-    """Raise DataError if a wanted name is there several times."""
-    twice = [name for name in dict.fromkeys(wanted) if list(names).count(name) > 1]
-    if twice:
-        raise DataError(
-            f"{path} has {list(names).count(twice[0])} columns {twice[0]}; give each a name of its own"
-        )

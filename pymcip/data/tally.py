@@ -26,8 +26,8 @@ class Tally:
     Attributes:
         items: everything that could have been an image or a caption.
         others: how many files of other kinds are there, by extension.
-        remarks: what is odd about the source but loses nothing.
-        notes: what is usual, and worth a word.
+        remarks: what is unusual about the source, though nothing is left out.
+        notes: what is usual but worth mentioning.
     """
 
     items: list[LeftOut] = field(default_factory=list)

@@ -44,7 +44,7 @@ class Folder:
     def _walk(self, below: str, chain: tuple[str, ...], states: array[int]) -> None:
         """Add the images of a subfolder (a name with "/" at its end, or ""), then those in it.
 
-        `chain`: where the folders really are through which the walk came here.
+        `chain`: the real paths of the folders from the top down to this one.
         """
         folders = []
         try:

@@ -6,16 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pymcip.demo.scenes import (
-    COLOURS,
-    MAX_CLUTTER,
-    PATTERNS,
-    TINTS,
-    WEB,
-    Scenes,
-    SceneStyle,
-    compose,
-)
+from pymcip.demo.scenes import COLOURS, MAX_CLUTTER, PATTERNS, TINTS, Scenes, compose
 from pymcip.demo.sprites import Emoji
 
 _COLOUR_NAMES = tuple(COLOURS)
@@ -26,7 +17,7 @@ def _article(phrase: str) -> str:
 
 
 def _speak(one: Emoji, generator: np.random.Generator) -> str:
-    """An emoji's name as a caption would have it: rarely exact, often only its kind."""
+    """An emoji's name as a caption would use it: rarely exact, often only its kind."""
     draw = generator.random()
     if draw < 0.25:
         return one.name
@@ -34,15 +25,11 @@ def _speak(one: Emoji, generator: np.random.Generator) -> str:
 
 
 def describe(
-    scenes: Scenes,
-    row: int,
-    generator: np.random.Generator,
-    emoji: Sequence[Emoji],
-    detail: float = 1.0,
+    scenes: Scenes, row: int, generator: np.random.Generator, emoji: Sequence[Emoji]
 ) -> str:
-    """One caption of one scene; a higher `detail` mentions tint and background more often."""
+    """One caption of one scene."""
     phrase = _speak(emoji[scenes.main[row]], generator)
-    if scenes.tint[row] >= 0 and generator.random() < 0.5 * detail:
+    if scenes.tint[row] >= 0 and generator.random() < 0.5:
         phrase = f"{TINTS[scenes.tint[row]]}-tinted {phrase}"
     if generator.random() < 0.2:
         if scenes.size[row] < 39:
@@ -66,7 +53,7 @@ def describe(
             phrase += f" with {thing} on the {'right' if offset[0] > 0 else 'left'}"
         else:
             phrase += f" {'above' if offset[1] > 0 else 'below'} {thing}"
-    if generator.random() < 0.4 * detail:
+    if generator.random() < 0.4:
         colour = _COLOUR_NAMES[scenes.colour[row]]
         pattern = PATTERNS[scenes.pattern[row]]
         if pattern != "plain" and generator.random() < 0.4:
@@ -77,17 +64,15 @@ def describe(
     return phrase
 
 
-def describe_all(
-    scenes: Scenes, seed: int, emoji: Sequence[Emoji], detail: float = 1.0
-) -> list[str]:
+def describe_all(scenes: Scenes, seed: int, emoji: Sequence[Emoji]) -> list[str]:
     """One caption for each scene."""
     generator = np.random.default_rng([seed, 2])
-    return [describe(scenes, row, generator, emoji, detail) for row in range(len(scenes))]
+    return [describe(scenes, row, generator, emoji) for row in range(len(scenes))]
 
 
-def corpus(seed: int, count: int, emoji: Sequence[Emoji], style: SceneStyle = WEB) -> list[str]:
+def corpus(seed: int, count: int, emoji: Sequence[Emoji]) -> list[str]:
     """`count` captions of scenes that are never drawn: a text corpus aligned with no image."""
     generator = np.random.default_rng([seed, 3])
     everything = np.arange(len(emoji))
-    scenes = compose(generator, generator.integers(0, len(emoji), count), everything, style)
+    scenes = compose(generator, generator.integers(0, len(emoji), count), everything)
     return describe_all(scenes, seed + 1, emoji)

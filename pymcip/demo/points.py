@@ -1,37 +1,26 @@
 """The runs that the demo and `pymcip sweep` compare: their options, their folders, their metrics.
 
-A two-stage method starts from the finished run of its first stage, which is a method too; so `gpr`
-is trained once for itself and for `2sft`, and `mcip` for itself and for `mcip+rea`.
+`gpr` is trained once for itself and as the first stage of `2sft`, and so is `mcip` for `mcip+rea`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pymcip.configs import TrainConfig
+from pymcip.configs import SweepConfig, TrainConfig
 from pymcip.configs.sweep import with_both_weights
-from pymcip.errors import PymcipError
+from pymcip.configs.train import FIRST_STAGE
+from pymcip.errors import ConfigError, PymcipError
 from pymcip.evaluation import evaluate
 from pymcip.files import read_json, write_json
 from pymcip.training import train
 from pymcip.training.checkpoints import checkpoint_files
 
-FIRST_STAGE = {"2sft": "gpr", "mcip+rea": "mcip"}
-# Options that a method may not use; such a setting makes no other run of it.
-OF_IMAGES = {
-    "margin", "scale", "lr", "lr_classes", "epochs", "batch_size", "warmup", "train_size",
-    "unlock_layers", "freeze_bn_stats", "class_init", "class_balanced", "continuation", "aug_cfg",
-    "appended_dims", "grad_clip_classes", "train_resize", "patch_dropout",
-}  # fmt: skip
-OF_CAPTION_LOSS = {
-    "lambda_class", "lambda_caption", "caption_scale", "caption_margin", "positives", "negatives",
-    "loss_delta", "repel", "caption_mean",
-}  # fmt: skip
-OF_MINING = {"threshold", "k", "caption_table", "caption_noise", "mine_model", "mine_pretrained"}
 Changes = Mapping[str, Mapping[str, Any]]  # by method: options that it has in place of the base's
 NO_CHANGES: Changes = {}
 
@@ -43,7 +32,7 @@ class Point:
     settings: dict[str, Any]  # the compared options that it sets and uses
     config: TrainConfig  # the base with them
     run: str  # the name of its run, which points of the same config share
-    first: Point | None = None  # the point whose run a two-stage method starts from
+    first: Point | None = None  # whose run is the first stage of this one
 
 
 def label(settings: dict[str, Any], axes: int) -> str:
@@ -61,19 +50,11 @@ def make_point(base: TrainConfig, settings: dict[str, Any], changes: Changes = N
     """
     method = settings.get("method", base.method)
     own = replace(base, **{"method": method, **changes.get(method, {})})
-    unused: set[str] = set()
-    for names, used in (
-        (OF_IMAGES, own.trains_images),
-        (OF_CAPTION_LOSS, own.uses_captions_for_images),
-        (OF_MINING, own.needs_captions),
-        ({name for name in settings if name.startswith("rea_")}, own.realigns),
-    ):
-        unused |= set() if used else names
-    settings = {name: value for name, value in settings.items() if name not in unused}
-    first = None
-    if method in FIRST_STAGE:
-        first = make_point(base, {**settings, "method": FIRST_STAGE[method]}, changes)
+    settings = {name: value for name, value in settings.items() if name not in own.unused}
     config = replace(own, **with_both_weights(settings))
+    first = None
+    if method in FIRST_STAGE and config.budget is None:
+        first = make_point(base, {**settings, "method": FIRST_STAGE[method]}, changes)
     differing = [
         f"{name}={value}"
         for name, value in settings.items()
@@ -82,23 +63,41 @@ def make_point(base: TrainConfig, settings: dict[str, Any], changes: Changes = N
     return Point(settings, config, "_".join([method, *differing]), first)
 
 
-def second_stage(config: TrainConfig, model: str) -> TrainConfig:
-    """The second stage of a two-stage method as a run of its own, on top of `model`.
+def study_points(
+    config: SweepConfig, base: TrainConfig, changes: Changes = NO_CHANGES
+) -> list[Point]:
+    """The points of a sweep around `base`, in the order of the options and of their values.
 
-    Pseudo-captions are those of the first stage: mined by the model that it started from.
+    Options that a point's method doesn't use are left out of it. Points of equal runs are one: `gpr` is
+    trained once, whatever thresholds a product tries, and of options that are tried alone those that
+    have the base's value share a point, which has them all in its settings.
+
+    Raises:
+        ConfigError: a combination is not allowed, or a swept option is used by no method.
     """
-    miner = (config.mine_model, config.mine_pretrained)
-    if config.mine_model is None and config.caption_table is None:
-        miner = (config.model, config.pretrained)
-    return replace(
-        config,
-        method="rea",
-        model=model,
-        pretrained=None,
-        mine_model=miner[0],
-        mine_pretrained=miner[1],
-        projector="lock",  # rea leaves the image tower as it is; discard is none of its options
-    )
+    axes = config.axes
+    tried = [{name: value} for name, values in axes.items() for value in values]
+    if config.grid == "product":
+        products = itertools.product(*axes.values())
+        tried = [dict(zip(axes, values, strict=True)) for values in products]
+    points: dict[str, Point] = {}  # by what is trained
+    for settings in tried:
+        point = make_point(base, settings, changes)
+        if not point.settings:
+            continue
+        same = points.setdefault(str(point.config), point)
+        if config.grid == "axes":  # the base's own values, of several options, are one point
+            both = {**same.settings, **point.settings}
+            points[str(point.config)] = replace(same, settings=both)
+    methods = (config.grid == "product" and axes.get("method")) or (base.method,)
+    problems = [
+        f"{name} is swept, but method {', '.join(dict.fromkeys(methods))} doesn't use it"
+        for name in axes
+        if all(name not in point.settings for point in points.values())
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return list(points.values())
 
 
 def trained(point: Point, runs: Path, failed: dict[str, PymcipError]) -> Path:
@@ -111,11 +110,9 @@ def trained(point: Point, runs: Path, failed: dict[str, PymcipError]) -> Path:
     if not (out / "result.json").is_file():  # written last
         if point.run in failed:
             raise failed[point.run]
-        config = replace(point.config, out=out, resume="latest")
         try:
-            if point.first:
-                config = second_stage(config, str(trained(point.first, runs, failed)))
-            result = train(config)
+            first = trained(point.first, runs, failed) if point.first else None
+            result = train(replace(point.config, out=out, resume="latest", first_stage=first))
         except PymcipError as error:
             failed[point.run] = error
             raise

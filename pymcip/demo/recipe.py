@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,60 +17,18 @@ BASE = f"local-dir:{BASE_FOLDER}"
 class Recipe:
     """Sizes and hyper-parameters of a demo run; those of `train` have its names.
 
-    `train` is for every method, `rea` for re-alignment; over both, `appended` and `plus` (`mcip+`) are for
-    one method.
+    `train` is for every method, `rea` for re-alignment; `appended` and `plus` (`mcip+`) override both for one
+    method.
     """
 
-    world: WorldConfig = dataclasses.field(default_factory=WorldConfig)
-    train: dict[str, Any] = dataclasses.field(
-        default_factory=lambda: {
-            "epochs": 3,
-            "batch_size": 128,
-            "lr": 8e-4,
-            "wd": 0.02,
-            "lr_classes": 8e-3,
-            "warmup": 14,
-            "scale": 50.0,
-            "margin": 0.6,
-            "caption_scale": 16.0,
-            "lambda_class": 0.4,
-            "lambda_caption": 0.6,
-            "k": 10,
-            "threshold": 0.4,  # nearly every image has ten captions above it
-        }
-    )
-    rea: dict[str, Any] = dataclasses.field(
-        default_factory=lambda: {"rea_epochs": 4, "rea_lr": 1e-3, "rea_warmup": 20}
-    )
-    appended: dict[str, Any] = dataclasses.field(  # the defaults of `train`
-        default_factory=lambda: {
-            "epochs": "auto",
-            "batch_size": "auto",
-            "lr": "auto",
-            "lr_classes": "auto",
-            "warmup": "auto",
-            "scale": 30.0,
-            "margin": 0.3,
-            "freeze_bn_stats": True,
-            "holdout": 0.1,
-        }
-    )
-    plus: dict[str, Any] = dataclasses.field(
-        default_factory=lambda: {
-            "margin": 0.9,
-            "lambda_class": 0.52,
-            "lambda_caption": 0.48,
-            "k": 30,
-            "rea_k": 10,
-            "rea_epochs": 6,
-            "rea_lr": 2e-4,
-            "rea_warmup": 10,
-            "rea_templates": ("a picture of a {}",),
-        }
-    )
+    world: WorldConfig
+    train: dict[str, Any]
+    rea: dict[str, Any]
+    appended: dict[str, Any]
+    plus: dict[str, Any]
 
     def config(self, world: World, **options: Any) -> TrainConfig:
-        """The training of every method on a world's scenes, but for `changes`; `out` is empty."""
+        """The training of every method on a world's scenes, without `changes`; `out` is empty."""
         fixed: dict[str, Any] = {
             "model": BASE,
             "out": "",
@@ -88,6 +45,43 @@ class Recipe:
         return {"appended": self.appended, "mcip+": {**self.plus, **world.probing, **names}}
 
 
+DEMO = Recipe(
+    world=WorldConfig(),
+    train={
+        "epochs": 3,
+        "batch_size": 128,
+        "lr": 8e-4,
+        "wd": 0.02,
+        "lr_classes": 8e-3,
+        "warmup": 14,
+        "scale": 50.0,
+        "margin": 0.6,
+        "caption_scale": 16.0,
+        "lambda_class": 0.4,
+        "lambda_caption": 0.6,
+        "k": 10,
+        "threshold": 0.4,  # nearly every image has ten captions above it
+    },
+    rea={"rea_epochs": 4, "rea_lr": 1e-3, "rea_warmup": 20},
+    appended={  # the defaults of `train`
+        **dict.fromkeys(("epochs", "batch_size", "lr", "lr_classes", "warmup"), "auto"),
+        "scale": 30.0,
+        "margin": 0.3,
+        "freeze_bn_stats": True,
+        "holdout": 0.1,
+    },
+    plus={
+        "margin": 0.9,
+        "lambda_class": 0.52,
+        "lambda_caption": 0.48,
+        "k": 30,
+        "rea_k": 10,
+        "rea_epochs": 6,
+        "rea_lr": 2e-4,
+        "rea_warmup": 10,
+        "rea_templates": ("a picture of a {}",),
+    },
+)
 SMOKE = Recipe(
     world=WorldConfig(
         train_classes=8, train_images=4, test_classes=6, test_images=3, captions=200, shard_size=20

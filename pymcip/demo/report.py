@@ -107,7 +107,7 @@ def page_commands(folder: Path) -> str:
 
 
 def format_report(document: dict[str, Any], markdown: str, commands: str) -> str:
-    """report.md: the table, the pattern, and what was run, as told by report.json's document."""
+    """report.md: the table, the pattern, and what was run, from the values of report.json."""
     world = document["recipe"]["world"]
     count = len(document["seeds"])
     pattern = "".join(

@@ -15,7 +15,7 @@ from typing import Any
 
 from pymcip.configs import DemoConfig
 from pymcip.demo.points import make_point, measured, trained
-from pymcip.demo.recipe import BASE, BASE_FOLDER, SMOKE, Recipe
+from pymcip.demo.recipe import BASE, BASE_FOLDER, DEMO, SMOKE, Recipe
 from pymcip.demo.report import (
     METHODS,
     METRICS,
@@ -64,7 +64,7 @@ def run_demo(config: DemoConfig | None = None, /, **options: Any) -> DemoResult:
         OutputExistsError: `out` is not empty, and `overwrite` was not given.
     """
     config = DemoConfig.make(config, options)
-    recipe = SMOKE if config.smoke else Recipe()
+    recipe = SMOKE if config.smoke else DEMO
     started = time.perf_counter()
     load_sprites()  # before anything is written: it says what is not installed
     with output_folder(config) as out:

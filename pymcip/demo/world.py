@@ -9,8 +9,8 @@ Two levels of description, as on the web:
 The classes of the retrieval test are emoji that appear in no scene that fine-tuning sees, not even
 as clutter. Further emoji of the test's split, of things that are no test class, make the probe's
 scenes (`probe_classes`). Pretraining (`bench/studies/pretrain_demo.py`) composes other scenes, of
-all emoji, as a CLIP trained on the web has met most things under their names. No one trains on a
-test scene. Everything is a function of a seed.
+all emoji, as a CLIP trained on the web has seen most things with their names. No test scene is trained
+on. Everything is a function of a seed.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class WorldConfig:
 
 @dataclass(frozen=True)
 class World:
-    """The files in a world's folder, and the options that name them to `train` and `evaluate`.
+    """The files in a world's folder, and the options of `train` and `evaluate` that name them.
 
     Shards are tar files (png, cls, json; those of probe and test: txt too). `captions` is a text
     file with a caption in each line; names are `label<TAB>name` in each line. The probe holds
@@ -177,7 +177,7 @@ def _write_split(
     generator = np.random.default_rng([config.seed, key])
     labels = generator.permutation(np.sort(np.resize(np.arange(len(classes)), count)))
     scenes = compose(generator, classes[labels], clutter, config.style)
-    pixels = render(scenes, 2 * config.seed + key, sprites)
+    pixels = render(scenes, 2 * config.seed + key)
     captions = None
     if split != "train":  # whose captions are the corpus, aligned with no image
         captions = describe_all(scenes, 2 * config.seed + key, sprites.emoji)

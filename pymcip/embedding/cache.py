@@ -52,7 +52,8 @@ class EmbeddingCache:
             fingerprint_of_model=self._fingerprint("image"),
             shard=own_shard(),
         )
-        return self._complete(folder)
+        barrier()  # until the others' parts are there, if there are others
+        return folder
 
     def captions(self, captions: Captions) -> EmbeddingFolder:
         """Return the embeddings of `captions`; raises what `embed_captions` raises."""
@@ -65,11 +66,7 @@ class EmbeddingCache:
             fingerprint_of_model=self._fingerprint("text"),
             shard=own_shard(),
         )
-        return self._complete(folder)
-
-    def _complete(self, folder: EmbeddingFolder) -> EmbeddingFolder:
-        """Wait until the others' parts are there, if there are others."""
-        barrier()
+        barrier()  # until the others' parts are there, if there are others
         return folder
 
     def _folder(self, part: str, data: ImageData | Captions) -> Path:

@@ -54,8 +54,8 @@ class EmbeddingFolder:
 
     Our own parts are compared with their checksums when they are first read (digests of large ones
     are kept, see `pymcip.contents`). What another program wrote is checked then: rows that are not unit are
-    normalised in memory, with a warning, and a column `index` that does not number them is passed
-    over for their positions.
+    normalised in memory, with a warning, and if a column `index` does not number them, their
+    positions do.
 
     Raises:
         DataError: there are no embeddings in the folder.

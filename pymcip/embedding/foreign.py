@@ -35,7 +35,9 @@ def check_rows(files: Sequence[Path], parts: Sequence[npt.NDArray[Any]]) -> bool
     lowest, highest = np.inf, 0.0
     for file, part in zip(files, parts, strict=True):
         for start in range(0, len(part), _ROWS):
-            norms = _norms(part[start : start + _ROWS])
+            # A sum of squares of float16 or float32 never overflows float64.
+            block = part[start : start + _ROWS].astype(np.float64)
+            norms: npt.NDArray[np.float64] = np.linalg.norm(block, axis=1)
             wrong = ~np.isfinite(norms) | (norms == 0)
             if wrong.any():
                 row = start + int(wrong.argmax())
@@ -76,9 +78,3 @@ def normalised(files: Sequence[Path], parts: Sequence[npt.NDArray[Any]]) -> list
             unit[start : start + _ROWS] = block / np.linalg.norm(block, axis=1, keepdims=True)
         made.append(unit)
     return made
-
-
-def _norms(block: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """Norms float64 [n]; a sum of squares of float16 or float32 never overflows there."""
-    norms: npt.NDArray[np.float64] = np.linalg.norm(block.astype(np.float64), axis=1)
-    return norms

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pymcip.benchmarks.contract import Int64, Labelled
+from pymcip.benchmarks.contract import Labelled
 from pymcip.benchmarks.embedder import CachedEmbedder
 from pymcip.data import ImageData
+from pymcip.metrics.inputs import Int64
 from pymcip.ops import topk
 
 QUERIES, TEXTS, NEAREST = 12, 4, 5
@@ -43,7 +44,7 @@ class Examples:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Examples:
-        """Take them from `asdict`, which may have been JSON meanwhile."""
+        """Make them from what `asdict` returns, also after it was written as JSON."""
         pictures, texts = (
             [Ranking(**ranking) for ranking in values[name]] for name in ("pictures", "texts")
         )
@@ -51,7 +52,7 @@ class Examples:
 
 
 def drawn_queries(labels: Int64) -> Int64:
-    """Draw rows to search with, of as many classes as there are; their classes have other images too."""
+    """Draw query rows from as many classes as possible, each with two images or more."""
     order = np.random.default_rng(0).permutation(len(labels))
     alone = np.bincount(labels)[labels[order]] < 2
     order = order[~alone]

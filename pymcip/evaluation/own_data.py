@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pymcip.benchmarks import SuiteOptions, protocols
-from pymcip.benchmarks.contract import Captioned, Int64, Labelled
+from pymcip.benchmarks.contract import Captioned, Labelled
 from pymcip.benchmarks.embedder import CachedEmbedder
 from pymcip.configs import Workers
 from pymcip.data import ImageData
@@ -31,6 +31,7 @@ from pymcip.evaluation.examples import (
     drawn_queries,
 )
 from pymcip.metrics import KNN_TEMPERATURE, full_ranking_ap
+from pymcip.metrics.inputs import Int64
 from pymcip.model import ClipModel
 
 Duplicates: TypeAlias = Literal["join", "keep"]
@@ -132,7 +133,7 @@ def evaluate_model(
         Percentages by name, only those that the data allow.
 
     Raises:
-        DataError: no image can be decoded; class names or k-NN data don't go with the data.
+        DataError: no image can be decoded; class names or k-NN data don't match the data.
     """
     own = check_own(data, knn_data, class_names, duplicates)
     options = SuiteOptions(knn_k=knn_k, knn_vote=knn_vote, knn_temperature=knn_temperature)
@@ -154,7 +155,7 @@ def measure_model(
     batch_size: int = 64,
     workers: Workers = 0,
 ) -> Measured:
-    """Do as `measure_own`, with embeddings that are kept for the time of the call alone."""
+    """Measure as `measure_own` does, with embeddings that are kept for the time of the call only."""
     with tempfile.TemporaryDirectory(prefix="pymcip-") as folder:
         cache = EmbeddingCache(clip, folder, batch_size=batch_size, workers=workers)
         return measure_own(own, cache, options, templates, recall_at)
@@ -166,10 +167,10 @@ def check_own(
     class_names: ClassNames | None,
     duplicates: Duplicates = "join",
 ) -> OwnData:
-    """Join the parts of a user's data before any model runs.
+    """Check that the parts of a user's data match, and join them, before any model runs.
 
     Raises:
-        DataError: they don't go together, or there is nothing to measure.
+        DataError: they don't match, or there is nothing to measure.
     """
     labelled = bool((data.labels >= 0).any())
     if not labelled and not any(data.titles(i) for i in range(len(data))):
@@ -177,32 +178,24 @@ def check_own(
             "the images have neither labels nor captions, so there is nothing to measure; give them "
             "labels (folders, a label column, cls) or captions (a title column, txt)"
         )
-    if not labelled:
-        given = [
-            name
-            for name, value in (("class_names", class_names), ("knn_data", knn_data))
-            if value is not None
-        ]
-        if given:
-            raise DataError(f"{' and '.join(given)} need labelled images; data has no labels")
-        return OwnData(data, duplicates=duplicates)
-    own = OwnData(data, duplicates=duplicates)
+    both = {"class_names": class_names, "knn_data": knn_data}
+    given = [name for name, value in both.items() if value is not None]
+    if not labelled and given:
+        raise DataError(f"{' and '.join(given)} need labelled images; data has no labels")
+    voters = names = descriptions = None
     if knn_data is not None:
-        voter_labels = np.append(_shared_labels(data, knn_data), -1)[knn_data.labels]
-        own = replace(own, voters=(knn_data, voter_labels))
+        voters = knn_data, np.append(_shared_labels(data, knn_data), -1)[knn_data.labels]
     if class_names is not None:
         rows = rows_of_classes(data, class_names)
-        own = replace(
-            own, names=class_texts([class_names.names[row] for row in rows], class_names.names)
-        )
+        names = class_texts([class_names.names[row] for row in rows], class_names.names)
         if class_names.descriptions is not None:
             described = [class_names.descriptions[row] for row in rows]
-            own = replace(own, descriptions=class_texts(described, described))
-    elif all(name.lstrip("-").isdecimal() for name in data.class_names):
+            descriptions = class_texts(described, described)
+    elif labelled and all(name.lstrip("-").isdecimal() for name in data.class_names):
         _log.info("no zero-shot: the class names are numbers; give class_names= to name them")
     elif len(set(data.class_names)) > 1:
-        own = replace(own, names=class_texts(data.class_names, data.class_names))
-    return own
+        names = class_texts(data.class_names, data.class_names)
+    return OwnData(data, names, descriptions, voters, duplicates)
 
 
 def measure_own(
@@ -226,8 +219,8 @@ def measure_own(
         (text, place) for place, texts in enumerate(pictures.titles(images)) for text in texts
     ]
     found: dict[str, float] = {}
-    shown: list[Ranking] = []
-    told: list[Ranking] = []
+    by_picture: list[Ranking] = []
+    by_text: list[Ranking] = []
     by_class: list[tuple[int, int, float]] = []
     chosen = drawn_queries(classes.labels)
     if several:
@@ -242,7 +235,7 @@ def measure_own(
         by_class = [
             (int(c), int(sizes[c]), float(sums[c] / sizes[c])) for c in np.flatnonzero(sizes)
         ]
-        shown = by_pictures(classes, chosen, embed)
+        by_picture = by_pictures(classes, chosen, embed)
         found["i2i_r1"] = protocols.nearest_other(classes, embed, options)["r1"]
     voters = own_voters = None
     if own.voters is not None:
@@ -251,7 +244,11 @@ def measure_own(
         place = {content: row for row, content in enumerate(known.of(known.labels >= 0))}
         asked = pictures.of(pictures.labels >= 0)
         own_voters = np.array([place.get(content, -1) for content in asked], np.int64)
-        _report_own(own_voters)
+        if held := int((own_voters >= 0).sum()):
+            _log.warning(
+                "knn_data holds %d of the %d images to classify; none of them votes for itself",
+                held, len(own_voters),
+            )  # fmt: skip
     if several or (voters and len(classes.labels)):
         voting = replace(classes, voters=voters, own_voters=own_voters)
         found["knn"] = protocols.knn(voting, embed, options)["top1"]
@@ -259,7 +256,7 @@ def measure_own(
         named = replace(_by_texts(own.names, classes), templates=tuple(templates))
         top = protocols.zero_shot(named, embed, options)
         found["zero_shot"], found["zero_shot_top5"] = top["top1"], top["top5"]
-        told = by_names(named, chosen, embed)
+        by_text = by_names(named, chosen, embed)
     if len(classes.labels) and own.descriptions is not None:
         described = _by_texts(own.descriptions, classes)
         found["t2i_map"] = protocols.descriptions(described, embed, options)["map"]
@@ -284,12 +281,12 @@ def measure_own(
         "texts_cut": embed.texts_cut,
     }
     if captions:
-        told = by_captions(images, pictures.rows, texts, owners, embed)
+        by_text = by_captions(images, pictures.rows, texts, owners, embed)
     left_out = [*images.left_out, *embed.undecodable(images)]
     class_names = images.class_names
     if own.names is not None:
         class_names = [own.names.texts[text] for text in own.names.of_class]
-    return Measured(found, counts, Examples(shown, told, by_class), class_names, left_out)
+    return Measured(found, counts, Examples(by_picture, by_text, by_class), class_names, left_out)
 
 
 @dataclass(frozen=True)
@@ -358,15 +355,6 @@ def _pictures(
         list(members),
         list(members.values()),
     )
-
-
-def _report_own(own_voters: Int64) -> None:
-    held = int((own_voters >= 0).sum())
-    if held:
-        _log.warning(
-            "knn_data holds %d of the %d images to classify; none of them votes for itself",
-            held, len(own_voters),
-        )  # fmt: skip
 
 
 def _labelled(images: ImageData, pictures: _Pictures) -> Labelled:

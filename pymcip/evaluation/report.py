@@ -19,7 +19,7 @@ from pymcip.pages import data_uri, filled
 
 REPORT = "report.html"
 SIDE, QUALITY = 96, 60  # of a thumbnail
-SECONDS, SHARE = 1.5, 0.015  # for thumbnails: the larger one, a share of what was reported on
+SECONDS, SHARE = 1.5, 0.015  # for thumbnails: the larger one, a share of the reported work's time
 BYTES = 400_000  # of all thumbnails
 WORST, LISTED = 8, 20  # classes; things of a kind that were left out
 
@@ -33,10 +33,10 @@ class Named:
 
 
 class Thumbnails:
-    """Small pictures for one page, each once, until time or room is used up.
+    """Small pictures for one page, each once, until time or space is used up.
 
     Args:
-        seconds: that the work took which is reported on.
+        seconds: how long the reported work took.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -100,7 +100,7 @@ def write_report(
         title: of the page.
         models: one, or two of which the second is compared with the first.
         data: the images that `Examples` number; None: there are no examples.
-        left_out: by what it is; empty ones are passed over.
+        left_out: by what it is; empty ones are skipped.
         thumbnails: with those that sections show.
         words: title and meaning of a figure, by its name.
         sections: more values for the template `report.html`.
@@ -128,7 +128,8 @@ def write_report(
             _figure(name, words(name), models) for name in (models[-1].metrics if models else ())
         ],
         shown=shown,
-        left_out=[_listed(kind) for kind in left_out if kind.items],
+        left_out=[kind for kind in left_out if kind.items],
+        most_listed=LISTED,
         thumbnails=thumbnails,
         **values,
     )
@@ -193,12 +194,3 @@ def _worst(data: Named, each: Sequence[Examples], thumbnails: Thumbnails) -> lis
         }
         for _, number, size in sorted(several)[:WORST]
     ]
-
-
-def _listed(kind: LeftOuts) -> dict[str, Any]:
-    return {
-        "what": kind.what,
-        "count": len(kind.items),
-        "items": kind.items[:LISTED],
-        "listed": kind.listed,
-    }

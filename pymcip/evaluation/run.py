@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,17 +31,12 @@ from pymcip.data.tally import LeftOut
 from pymcip.distributed import barrier, is_first, joined, world
 from pymcip.embedding import EmbeddingCache
 from pymcip.errors import ConfigError, DataError
-from pymcip.evaluation.own_data import OwnData, check_own, measure_own
+from pymcip.evaluation.own_data import check_own, measure_own
 from pymcip.evaluation.report import LeftOuts, Model, Named, Thumbnails, write_report
-from pymcip.evaluation.tables import (
-    comparison_table,
-    model_headings,
-    reported_columns,
-    suite_table,
-)
+from pymcip.evaluation.tables import comparison_table, model_headings, reported_columns, suite_table
 from pymcip.files import write_json, write_text
 from pymcip.folders import manifest
-from pymcip.model import load
+from pymcip.model import load_configured
 from pymcip.outputs import output_folder
 
 Result = TypeVar("Result")
@@ -123,58 +118,28 @@ def _evaluate_own(config: EvaluateConfig) -> EvaluateResult:
     options = protocol_options(config)
     read = chain(data.files(), () if knn_data is None else knn_data.files())
     with _prepare(config, read) as out:
-        return _measure_own(config, own, options, out)
-
-
-def _measure_own(
-    config: EvaluateConfig, own: OwnData, options: SuiteOptions, out: Path | None
-) -> EvaluateResult:
-    started = time.monotonic()
-    measured = _each_model(
-        config,
-        config.cache,
-        lambda cache: measure_own(own, cache, options, config.templates, config.recall_at),
-    )
-    results = [each.metrics for each in measured]
-    counts = measured[-1].counts
-    headings = model_headings(_models(config))
-    result = EvaluateResult(
-        metrics=results[-1],
-        baseline=results[0] if config.baseline is not None else None,
-        table=comparison_table(headings, results, _notes(counts, config)),
-        counts=counts,
-        out=out,
-    )
-    _write(result, config)
-    if out is not None and is_first():
+        started = time.monotonic()
+        measured = _each_model(
+            config,
+            config.cache,
+            lambda cache: measure_own(own, cache, options, config.templates, config.recall_at),
+        )
+        last, figures = measured[-1], [each.metrics for each in measured]
+        headings, notes = model_headings(_models(config)), _notes(last.counts, config)
+        result = EvaluateResult(
+            metrics=figures[-1],
+            baseline=figures[0] if config.baseline is not None else None,
+            table=comparison_table(headings, figures, notes),
+            counts=last.counts,
+            out=out,
+        )
         models = [
             Model(heading, each.metrics, each.examples)
             for heading, each in zip(headings, measured, strict=True)
         ]
-        _report(
-            out, models, Named(own.images, measured[-1].names), measured[-1].left_out,
-            seconds=time.monotonic() - started, note=_notes(counts, config),
-        )  # fmt: skip
-    return result
-
-
-def _report(
-    out: Path,
-    models: list[Model],
-    data: Named | None,
-    left_out: list[LeftOut],
-    *,
-    seconds: float,
-    what: str = "images are not measured",
-    **more: Any,
-) -> None:
-    """Write report.html; `more`: as `write_report`."""
-    kinds = [LeftOuts(what, left_out)]
-    title = " and ".join(model.heading for model in models)
-    path = write_report(
-        out, f"pymcip evaluate: {title}", models, data, kinds, Thumbnails(seconds), **more
-    )
-    _log.info("the report, for a browser: %s", path)
+        left_out = LeftOuts("images are not measured", last.left_out)
+        named, seconds = Named(own.images, last.names), time.monotonic() - started
+        return _written(config, result, models, left_out, named, seconds, note=notes)
 
 
 def _evaluate_suite(config: EvaluateConfig) -> EvaluateResult:
@@ -194,87 +159,58 @@ def _evaluate_suite(config: EvaluateConfig) -> EvaluateResult:
         )
     found, missing = find_suite(wanted, root, config.data_paths, options)
     if not found:
-        reasons = "\n".join(f"- {name}: {reason}" for name, reason in missing.items())
-        raise DataError(f"none of the benchmarks' data are there:\n{reasons}")
+        raise DataError(f"none of the benchmarks' data are there:{_reasons(missing)}")
     read = [path for item in found for path in item.files]
     with _prepare(config, read) as out:
-        return _measure_suite(config, found, missing, options, out)
+        results = _each_model(
+            config,
+            config.cache or (None if out is None else out / "embeddings"),
+            lambda cache: measure_suite(found, cache, options),
+        )
+        for scores in results:
+            missing |= scores.failed
+        if not any(scores.scores for scores in results):
+            raise DataError(f"not one benchmark could be measured:{_reasons(missing)}")
+        figures, headings = [each.figures for each in results], model_headings(_models(config))
+        reported = reported_columns(_models(config))
+        result = EvaluateResult(
+            metrics=figures[-1],
+            baseline=figures[0] if config.baseline is not None else None,
+            table=suite_table(headings, figures, found, missing, reported),
+            counts={item.benchmark.name: item.images for item in found},
+            out=out,
+            details=results[-1].scores,
+            missing=missing,
+        )
+        models = [Model(*each) for each in zip(headings, figures, strict=True)]
+        left_out = LeftOuts(
+            "benchmarks are not measured", [LeftOut(*each) for each in missing.items()]
+        )
+        words = {item.benchmark.name: (item.benchmark.name, _in_words(item)) for item in found}
+        more = {"protocol": asdict(options), "baseline_details": results[0].scores}
+        return _written(config, result, models, left_out, more=more, words=words.__getitem__)
 
 
-def _measure_suite(
-    config: EvaluateConfig,
-    found: list[Found],
-    missing: dict[str, str],
-    options: SuiteOptions,
-    out: Path | None,
-) -> EvaluateResult:
-    results = _each_model(
-        config,
-        config.cache or (None if out is None else out / "embeddings"),
-        lambda cache: measure_suite(found, cache, options),
-    )
-    for scores in results:
-        missing |= scores.failed
-    if not any(scores.scores for scores in results):
-        raise DataError(
-            "not one benchmark could be measured:\n"
-            + "\n".join(f"- {name}: {reason}" for name, reason in missing.items())
-        )
-    models = _models(config)
-    result = EvaluateResult(
-        metrics=results[-1].figures,
-        baseline=results[0].figures if config.baseline is not None else None,
-        table=suite_table(
-            model_headings(models),
-            [each.figures for each in results],
-            found,
-            missing,
-            reported_columns(models),
-        ),
-        counts={item.benchmark.name: item.images for item in found},
-        out=out,
-        details=results[-1].scores,
-        missing=missing,
-    )
-    _write(result, config, {"protocol": asdict(options), "baseline_details": results[0].scores})
-    if out is not None and is_first():
-        about = {item.benchmark.name: item for item in found}
-        headings = model_headings(models)
-        _report(
-            out,
-            [Model(name, each.figures) for name, each in zip(headings, results, strict=True)],
-            None,
-            [LeftOut(name, reason) for name, reason in missing.items()],
-            what="benchmarks are not measured",
-            seconds=0,
-            words=lambda name: (
-                name,
-                f"{about[name].benchmark.group} {about[name].benchmark.metric}, on "
-                f"{about[name].images:,} images"
-                + "".join(f"; {note}" for note in about[name].notes),
-            ),
-        )
-    return result
+def _in_words(item: Found) -> str:
+    measured = f"{item.benchmark.group} {item.benchmark.metric}, on {item.images:,} images"
+    return "; ".join([measured, *item.notes])
+
+
+def _reasons(missing: dict[str, str]) -> str:
+    return "".join(f"\n- {name}: {reason}" for name, reason in missing.items())
 
 
 def protocol_options(config: EvaluateConfig) -> SuiteOptions:
     """Combine the suite's settings (without a suite: the defaults) with those that were given."""
-    names = {item.name for item in fields(SuiteOptions)} & {item.name for item in fields(config)}
-    given = {name: getattr(config, name) for name in names}
-    return SuiteOptions(
-        **{
-            **SUITES[config.suite or "paper"],
-            **{name: value for name, value in given.items() if value is not None},
-        }
-    )
+    names = {item.name for item in fields(SuiteOptions)} & vars(config).keys()
+    given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    return SuiteOptions(**{**SUITES[config.suite or "paper"], **given})
 
 
 def _models(config: EvaluateConfig) -> list[tuple[str, str | None]]:
     """List names and weights of the models to measure: the baseline, if there is one, first."""
-    models: list[tuple[str, str | None]] = [(config.model, config.pretrained)]
-    if config.baseline is not None:
-        models.insert(0, (config.baseline, config.baseline_pretrained))
-    return models
+    baseline = [] if config.baseline is None else [(config.baseline, config.baseline_pretrained)]
+    return [*baseline, (config.model, config.pretrained)]
 
 
 def _each_model(
@@ -291,18 +227,11 @@ def _each_model(
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="pymcip-"))
         results = []
         for name, pretrained in _models(config):
-            clip = load(
-                name,
-                pretrained,
-                image_size=config.image_size,
-                device=config.device,
-                precision=config.precision,
-            )
+            clip = load_configured(replace(config, model=name, pretrained=pretrained))
             _log.info("evaluating %s", name)
             cache = EmbeddingCache(
-                clip, folder,
-                batch_size=config.batch_size, workers=config.workers,
-            )  # fmt: skip
+                clip, folder, batch_size=config.batch_size, workers=config.workers
+            )
             results.append(measure(cache))
             del clip, cache
     return results
@@ -312,7 +241,7 @@ def _each_model(
 def _prepare(config: EvaluateConfig, read: Iterable[Path]) -> Iterator[Path | None]:
     """Make and hold the output folder, if one is asked for; `read`: files of the data.
 
-    Of several processes the first one does, before the others go on.
+    Of several processes the first one does, before the others continue.
     """
     if config.out is None or not is_first():
         barrier()
@@ -325,18 +254,29 @@ def _prepare(config: EvaluateConfig, read: Iterable[Path]) -> Iterator[Path | No
         yield out
 
 
-def _write(
-    result: EvaluateResult, config: EvaluateConfig, more: dict[str, Any] | None = None
-) -> None:
-    if result.out is None or not is_first():
-        return
-    document = {
-        name: value for name, value in asdict(result).items() if name not in ("table", "out")
-    }
-    write_json(
-        result.out / "metrics.json", {**document, **(more or {}), "config": config.to_dict()}
-    )
-    write_text(result.out / "table.md", result.table)
+def _written(
+    config: EvaluateConfig,
+    result: EvaluateResult,
+    models: list[Model],
+    left_out: LeftOuts,
+    data: Named | None = None,
+    seconds: float = 0,
+    more: dict[str, Any] | None = None,
+    **page: Any,
+) -> EvaluateResult:
+    """Write metrics.json (with `more`), table.md and report.html, if there is a folder for them."""
+    if result.out is not None and is_first():
+        document = asdict(result)
+        del document["table"], document["out"]
+        document = {**document, **(more or {}), "config": config.to_dict()}
+        write_json(result.out / "metrics.json", document)
+        write_text(result.out / "table.md", result.table)
+        title = f"pymcip evaluate: {' and '.join(model.heading for model in models)}"
+        path = write_report(
+            result.out, title, models, data, [left_out], Thumbnails(seconds), **page
+        )
+        _log.info("the report, for a browser: %s", path)
+    return result
 
 
 def _notes(counts: dict[str, int], config: EvaluateConfig) -> str:

@@ -58,7 +58,11 @@ def unit_pair(first: Any, name: str, second: Any, other_name: str) -> tuple[Tens
     """Make unit rows of both, on the second's device; raises DataError as `unit_rows`."""
     known = unit_rows(second, other_name)
     asked = unit_rows(first, name).to(known.device)
-    check_widths(asked, name, known, other_name)
+    if asked.shape[1] != known.shape[1]:
+        raise DataError(
+            f"{name} has {asked.shape[1]} dimensions, {other_name} has {known.shape[1]}; "
+            "both must come from the same model"
+        )
     return asked, known
 
 
@@ -92,15 +96,6 @@ def check_rows(vectors: Tensor, name: str, others: Tensor, other_name: str) -> N
     if len(vectors) != len(others):
         raise DataError(
             f"{name} has {len(vectors)} rows, {other_name} has {len(others)}; give one per row"
-        )
-
-
-def check_widths(first: Tensor, name: str, second: Tensor, other_name: str) -> None:
-    """Raise DataError unless both have the same number of dimensions."""
-    if first.shape[1] != second.shape[1]:
-        raise DataError(
-            f"{name} has {first.shape[1]} dimensions, {other_name} has {second.shape[1]}; "
-            "both must come from the same model"
         )
 
 

@@ -7,7 +7,7 @@ in memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -107,10 +107,8 @@ def trapezoidal_map(
     columns = _ranking(ranks, len(positives))
     wanted = _row_lists(positives, "positives", len(positives))
     ignored = _row_lists(junk, "junk", len(positives))
-    places = [
-        _listed(column, np.union1d(*lists))
-        for column, *lists in zip(columns.T, wanted, ignored, strict=True)
-    ]
+    needed = _together([wanted, ignored])
+    places = [_listed(column, rows) for column, rows in zip(columns.T, needed, strict=True)]
     return _mean(_trapezoids(places, wanted, ignored)[0], "positives")
 
 
@@ -176,7 +174,7 @@ def revisited_map(
     """
     columns = _ranking(ranks, len(gnd))
     lists = _truth(gnd, len(gnd), None)
-    needed = [np.unique(np.concatenate(own)) for own in zip(*lists.values(), strict=True)]
+    needed = _together(lists.values())
     places = [_listed(column, rows) for column, rows in zip(columns.T, needed, strict=True)]
     return _revisited(places, lists, ks)
 
@@ -205,8 +203,7 @@ def revisited_retrieval(
     """
     asked, known = unit_pair(queries, "queries", database, "database")
     lists = _truth(gnd, len(asked), len(known))
-    needed = [np.unique(np.concatenate(own)) for own in zip(*lists.values(), strict=True)]
-    return _revisited(_placed(asked, known, needed), lists, ks)
+    return _revisited(_placed(asked, known, _together(lists.values())), lists, ks)
 
 
 def step_precisions(queries: Tensor, wanted: Tensor, bank: Tensor, classes: Tensor) -> Float64:
@@ -266,21 +263,13 @@ def _trapezoids(
     for (rows, ranks), wanted, ignored in zip(places, positives, junk, strict=True):
         if not len(wanted):
             continue
-        found = np.sort(ranks[_among(rows, wanted)])
-        found = found - np.searchsorted(np.sort(ranks[_among(rows, ignored)]), found)
+        found = np.sort(ranks[np.isin(rows, wanted)])
+        found = found - np.searchsorted(np.sort(ranks[np.isin(rows, ignored)]), found)
         hits = np.arange(len(found))
         before = np.where(found > 0, hits / np.maximum(found, 1), 1.0)
         precisions.append(float((before + (hits + 1) / (found + 1)).sum()) / (2 * len(wanted)))
         kept.append(found)
     return precisions, kept
-
-
-def _among(rows: Int64, wanted: Int64) -> npt.NDArray[np.bool_]:
-    """Mark the rows that are among the wanted ones, which are sorted: bool [len(rows)]."""
-    if not len(wanted):
-        return np.zeros(len(rows), dtype=bool)
-    places = np.searchsorted(wanted, rows).clip(max=len(wanted) - 1)
-    return np.asarray(wanted[places] == rows)
 
 
 def _revisited(
@@ -291,13 +280,7 @@ def _revisited(
     shares: dict[str, float] = {}
     counts = as_ranks(ks)
     for difficulty, kinds in REVISITED.items():
-        wanted, ignored = (
-            [
-                np.unique(np.concatenate(own))
-                for own in zip(*(lists[kind] for kind in chosen), strict=True)
-            ]
-            for chosen in kinds
-        )
+        wanted, ignored = (_together(lists[kind] for kind in chosen) for chosen in kinds)
         precisions, kept = _trapezoids(places, wanted, ignored)
         maps[f"{difficulty}_map"] = _mean(precisions, " or ".join(kinds[0]) + " rows")
         for k in counts:
@@ -308,6 +291,11 @@ def _revisited(
             ]
             shares[f"{difficulty}_mp{k}"] = _mean(hits, "")
     return maps | shares
+
+
+def _together(lists: Iterable[Sequence[Int64]]) -> list[Int64]:
+    """Join several kinds of lists of rows: those of each query, sorted and distinct."""
+    return [np.unique(np.concatenate(own)) for own in zip(*lists, strict=True)]
 
 
 def _mean(shares: Sequence[float], what: str) -> float:

@@ -31,7 +31,6 @@ from pymcip.files import damaged, read_json, write_json, write_text
 from pymcip.folders import hold
 from pymcip.mining.given import save_sources
 from pymcip.mining.report import (
-    AutoThreshold,
     auto_threshold,
     describe_table,
     explain_nothing,
@@ -42,7 +41,6 @@ from pymcip.mining.report import (
 from pymcip.mining.search import (
     BANK_ROWS,
     RECALL_ROWS,
-    Search,
     Tasks,
     approximate_search,
     exact_search,
@@ -64,7 +62,7 @@ _log = logging.getLogger("pymcip.mining")
 
 @dataclass(frozen=True)
 class MineResult:
-    """What `mine_captions` found; `report` is also in report.json, `markdown` is its gist for people.
+    """What `mine_captions` found; `report` is also in report.json, `markdown` has its main figures.
 
     `missing`: how many tasks other shards have still to do; until then there is no table, and the
     report is empty.
@@ -188,7 +186,7 @@ def _opened(
     write_json(out / "mine.json", {**settings, **grid})
     names = ("k", "threshold", "recall", "index", "backend", "threads", "seed")
     chosen: dict[str, Any] = {name: getattr(config, name) for name in names}
-    return _prepared(image_parts, caption_parts, **chosen, folder=out / TASKS, grid=grid)
+    return _Mining(image_parts, caption_parts, **chosen, folder=out / TASKS, grid=grid)
 
 
 def _finished(
@@ -204,7 +202,7 @@ def _finished(
         if missing:
             _log.info("%d of %d tasks are not done: other shards'", missing, len(mining.tasks))
             return MineResult(mining.lowest, {}, out, missing)
-        table, report = _measured(mining)
+        table, report = mining.measured()
         report["captions_cut"] = captions.captions_cut  # at the model's context
         table.save(out)
         save_sources(out, images, captions)
@@ -215,18 +213,77 @@ def _finished(
     return MineResult(report["threshold"], report, out)
 
 
-@dataclass(frozen=True)
 class _Mining:
-    """Tasks and how to do them, with what the report says of the search."""
+    """Tasks and how to do them; `folder`: of the tasks' files and of the index, or None."""
 
-    tasks: Tasks
-    search: Search
-    captions: MatrixParts
-    lowest: float
-    given: bool
-    random_pairs: AutoThreshold
-    measured: dict[str, Any] | None
-    backend: str
+    def __init__(
+        self,
+        image_parts: Sequence[Matrix],
+        caption_parts: Sequence[Matrix],
+        *,
+        k: int,
+        threshold: float | str,
+        recall: float,
+        index: Source | None,
+        backend: str,
+        threads: int | None,
+        seed: int,
+        folder: Path | None,
+        grid: dict[str, int],
+    ) -> None:
+        self.backend = backend
+        self.given = not isinstance(threshold, str)
+        self.random_pairs = auto_threshold(image_parts, caption_parts, seed=seed)
+        self.lowest = self.random_pairs.value if isinstance(threshold, str) else float(threshold)
+        if self.lowest <= self.random_pairs.median:
+            _log.warning(
+                "threshold %.3f is not above the median cosine of random pairs (%.3f): most captions "
+                "pass it whether they fit or not; threshold='auto' would take %.3f",
+                self.lowest, self.random_pairs.median, self.random_pairs.value,
+            )  # fmt: skip
+        images, self.captions = MatrixParts(image_parts), MatrixParts(caption_parts)
+        bank_rows = grid["bank_rows"]
+        self.approximate: dict[str, Any] | None = None
+        if recall < 1:
+            kept = Path(index) if index is not None else folder and folder / "index"
+            sampled = sample_rows(images, 2 * RECALL_ROWS, np.random.default_rng(seed))
+            self.search, self.approximate = approximate_search(
+                self.captions, k, self.lowest,
+                recall=recall, sampled=sampled, population=len(images), folder=kept,
+                measured_file=folder and folder / "approximate.json",
+                backend=backend, threads=threads, seed=seed,
+            )  # fmt: skip
+            bank_rows = len(self.captions)  # the index knows them all
+        else:
+            self.search = exact_search(
+                self.captions, k, self.lowest, backend=backend, threads=threads
+            )
+        self.tasks = Tasks(images, len(self.captions), k, folder, grid["block_rows"], bank_rows)
+
+    def measured(self) -> tuple[CaptionTable, dict[str, Any]]:
+        """The table of all tasks, and the report of `mine_table`."""
+        table, lowest, pairs = self.tasks.table(), self.lowest, self.random_pairs
+        if not len(table.ids):
+            raise DataError(
+                explain_nothing(self.tasks.images, self.captions, lowest, pairs, self.backend)
+            )
+        report = describe_table(table, self.tasks.k, lowest, pairs, given=self.given)
+        report["recall"] = 1.0 if self.approximate is None else self.approximate["recall"]
+        report["approximate"] = self.approximate
+        counts = table.counts()
+        _log.info(
+            "%d of %d images have captions with a cosine of at least %.3f: %.1f each",
+            int((counts > 0).sum()), len(table), lowest, counts[counts > 0].mean(),
+        )  # fmt: skip
+        without = float((counts == 0).mean())
+        if without > MOST_WITHOUT:
+            _log.warning(
+                "%.0f %% of the images have no pseudo-caption, so these teach nothing about texts. "
+                "Give a lower threshold (now %.3f; threshold='auto' takes %.3f), or captions that are "
+                "closer to the images",
+                100 * without, lowest, pairs.value,
+            )  # fmt: skip
+        return table, report
 
 
 def mine_table(
@@ -277,84 +334,13 @@ def mine_table(
     grid = _grid(k, image_parts, caption_parts, backend, WHOLE)
     grid |= {"block_rows": block_rows} if block_rows is not None else {}
     grid |= {"bank_rows": bank_rows} if bank_rows is not None else {}
-    mining = _prepared(
+    mining = _Mining(
         image_parts, caption_parts,
         k=k, threshold=threshold, recall=recall, index=index, backend=backend, threads=threads,
         seed=seed, folder=None, grid=grid,
     )  # fmt: skip
     mining.tasks.do(mining.search, WHOLE)
-    return _measured(mining)
-
-
-def _prepared(
-    image_parts: Sequence[Matrix],
-    caption_parts: Sequence[Matrix],
-    *,
-    k: int,
-    threshold: float | str,
-    recall: float,
-    index: Source | None,
-    backend: str,
-    threads: int | None,
-    seed: int,
-    folder: Path | None,
-    grid: dict[str, int],
-) -> _Mining:
-    """Prepare what `mine_table` does; `folder`: of the tasks' files and of the index, or None."""
-    random_pairs = auto_threshold(image_parts, caption_parts, seed=seed)
-    lowest = random_pairs.value if isinstance(threshold, str) else float(threshold)
-    if lowest <= random_pairs.median:
-        _log.warning(
-            "threshold %.3f is not above the median cosine of random pairs (%.3f): most captions "
-            "pass it whether they fit or not; threshold='auto' would take %.3f",
-            lowest, random_pairs.median, random_pairs.value,
-        )  # fmt: skip
-    images, captions = MatrixParts(image_parts), MatrixParts(caption_parts)
-    bank_rows = grid["bank_rows"]
-    measured: dict[str, Any] | None = None
-    if recall < 1:
-        kept = Path(index) if index is not None else None if folder is None else folder / "index"
-        search, measured = approximate_search(
-            captions, k, lowest,
-            recall=recall, sampled=sample_rows(images, 2 * RECALL_ROWS, np.random.default_rng(seed)),
-            population=len(images), folder=kept,
-            measured_file=None if folder is None else folder / "approximate.json",
-            backend=backend, threads=threads, seed=seed,
-        )  # fmt: skip
-        bank_rows = len(captions)  # the index knows them all
-    else:
-        search = exact_search(captions, k, lowest, backend=backend, threads=threads)
-    tasks = Tasks(images, len(captions), k, folder, grid["block_rows"], bank_rows)
-    given = not isinstance(threshold, str)
-    return _Mining(tasks, search, captions, lowest, given, random_pairs, measured, backend)
-
-
-def _measured(mining: _Mining) -> tuple[CaptionTable, dict[str, Any]]:
-    """The table of all tasks, and the report of `mine_table`."""
-    table, lowest = mining.tasks.table(), mining.lowest
-    if not len(table.ids):
-        raise DataError(
-            explain_nothing(
-                mining.tasks.images, mining.captions, lowest, mining.random_pairs, mining.backend
-            )
-        )
-    report = describe_table(table, mining.tasks.k, lowest, mining.random_pairs, given=mining.given)
-    report["recall"] = 1.0 if mining.measured is None else mining.measured["recall"]
-    report["approximate"] = mining.measured
-    counts = table.counts()
-    _log.info(
-        "%d of %d images have captions with a cosine of at least %.3f: %.1f each",
-        int((counts > 0).sum()), len(table), lowest, counts[counts > 0].mean(),
-    )  # fmt: skip
-    without = float((counts == 0).mean())
-    if without > MOST_WITHOUT:
-        _log.warning(
-            "%.0f %% of the images have no pseudo-caption, so these teach nothing about texts. Give a "
-            "lower threshold (now %.3f; threshold='auto' takes %.3f), or captions that are closer to "
-            "the images",
-            100 * without, lowest, mining.random_pairs.value,
-        )  # fmt: skip
-    return table, report
+    return mining.measured()
 
 
 def _check_parts(image_parts: Sequence[Matrix], caption_parts: Sequence[Matrix]) -> None:

@@ -49,7 +49,7 @@ def auto_threshold(
     A caption is taken for a description of an image if its cosine stands out from those of
     captions that have nothing to do with the image: by SPREADS = 3.5 spreads above the median of
     random pairs (up to 1024 images x 1024 captions). Median and spread (median absolute deviation)
-    are used because some random pairs do match, and must not raise the bar.
+    are used because some random pairs do match, and must not raise the threshold.
 
     Why 3.5: with the random pairs usually reported of OpenAI's CLIP (around 0.15, deviation 0.03 to
     0.035) it gives 0.255 to 0.27, near the paper's 0.27; that was not measured here on OpenAI's
@@ -111,7 +111,7 @@ def describe_table(
 
 
 def report_table(report: dict[str, Any]) -> str:
-    """The gist of a report as markdown, a few lines for people."""
+    """The main figures of a report as a markdown table."""
     images, without = report["images"], report["images_by_captions"][0]
     pairs, cosines = report["pairs"], report["cosines"]
     rows = [

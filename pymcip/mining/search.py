@@ -271,7 +271,9 @@ class Tasks:
         for block in self._blocks:
             parts = [self._read((block, bank)) for bank in self._banks]
             ids, cosines = (np.concatenate(column, axis=1) for column in zip(*parts, strict=True))
-            found.append(_present(*first_k(ids, cosines, self.k)))
+            ids, cosines = first_k(ids, cosines, self.k)
+            there = ids >= 0
+            found.append((there.sum(axis=1), ids[there], cosines[there]))
         counts, ids, cosines = (np.concatenate(column) for column in zip(*found, strict=True))
         return CaptionTable(bounds_of(counts), ids, cosines, self.captions)
 
@@ -309,9 +311,3 @@ def _work(task: tuple[Range, Range]) -> int:
     """How many cosines a task computes."""
     (first, last), (start, end) = task
     return (last - first) * (end - start)
-
-
-def _present(ids: Int64, cosines: Float32) -> tuple[Int64, Int64, Float32]:
-    """How many captions each image of a block has, and their ids and cosines in one row."""
-    there = ids >= 0
-    return there.sum(axis=1), ids[there], cosines[there]

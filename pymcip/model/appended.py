@@ -32,7 +32,7 @@ from pymcip.files import atomic_path, fingerprint
 from pymcip.model.clip import ClipModel, weights_fingerprint
 
 APPENDED = "appended.safetensors"  # beside the joint model's weights
-VERSION = 1
+VERSION = 2
 AFTER_BLOCKS = (
     "proj", "ln_post.", "attn_pool.", "head.", "trunk.norm.", "trunk.fc_norm.", "trunk.head.",
     "trunk.conv_head.", "trunk.bn2.", "trunk.attn_pool.", "trunk.final_conv.",
@@ -63,9 +63,16 @@ class Gate:
         return torch.sigmoid((nearest - self.centre) / self.width)
 
 
-def joined(joint: Tensor, features: Tensor, head: Tensor, weight: float) -> Tensor:
+def linear_head(weight: Tensor, bias: Tensor) -> nn.Linear:
+    """A linear layer with this weight [r, D'] and bias [r], which is not trained."""
+    head = nn.Linear(weight.shape[1], weight.shape[0], device="meta").requires_grad_(False)
+    head.load_state_dict({"weight": weight, "bias": bias}, assign=True)
+    return head
+
+
+def joined(joint: Tensor, features: Tensor, head: nn.Linear, weight: float) -> Tensor:
     """Unit vectors [N, D + r] of images: their joint embeddings [N, D], and `features` through the head."""
-    appended = nn.functional.normalize(features @ head.T, dim=-1)
+    appended = nn.functional.normalize(head(features), dim=-1)
     return torch.cat([joint, weight * appended], dim=1) / math.hypot(1, weight)
 
 
@@ -81,20 +88,20 @@ class AppendedClip(ClipModel):
 
     Attributes:
         tower: the image tower of z; None: z is made of the joint embedding itself.
-        head: float32 [r, D'], maps the tower's unit features [B, D'] to z.
+        head: maps the tower's unit features [B, D'] to r numbers; of unit length, they are z. float32.
         weight: w, how much z counts beside x in a comparison of images.
         gate: how much of z a query uses.
     """
 
     tower: nn.Module | None
-    head: Tensor
+    head: nn.Linear
     weight: float
     gate: Gate
 
     @property
     def embed_dim(self) -> int:
         """Width D + r of the vectors."""
-        return self.joint_dim + len(self.head)
+        return self.joint_dim + self.head.out_features
 
     def image_features(self, images: Tensor) -> Tensor:
         """Unit fp32 vectors [B, D + r] of preprocessed images [B, 3, H, W]."""
@@ -104,7 +111,7 @@ class AppendedClip(ClipModel):
 
     def text_features(self, tokens: Tensor) -> Tensor:
         """Unit fp32 vectors [B, D + r] of token ids [B, L]; the last r are 0."""
-        return nn.functional.pad(super().text_features(tokens), (0, len(self.head)))
+        return nn.functional.pad(super().text_features(tokens), (0, self.head.out_features))
 
     def as_queries(self, vectors: Tensor, strength: float | None = None) -> Tensor:
         """Vectors to search with by inner product, float32 [N, D + r], of stored ones [N, D + r].
@@ -118,7 +125,7 @@ class AppendedClip(ClipModel):
             by_row = self.gate.strength(nn.functional.normalize(joint, dim=1))
         else:
             by_row = torch.full((len(vectors),), strength, device=vectors.device)
-        return with_strength(vectors, by_row, len(self.head))
+        return with_strength(vectors, by_row, self.head.out_features)
 
     def joint(self) -> ClipModel:
         """The joint model alone, of vectors [N, D]; it shares this one's weights."""
@@ -126,10 +133,13 @@ class AppendedClip(ClipModel):
 
     def fingerprint(self, part: str = "model", weights: str | None = None) -> str:
         """SHA-256 of weights and of what decides a vector beside them; see `ClipModel`."""
-        described: list[Any] = [super().fingerprint(part, weights), len(self.head)]
+        described: list[Any] = [super().fingerprint(part, weights), self.head.out_features]
         if part != "text":
-            state = {} if self.tower is None else self.tower.state_dict()
-            described += [weights_fingerprint({**state, "appended.head": self.head}), self.weight]
+            state = {} if self.tower is None else dict(self.tower.state_dict())
+            state |= {
+                f"appended.head.{name}": value for name, value in self.head.state_dict().items()
+            }
+            described += [weights_fingerprint(state), self.weight]
         return fingerprint(described)
 
 
@@ -138,7 +148,8 @@ def write_appended(clip: AppendedClip, folder: Path) -> None:
 
     Tensors of the tower that are equal to the joint model's are left out.
     """
-    tensors = {"head": clip.head, "gate.prototypes": clip.gate.prototypes}
+    tensors = {"head.weight": clip.head.weight, "head.bias": clip.head.bias}
+    tensors["gate.prototypes"] = clip.gate.prototypes
     if clip.tower is not None:
         own = _differing(clip.model.visual, clip.tower)  # type: ignore[arg-type]
         tensors |= {f"tower.{name}": value for name, value in own.items()}
@@ -169,7 +180,8 @@ def with_appended(clip: ClipModel, folder: Path) -> ClipModel:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if about["version"] != VERSION:
             raise ValueError(f"its version is {about['version']}, not {VERSION}")
-        head, prototypes = tensors.pop("head"), tensors.pop("gate.prototypes")
+        head = linear_head(tensors.pop("head.weight"), tensors.pop("head.bias"))
+        prototypes = tensors.pop("gate.prototypes")
         tower: nn.Module | None = None
         if about["tower"] == "own":
             tower = copy.deepcopy(clip.model.visual)  # type: ignore[assignment]
@@ -188,7 +200,7 @@ def with_appended(clip: ClipModel, folder: Path) -> ClipModel:
 
 
 def appended_clip(
-    clip: ClipModel, tower: nn.Module | None, head: Tensor, weight: float, gate: Gate
+    clip: ClipModel, tower: nn.Module | None, head: nn.Linear, weight: float, gate: Gate
 ) -> AppendedClip:
     """Put a model together; blocks that `tower` has in common with the joint tower run once.
 

@@ -17,6 +17,7 @@ from pymcip.errors import CheckpointError, ConfigError, PymcipError, reason_of
 from pymcip.model.appended import with_appended
 from pymcip.model.clip import ClipModel, is_convolutional
 from pymcip.model.hub_config import check_config, without_requests
+from pymcip.ops.arrays import check_device
 
 HUB_FOLDER = Path("exported") / "hub"  # inside a run folder
 # Checkpoints of MCIP's authors: "MCIP-" and the model's name; files of this name with .pth
@@ -41,15 +42,8 @@ def _device(device: str | None) -> torch.device:
     device = own_device(device)
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"device={device!r} can't be used here ({str(error).splitlines()[0]}); "
-            "allowed: cpu, or cuda[:n] where torch sees a GPU"
-        ) from error
-    return chosen
+    check_device("", device)
+    return torch.device(device)
 
 
 def _resolve_name(model: str) -> str:

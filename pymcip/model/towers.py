@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import open_clip
 import torch
@@ -29,6 +31,17 @@ def text_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         for name, p in model.named_parameters()
         if not name.startswith("visual.") and name not in LOGIT_PARAMETERS
     )
+
+
+def copied_tower(clip: ClipModel, part: Literal["image", "text"]) -> ClipModel:
+    """Return the same model with a copy of one tower, and of its projector; the rest is shared."""
+    model = clip.model
+    if part == "text":
+        shared: list[Any] = [model.visual]
+    else:
+        shared = [child for name, child in model.named_children() if name != "visual"]
+        shared += [*model.parameters(recurse=False), *model.buffers(recurse=False)]
+    return replace(clip, model=copy.deepcopy(model, {id(child): child for child in shared}))
 
 
 def image_projector(model: nn.Module) -> list[nn.Parameter]:

@@ -2,10 +2,10 @@
 
 `ApproximateIndex` is faiss's inverted file of product-quantised rows (IVF-PQ; extra `[faiss]`): rows
 are rotated at random, divided into lists by their nearest centroid, and stored as codes of D / 8
-bytes. A search goes through the `nprobe` lists nearest to a query, and ranks the best by their codes
-anew, by their canonical scores (`pymcip.ops.canonical`). So scores are exact, and only rows can be
-missing: for a random sample of the queries `topk` computes the exact answer, and the result says
-which share of it was found.
+bytes. A search goes through the `nprobe` lists nearest to a query, and ranks the rows that are best
+by their codes again, by their canonical scores (`pymcip.ops.canonical`). So scores are exact, and
+only rows can be missing: for a random sample of the queries `topk` computes the exact answer, and the
+result says what share of it was found.
 """
 
 from __future__ import annotations

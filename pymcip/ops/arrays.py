@@ -6,6 +6,7 @@ bfloat16, with any strides. Nothing here depends on an op.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import operator
 import re
@@ -215,6 +216,34 @@ def check_count(op: str, name: str, value: Any) -> int:
             f"{op}: {name}={value!r} is not allowed; allowed: an integer of at least 1 (below 2^31)"
         )
     return count
+
+
+def check_device(prefix: str, name: str | torch.device) -> torch.device:
+    """The device of this name, with its number; `prefix`: of the message, such as "PackedBank: ".
+
+    Raises:
+        ConfigError: torch can't use it here.
+    """
+    try:
+        return torch.empty(0, device=name).device
+    except (AssertionError, RuntimeError, TypeError) as error:
+        raise ConfigError(
+            f"{prefix}device={name!r} can't be used here ({str(error).splitlines()[0]}); "
+            "allowed: cpu, or cuda[:n] where torch sees a GPU"
+        ) from error
+
+
+@contextlib.contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """Have torch use so many CPU threads in the block."""
+    before = torch.get_num_threads()
+    if threads != before:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        if threads != before:
+            torch.set_num_threads(before)
 
 
 def check_threads(op: str, threads: Any) -> int:

@@ -5,8 +5,8 @@
     then halves: for w in (8, 4, 2, 1): lane[l] += lane[l + w] for l < w
     score = float32(lane[0]) + 0        (rounded to nearest even; -0 becomes +0)
 
-It differs from the exact inner product by the fp64 sum, at most (D / 16 + 4) 2^-53 |q| |c| and a
-bit, and by its rounding to fp32. The top-k op ranks by it. Columns that D lacks to a multiple of 16
+It differs from the exact inner product by the error of the fp64 sum, at most about (D / 16 + 4) 2^-53
+|q| |c|, and by its rounding to fp32. The top-k op ranks by it. Columns that D lacks to a multiple of 16
 may be added as zeros: a lane never is -0, so that adding +-0 leaves it as it is.
 """
 
@@ -160,7 +160,7 @@ def _scores(queries: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 
 def _sums(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """The same before they are rounded, in fp64."""
+    """The sums before they are rounded, fp64 [...]."""
     shape = torch.broadcast_shapes(left.shape[:-1], right.shape[:-1])
     lanes = torch.zeros(*shape, LANES, dtype=torch.float64, device=left.device)
     for start in range(0, left.shape[-1], LANES):

@@ -38,7 +38,7 @@ def probe_faiss() -> str | None:
 
 @contextlib.contextmanager
 def faiss_threads(threads: int) -> Iterator[None]:
-    """Have faiss use so many threads; its setting is the process's, and is put back."""
+    """Have faiss use so many threads; the setting is the whole process's, and is restored."""
     faiss = import_faiss()
     before = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(threads)

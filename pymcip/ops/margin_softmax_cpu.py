@@ -89,7 +89,7 @@ def sums(problem: Problem, need_x: bool, need_w: bool, need_shares: bool) -> Sum
 def gradients(
     problem: Problem, coefficients: Coefficients, kept: list[Tensor], need_x: bool, need_w: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients with respect to the unit rows and to W, from what was kept or anew."""
+    """Gradients with respect to the unit rows and to W, from what was kept or computed again."""
     products, exponentials = kept
     x, w, rows = problem.x, problem.w, len(problem.x)
     log_z, negative = coefficients.log_z, coefficients.negative

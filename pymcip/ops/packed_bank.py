@@ -1,8 +1,8 @@
 """`PackedBank`: a bank of rows, rounded to 8 bits (or to bfloat16) once and searched many times.
 
 The form is that of csrc/topk.hpp, or on a GPU of csrc/topk_cuda_kernels.cuh: rows rotated (so that no
-column stands out) and rounded, with bounds of what the rounding took away. A search screens it and
-scores the few rows that matter from the rows themselves, which therefore stay with it.
+column stands out) and rounded, with bounds of the rounding error. A search screens it and
+scores the few rows that matter from the rows themselves, which therefore are kept with it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pymcip.ops.arrays import (
     Array,
     MatrixParts,
     Progress,
+    check_device,
     check_matrix,
     check_threads,
     device_of,
@@ -119,13 +120,7 @@ class PackedBank:
             ConfigError: there is no such device.
             DataError, BackendError: as by `pack`.
         """
-        try:
-            place = torch.empty(0, device=device).device
-        except (AssertionError, RuntimeError, TypeError) as error:
-            raise ConfigError(
-                f"PackedBank: device={device!r} can't be used here ({str(error).splitlines()[0]}); "
-                "allowed: cpu, or cuda[:n] where torch sees a GPU"
-            ) from error
+        place = check_device("PackedBank: ", device)
         if place == self.device and not options:
             return self
         return PackedBank.pack(_tensor(self.rows).to(place), **options)
@@ -190,7 +185,9 @@ class PackedBank:
                         f"{rows.shape} need {stored} {shape}"
                     )
                 if not (array.flags.c_contiguous and array.flags.aligned):
-                    raise ValueError(f"the packed bank's {name} lie otherwise than when written")
+                    raise ValueError(
+                        f"the packed bank's {name} have another layout than when written"
+                    )
             for name, digest in _digests(folder):
                 if facts["sha256"][name] != digest.hex():
                     raise ValueError(f"{name}.npy has another checksum than when it was written")

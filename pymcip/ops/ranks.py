@@ -8,7 +8,7 @@ that the best has rank 0. It is the same on every back end and device, with any 
 What metrics need of a ranking are the ranks of the few relevant rows. fp32 products, which may
 differ between machines, decide about all rows whose product is further from such a row's score than
 a bound on their error; the others are scored. See `pymcip.ops.ranks_torch` for the bound, and for
-what is done where it leaves many rows to be scored. If `bank` is `queries`, half of the products do.
+what is done where it leaves many rows to be scored. If `bank` is `queries`, half of the products suffice.
 """
 
 from __future__ import annotations

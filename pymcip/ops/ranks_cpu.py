@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from pymcip.ops.arrays import Array, matrix_pointer
+from pymcip.ops.arrays import Array, matrix_pointer, torch_threads
 from pymcip.ops.ranks_torch import Asked, over_blocks
 
 
@@ -36,11 +35,5 @@ def ranks_cpu(
         )
         del left_owner, right_owner  # what the addresses point into
 
-    before = torch.get_num_threads()
-    if threads == before:
+    with torch_threads(threads):
         return over_blocks(queries, bank, starts.contiguous(), ids, longest, count)
-    torch.set_num_threads(threads)
-    try:
-        return over_blocks(queries, bank, starts.contiguous(), ids, longest, count)
-    finally:
-        torch.set_num_threads(before)

@@ -6,7 +6,7 @@ stand before it. Blocks of fp32 matrix products decide, where they are certain.
 
 The certificate. By the bound that `pymcip.ops.topk_torch` derives, with u = 2^-24 and L the longest
 row of the bank, a product s'_j and the score s_j differ by less than
-eps = 1.01 (D + 16) u / (1 - 3 (D + 16) u) |q| L, of which 2 u |q| L are spared for the rounding of
+eps = 1.01 (D + 16) u / (1 - 3 (D + 16) u) |q| L, of which 2 u |q| L are left for the rounding of
 s_p + eps and s_p - eps to fp32, as |s_p| <= (1 + 2u) |q| L. Hence s'_j > fl(s_p + eps) implies
 s_j > s_p, and s'_j < fl(s_p - eps) implies s_j < s_p. Between them row j is scored, and s_j = s_p is
 decided by the lower number.

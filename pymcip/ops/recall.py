@@ -59,7 +59,7 @@ def estimate_recall(
     if not due.sum():
         return math.nan, math.nan, (0.0, 1.0)
     share = float(hits.sum() / due.sum())
-    if count == population:  # nothing is left to chance
+    if count == population:  # no sampling error
         return share, 0.0, (share, share)
     variance, trials = 0.0, float((due > 0).sum())
     if count > 1:
@@ -93,7 +93,7 @@ def split_sample(count: int, sample: int, tuning: bool, seed: int) -> tuple[np.n
     """
     order = np.random.default_rng(seed).permutation(count)
     measured, tuned = order[:sample], order[sample : 2 * sample] if tuning else order[:0]
-    # The recall of queries that the effort was chosen by would be flattered by chance.
+    # Queries that the effort was chosen by would seem to have a higher recall than others.
     if tuning and len(tuned) < min(sample, 32):
         tuned, measured = order[::2], order[1::2] if count > 1 else order
     return np.sort(measured), np.sort(tuned)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,7 @@ def with_alignment(config: SweepConfig, base: Mapping[str, float]) -> SweepConfi
 def qualities(config: SweepConfig, found: Mapping[str, float]) -> dict[str, float]:
     """One model's values in percent; the metrics that alignment is the mean of follow it."""
     parts: dict[str, float] = {name: found[name] for name in config.alignment}
-    values = {"retrieval": found[config.retrieval], "alignment": float(np.mean([*parts.values()]))}
+    values = {"retrieval": found[config.retrieval], "alignment": fmean(parts.values())}
     return {**values, **parts} if len(parts) > 1 else values
 
 
@@ -94,7 +95,7 @@ def sweep_rows(
             row |= _summary([qualities(config, one["metrics"]) for one in each.values()], bases)
             for name in ("threshold", *MORE):
                 if all(name in one for one in each.values()):
-                    row[name] = round(float(np.mean([one[name] for one in each.values()])), 4)
+                    row[name] = round(fmean(one[name] for one in each.values()), 4)
         rows.append(row)
     done = [row for row in rows if "error" not in row]
     front = pareto_front([[row["retrieval"]["mean"], row["alignment"]["mean"]] for row in done])
@@ -107,18 +108,17 @@ def _summary(values: list[dict[str, float]], bases: list[dict[str, float]]) -> d
     """By quality: mean and deviation over the seeds, of the value and of its gain over the base."""
     found: dict[str, dict[str, float | None]] = {name: {} for name in values[0]}
     for name, figures in found.items():
-        value = np.array([one[name] for one in values])
-        gain = value - np.array([base[name] for base in bases])
+        value = [one[name] for one in values]
+        gain = [one - base[name] for one, base in zip(value, bases, strict=True)]
         for kind, each in (("mean", value), ("gain", gain)):
-            spread = round(float(each.std(ddof=1)), 4) if len(each) > 1 else None
-            figures[kind] = round(float(each.mean()), 4)
-            figures[DEVIATIONS[kind]] = spread
+            figures[kind] = round(fmean(each), 4)
+            figures[DEVIATIONS[kind]] = round(stdev(each), 4) if len(each) > 1 else None
     return found
 
 
 def sweep_markdown(config: SweepConfig, rows: Sequence[dict[str, Any]]) -> str:
     """The table for people, with notes on what it says."""
-    names, axes = titles(config), list(config.axes)
+    names = titles(config)
     heads = {name: names[name] for name in rows[0] if name in names}
     if len(config.alignment) > 1:
         heads["alignment"] = "alignment"
@@ -131,13 +131,10 @@ def sweep_markdown(config: SweepConfig, rows: Sequence[dict[str, Any]]) -> str:
         if "error" in row:
             lines.append([name, f"failed: {row['error'][:120]}", *[""] * len(heads | more)])
             continue
-        cells = [_cell(row[quality], "mean", "") for quality in heads]
-        if row is not rows[0]:
-            gains = [_cell(row[quality], "gain", "+") for quality in heads]
-            cells = [f"{cell} ({gain})" for cell, gain in zip(cells, gains, strict=True)]
+        cells = [_cell(row[quality], change=row is not rows[0]) for quality in heads]
         cells += [f"{row[figure]:.3g}" if figure in row else "" for figure in more]
         lines.append([name, *cells, "yes" if row["front"] else ""])
-    first = axes[0].replace("_", " ") if len(axes) == 1 else "settings"
+    first = next(iter(config.axes)).replace("_", " ") if len(config.axes) == 1 else "settings"
     columns = [first, *heads.values(), *more.values(), "front"]
     return f"""{markdown_table(columns, "l" + "r" * (len(columns) - 2) + "c", lines)}
 Percent, means over {config.seeds} seed{"s ± their standard deviation" if config.seeds > 1 else ""}; in brackets the \
@@ -147,6 +144,10 @@ they keep there. Front: no other row is better in one quality and as good in the
 """
 
 
-def _cell(figures: dict[str, float | None], kind: str, sign: str) -> str:
-    spread = figures[DEVIATIONS[kind]]
-    return f"{figures[kind]:{sign}.1f}" + ("" if spread is None else f" ± {spread:.1f}")
+def _cell(figures: dict[str, Any], *, change: bool) -> str:
+    value, gain = (
+        f"{figures[kind]:{form}}"
+        + (f" ± {figures[spread]:.1f}" if figures[spread] is not None else "")
+        for (kind, spread), form in zip(DEVIATIONS.items(), (".1f", "+.1f"), strict=True)
+    )
+    return f"{value} ({gain})" if change else value

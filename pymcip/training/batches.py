@@ -204,8 +204,8 @@ class AugmentedImages(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, item: tuple[int, int, int]) -> tuple[Tensor, int]:  # type: ignore[override]
         epoch, position, row = item
-        behind = row - len(self.data)
-        image = self.data.read(row) if self.more is None or behind < 0 else self.more.read(behind)
+        number = row - len(self.data)  # in `more`
+        image = self.data.read(row) if self.more is None or number < 0 else self.more.read(number)
         key = np.random.SeedSequence([self.seed, epoch, position])
         with random_state(int(key.generate_state(1, np.uint64)[0] >> 1)):
             return self.transform(image), row

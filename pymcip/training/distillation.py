@@ -13,10 +13,7 @@ and t^2 keeps the size of the gradients (arXiv 1503.02531). This is learning wit
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +25,7 @@ from pymcip.data import ImageData
 from pymcip.embedding import EmbeddingCache, EmbeddingFolder
 from pymcip.errors import DataError
 from pymcip.model import ClipModel, evaluation_mode
+from pymcip.model.towers import copied_tower
 from pymcip.ops.arrays import MatrixParts
 from pymcip.training.mixtures import mixtures
 from pymcip.training.sampling import Indices, Stream, random_generator
@@ -43,7 +41,7 @@ def caption_divergence(
     """KL(p0 || p) of every image, fp32 [B]; see the module.
 
     Args:
-        features: unit rows [B, D] of the model in training; the gradient goes to them alone.
+        features: unit rows [B, D] of the model in training; only they get a gradient.
         original: unit rows [B, D] of the untrained model.
         captions: unit rows [M, D].
         scale: s.
@@ -59,12 +57,9 @@ def frozen_copy(clip: ClipModel) -> ClipModel:
 
     The text side is shared; the copy is for images.
     """
-    whole = clip.model
-    shared: list[Any] = [part for name, part in whole.named_children() if name != "visual"]
-    shared += [*whole.parameters(recurse=False), *whole.buffers(recurse=False)]
-    model: Any = copy.deepcopy(whole, {id(part): part for part in shared})
-    model.visual.eval().requires_grad_(False)
-    return dataclasses.replace(clip, model=model)
+    copied = copied_tower(clip, "image")
+    copied.model.visual.eval().requires_grad_(False)  # type: ignore[union-attr,operator]
+    return copied
 
 
 class CaptionSample:

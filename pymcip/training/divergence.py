@@ -1,4 +1,4 @@
-"""Whether a run has diverged: its weights are no model any more, though no single step failed."""
+"""Whether a run has diverged: its weights are unusable, though no single step failed."""
 
 from __future__ import annotations
 

@@ -40,6 +40,7 @@ from pymcip.training.distillation import Distillation
 from pymcip.training.optim import make_optimizer, parameter_groups
 from pymcip.training.replicas import check_steps, gather, replicated, shard_of, total
 from pymcip.training.sampling import Stream, epoch_order, random_generator, seed_micro_batch
+from pymcip.training.sharding import divided
 
 Bank: TypeAlias = np.ndarray | MatrixParts | ChosenRows
 
@@ -127,7 +128,7 @@ class ImageStage:
         positives: CaptionLists | None = None,
         distillation: Distillation | None = None,
     ) -> None:
-        self.clip, self.data, self.config, self.positives = clip, data, config, positives
+        self.data, self.config, self.positives = data, config, positives
         self.distillation = distillation
         self.place = (0, 0)  # epoch and step of the micro-batches given out last
         self.epochs, self.warmup = config.epochs, config.warmup
@@ -135,6 +136,7 @@ class ImageStage:
         self.steps_per_epoch = max(1, len(data) // self.samples_per_step)
         check_steps(len(data), config.accum_freq, batch_size=config.batch_size)
         unlock_image_tower(clip, projector=config.projector, unlock_layers=config.unlock_layers)
+        self.clip = clip = divided(clip, config, "image")
         # The margin losses multiply in what the model runs in; the class rows stay fp32.
         compute = "auto" if clip.precision == "amp_bf16" else "float32"
         if compute == "auto" and clip.device.type == "cpu":

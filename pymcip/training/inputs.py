@@ -97,9 +97,9 @@ class Inputs:
             elif isinstance(part, (Captions, GivenTable)):
                 found[option] = part.fingerprint()
             elif part is not None:
-                found[option] = fingerprint(
-                    {name: _plain(value) for name, value in vars(part).items()}
-                )
+                values = vars(part).items()
+                plain = {n: x.tolist() if isinstance(x, np.ndarray) else x for n, x in values}
+                found[option] = fingerprint(plain)
         return found
 
     def _parts(self) -> list[tuple[str, Any]]:
@@ -118,10 +118,6 @@ class Inputs:
             ("probe_captions", None if probe.from_corpus else probe.captions),
             ("probe_class_names", names),
         ]
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, np.ndarray) else value
 
 
 def open_inputs(config: TrainConfig) -> Inputs:

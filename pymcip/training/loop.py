@@ -29,6 +29,7 @@ from pymcip.training.logs import MetricsLog, system_values
 from pymcip.training.optim import cosine_with_warmup
 from pymcip.training.pace import Pace
 from pymcip.training.replicas import change_rows, to_first, total
+from pymcip.training.sharding import bring_back, clip_gradients, own_moments, whole_moments
 
 MAX_BAD_STEPS_IN_A_ROW = 10
 LOSS_WORDS = {  # for the parts of the loss
@@ -47,6 +48,7 @@ class Stage(Protocol):
 
     name: str
     epochs: int
+    clip: ClipModel  # what is trained; maybe a divided copy of the run's (`training.sharding`)
     steps_per_epoch: int
     samples_per_step: int
     warmup: int
@@ -139,11 +141,13 @@ class Run:
     def save(self, stage: Stage | None) -> Path:
         """Write a checkpoint at the run's position; None: between two stages.
 
-        It holds the whole class matrix, so that any number of processes can resume from it.
+        It holds the whole class matrix and whole towers, so that any number of processes can resume from it.
         """
         heads: dict[str, Tensor] = stage.heads.state_dict() if stage else {}
-        optimizer = stage.optimizer.state_dict() if stage else {}
+        optimizer = whole_moments(stage.optimizer) if stage else {}
         heads, optimizer = change_rows(heads, optimizer, to_first)
+        if stage:
+            bring_back(stage.clip, self.clip)
         state = {
             **asdict(self.position),
             "model": self.clip.model.state_dict(),
@@ -196,7 +200,7 @@ def restore(state: dict[str, Any], stage: Stage) -> None:
                 state["heads"], state["optimizer"], lambda rows: rows[rows_of(len(rows))].clone()
             )
             stage.heads.load_state_dict(heads)
-            stage.optimizer.load_state_dict(optimizer)
+            stage.optimizer.load_state_dict(own_moments(stage.optimizer, optimizer))
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"the checkpoint does not belong to this run's {stage.name} stage: {error}. Move it away "
@@ -296,7 +300,7 @@ def optimizer_step(run: Run, stage: Stage, micro_batches: list[Any]) -> dict[str
     heads = [p for p in parameters if id(p) in in_heads]
     tower = [p for p in parameters if id(p) not in in_heads]
     limit = run.config.grad_clip_norm or math.inf
-    values["grad_norm"] = nn.utils.clip_grad_norm_(tower, limit, foreach=True)
+    values["grad_norm"] = clip_gradients(tower, limit)
     if run.config.grad_clip_classes is not None:
         own = nn.utils.get_total_norm([p.grad for p in heads if p.grad is not None])
         norm = total(own.square()).sqrt()  # over the rows of all processes

@@ -40,24 +40,17 @@ class Pace:
             stage: its name.
             left: steps of the stage that are not done yet, these among them.
         """
-        batches = iter(batches)
-        for batch in batches:  # the first one: worker processes start
-            yield batch
-            left -= 1
-            break
-        while True:
-            start = self.clock()
-            batch = next(batches, None)
-            if batch is None:
-                return
+        ended = self.clock()
+        for number, batch in enumerate(batches):
             came = self.clock()
             yield batch
-            left -= 1
-            self.steps += 1
-            self.waited += came - start
-            self.seconds += self.clock() - start
-            if self.steps == STEPS:
-                self._warn(stage, left)
+            if number > 0:  # at the first one worker processes start
+                self.steps += 1
+                self.waited += came - ended
+                self.seconds += self.clock() - ended
+                if self.steps == STEPS:
+                    self._warn(stage, left - number - 1)
+            ended = self.clock()
 
     def _warn(self, stage: str, left: int) -> None:
         a_step = self.seconds / self.steps

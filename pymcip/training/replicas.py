@@ -1,7 +1,8 @@
 """What the processes of a training step exchange: rows of features, gradients, rows of the class matrix.
 
-Every process has a whole copy of the model, and its own rows of the class matrix and of the captions
-(`pymcip.ops.margin_softmax.Shard`). For one process every function here gives back what it is given.
+Every process has a whole copy of the model (or a part of it: `training.sharding`), and its own rows of
+the class matrix and of the captions (`pymcip.ops.margin_softmax.Shard`). For one process every function
+here gives back what it is given.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from pymcip.configs import TrainSettings
-from pymcip.distributed import is_first, rank, waiting_group, world
+from pymcip.distributed import gathered, is_first, rank, waiting_group, world
 from pymcip.errors import ConfigError
 from pymcip.model import ClipModel
 from pymcip.ops.margin_softmax import Shard
+from pymcip.training.sharding import check_sharding, is_part
 
 
 def check_processes(config: TrainSettings, clip: ClipModel, images: int) -> None:
@@ -48,10 +50,27 @@ def check_processes(config: TrainSettings, clip: ClipModel, images: int) -> None
             f"freeze_bn_stats=False with {count} processes: {clip.name} has batch norms, and each process "
             "would take statistics of its own images; allowed: freeze_bn_stats=True, or one process"
         )
+    check_sharding(config, clip)
     if config.trains_images:
         check_steps(images, config.accum_freq, batch_size=config.batch_size)
     if config.realigns and config.rea_data is None:
         check_steps(images, config.accum_freq, rea_batch_size=config.rea_batch_size)
+
+
+def check_alike(made_from: dict[str, str]) -> None:
+    """Refuse processes that read different things.
+
+    `made_from`: fingerprints of what this one reads, by name.
+
+    Raises:
+        ConfigError: another one has a different fingerprint.
+    """
+    everywhere = [set(found.items()) for found in gathered(made_from)]
+    if odd := set.union(*everywhere) - set.intersection(*everywhere):
+        raise ConfigError(
+            f"the {world()} processes read different {', '.join(sorted(dict(odd)))}; allowed: the same files, "
+            "with the same content, on all machines"
+        )
 
 
 def check_steps(count: int, accum_freq: int, **size: int) -> None:
@@ -116,8 +135,9 @@ def replicated(function: Callable[..., Any], model: nn.Module) -> Callable[..., 
     in which they are summed; before it they add up in each process. The weights are those of process 0.
 
     `function` runs `model`, and gives tensors. Calls of the model past what is returned sum nothing.
+    A model that is divided among the processes (`training.sharding`) sums them in each call.
     """
-    if world() == 1:
+    if world() == 1 or any(map(is_part, model.parameters())):
         return lambda *arguments, last: function(*arguments)
     # Looking for unused parameters keeps the order of the sums from one run to its resumption.
     replica = DistributedDataParallel(

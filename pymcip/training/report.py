@@ -1,4 +1,4 @@
-"""The report of a run: what it was given, what it took, what it found, and what came of it."""
+"""The report of a run: its data and settings, what it mined, and its results."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def report_run(
 
 
 def _others(unmeasured: Sequence[LeftOut], inputs: Inputs) -> list[LeftOut]:
-    """What is not said of the training images already, with which held-out classes share a source."""
+    """What is not in the training images' list, as held-out classes share their source."""
     said = {item.key for item in inputs.images.left_out} if inputs.held_out else set()
     return [item for item in unmeasured if item.key not in said]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from pymcip.folders import holds_files
 # Options that may differ when a run is resumed: they don't change what is computed.
 RESUMABLE = (
     "out", "resume", "overwrite", "workers", "save_steps", "log_steps", "report_to", "cache",
-    "device",
+    "device", "sharding", "first_stage",
 )  # fmt: skip
 PATHS = ("out", "checkpoint", "best_checkpoint", "state_dict", "hub")  # of a result; below `out`
 RESULT = "result.json"
@@ -90,21 +90,24 @@ class TrainResult:
         write_json(self.out / RESULT, plain)
 
 
-def read_begun(config: TrainConfig) -> dict[str, Any] | None:
-    """The options of the run in `config.out`; None if there is no run yet.
+def read_begun(
+    out: Path, kind: str = "pymcip run", needed: Mapping[str, type] | None = None
+) -> dict[str, Any] | None:
+    """What config.json in `out` says of the run, or sweep, that is resumed; None if there is none yet.
+
+    `needed`: fields that it must have, see `read_json`.
 
     Raises:
         ConfigError: the folder holds something else.
-        DamagedFileError: they can't be read.
+        DamagedFileError: it can't be read.
     """
-    out = Path(config.out)
     if (out / "config.json").is_file():
-        begun: dict[str, Any] = read_json(out / "config.json", {}, _AGAIN)
+        begun: dict[str, Any] = read_json(out / "config.json", needed or {}, _AGAIN)
         return begun
     if holds_files(out) and [path.name for path in out.iterdir()] != [INPUTS]:
         raise ConfigError(
-            f"resume='latest': {out} holds files but no config.json, so it is no pymcip run; "
-            "give the folder of a run, or one that is new or empty"
+            f"resume='latest': {out} holds files but no config.json, so it is no {kind}; give the folder "
+            f"of a {kind}, or one that is new or empty"
         )
     return None
 
@@ -113,8 +116,12 @@ def as_begun(config: TrainConfig, begun: Mapping[str, Any] | None) -> TrainConfi
     """The config with what the run that was begun took where it says "auto"."""
     if begun is None:
         return config
-    open_ones = [item.name for item in fields(config) if getattr(config, item.name) == "auto"]
-    return replace(config, **{name: begun[name] for name in open_ones if name in begun})
+    chosen = {
+        name: begun[name]
+        for name, value in vars(config).items()
+        if value == "auto" and name in begun
+    }
+    return replace(config, **chosen)
 
 
 def finished_result(
@@ -130,21 +137,13 @@ def finished_result(
         DamagedFileError: a file of the run can't be read.
     """
     out = Path(config.out)
-    younger = {item.name: item.default for item in fields(config)}  # than the run: not in its file
-    before = {**younger, **begun}
-    now = config.to_dict()
-    changed = [
-        f"{name}: was {before.get(name)!r}, now {now[name]!r}"
-        for name in now
-        if name not in RESUMABLE and before.get(name) != now[name]
-    ]
+    changed = changed_options(config, begun)
     if changed:
         raise ConfigError(
             f"resume='latest': the run in {out} was started with other options: {'; '.join(changed)}. "
             "Give the same ones, or another folder"
         )
-    known = read_json(out / INPUTS, {}, _AGAIN)
-    names = [name for name in {**known, **made_from} if known.get(name) != made_from.get(name)]
+    names = changed_inputs(out, made_from)
     if names:
         raise StaleEmbeddingsError(
             f"resume='latest': the run in {out} was started with other {', other '.join(names)}. Give "
@@ -153,6 +152,30 @@ def finished_result(
     if not (out / RESULT).is_file():
         return None
     _log.info("the run in %s is finished; nothing to resume", out)
+    return read_result(out)
+
+
+def changed_options(
+    config: TrainConfig, begun: Mapping[str, Any], ignored: Collection[str] = RESUMABLE
+) -> list[str]:
+    """Compare `config` with the options of a run: the names that differ, with both values."""
+    younger = {item.name: item.default for item in fields(config)}  # than the run: not in its file
+    before = {**younger, **begun}
+    return [
+        f"{name}: was {before.get(name)!r}, now {value!r}"
+        for name, value in config.to_dict().items()
+        if name not in ignored and before.get(name) != value
+    ]
+
+
+def changed_inputs(out: Path, made_from: Mapping[str, str]) -> list[str]:
+    """Name the inputs of the run in `out` whose content is not that of `made_from`."""
+    known = read_json(out / INPUTS, {}, _AGAIN)
+    return [name for name in {**known, **made_from} if known.get(name) != made_from.get(name)]
+
+
+def read_result(out: Path) -> TrainResult:
+    """Read the result of the finished run in `out`; raises DamagedFileError."""
     values: dict[str, Any] = read_json(out / RESULT, REQUIRED, _AGAIN)
     unknown = values.keys() ^ {item.name for item in fields(TrainResult)}
     if unknown - {"alignment"}:

@@ -35,7 +35,6 @@ class Stream(Enum):
     DISTILLED_CAPTIONS = (7,)
     DISTILLED_MIXTURES = (8,)
     GENERIC_IMAGES = (9,)
-    APPENDED_HEAD = (10, 0)
     APPENDED_GATE = (10, 1)
     HELD_OUT = (11,)
     IMAGE_DROPOUT = (12, 0)

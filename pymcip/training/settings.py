@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -40,7 +39,7 @@ def fit_settings(
         images: those that it is trained on.
 
     Raises:
-        ConfigError: the image tower doesn't take crops of `train_size` pixels, or `aug_cfg` can't be applied.
+        ConfigError: more dimensions would be appended than the embedding has; the image tower doesn't take crops of `train_size` pixels, or `aug_cfg` can't be applied.
     """
     taken: dict[str, Any] = {}
     reasons: dict[str, str] = {}
@@ -50,6 +49,14 @@ def fit_settings(
             taken[name], reasons[name] = value, reason
         return taken.get(name, getattr(config, name))
 
+    dims, width = config.extra_dims, clip.embed_dim
+    if dims > width:
+        dims = choose("appended_dims", width, "as many as the embedding has")
+    if dims > width:
+        raise ConfigError(
+            f"appended_dims={dims} is not allowed with {clip.name}, whose embedding has {width}; "
+            f"allowed: 1 to {width}"
+        )
     visual: nn.Module = clip.model.visual  # type: ignore[assignment]
     parameters = sum(value.numel() for value in visual.parameters())
     count = len(images)
@@ -70,9 +77,7 @@ def fit_settings(
     if is_convolutional(clip.model) and not any("pos" in n for n, _ in visual.named_parameters()):
         size, why = max(GRID, round(size * CROP / GRID) * GRID), "a convolutional tower"
     choose("train_size", size, why)
-    settings = TrainSettings(
-        **{item.name: getattr(config, item.name) for item in fields(config)} | taken
-    )
+    settings = TrainSettings(**{**vars(config), **taken})
     check_train_size(clip, settings.train_size)
     transform = train_transform(clip, settings.train_size, config.aug_cfg, config.train_resize)
     if config.reduced_decoding:

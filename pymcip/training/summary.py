@@ -29,8 +29,7 @@ def log_start(
         "training data: %s images of %s classes%s",
         f"{len(inputs.images):,}", f"{inputs.images.num_classes:,}", captions,
     )  # fmt: skip
-    used = config.needs_captions or config.compares_with_captions or config.budget is not None
-    if inputs.captions is not None and not used:
+    if inputs.captions is not None and "captions" in config.unused:
         _log.warning(
             "captions= is given, and method=%r does not use it; mcip, mcip+ and re-alignment do",
             config.method,
@@ -41,6 +40,8 @@ def log_start(
             "%d processes, each with %d of a step's %d micro-batches; the global batch is %d images",
             world(), each, config.accum_freq, config.accum_freq * config.batch_size,
         )  # fmt: skip
+        if config.sharding == "full":
+            _log.info("the tower in training is divided among the processes (sharding='full')")
     inputs.log_what_is_measured(config.holdout)
     for name, reason in reasons.items():
         _log.info("%s: %s (%s)", name, getattr(config, name), reason)
@@ -48,8 +49,9 @@ def log_start(
 
 def log_end(result: TrainResult, config: TrainSettings) -> None:
     """Log where the weights of a run lie, and what to do next."""
-    took = timedelta(seconds=round(result.seconds))
-    _log.info("%d steps in %s%s", result.steps, took, _skipped(result.skipped_steps))
+    took, skipped = timedelta(seconds=round(result.seconds)), result.skipped_steps
+    why = f"; {skipped} of them skipped, because loss or gradient was not finite" if skipped else ""
+    _log.info("%d steps in %s%s", result.steps, took, why)
     if result.interrupted:
         _log.info(
             "interrupted by %s; checkpoint: %s. To continue: the same command with --resume latest",
@@ -75,7 +77,3 @@ def evaluate_command(result: TrainResult, config: TrainSettings) -> str:
     if config.columns and config.val_data is not None:
         words += ["--columns", *(f"{role}={name}" for role, name in config.columns.items())]
     return shlex.join(words)
-
-
-def _skipped(steps: int) -> str:
-    return f"; {steps} of them skipped, because loss or gradient was not finite" if steps else ""

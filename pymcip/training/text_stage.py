@@ -26,6 +26,7 @@ from pymcip.model.towers import text_parameters, unlock_text_tower
 from pymcip.training.optim import make_optimizer, parameter_groups
 from pymcip.training.replicas import check_steps, gather, replicated
 from pymcip.training.sampling import Stream, random_generator, seed_micro_batch
+from pymcip.training.sharding import divided
 
 NAME_SHARE = 0.5  # of the texts of re-alignment, where classes have names
 
@@ -110,7 +111,7 @@ class TextStage:
     name = "text"
 
     def __init__(self, clip: ClipModel, pairs: Pairs, config: TrainSettings) -> None:
-        self.clip, self.config, self.pairs = clip, config, pairs
+        self.config, self.pairs = config, pairs
         self.epochs, self.warmup = config.rea_epochs, config.rea_warmup
         self.samples_per_step = config.rea_batch_size * config.accum_freq
         self.rows = np.flatnonzero((pairs.captions.counts() > 0) | (pairs.names is not None))
@@ -118,6 +119,7 @@ class TextStage:
         self.steps_per_epoch = max(1, len(self.rows) // self.samples_per_step)
         check_steps(len(self.rows), config.accum_freq, rea_batch_size=config.rea_batch_size)
         unlock_text_tower(clip, config.rea_unlock_layers)
+        self.clip = clip = divided(clip, config, "text")
         # Made before the scale is unlocked: every process finds the whole gradient of that.
         self.features = replicated(clip.text_features, clip.model)
         trained = [*text_parameters(clip.model)]

@@ -40,27 +40,24 @@ from pymcip.model.appended import appended_clip
 from pymcip.model.towers import discard_projector, set_patch_dropout, unlock_text_tower
 from pymcip.ops.arrays import MatrixParts
 from pymcip.outputs import output_folder
-from pymcip.training.appended import WEIGHT, choose_weight, fit_appended
+from pymcip.training.appended import SHAPES, WEIGHT, choose_head, fit_appended
 from pymcip.training.budget import AlignmentBudget
 from pymcip.training.callbacks import Callbacks
 from pymcip.training.card import model_card
-from pymcip.training.checkpoints import (
-    Position,
-    checkpoint_files,
-    load_checkpoint,
-    load_weights,
-)
+from pymcip.training.checkpoints import Position, checkpoint_files, load_checkpoint, load_weights
 from pymcip.training.distillation import Distillation
 from pymcip.training.divergence import refuse_diverged, weight_norms
+from pymcip.training.first_stage import check_first_stage, take_first_stage
 from pymcip.training.image_stage import ImageStage, caption_bank, class_means, order_caption_bank
 from pymcip.training.inputs import Inputs, open_inputs
 from pymcip.training.logs import MetricsLog, forget_after, log_file
 from pymcip.training.loop import Interruption, Run, Stage, fit, restore
 from pymcip.training.noise import noisy_captions
-from pymcip.training.replicas import check_processes
+from pymcip.training.replicas import check_alike, check_processes
 from pymcip.training.report import report_run
 from pymcip.training.result import INPUTS, TrainResult, as_begun, finished_result, read_begun
 from pymcip.training.settings import fit_settings
+from pymcip.training.sharding import on_device
 from pymcip.training.summary import log_end, log_start
 from pymcip.training.text_stage import TextStage, image_text_pairs
 from pymcip.training.validation import Validation
@@ -75,7 +72,7 @@ def train(
 
     Writes a run folder: `config.json`, `inputs.json` (what the data and weights were), `out.log`, `metrics.jsonl`, `embeddings/` and `mined/` (the
     pseudo-captions), `checkpoints/`, `exported/` (plain open_clip weights), `result.json`;
-    with a budget `alignment.json`; at last `report.html`, which shows what came of it.
+    with a budget `alignment.json`; and `report.html`, which shows the results.
 
     With `alignment_budget` the tuned weights are drawn back towards the original ones as far as the
     budget asks for (`TrainResult.alignment`); if nothing keeps it, nothing is exported.
@@ -85,11 +82,14 @@ def train(
     dimensions; `pymcip.load` reads both.
 
     Options that are "auto" are chosen by the model and the number of images; `config.json` and the log
-    have what was taken. Where there is no `val_data`, some classes are held out to measure the model
-    before and after. The last lines of the log say what it was and is, and warn where it isn't better.
+    say what was taken. Where there is no `val_data`, some classes are held out to measure the model
+    before and after. The last lines of the log give both figures, and warn if it isn't better.
 
     With `resume="latest"` a run that was killed continues from its last checkpoint, on the CPU to the
     same bits as if it had not been.
+
+    With `first_stage` a two-stage method takes its first stage from a finished run, which must have had
+    the same options, data and weights; the result has the same bits as if both were trained here.
 
     `callbacks` are called at steps, evaluations and the ends of epochs, and may end a stage early; see
     `pymcip.Callbacks`.
@@ -116,7 +116,7 @@ def train(
 
 def _train(config: TrainConfig, callbacks: Callbacks) -> TrainResult:
     """Check everything, then hold the run's folder and run; of several processes the first writes."""
-    begun = read_begun(config) if config.resume else None
+    begun = read_begun(Path(config.out)) if config.resume else None
     config = as_begun(config, begun)
     inputs = open_inputs(config)
     clip = load_configured(config).joint()
@@ -127,6 +127,8 @@ def _train(config: TrainConfig, callbacks: Callbacks) -> TrainResult:
     check_processes(settings, clip, len(inputs.images))
     weights = {part: clip.weights(part) for part in ("image", "text")}
     made_from = inputs.fingerprints(config, weights)
+    check_alike(made_from)
+    check_first_stage(settings, made_from)
     if begun is not None:
         finished = finished_result(config, begun, made_from)
         if finished is not None:
@@ -143,6 +145,7 @@ def _train(config: TrainConfig, callbacks: Callbacks) -> TrainResult:
         write_json(out / INPUTS, made_from)
         write_json(out / "config.json", settings.to_dict())
         (out / "checkpoints").mkdir(exist_ok=True)
+        take_first_stage(settings, out)
         barrier()
         with Interruption().installed() as interruption, log_file(out / "out.log"):
             log_start(settings, reasons, clip, inputs)
@@ -200,7 +203,7 @@ def _run(
     if config.grad_checkpointing:
         clip.model.set_grad_checkpointing(True)  # type: ignore[operator]
     files = checkpoint_files(out / "checkpoints")
-    state = load_checkpoint(files[-1]) if config.resume and files else None
+    state = load_checkpoint(files[-1]) if files and (config.resume or config.first_stage) else None
     if state is None:
         position = Position()
     else:
@@ -248,7 +251,8 @@ def _run(
         with alone():
             for part in (validation, budget):  # of the first process
                 if part is not None:
-                    part.after_epoch(run, stage)
+                    with on_device(clip):
+                        part.after_epoch(run, stage)
         barrier()
         measured = {}
         if validation is not None:
@@ -276,9 +280,11 @@ def _run(
                 restore(state, stage)
                 state = None
             fit(run, stage)
+            clip.model.to(clip.device)  # where a stage trains a copy, it is in host memory
             if not interruption.agreed:
                 position.stage, position.epoch, position.step = position.stage + 1, 0, 0
                 run.save(None)
+            del stage  # frees its optimizer before the next one embeds
 
     if run.checkpoint is None:  # nothing to train but the head of the appended dimensions
         run.save(None)
@@ -349,20 +355,21 @@ def _finish(
         clip.model.visual.load_state_dict(original)  # type: ignore[union-attr,operator]
     if config.extra_dims:
         caches = _cache(config, out, clip), _cache(config, out, tuned)
-        head, gate = fit_appended(config, *caches, [data])
-        weight = WEIGHT
+        heads, gate = fit_appended(config, *caches, [data], SHAPES)
+        number, weight = 0, WEIGHT
         if inputs.held_out and inputs.validation is not None:
-            weight = choose_weight(*caches, inputs.validation, head, gate)
-            final = fit_appended(config, *caches, [data, inputs.validation])
+            number, weight = choose_head(*caches, inputs.validation, heads, gate)
+            both = [data, inputs.validation]
+            final = fit_appended(config, *caches, both, SHAPES[number : number + 1])
         tower: Any = None if tuned is clip else tuned.model.visual
-        clip = appended_clip(clip, tower, head, weight, gate)
+        clip = appended_clip(clip, tower, heads[number], weight, gate)
     elif alignment is not None and not alignment["respected"]:
         return None, alignment
     if validation is not None:
         drawn_back = alignment is not None and alignment["coefficient"] < 1
         validation.finish(run, clip, changed=config.extra_dims > 0 or drawn_back)
     if final is not None:  # has seen the classes that were held out to measure the model
-        clip = replace(clip, head=final[0], gate=final[1])  # type: ignore[call-arg]
+        clip = replace(clip, head=final[0][0], gate=final[1])  # type: ignore[call-arg]
     card = model_card(config, reasons, inputs, validation, alignment)
     return write_export(clip, out / "exported", card), alignment
 
