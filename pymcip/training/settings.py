@@ -49,13 +49,11 @@ def fit_settings(
             taken[name], reasons[name] = value, reason
         return taken.get(name, getattr(config, name))
 
-    dims, width = config.extra_dims, clip.embed_dim
-    if dims > width:
-        dims = choose("appended_dims", width, "as many as the embedding has")
-    if dims > width:
+    width = clip.embed_dim
+    if config.appended_dims != "auto" and config.appended_dims > width:
         raise ConfigError(
-            f"appended_dims={dims} is not allowed with {clip.name}, whose embedding has {width}; "
-            f"allowed: 1 to {width}"
+            f"appended_dims={config.appended_dims} is not allowed with {clip.name}, whose embedding has "
+            f"{width}; allowed: 1 to {width}"
         )
     visual: nn.Module = clip.model.visual  # type: ignore[assignment]
     parameters = sum(value.numel() for value in visual.parameters())
