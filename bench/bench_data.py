@@ -1,8 +1,9 @@
 """Time reading images, one process: JPEG files in a tar shard to the model's input.
 
 Rivals: open_clip's own pipeline (webdataset, Pillow, the model's transform) and pymcip's, without and
-with `reduced_decoding`; the bound is libjpeg-turbo, by Pillow, with nothing after it. The accuracy is the
-difference from the pixels of `pymcip`, 0 to 255, and with --model the cosine between the embeddings.
+with `reduced_decoding`; both of these for training, too, with open_clip's random crops. The bound is
+libjpeg-turbo, by Pillow, with nothing after it. The accuracy is the difference from the pixels of `pymcip`,
+0 to 255, and with --model the cosine between the embeddings.
 
     python bench/bench_data.py --model local-dir:/path --images photographs/ --store
 """
@@ -29,6 +30,7 @@ from pymcip.data import ImageData, load_images
 from pymcip.data.loading import iterate_batches
 from pymcip.embedding.write import REDUCED
 from pymcip.model import ClipModel, load
+from pymcip.training.batches import AugmentedImages, reduced_transform
 
 SIZE = 224  # of the model's input, without --model
 
@@ -48,6 +50,8 @@ def main(arguments: list[str] | None = None) -> None:
         open_clip.image_transform(SIZE, is_train=False) if clip is None else clip.preprocess_val
     )
     size = SIZE if clip is None else clip.preprocess_val.transforms[0].size  # type: ignore[attr-defined]
+    crops: Any = open_clip.image_transform(size, is_train=True)
+    fewer, least = reduced_transform(crops)
     report = Report(
         "data", device="cpu", dtype="uint8", packages=("webdataset", "pillow"), store=options.store
     )
@@ -58,11 +62,18 @@ def main(arguments: list[str] | None = None) -> None:
             data = load_images(shard, labelled=False)
             exact = own(data, transform)
             check = partial(accuracy, exact=exact, clip=clip)
+            check_crops = partial(accuracy, exact=augmented(data, crops), clip=clip)
             rivals = [
                 Rival("open_clip", partial(open_clips, shard, transform), check),
                 Rival("pymcip", partial(own, data, transform), check),
                 Rival(
                     "pymcip reduced", partial(own, data.reduced(REDUCED * size), transform), check
+                ),
+                Rival("pymcip train", partial(augmented, data, crops), check_crops),
+                Rival(
+                    "pymcip train reduced",
+                    partial(augmented, data.reduced(least), fewer),
+                    check_crops,
                 ),
                 Rival("libjpeg-turbo", partial(decode_alone, data)),
             ]
@@ -123,6 +134,11 @@ def open_clips(shard: Path, transform: Any) -> Tensor:
 def own(data: ImageData, transform: Any) -> Tensor:
     (batch,) = iterate_batches(data, np.arange(len(data)), transform, batch_size=len(data))
     return batch.images
+
+
+def augmented(data: ImageData, transform: Any) -> Tensor:
+    images = AugmentedImages(data, transform, seed=0)
+    return torch.stack([images[0, row, row][0] for row in range(len(data))])
 
 
 def decode_alone(data: ImageData) -> None:

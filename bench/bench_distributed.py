@@ -2,7 +2,8 @@
 
 A small ViT with random weights on generated pictures, method mcip: the image tower, a class matrix and
 a bank of captions; gloo, a thread per process. What is sent is what the process writes within a step
-(/proc/self/io). Beside it the same by arithmetic, which `sent` gives for large runs, too.
+(/proc/self/io). Beside it the same by arithmetic, which `sent` gives for large runs, too; and how far the
+losses of the steps are from those of the first W.
 """
 
 from __future__ import annotations
@@ -70,6 +71,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         write_data(Path(name))
         measured = {str(count): measure(Path(name), count) for count in options.processes}
+    losses = [np.array(one.pop("losses")) for one in measured.values()]
+    for one, found in zip(measured.values(), losses, strict=True):
+        one["loss difference"] = float(np.abs(found / losses[0] - 1).max())
     small = {"batch": BATCH * MICRO_BATCHES, "dim": DIM}
     row = {
         "case": {**small, "classes": CLASSES, "captions": CAPTIONS, "steps": STEPS - UNTIMED},
@@ -81,8 +85,11 @@ def main() -> None:
     report.finish(summary=row)
 
 
-def measure(folder: Path, processes: int) -> dict[str, float]:
-    """Medians over the steps of a run: steps per second, bytes sent by the process that sends most."""
+def measure(folder: Path, processes: int) -> dict[str, Any]:
+    """Medians over the steps of a run: steps per second, bytes sent by the process that sends most.
+
+    And all steps' losses.
+    """
     script = [str(Path(__file__)), "--folder", str(folder)]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -98,6 +105,7 @@ def measure(folder: Path, processes: int) -> dict[str, float]:
         "bytes": max(statistics.median(one["bytes"][UNTIMED:]) for one in found),
         "bytes computed": sum(arithmetic.values()),
         "parameters": parameters,
+        "losses": found[0]["losses"],
     }
 
 
@@ -105,6 +113,7 @@ def train(folder: Path) -> None:
     """Be one of the processes: run, and write when its steps began and what it sent in each."""
     starts: list[float] = []
     sizes: list[int] = []
+    losses: list[float] = []
     trained = 0
     inner = loop.optimizer_step
 
@@ -114,6 +123,7 @@ def train(folder: Path) -> None:
         before = written()
         values = inner(run, stage, micro_batches)
         sizes.append(written() - before)
+        losses.append(values["loss"])
         trained = sum(p.numel() for p in run.clip.model.parameters() if p.grad is not None)
         return values
 
@@ -124,7 +134,7 @@ def train(folder: Path) -> None:
         device="cpu", precision="fp32", epochs=1, batch_size=BATCH, accum_freq=MICRO_BATCHES,
         threshold=-1.0, workers=0, save_steps=1000,
     )  # fmt: skip
-    found = {"starts": starts, "bytes": sizes, "parameters": trained}
+    found = {"starts": starts, "bytes": sizes, "parameters": trained, "losses": losses}
     (folder / f"{world()}-{rank()}.json").write_text(json.dumps(found))
 
 

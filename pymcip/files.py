@@ -13,7 +13,8 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from pymcip.errors import DamagedFileError, ResourceError, reason_of
 from pymcip.folders import record_files, temporary_name
 
 _AGAIN = "Remove it and run the same command again"
+_WHOLE = (str, int, float, dict)  # are made JSON as a whole
+PIECE = 65_536  # items of a list at a time
 
 
 @contextlib.contextmanager
@@ -211,6 +214,33 @@ def read_npz(
 
 
 def fingerprint(value: Any) -> str:
-    """SHA-256 (hex) of a value's canonical JSON: equal values, equal fingerprints."""
-    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()
+    """SHA-256 (hex) of a value's canonical JSON: equal values, equal fingerprints; see `json_pieces`."""
+    digest = hashlib.sha256()
+    for piece in json_pieces(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False):
+        digest.update(piece.encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def json_pieces(value: Any, **options: Any) -> Iterator[str]:
+    """Yield what `json.dumps` makes of a value, piece by piece, so that it may be larger than the memory.
+
+    Arrays and iterators stand for lists; they may hold such, but not in a dict.
+    """
+    if value is None or isinstance(value, _WHOLE):
+        yield json.dumps(value, **options)
+        return
+    comma = options.get("separators", (", ",))[0]
+    parts: Iterable[Any] = [value]
+    if isinstance(value, np.ndarray):
+        parts = (value[start : start + PIECE].tolist() for start in range(0, len(value), PIECE))
+    items, before = chain.from_iterable(parts), "["
+    while block := list(islice(items, PIECE)):
+        if all(item is None or isinstance(item, _WHOLE) for item in block):
+            yield before + json.dumps(block, **options)[1:-1]
+        else:
+            for item in block:
+                yield before
+                yield from json_pieces(item, **options)
+                before = comma
+        before = comma
+    yield "]" if before == comma else "[]"

@@ -113,7 +113,11 @@ def _take(folder: Path, me: int, wait: bool, shared: bool) -> int:
             if descriptor is not None:
                 _holders[folder] = me
                 return descriptor
-        who = f"process {holder.get('pid')} on {holder.get('host')}, since {holder.get('since')}"
+        who = "another process, which has just begun"
+        if holder:
+            who = (
+                f"process {holder.get('pid')} on {holder.get('host')}, since {holder.get('since')}"
+            )
         if not wait:
             raise FolderInUseError(
                 f"{folder} is in use by {who}; wait until it ends, or give another folder. If there "

@@ -6,6 +6,7 @@ Started again after a kill, the processes leave out the jobs that are done.
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
@@ -30,10 +31,12 @@ from pymcip.model.towers import (
     unlock_image_tower,
     unlock_text_tower,
 )
+from pymcip.ops.arrays import MatrixParts
 from pymcip.training import loop
 from pymcip.training.replicas import gather, replicated, shard_of, to_first
 from pymcip.training.sharding import bring_back, clip_gradients, divided, is_part, whole
 
+training: Any = importlib.import_module("pymcip.training.train")  # the function has its name
 ROWS, DIM, MICRO_BATCHES = 4, 8, 4
 STARTED_BEFORE = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
@@ -54,6 +57,7 @@ def gradients(classes: int) -> dict[str, Any]:
     with torch.no_grad():
         head.weight.copy_(matrix[own])
     captions = MCArcMargin(bank[own], **options)
+    repelled = MCArcMargin(bank[own], **options, positives="compete", repel=0.1)
     columns = torch.unique(labels)  # as with negatives="batch"
     run = replicated(tower, tower)
     losses = []
@@ -63,7 +67,9 @@ def gradients(classes: int) -> dict[str, Any]:
         shown = labels[together].flatten()
         indptr = torch.arange(len(shown) + 1)
         loss = (
-            head(features, shown).sum() + captions(features, indptr, shown, columns=columns).sum()
+            head(features, shown).sum()
+            + captions(features, indptr, shown, columns=columns).sum()
+            + repelled(features, indptr, shown).sum()
         )
         (loss + captions(features, indptr, shown).sum()).backward()
         losses.append(loss.detach())
@@ -183,6 +189,15 @@ def train(
         weights.update({k: v.clone() for k, v in self.clip.model.state_dict().items()})
         return path
 
+    bank_rows: list[int] = []  # how many are read at a time
+
+    class Counted(MatrixParts):
+        def __getitem__(self, rows: Any) -> Any:
+            found = super().__getitem__(rows)
+            bank_rows.append(len(found))
+            return found
+
+    training.MatrixParts = Counted
     loop.optimizer_step, loop.Run.save, torch.save = disturbed, saved, cut_off
     try:
         result = pymcip.train(**options, callbacks=ending if end else None)
@@ -190,9 +205,11 @@ def train(
         return {"error": f"{type(error).__name__}: {error}"}
     finally:
         loop.optimizer_step, loop.Run.save, torch.save = inner, last, write
+        training.MatrixParts = MatrixParts
     return {
         "steps": result.steps, "skipped": result.skipped_steps, "interrupted": result.interrupted,
         "checkpoint": result.checkpoint.name, "weights": weights, "calls": len(calls),
+        "bank_rows": bank_rows,
     }  # fmt: skip
 
 

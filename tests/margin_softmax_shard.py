@@ -18,10 +18,16 @@ ROWS, COLUMNS, DIM, CUT = 9, 700, 16, 300  # the first shard holds columns 0 …
 
 
 def problem() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Row 2 has no positive, row 3 one in each shard, row 4 all of the first shard."""
+    """Row 2 has no positive, row 3 one in each shard, row 4 all of the first shard.
+
+    The farthest columns of row 8 are one in each shard, of equal cosines.
+    """
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(ROWS, DIM, generator=generator, dtype=torch.float64)
     w = torch.randn(COLUMNS, DIM, generator=generator, dtype=torch.float64)
+    axes = torch.eye(DIM, dtype=torch.float64)
+    x[8] = axes[0]
+    w[10] = w[500] = axes[1] - 3 * axes[0]
     own = [[5], [650, 3], [], [299, 300], list(range(CUT)), *([i, 400 + i] for i in range(4))]
     indptr = torch.tensor([0, *map(len, own)]).cumsum(0)
     return x, w, indptr, torch.tensor([column for row in own for column in row])

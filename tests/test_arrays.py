@@ -11,6 +11,7 @@ import torch
 
 from pymcip.errors import ConfigError, DataError
 from pymcip.ops.arrays import (
+    ChosenRows,
     MatrixParts,
     as_numpy,
     check_count,
@@ -53,6 +54,26 @@ def test_a_slice_of_one_part_is_a_view_and_rows_by_number_are_a_copy() -> None:
     assert not np.shares_memory(rows[2:7], parts[2])
     assert not np.shares_memory(rows[np.array([4, 5])], parts[2])
     assert np.shares_memory(MatrixParts(parts[0])[:], parts[0])
+
+
+def test_chosen_rows_read_those_alone_and_files_from_front_to_back() -> None:
+    parts, whole = parts_and_whole()
+    asked: list[tuple[int, list[int]]] = []
+
+    class Counted(np.ndarray):
+        def __getitem__(self, rows):  # type: ignore[no-untyped-def]
+            if isinstance(rows, np.ndarray):
+                asked.append((len(self), rows.tolist()))
+            return np.asarray(self)[rows]
+
+    matrix = MatrixParts([part.view(Counted) for part in parts])
+    chosen = ChosenRows(ChosenRows(matrix, np.array([7, 1, 8, 2, 0, 4])), np.array([3, 0, 2, 1, 5]))
+    assert asked == []
+    assert (chosen.shape, chosen.dtype, len(chosen)) == ((5, 4), whole.dtype, 5)
+    np.testing.assert_array_equal(chosen[1:4], whole[[7, 8, 1]])
+    assert asked == [(3, [1]), (5, [4]), (1, [0])]
+    np.testing.assert_array_equal(chosen[np.array([4, 0])], whole[[4, 2]])
+    np.testing.assert_array_equal(ChosenRows(whole, np.array([7, 1]))[:], whole[[7, 1]])
 
 
 def test_blocks_are_in_order_and_of_one_part_each() -> None:

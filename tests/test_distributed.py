@@ -77,6 +77,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> dic
         "model": f"local-dir:{tiny_model_dir}", "train_data": str(folder / "train"),
         "captions": str(folder / "captions.txt"), "threshold": -1.0, "k": 2, "holdout": 0,
         "method": "mcip+rea", "distill": 1.0, "mixtures": 0.5, "negatives": "bank",
+        "positives": "compete", "repel": 0.1,
         "device": "cpu", "precision": "fp32", "epochs": 2, "batch_size": 2, "accum_freq": 2,
         "lr": 1e-3, "warmup": 2, "log_steps": 1, "save_steps": 2, "rea_epochs": 2,
         "grad_clip_classes": 1.0,
@@ -204,6 +205,11 @@ def test_a_run_is_that_of_one_process(run: str, one: Path, found: dict[str, Any]
     assert ("divided among the processes" in log) == (run != "whole")
 
 
+def test_each_process_reads_its_own_captions_alone(found: dict[str, Any]) -> None:
+    half = -(-len(CAPTIONS) // 2)
+    assert [result["bank_rows"] for result in found["whole"]] == [[half], [len(CAPTIONS) - half]]
+
+
 def test_the_towers_stay_equal(found: dict[str, Any]) -> None:
     for name in ("whole", "bank", "nan", "ended", "resumed", "parts", "in parts"):
         first, second = (result["weights"] for result in found[name])
@@ -216,7 +222,7 @@ def test_the_default_method_and_a_budget_run(found: dict[str, Any]) -> None:
     result = json.loads((out / "result.json").read_text())
     assert result["metrics"]
     assert result["alignment"]["kept"]
-    assert pymcip.load(str(out), device="cpu").embed_dim == 16 + 64
+    assert pymcip.load(str(out), device="cpu").embed_dim == 2 * 16  # as many appended as there are
 
 
 def test_a_step_that_fails_in_one_process_is_skipped_by_all(found: dict[str, Any]) -> None:

@@ -40,6 +40,11 @@ def test_a_folder_is_held_by_one_process_and_freed_when_it_is_killed(tmp_path: P
     )
     assert child.stdout is not None
     assert child.stdout.readline() == b"held\n"
+    said = (tmp_path / LOCK).read_bytes()
+    (tmp_path / LOCK).write_bytes(b"")  # as before it says who it is
+    with pytest.raises(FolderInUseError, match="in use by another process"), hold(tmp_path):
+        pass
+    (tmp_path / LOCK).write_bytes(said)
     with pytest.raises(FolderInUseError, match=f"in use by process {child.pid} on"), hold(tmp_path):
         pass
     child.kill()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pymcip.losses import ArcMargin, MCArcMargin, info_nce
 from pymcip.ops import margin_softmax
 from pymcip.ops.margin_contract import margin_logit
-from pymcip.ops.margin_softmax import POSITIVES, MarginOptions, Shard, margin_softmax_filtered
+from pymcip.ops.margin_softmax import POSITIVES, MarginOptions, margin_softmax_filtered
 
 EXACT = ("torch", "cpu")  # those that take fp32 operands
 
@@ -317,7 +317,6 @@ def test_chunks_do_not_matter(
         ({"positives": "both"}, "allowed: apart, compete"),
         ({"repel": 0.1}, "positives='compete'"),
         ({"repel": -0.1, "positives": "compete"}, "repel >= 0"),
-        ({"repel": 0.1, "positives": "compete", "shard": Shard(0)}, "shard"),
         ({"chunk": 0}, "at least 1"),
         ({"scratch": 0}, "at least 1"),
         ({"delta": 1.0}, "delta < 1"),

@@ -31,6 +31,8 @@ WAYS: list[dict[str, Any]] = [
     {"backend": "torch", "compute": "float64"},
     {"backend": "cpu", "compute": "float32"},
     {"backend": "torch", "compute": "float64", "delta": 0.2},
+    {"backend": "torch", "compute": "float64", "positives": "compete", "repel": 0.3},
+    {"backend": "cpu", "compute": "float32", "positives": "compete", "repel": 0.3},
 ]
 
 
@@ -58,8 +60,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> list[list[list[Tensor]]]
 
 @pytest.mark.parametrize(
     ("way", "tolerance"),
-    [(0, 1e-12), (1, 1e-5)],  # fp32: sums of 700 terms, a few u
-    ids=["torch in fp64", "cpu in fp32"],
+    [(0, 1e-12), (1, 1e-5), (3, 1e-12), (4, 1e-5)],  # fp32: sums of 700 terms, a few u
+    ids=["torch in fp64", "cpu in fp32", "farthest in fp64", "farthest in fp32"],
 )
 def test_two_shards_give_the_whole(
     way: int, tolerance: float, shards: list[list[list[Tensor]]]

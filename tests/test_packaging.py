@@ -47,9 +47,9 @@ FLOORS = {
         ops.margin_softmax ops triton_kernels.margin_softmax triton_kernels.topk ops.topk_triton losses""",
     "models": """model.depthwise model.clip model.hub_config model.appended model.towers model.loading
         model environment workers""",
-    "data": """data.decode data.sources data.tally data.labels data.walk data.shards data.tables
+    "data": """data.decode data.sources data.tally data.labels data.compact data.walk data.shards data.tables
         data.column_names data.columns data.json_annotations data.stores data.parquet_images data.annotations data.captions data.images data.class_names
-        data.indexed data.index data.loading data outputs checking""",
+        data.indexed data.kept_index data.index data.loading data outputs checking""",
     "embedding": """embedding.foreign embedding.folder embedding.write embedding.cache embedding
         onnx transformers exporting""",
     "search": "search.approximate search.index search.build search search.gallery search.serve search.show",

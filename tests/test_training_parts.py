@@ -29,12 +29,14 @@ from pymcip.model.towers import (
     unlock_image_tower,
     unlock_text_tower,
 )
-from pymcip.ops import margin_softmax
+from pymcip.ops import margin_softmax, order_bank
+from pymcip.ops.arrays import MatrixParts
 from pymcip.training import train
 from pymcip.training.batches import (
     AugmentedImages,
     image_batches,
     random_state,
+    reduced_transform,
     train_transform,
 )
 from pymcip.training.image_stage import ImageStage, caption_bank, order_caption_bank
@@ -192,6 +194,51 @@ def test_random_state_is_restored_after_an_error() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize(
+    ("resize", "aug_cfg"),
+    [(None, {}), (None, {"scale": (0.5, 0.9)}), (1.125, {}), (1.5, {"color_jitter": 0.2})],
+)
+def test_reduced_images_have_the_same_crops(
+    resize: float | None, aug_cfg: dict[str, Any], tiny_clip: ClipModel, tmp_path: Path
+) -> None:
+    """Of a JPEG that is read at a part of its size, and of a PNG, which is read as it is."""
+    coarse = np.random.default_rng(0).integers(0, 256, (18, 24, 3), dtype=np.uint8)
+    whole = Image.fromarray(coarse).resize((803, 601), Image.Resampling.BICUBIC)
+    whole.save(tmp_path / "a.jpg", quality=95)
+    whole.save(tmp_path / "b.png")
+    data = load_images(tmp_path, labelled=False)
+    plain = train_transform(tiny_clip, 32, aug_cfg, resize)
+    transform, least = reduced_transform(plain)
+    reduced = data.reduced(least)
+    assert reduced.read(0).width in (101, 201)
+    exact, found = (
+        torch.stack([AugmentedImages(source, made, seed=1)[0, place, row][0] for place in range(8) for row in (0, 1)])
+        for source, made in ((data, plain), (reduced, transform))
+    )  # fmt: skip
+    assert torch.equal(exact[1::2], found[1::2])
+    deviation = torch.tensor(tiny_clip.preprocess_cfg["std"])[:, None, None]
+    difference = 255 * deviation * (exact - found).abs()
+    assert 0 < float(difference.mean()) < 1
+    assert float(difference.max()) < 8
+    moved = 255 * deviation * (exact[::2] - exact[::2].roll(1, dims=3)).abs()  # by a pixel
+    assert float(moved.mean()) > 10
+
+
+def test_reduced_decoding_reaches_the_training_images(
+    tiny_images: Callable[..., Path], tiny_clip: ClipModel
+) -> None:
+    data = load_images(tiny_images())
+    sides = []
+    for aug_cfg in ({}, {"scale": (0.25, 1)}):
+        chosen = settings_for(reduced_decoding=True, train_size=32, aug_cfg=aug_cfg)
+        stage = ImageStage(tiny_clip, data, chosen, class_rows=None)
+        assert stage.data.least_side is None
+        sides.append(stage.images.data.least_side)
+    assert sides == [78, 148]  # 2 * 32 / sqrt(0.75 * 0.9), and with 0.25
+    with pytest.raises(ConfigError, match="timm"):
+        reduced_transform(train_transform(tiny_clip, 32, {"use_timm": True}))
+
+
 def test_parameter_groups_exempt_vectors(tiny_clip: ClipModel) -> None:
     groups = parameter_groups(image_parameters(tiny_clip.model), lr=0.1, wd=0.2)
     decay = {group["weight_decay"]: group["params"] for group in groups}
@@ -248,27 +295,30 @@ def test_caption_banks() -> None:
     table = table_of([[4, 2], [], [2, 7]])
     vectors = np.arange(10, dtype=np.float16)[:, None]
     bank, positives = caption_bank(table, vectors, "mined", 0)
-    assert bank.ravel().tolist() == [2, 4, 7]
+    assert bank[:].ravel().tolist() == [2, 4, 7]
     assert positives.ids.tolist() == [1, 0, 0, 2]
     bank, positives = caption_bank(table, vectors, "bank", 0)
     assert len(bank) == 10
     assert positives.ids.tolist() == [4, 2, 2, 7]
     bank, positives = caption_bank(table, vectors, 6, 0)
     assert len(bank) == 6
-    assert bank.ravel()[positives.ids].tolist() == [4, 2, 2, 7]
+    assert bank[:].ravel()[positives.ids].tolist() == [4, 2, 2, 7]
     batch = positives.take(np.array([2, 1, 0]))
     assert batch.indptr.tolist() == [0, 2, 2, 4]
-    assert bank.ravel()[batch.ids].tolist() == [2, 7, 4, 2]
+    assert bank[:].ravel()[batch.ids].tolist() == [2, 7, 4, 2]
 
 
 def test_an_ordered_bank_has_the_same_positives() -> None:
     vectors = np.random.default_rng(0).standard_normal((600, 8)).astype(np.float16)
     table = table_of([[4, 2], [], [2, 599]])
-    bank, positives = caption_bank(table, vectors, "bank", 0)
-    ordered, moved = order_caption_bank(bank, positives, 0, torch.device("cpu"))
-    assert np.array_equal(ordered[moved.ids], bank[positives.ids])
-    assert not np.array_equal(ordered, bank)
-    assert np.array_equal(np.sort(ordered, axis=0), np.sort(bank, axis=0))
+    read = MatrixParts([vectors[:250], vectors[250:]])
+    bank, positives = caption_bank(table, read, "bank", 0)
+    rows, moved = order_caption_bank(bank, positives, 0, torch.device("cpu"))
+    ordered = rows[:]
+    assert np.array_equal(ordered, vectors[order_bank(vectors)])
+    assert np.array_equal(ordered[moved.ids], vectors[positives.ids])
+    assert not np.array_equal(ordered, vectors)
+    assert np.array_equal(np.sort(ordered, axis=0), np.sort(vectors, axis=0))
 
 
 @pytest.mark.parametrize(("form", "repel"), [("apart", 0), ("compete", 0), ("compete", 0.1)])

@@ -29,7 +29,7 @@ class TrainConfig(ModelOptions, DataOptions):
         "what matters most": """model pretrained train_data out method captions val_data epochs workers
             resume""",
         "data": """columns val_class_names train_weights class_balanced holdout aug_cfg train_size train_resize
-            image_size""",
+            reduced_decoding image_size""",
         "model": "appended_dims projector unlock_layers freeze_bn_stats patch_dropout",
         "schedule": """batch_size lr lr_classes wd wd_exempt beta1 beta2 eps warmup lr_floor grad_clip_norm
             grad_clip_classes accum_freq""",
@@ -120,6 +120,12 @@ class TrainConfig(ModelOptions, DataOptions):
         "resize training images to squares of this many times train_size, crop and flip at random; of "
         "aug_cfg color_jitter alone goes with it; default: open_clip's random crop",
         at_least=1,
+    )
+
+    reduced_decoding: bool = option(
+        False,
+        "read JPEGs for training at a half, a quarter or an eighth of their size where the random crop "
+        "keeps twice train_size: faster for large ones; pixels differ a little",
     )
 
     # Which parts of the image tower are trained

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from pymcip.data.column_names import (
     keys_of,
 )  # fmt: skip
 from pymcip.data.columns import TEXTS, grouped, parquet_columns, read_parquet, text_lists, texts
+from pymcip.data.compact import Labels, Names
 from pymcip.data.json_annotations import read_json
 from pymcip.data.labels import label_of
 from pymcip.data.parquet_images import class_names_of, image_column
@@ -111,7 +112,7 @@ def _parquet(path: Path, images: bool) -> Annotations:
         label = first_of(result.names, LABEL_COLUMNS)
         named = class_names_of(path, label) if label is not None else []
         if named:
-            result.labels = [_name_of(number, named) for number in result.labels]
+            result.labels = Labels(_name_of(number, named) for number in result.labels)
     return result
 
 
@@ -161,9 +162,9 @@ def _from_table(table: Table, images: bool) -> Annotations:
         path=table.path,
         kind=f"{table.kind}: {', '.join(described) or 'no column that is known'}",
         captions=_joined(lists, rows),
-        files=None if file is None else texts(table, file),
-        labels=[None] * rows if label is None else [label_of(text) for text in texts(table, label)],
-        where=table.where,
+        files=None if file is None else Names(texts(table, file)),
+        labels=Labels([None] * rows if label is None else map(label_of, texts(table, label))),
+        where=replace(table, columns={}).where,
         left_out=[
             LeftOut(f"{table.path}, line {line}", "a header between the rows")
             for line in table.repeated
@@ -210,7 +211,7 @@ def _text(path: Path, layout: _Layout, images: bool) -> Annotations:
     result = _from_table(table, images)
     result.kind = f"{layout.kind} ({result.kind})" if layout.kind else result.kind
     if images and result.files is not None:
-        result.files = [None if f is None else re.sub(r"#\d+$", "", f) for f in result.files]
+        result.files = Names(re.sub(r"#\d+$", "", name) for name in result.files)
     return result
 
 
@@ -352,5 +353,5 @@ def _lines(path: Path, kind: str) -> Annotations:
     ]
     captions = pa.chunked_array(lists, TEXTS)
     return Annotations(
-        path, kind, captions, None, [None] * len(captions), lambda row: f"line {row + 1}"
+        path, kind, captions, None, Labels([None] * len(captions)), lambda row: f"line {row + 1}"
     )

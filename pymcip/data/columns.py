@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from pymcip.data.labels import plain
 from pymcip.data.tables import Choose, Table
 from pymcip.errors import DataError
 
+_ROWS = 8192  # lists at a time
 TEXTS = pa.large_list(pa.large_string())
 _STRINGS = ("string", "large_string", "string_view")
 _TEXT_FIELDS = ("raw", "caption", "sentence", "text", "path")  # of a struct that stands for a text
@@ -58,6 +60,28 @@ def reading_parquet(path: Path) -> Iterator[None]:
         raise DataError(f"{path} can't be read as PARQUET: {error}") from error
 
 
+# Lists of texts
+
+
+def lists_in(column: pa.ChunkedArray) -> Iterator[list[str]]:
+    """Yield the texts of each row of a column of `TEXTS`, of which a block is read at a time."""
+    for start in range(0, len(column), _ROWS):
+        yield from column[start : start + _ROWS].to_pylist()
+
+
+def has_texts(column: pa.ChunkedArray) -> bool:
+    """Whether any row of a column of `TEXTS` has a text."""
+    return any(len(chunk.flatten()) for chunk in column.chunks)
+
+
+def column_of(lists: Iterable[list[str]]) -> pa.ChunkedArray:
+    """Make a column of `TEXTS` of them; no more than a block of Python's own lists is held."""
+    rows, blocks = iter(lists), []
+    while block := list(islice(rows, _ROWS)):
+        blocks.append(pa.array(block, TEXTS))
+    return pa.chunked_array(blocks, TEXTS)
+
+
 # Columns
 
 
@@ -87,22 +111,20 @@ def text_lists(table: Table, name: str) -> pa.ChunkedArray:
     return pa.chunked_array(pieces, TEXTS)
 
 
-def texts(table: Table, name: str) -> list[str | None]:
-    """Take a column as one stripped text per row; None for what is missing, blank or NaN.
+def texts(table: Table, name: str) -> Iterator[str]:
+    """Yield a column's texts, one per row, stripped; "" for what is missing, blank or NaN.
 
     Raises:
         DataError: the column is of another type, a cell holds several texts or a fraction, or a row
             is not UTF-8.
     """
-    found: list[str | None] = []
-    for piece in text_lists(table, name).to_pylist():
+    for row, piece in enumerate(lists_in(text_lists(table, name))):
         if len(piece) > 1:
             raise DataError(
-                f"{table.path}, {table.where(len(found))}: column {name} holds {len(piece)} values "
+                f"{table.path}, {table.where(row)}: column {name} holds {len(piece)} values "
                 f"({piece[0]!r}, …); needed: one per row"
             )
-        found.append(piece[0].strip() or None if piece else None)
-    return found
+        yield piece[0].strip() if piece else ""
 
 
 def grouped(counts: npt.NDArray[np.int64], values: pa.Array) -> pa.Array:

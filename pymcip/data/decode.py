@@ -26,6 +26,8 @@ _NO_PIXELS = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "WMF"}
 # What cameras write: Pillow takes some of them for a TIFF, and gives the thumbnail in it.
 _RAW = {".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".pef", ".raf", ".rw2", ".srw"}
 
+REDUCED_FROM = "reduced from"
+
 _log = logging.getLogger("pymcip.data")
 said: set[str] = set()  # what this process has warned of once
 
@@ -80,7 +82,8 @@ def decode(content: bytes, key: str, least: int | None = None) -> Image.Image:
         content: the file's bytes.
         key: what errors call it.
         least: a JPEG may come at a half, a quarter or an eighth of its size, if its shorter side
-            keeps so many pixels: its decoder leaves the finer detail out, which is faster.
+            keeps so many pixels: its decoder leaves the finer detail out, which is faster. The image's
+            `info` says by `REDUCED_FROM` its whole width and height, and what these have become.
 
     Raises:
         DecodeError: it is cut short, no image, of 32-bit integers or of floats beyond 0 to 1, which
@@ -93,7 +96,10 @@ def decode(content: bytes, key: str, least: int | None = None) -> Image.Image:
         if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:
             raise Image.DecompressionBombError(f"{pixels} pixels")
         if least is not None:
-            image.draft(None, (least, least))  # type: ignore[arg-type]  # the mode stays
+            whole = image.size
+            found = image.draft(None, (least, least))  # type: ignore[arg-type]  # the mode stays
+            if found is not None and image.size != whole:
+                image.info[REDUCED_FROM] = (*whole, *found[1][2:])
         image.load()
         return to_rgb(image, key, significant_bits(content))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,12 +12,12 @@ import numpy.typing as npt
 from PIL import Image
 
 from pymcip.contents import digest_of, picture_digest
+from pymcip.data.compact import UNLABELLED
 from pymcip.data.decode import crop, decode
 from pymcip.data.stores import Int64, Store
 from pymcip.data.tally import LeftOut
 from pymcip.errors import DataError
-
-UNLABELLED = -1
+from pymcip.files import json_pieces
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -73,9 +73,9 @@ class ImageData:
         store, row = self._place(index)
         return store.titles(row)
 
-    def files(self) -> list[Path]:
-        """Return the files that hold the images of all sources."""
-        return [path for store in self.stores for path in store.files()]
+    def files(self) -> Iterator[Path]:
+        """Yield the files that hold the images of all sources."""
+        return (path for store in self.stores for path in store.files())
 
     def read(self, index: int) -> Image.Image:
         """Decode one image to RGB; see `decode`.
@@ -183,7 +183,8 @@ class ImageData:
         """
         digest = hashlib.sha256()
         described = [*(store.fingerprint() for store in self.stores), self.class_names]
-        digest.update(json.dumps(described).encode())
+        for piece in json_pieces(described):
+            digest.update(piece.encode())
         for column in (self.source_ids, self.rows, self.labels):
             digest.update(np.ascontiguousarray(column).data)
         if self.crops is not None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,15 @@ import pyarrow as pa
 
 from pymcip.configs import Source, Sources
 from pymcip.data import shards
-from pymcip.data.annotations import TABLES, read_annotations
+from pymcip.data.annotations import TABLES, Annotations, read_annotations
 from pymcip.data.captions import caption_lines
-from pymcip.data.columns import TEXTS
+from pymcip.data.columns import TEXTS, column_of, has_texts
+from pymcip.data.compact import UNLABELLED, Labels, Names
 from pymcip.data.decode import kind_of_suffix
-from pymcip.data.images import UNLABELLED, ImageData
+from pymcip.data.images import ImageData
 from pymcip.data.indexed import Indexed, joined
 from pymcip.data.json_annotations import captions_of, first_text, parse
+from pymcip.data.kept_index import ShardIndex, kept_index
 from pymcip.data.labels import (
     are_shards,
     class_name,
@@ -31,8 +35,8 @@ from pymcip.data.labels import (
 )
 from pymcip.data.parquet_images import ParquetStore
 from pymcip.data.sources import as_list, find, folder_files, some, suffix
-from pymcip.data.stores import FileStore, Int64, ShardIndex, ShardStore, states_of
-from pymcip.data.tally import Tally
+from pymcip.data.stores import FileStore, Int64, ShardStore, Store, states_of
+from pymcip.data.tally import LeftOut, Tally
 from pymcip.data.walk import Folder, class_folder
 from pymcip.errors import DataError
 from pymcip.progress import progress
@@ -74,7 +78,8 @@ def load_images(sources: Sources | list[Source], *, labelled: bool = True) -> Im
     listed = as_list(sources)
     if not listed:
         raise DataError("no image source was given; give a folder, a table or tar shards")
-    found: list[Indexed] = []
+    stores: list[Store] = []
+    left_out: list[LeftOut] = []
     source_ids, rows, labels = [], [], []
     class_names: list[str] = []
     class_sources: list[int] = []
@@ -84,10 +89,11 @@ def load_images(sources: Sources | list[Source], *, labelled: bool = True) -> Im
         _check_labels(source, indexed, labelled)
         codes, names = _number_classes(indexed.labels)
         _report_gaps(source, names)
-        found.append(indexed)
+        stores.append(indexed.store)
+        left_out += indexed.tally.items
         source_ids.append(np.full(len(codes), number, np.int64))
         rows.append(np.arange(len(codes), dtype=np.int64))
-        labels.append(np.where(codes == UNLABELLED, UNLABELLED, codes + len(class_names)))
+        labels.append(np.add(codes, len(class_names), out=codes, where=codes != UNLABELLED))
         class_names += names
         class_sources += [number] * len(names)
     if labelled and len(class_names) < 2:
@@ -96,14 +102,18 @@ def load_images(sources: Sources | list[Source], *, labelled: bool = True) -> Im
             "at least, as folder/class/image.jpg, a label column, or cls members"
         )
     return ImageData(
-        [indexed.store for indexed in found],
-        np.concatenate(rows),
-        np.concatenate(source_ids),
-        np.concatenate(labels),
+        stores,
+        _together(rows),
+        _together(source_ids),
+        _together(labels),
         class_names,
         np.array(class_sources, np.int64),
-        left_out=tuple(item for indexed in found for item in indexed.tally.items),
+        left_out=tuple(left_out),
     )
+
+
+def _together(parts: list[Int64]) -> Int64:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def list_images(
@@ -128,7 +138,7 @@ def list_images(
     """
     if not len(names):
         raise DataError(f"{folder}: the list of images is empty")
-    store = FileStore(kind, Path(folder), list(names), None)
+    store = FileStore(kind, Path(folder), Names(names), None)
     numbers = np.full(len(names), UNLABELLED) if labels is None else np.asarray(labels)
     numbers = numbers.astype(np.int64)
     if numbers.shape != (len(names),) or numbers.max() >= len(class_names):
@@ -178,8 +188,8 @@ def _index_folder(folder: Path) -> Indexed:
             f"the folder {folder} holds no images; expected {folder}/class/image.jpg (any kind of "
             "image that Pillow reads) or tar shards"
         )
-    folders = [class_folder(name) for name in names]
-    classes = list(dict.fromkeys(name for name in folders if name is not None))
+    folders = Labels(map(class_folder, names))
+    classes = folders.names
     _report_empty(folder, classes)
     splits = splits_among(classes)
     if splits and any(os.path.dirname(os.path.dirname(name)) for name in names):  # noqa: PTH120
@@ -195,15 +205,17 @@ def _index_folder(folder: Path) -> Indexed:
     if sharded or splits:
         what = "shards of img2dataset" if sharded else "splits"
         tally.remarks.append(f"the folders {some(classes)} are {what}, not classes")
-        folders = [None] * len(names)
-    named = {each: class_name(each) for each in classes}
-    labels = [None if each is None else named[each] for each in folders]
-    titles: list[list[str]] | None = None
-    if found.sidecars:
-        titles = [[] for _ in names]
+        folders = Labels(None for _ in names)
+    named: dict[str | None, str] = {each: class_name(each) for each in folders.names}
+    labels = Labels(map(named.get, folders))
+
+    def beside_each() -> Iterator[list[str]]:
         for row, name in enumerate(names):
-            label, titles[row] = _beside(folder, name, found.sidecars, tally, with_json=sharded)
+            label, titles = _beside(folder, name, found.sidecars, tally, with_json=sharded)
             labels[row] = labels[row] or label
+            yield titles
+
+    titles = column_of(beside_each()) if found.sidecars else None
     return joined("folder", folder, names, labels, titles, found.states, tally)
 
 
@@ -245,10 +257,9 @@ def _report_empty(folder: Path, classes: Iterable[str]) -> None:
 
 def _index_tables(paths: list[Path]) -> Indexed:
     base = Path(os.path.commonpath([path.absolute().parent for path in paths]))
-    names: list[str] = []
-    labels: list[str | None] = []
-    titles: list[list[str]] = []
-    where: list[str] = []
+    names, labels = Names(), Labels()
+    titles: list[pa.Array] = []
+    places: list[tuple[int, Annotations]] = []  # each with its first row
     contents: dict[Path, str] = {}
     tally = Tally()
     for path in paths:
@@ -256,48 +267,54 @@ def _index_tables(paths: list[Path]) -> Indexed:
         tally.items += found.left_out
         if found.content is not None:
             contents[path] = found.content
-            labels += found.labels
-            titles += found.captions.to_pylist()
+            labels.extend(found.labels)
+            titles += found.captions.chunks
             continue
         if found.files is None:
             raise DataError(
                 f"{path} has no column filepath; it has {', '.join(found.names) or 'none'}. Expected a "
                 "header with filepath, label and optionally title, or columns={'filepath': NAME}"
             )
-        if None in found.files:
-            row = found.files.index(None)
-            raise DataError(f"{path}: row {row + 1} has no filepath ({found.where(row)})")
-        files = [str(name) for name in found.files]
-        folder = _folder_of(path.absolute().parent, files)
+        without = next((row for row, name in enumerate(found.files) if not name), None)
+        if without is not None:
+            raise DataError(f"{path}: row {without + 1} has no filepath ({found.where(without)})")
+        folder = _folder_of(path.absolute().parent, next(iter(found.files), None))
         below = os.path.relpath(folder, base)
-        names += [os.path.normpath(os.path.join(below, name)) for name in files]  # noqa: PTH118
-        labels += found.labels
-        titles += found.captions.to_pylist()
-        where += [f"{path}, {found.where(row)}" for row in range(len(files))]
+        places.append((len(names), found))
+        for name in found.files:
+            names.append(os.path.normpath(os.path.join(below, name)))  # noqa: PTH118
+        labels.extend(found.labels)
+        titles += found.captions.chunks
+        found.files, found.labels = None, Labels()
     if contents and names:
         raise DataError(
             f"{some(paths)}: some hold images themselves, others name files; give them as two sources"
         )
     if contents:
+        captions = pa.chunked_array(titles, TEXTS)
         store = ParquetStore(
-            list(contents),
-            list(contents.values()),
-            pa.array(titles, TEXTS) if any(titles) else None,
+            list(contents), list(contents.values()), captions if has_texts(captions) else None
         )
         return Indexed(store, labels, tally)
     if not names:
         raise DataError(f"{some(paths)}: the table has no rows")
+
+    def where(row: int) -> str:
+        first, found = next(place for place in reversed(places) if place[0] <= row)
+        return f"{found.path}, {found.where(row - first)}"
+
     return joined(
-        "table", base, names, labels, titles, states_of("table", base, names), tally, where
-    )
+        "table", base, names, labels, pa.chunked_array(titles, TEXTS),
+        states_of("table", base, names), tally, where,
+    )  # fmt: skip
 
 
-def _folder_of(folder: Path, names: Sequence[str]) -> Path:
-    """Return the folder that a table's names are relative to: its own, or one that lies in it."""
-    if not names or os.path.lexists(folder / names[0]):
+def _folder_of(folder: Path, name: str | None) -> Path:
+    """Return the folder that a table's names, such as `name`, are relative to: its own, or one in it."""
+    if name is None or os.path.lexists(folder / name):
         return folder
     places = [each for each in sorted(folder.iterdir()) if each.is_dir()]
-    there = [each for each in places if (each / names[0]).is_file()]
+    there = [each for each in places if (each / name).is_file()]
     if len(there) != 1:
         return folder
     _log.info("%s: the images of its tables lie in %s", folder, there[0])
@@ -308,45 +325,49 @@ def _folder_of(folder: Path, names: Sequence[str]) -> Path:
 
 
 def _index_shards(paths: list[Path]) -> Indexed:
-    indices: list[ShardIndex] = []
-    labels: list[str | None] = []
-    seen: dict[str | None, str | None] = {}  # so that equal labels are one string in memory
-    tally = Tally()
-    for path in progress(paths, description="indexing shards", unit="shard"):
-        images: list[shards.Member] = []
-        titles: list[list[str]] = []
-        with path.open("rb") as handle:
-            for _, sample in shards.read_index(path, tally):
-                image = shards.image_of(sample)
-                if image is None:
-                    tally.add(*_without_image(path, sample))
-                    continue
-                label, texts = _described(
-                    f"{path}/{plain(image.name)}",
-                    {
-                        extension: shards.read_text(path, handle, sample[extension])
-                        for extension in ("cls", "txt", "json")
-                        if extension in sample
-                    },
-                )
-                images.append(image)
-                labels.append(seen.setdefault(label, label))
-                titles.append(texts)
-        indices.append(
-            ShardIndex(
-                np.array([image.offset for image in images], np.int64),
-                np.array([image.size for image in images], np.int64),
-                pa.array([plain(image.name) for image in images], pa.large_string()),
-                pa.array(titles, TEXTS),
-            )
-        )
-    if not labels:
+    found = kept_index(paths, lambda: _read_shards(paths))
+    store = ShardStore(paths, found.ends, found.names, found.offsets, found.sizes, found.titles)
+    return Indexed(store, found.labels, found.tally)
+
+
+def _read_shards(paths: list[Path]) -> ShardIndex:
+    names, labels, tally = Names(), Labels(), Tally()
+    offsets, sizes, ends = array("q"), array("q"), array("q")
+
+    def titles_of_each() -> Iterator[list[str]]:
+        for path in progress(paths, description="indexing shards", unit="shard"):
+            with path.open("rb") as handle:
+                for _, sample in shards.read_index(path, tally):
+                    image = shards.image_of(sample)
+                    if image is None:
+                        tally.add(*_without_image(path, sample))
+                        continue
+                    label, titles = _described(
+                        f"{path}/{plain(image.name)}",
+                        {
+                            extension: shards.read_text(path, handle, sample[extension])
+                            for extension in ("cls", "txt", "json")
+                            if extension in sample
+                        },
+                    )
+                    names.append(plain(image.name))
+                    offsets.append(image.offset)
+                    sizes.append(image.size)
+                    labels.append(label)
+                    yield titles
+            ends.append(len(names))
+
+    titles = column_of(titles_of_each())
+    if not len(names):
         tally.report(some(paths))
         raise DataError(
             f"{some(paths)}: no images; expected members named key.jpg (or "
             f"{', '.join(shards.IMAGE_EXTENSIONS[1:])}, …) with key.cls beside them"
         )
-    return Indexed(ShardStore(paths, indices), labels, tally)
+    return ShardIndex(
+        np.asarray(ends), names, np.asarray(offsets), np.asarray(sizes),
+        labels, titles if has_texts(titles) else None, tally,
+    )  # fmt: skip
 
 
 def _without_image(path: Path, sample: shards.Sample) -> tuple[str, str]:
@@ -376,12 +397,14 @@ def _described(where: str, texts: dict[str, str]) -> tuple[str | None, list[str]
 
 
 def _check_labels(source: Source, indexed: Indexed, labelled: bool) -> None:
-    without = [row for row, label in enumerate(indexed.labels) if label is None]
-    if not without or (not labelled and len(without) == len(indexed.labels)):
+    without = np.asarray(indexed.labels.codes) == UNLABELLED
+    count = int(np.count_nonzero(without))
+    if not count or (not labelled and count == len(without)):
         return
+    first = islice((row for row, alone in enumerate(without) if alone), 6)
     message = (
-        f"{source}: {len(without)} of {len(indexed.labels)} images have no class: "
-        f"{some((indexed.place(row) for row in without[:6]), len(without))}"
+        f"{source}: {count} of {len(without)} images have no class: "
+        f"{some(map(indexed.place, first), count)}"
     )
     if labelled:
         raise DataError(
@@ -391,17 +414,18 @@ def _check_labels(source: Source, indexed: Indexed, labelled: bool) -> None:
     _log.warning("%s", message)
 
 
-def _number_classes(labels: Iterable[str | None]) -> tuple[Int64, list[str]]:
+def _number_classes(labels: Labels) -> tuple[Int64, list[str]]:
     """Number the labels in class order: codes int64 [N] (-1: no label) and the C labels."""
-    texts = list(labels)
-    distinct = {text for text in texts if text is not None}
-    if all(_is_integer(text) for text in distinct):
-        names = sorted(distinct, key=lambda text: (int(text), text))
+    used = np.zeros(len(labels.names) + 1, bool)
+    used[labels.codes] = True
+    present = np.flatnonzero(used[:-1]).tolist()
+    if all(_is_integer(labels.names[code]) for code in present):
+        present.sort(key=lambda code: (int(labels.names[code]), labels.names[code]))
     else:
-        names = sorted(distinct)
-    codes: dict[str | None, int] = {name: code for code, name in enumerate(names)}
-    codes[None] = UNLABELLED
-    return np.fromiter((codes[text] for text in texts), np.int64, len(texts)), names
+        present.sort(key=labels.names.__getitem__)
+    number = np.full(len(used), UNLABELLED, np.int64)  # the last one: of unlabelled images
+    number[present] = np.arange(len(present))
+    return number[labels.codes], [labels.names[code] for code in present]
 
 
 def _is_integer(text: str) -> bool:

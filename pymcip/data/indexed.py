@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute
 
-from pymcip.data.columns import TEXTS
+from pymcip.data.columns import column_of, has_texts, lists_in
+from pymcip.data.compact import Labels, Names
 from pymcip.data.labels import plain
 from pymcip.data.sources import some
 from pymcip.data.stores import FileStore, Store
@@ -24,95 +27,116 @@ class Indexed:
 
     Attributes:
         store: where they lie.
-        labels: of each, None where there is none.
+        labels: of each.
         tally: what was left out.
-        where: of each, where it stands in a table; None: it is in no table.
+        where: says of each where it stands in a table; None: it is in no table.
     """
 
     store: Store
-    labels: list[str | None]
+    labels: Labels
     tally: Tally
-    where: list[str] | None = None
+    where: Callable[[int], str] | None = None
 
     def place(self, row: int) -> str:
         """Name an image, with its place in the table."""
-        key = self.store.key(row)
-        return key if self.where is None else f"{key} ({self.where[row]})"
+        return _with_place(self.store.key(row), self.where, row)
 
 
 def joined(
     kind: str,
     base: Path,
-    names: Sequence[str],
-    labels: Sequence[str | None],
-    titles: Sequence[Sequence[str]] | None,
+    names: Names,
+    labels: Labels,
+    titles: pa.ChunkedArray | None,
     states: States,
     tally: Tally,
-    where: Sequence[str] | None = None,
+    where: Callable[[int], str] | None = None,
 ) -> Indexed:
     """Join the rows that lead to one file: by another spelling, a link, or for another caption.
 
-    `states`: uint64 [N, 3] of the files, see `pymcip.data.walk.state_of`.
+    Args:
+        titles: of each row, see `pymcip.data.columns.TEXTS`; or None.
+        states: uint64 [N, 3] of the files, see `pymcip.data.walk.state_of`.
+        where: says of each row where it stands in a table.
 
     Raises:
         DataError: a file has several labels.
     """
-    rows: list[int] = []  # the first of each file
-    texts: dict[int, list[str]] = {}
-    found: list[str | None] = list(labels)
+    firsts = _firsts(names, states)
+    if firsts is not None:
+        _join_labels(base, names, labels, firsts, where)
+        own = firsts == np.arange(len(names))
+        rows = np.flatnonzero(own).tolist()
+        if where is not None:
+            note = f"{len(names)} rows are {len(rows)} images: the captions of a file's rows are its own"
+        else:
+            others = np.flatnonzero(~own).tolist()
+            count = sum(names[row] != names[int(firsts[row])] for row in others)
+            note = f"{count} names are links to images that are there, and no images of their own"
+        tally.notes.append(note)
+        if titles is not None:
+            titles = _join_titles(titles, firsts)
+        names = Names(names[row] for row in rows)
+        labels, states = Labels(labels[row] for row in rows), states[rows]
+        if where is not None:
+            place, kept = where, rows  # of a row of the table
+            where = lambda row: place(kept[row])  # noqa: E731
+    captions = None
+    if titles is not None and has_texts(titles):
+        stripped = (dict.fromkeys(map(str.strip, texts)) for texts in lists_in(titles))
+        captions = column_of([text for text in texts if text] for texts in stripped)
+    return Indexed(FileStore(kind, base, names, captions, states), labels, tally, where)
+
+
+def _firsts(names: Names, states: States) -> npt.NDArray[np.int64] | None:
+    """Return for each row the first one that leads to the same file; None: each leads to its own."""
+    inodes = np.sort(states[:, 1])
+    if inodes.all() and (inodes[1:] != inodes[:-1]).all():
+        return None
+    places = states[:, :2].copy()
+    for row in np.flatnonzero(places[:, 1] == 0).tolist():
+        # Some file systems have no inodes: a name is all there is to go by then.
+        places[row] = np.iinfo(np.uint64).max, hash(names[row]) & np.iinfo(np.int64).max
+    order = np.lexsort((places[:, 1], places[:, 0]))
+    new = np.ones(len(order), bool)
+    new[1:] = (np.diff(places[order], axis=0) != 0).any(axis=1)
+    firsts = np.empty(len(order), np.int64)
+    firsts[order] = order[new][np.cumsum(new) - 1]
+    return None if new.all() else firsts
+
+
+def _join_labels(
+    base: Path,
+    names: Names,
+    labels: Labels,
+    firsts: npt.NDArray[np.int64],
+    where: Callable[[int], str] | None,
+) -> None:
+    """Give the first row of each file the label that any of its rows has; refuse several."""
     conflicts = []
-    others = 0
-    for row, first in enumerate(_firsts(names, states)):
-        if titles is not None and titles[row]:
-            texts.setdefault(first, []).extend(text.strip() for text in titles[row])
-        if first == row:
-            rows.append(row)
-            continue
-        others += names[first] != names[row]
-        if found[first] is None:
-            found[first] = found[row]
-        elif found[row] not in (None, found[first]):
-            conflicts.append(
-                f"{_named(names, where, first)}: {found[first]!r}, {_named(names, where, row)}: "
-                f"{found[row]!r}"
-            )
+    for row in np.flatnonzero(firsts != np.arange(len(firsts))).tolist():
+        first, label = int(firsts[row]), labels[row]
+        if labels[first] is None:
+            labels[first] = label
+        elif label not in (None, labels[first]):
+            one, other = (_with_place(plain(names[i]), where, i) for i in (first, row))
+            conflicts.append(f"{one}: {labels[first]!r}, {other}: {label!r}")
     if conflicts:
         raise DataError(
             f"{base}: one file has two labels: {some(conflicts)}. An image has one class: take one of "
             "the two out"
         )
-    if len(rows) < len(names):
-        tally.notes.append(
-            f"{len(names)} rows are {len(rows)} images: the captions of a file's rows are its own"
-            if where is not None
-            else f"{others} names are links to images that are there, and no images of their own"
-        )
-    captions = None
-    if any(texts.values()):
-        kept = ([text for text in dict.fromkeys(texts.get(row, ())) if text] for row in rows)
-        captions = pa.array(kept, TEXTS)
-    store = FileStore(kind, base, [names[row] for row in rows], captions, states[rows])
-    return Indexed(
-        store,
-        [found[row] for row in rows],
-        tally,
-        None if where is None else [where[row] for row in rows],
-    )
 
 
-def _firsts(names: Sequence[str], states: States) -> Sequence[int]:
-    """Return for each row the first one that leads to the same file."""
-    inodes = states[:, 1]
-    if inodes.all() and len(np.unique(inodes)) == len(inodes):
-        return range(len(names))
-    first_of: dict[tuple[int, ...], int] = {}
-    found = []
-    for row, (device, inode, _) in enumerate(states.tolist()):
-        # Some file systems have no inodes: a name is all there is to go by then.
-        place = (device, inode) if inode else (-1, hash(names[row]))
-        found.append(first_of.setdefault(place, row))
-    return found
+def _join_titles(titles: pa.ChunkedArray, firsts: npt.NDArray[np.int64]) -> pa.ChunkedArray:
+    """Return the captions of each file: those of all its rows, in their order."""
+    order = np.argsort(firsts, kind="stable")
+    grouped = pa.concat_arrays(titles.chunks).take(order)
+    counts = pa.compute.fill_null(pa.compute.list_value_length(grouped), 0).to_numpy()
+    starts = np.flatnonzero(np.diff(firsts[order], prepend=-1))
+    offsets = np.append(np.cumsum(counts)[starts] - counts[starts], counts.sum())
+    return pa.chunked_array([pa.LargeListArray.from_arrays(offsets, grouped.flatten())])
 
 
-def _named(names: Sequence[str], where: Sequence[str] | None, row: int) -> str:
-    return plain(names[row]) + ("" if where is None else f" ({where[row]})")
+def _with_place(key: str, where: Callable[[int], str] | None, row: int) -> str:
+    return key if where is None else f"{key} ({where(row)})"

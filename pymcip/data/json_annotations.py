@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from pymcip.data.column_names import FILE_COLUMNS, LABEL_COLUMNS
 from pymcip.data.columns import TEXTS
+from pymcip.data.compact import Labels, Names
 from pymcip.data.labels import label_of
 from pymcip.data.sources import some, suffix
 from pymcip.data.tables import Annotations, open_text, read_lines
@@ -91,14 +92,14 @@ def read_json(path: Path) -> Annotations:
 def _annotations(path: Path, kind: str, rows: _Rows) -> Annotations:
     """Take image, label and captions of each row."""
     captions = [captions_of(value, f"{path}, {where}") for where, value in rows]
-    files = [first_text(value, FILE_COLUMNS) for _, value in rows]
+    files = [first_text(value, FILE_COLUMNS) or "" for _, value in rows]
     places = [where for where, _ in rows]
     return Annotations(
         path,
         kind,
         pa.chunked_array([pa.array(captions, TEXTS)]),
-        files if any(files) else None,
-        [label_of(first_text(value, LABEL_COLUMNS)) for _, value in rows],
+        Names(files) if any(files) else None,
+        Labels(label_of(first_text(value, LABEL_COLUMNS)) for _, value in rows),
         places.__getitem__,
     )
 

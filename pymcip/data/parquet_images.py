@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet
 
-from pymcip.data.columns import reading_parquet
+from pymcip.data.columns import lists_in, reading_parquet
 from pymcip.data.stores import PackedStore
 from pymcip.errors import DecodeError
 from pymcip.progress import progress
@@ -79,7 +79,9 @@ class ParquetStore(PackedStore[pa.ChunkedArray]):
 
     MOST_OPEN = 4  # row groups
 
-    def __init__(self, paths: list[Path], columns: list[str], titles: pa.Array | None) -> None:
+    def __init__(
+        self, paths: list[Path], columns: list[str], titles: pa.ChunkedArray | None
+    ) -> None:
         super().__init__(paths, titles)
         self._columns = columns
         places: list[tuple[int, int, int]] = []  # file, row group, rows
@@ -122,7 +124,7 @@ class ParquetStore(PackedStore[pa.ChunkedArray]):
 
     def fingerprint(self) -> list[Any]:
         names, digest = self.content()
-        titles = None if self._titles is None else self._titles.to_pylist()
+        titles = None if self._titles is None else lists_in(self._titles)
         return ["parquet", names, titles, digest]
 
 

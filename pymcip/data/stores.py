@@ -1,7 +1,7 @@
 """Where the images of one source lie: in files of their own, or inside tar shards.
 
-A store holds names, sizes and offsets in Arrow and NumPy arrays (tens of bytes per image), so it
-takes millions of images and can be sent to worker processes. Bytes are read one image at a time.
+A store holds names, sizes and offsets in arrays (tens of bytes per image), so it takes millions of
+images and can be sent to worker processes. Bytes are read one image at a time.
 """
 
 from __future__ import annotations
@@ -10,15 +10,17 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from pymcip.contents import Digests, digest_of, digest_of_files, file_digests
+from pymcip.data.columns import lists_in
+from pymcip.data.compact import Names
 from pymcip.data.labels import plain
 from pymcip.data.sources import some
 from pymcip.data.walk import States, as_states, state_of
@@ -33,7 +35,7 @@ class Store(ABC):
     """Where the images of one source lie; rows are counted from 0."""
 
     _sizes: Int64  # bytes of each image file
-    _titles: pa.Array | None  # lists of the captions that come with each
+    _titles: pa.ChunkedArray | None  # lists of the captions that come with each
 
     @abstractmethod
     def key(self, row: int) -> str:
@@ -49,12 +51,12 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def files(self) -> list[Path]:
+    def files(self) -> Iterable[Path]:
         """The files that hold the images."""
 
     @abstractmethod
     def fingerprint(self) -> list[Any]:
-        """Plain values that change whenever the images do; reads the files at the first call."""
+        """What `json_pieces` takes, which changes whenever the images do; the first call reads the files."""
 
     def titles(self, row: int) -> tuple[str, ...]:
         """Captions that come with the image; may be none."""
@@ -80,7 +82,7 @@ class PackedStore(Store, Generic[Opened]):
     MOST_OPEN: int
     _digest = ""  # of all files, once it is known
 
-    def __init__(self, paths: list[Path], titles: pa.Array | None) -> None:
+    def __init__(self, paths: list[Path], titles: pa.ChunkedArray | None) -> None:
         self._paths, self._titles = paths, titles
         self._open: dict[int, Opened] = {}
         self._lock = threading.Lock()
@@ -131,26 +133,30 @@ class FileStore(Store):
         self,
         kind: str,
         base: Path,
-        names: list[str],
-        titles: pa.Array | None,
+        names: Names,
+        titles: pa.ChunkedArray | None,
         states: States | None = None,
     ) -> None:
         self._kind = kind
         self._base = base
-        self._names = pa.array([os.fsencode(name) for name in names], pa.large_binary())
+        self._names = names
         self._titles = titles
         states = states_of(kind, base, names) if states is None else states
         self._sizes = states[:, 2].astype(np.int64)
 
-    def _path(self, row: int) -> str:
-        return os.path.join(self._base, os.fsdecode(self._names[row].as_py()))  # noqa: PTH118
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def path(self, row: int) -> str:
+        """The file of an image."""
+        return os.path.join(self._base, self._names[row])  # noqa: PTH118
 
     def key(self, row: int) -> str:
-        return plain(self._path(row))
+        return plain(self.path(row))
 
     def read(self, row: int) -> bytes:
         try:
-            return Path(self._path(row)).read_bytes()
+            return Path(self.path(row)).read_bytes()
         except FileNotFoundError as error:
             raise DataError(f"{self.key(row)} can't be read any more: {error}") from error
         except OSError as error:
@@ -161,18 +167,30 @@ class FileStore(Store):
             return self._digests[row].tobytes()
         return super().digest(row)
 
-    def files(self) -> list[Path]:
-        return [Path(self._path(row)) for row in range(len(self._names))]
+    def files(self) -> Iterable[Path]:
+        return map(Path, _Files(self))
 
     def fingerprint(self) -> list[Any]:
-        titles = None if self._titles is None else self._titles.to_pylist()
-        names = [os.fsdecode(name) for name in self._names.to_pylist()]
         if self._digests is None:
-            self._digests = file_digests(self.files())
-        return [self._kind, names, titles, digest_of(self._digests.tobytes()).hex()]
+            self._digests = file_digests(_Files(self))
+        titles = None if self._titles is None else lists_in(self._titles)
+        return [self._kind, iter(self._names), titles, digest_of(self._digests.data).hex()]
 
 
-def states_of(kind: str, base: Path, names: Sequence[str]) -> States:
+class _Files(Sequence[str]):
+    """The paths of a store's files, made when they are asked for."""
+
+    def __init__(self, store: FileStore) -> None:
+        self._store = store
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+    def __getitem__(self, row: Any) -> Any:
+        return self._store.path(row)
+
+
+def states_of(kind: str, base: Path, names: Names) -> States:
     """Return the state of every file, uint64 [N, 3]; see `pymcip.data.walk.state_of`.
 
     Raises:
@@ -210,38 +228,44 @@ class _Descriptor:
             os.close(self.number)
 
 
-class ShardIndex(NamedTuple):
-    """The images of one shard: their bytes' places int64 [n], member names, lists of titles."""
-
-    offsets: Int64
-    sizes: Int64
-    names: pa.Array
-    titles: pa.Array
-
-
 class ShardStore(PackedStore[_Descriptor]):
-    """Images inside tar shards, read by offset; the shards stay as they are."""
+    """Images inside tar shards, read by offset; the shards stay as they are.
+
+    Args:
+        paths: of the shards.
+        ends: int64 [S], how many images there are up to the end of each.
+        names: of the images' members.
+        offsets, sizes: int64 [N], where their bytes are.
+        titles: the captions of each, or None.
+    """
 
     MOST_OPEN = 64
 
-    def __init__(self, paths: list[Path], indices: list[ShardIndex]) -> None:
-        super().__init__(paths, pa.concat_arrays([index.titles for index in indices]))
-        counts = [len(index.offsets) for index in indices]
-        self._shard_ids = np.repeat(np.arange(len(paths), dtype=np.int32), counts)
-        self._offsets = np.concatenate([index.offsets for index in indices])
-        self._sizes = np.concatenate([index.sizes for index in indices])
-        self._names = pa.concat_arrays([index.names for index in indices])
+    def __init__(
+        self,
+        paths: list[Path],
+        ends: Int64,
+        names: Names,
+        offsets: Int64,
+        sizes: Int64,
+        titles: pa.ChunkedArray | None,
+    ) -> None:
+        super().__init__(paths, titles)
+        self._ends, self._names, self._offsets, self._sizes = ends, names, offsets, sizes
 
     def _opened(self, number: int) -> _Descriptor:
         return _Descriptor(self._paths[number])
 
     def key(self, row: int) -> str:
-        return f"{self._paths[self._shard_ids[row]]}/{self._names[row].as_py()}"
+        return f"{self._paths[self._shard(row)]}/{self._names[row]}"
+
+    def _shard(self, row: int) -> int:
+        return int(np.searchsorted(self._ends, row, side="right"))
 
     def read(self, row: int) -> bytes:
         size, offset = int(self._sizes[row]), int(self._offsets[row])
         try:
-            content = os.pread(self._part(int(self._shard_ids[row])).number, size, offset)
+            content = os.pread(self._part(self._shard(row)).number, size, offset)
         except FileNotFoundError as error:
             raise DataError(f"{self.key(row)} can't be read any more: {error}") from error
         except OSError as error:

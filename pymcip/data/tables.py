@@ -17,6 +17,7 @@ from typing import Literal
 
 import pyarrow as pa
 
+from pymcip.data.compact import Labels, Names
 from pymcip.data.tally import LeftOut
 from pymcip.errors import DataError
 
@@ -63,8 +64,8 @@ class Annotations:
         path: the file.
         kind: what it was taken for, in words.
         captions: large_list<large_string> [N]: the captions of each row.
-        files: the image of each row, None where a row has none; or None: no row has one.
-        labels: the class of each row, or None where there is none.
+        files: the image of each row, "" where a row has none; or None: no row has one.
+        labels: the class of each row.
         where: says where a row is in the file.
         left_out: rows that are no rows.
         names: of all columns, of a table.
@@ -74,8 +75,8 @@ class Annotations:
     path: Path
     kind: str
     captions: pa.ChunkedArray
-    files: list[str | None] | None
-    labels: list[str | None]
+    files: Names | None
+    labels: Labels
     where: Callable[[int], str]
     left_out: list[LeftOut] = field(default_factory=list)
     names: list[str] = field(default_factory=list)

@@ -10,6 +10,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from pymcip.data.compact import Names
 from pymcip.data.decode import kind_of_suffix, looks_like_image
 from pymcip.data.labels import is_ignored
 from pymcip.data.tally import Tally
@@ -30,7 +31,7 @@ class Folder:
         self.path, self._tally = path, tally
         self.sidecars: set[str] = set()
         self.by_content: list[str] = []
-        self.names: list[str] = []
+        self.names = Names()
         states = array("Q")
         self._walk("", (os.path.realpath(path),), states)
         self.states = as_states(states)
@@ -48,13 +49,14 @@ class Folder:
         folders = []
         try:
             with os.scandir(f"{self.path}/{below}") as entries:
-                listed = sorted(entries, key=lambda entry: entry.name)
+                listed = sorted(entries, key=lambda entry: entry.name, reverse=True)
         except OSError as error:
             self._tally.add(
                 f"{self.path}/{below}", f"the folder can't be listed ({error.strerror})"
             )
             return
-        for entry in listed:
+        while listed:  # an entry keeps what it is asked for: none is held longer than needed
+            entry = listed.pop()
             name = below + entry.name
             try:
                 if is_ignored(entry.name):

@@ -93,7 +93,7 @@ def _embed(config: EmbedConfig, shard: Shard) -> EmbeddingFolder:
     clip = load_configured(config)
     if config.reduced_decoding and images is not None:
         images = images.reduced(REDUCED * _side(clip))
-    read = [] if images is None else images.files()
+    read = () if images is None else images.files()
     size, part_size = config.batch_size, config.part_size
 
     def ours() -> bool:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -115,7 +116,7 @@ def _evaluate_own(config: EvaluateConfig) -> EvaluateResult:
     names = None if config.class_names is None else read_class_names(config.class_names)
     own = check_own(data, knn_data, names, config.duplicates)
     options = protocol_options(config)
-    read = data.files() + ([] if knn_data is None else knn_data.files())
+    read = chain(data.files(), () if knn_data is None else knn_data.files())
     with _prepare(config, read) as out:
         started = time.monotonic()
         measured = _each_model(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from pymcip.errors import ConfigError, DataError
@@ -90,10 +91,13 @@ class MatrixParts:
             message = f"rows {rows.min()} to {rows.max()} are asked for, of {len(self)}"
             raise IndexError(message)
         taken = np.empty((len(rows), self._columns), dtype=self.dtype)
-        owners = np.searchsorted(self.starts, rows, side="right") - 1
-        for owner in np.unique(owners):
-            places = np.flatnonzero(owners == owner)
-            taken[places] = as_numpy(self.parts[owner][rows[places] - self.starts[owner]])
+        order = np.argsort(rows, kind="stable")  # so that files are read from front to back
+        bounds = np.searchsorted(rows, self.starts, sorter=order)
+        for part, start, places in zip(
+            self.parts, self.starts, np.split(order, bounds[1:-1]), strict=False
+        ):
+            if len(places):
+                taken[places] = as_numpy(part[rows[places] - start])
         return taken
 
     def pieces(self, first: int, last: int) -> list[Array]:
@@ -117,6 +121,27 @@ class MatrixParts:
         """SHA-256 of 64 of the rows, by which the matrix is recognised."""
         ids = np.linspace(0, len(self) - 1, min(len(self), 64)).astype(np.int64)
         return hashlib.sha256(dense_fp32(self[ids]).tobytes()).hexdigest()
+
+
+class ChosenRows:
+    """Some rows of a matrix in some order, [n, D]; none is read before it is asked for.
+
+    matrix: [M, D]. numbers: int64 [n], of its rows.
+    """
+
+    def __init__(
+        self, matrix: np.ndarray | MatrixParts | ChosenRows, numbers: npt.NDArray[np.int64]
+    ) -> None:
+        self._matrix, self._numbers = matrix, numbers
+        self.shape: tuple[int, int] = (len(numbers), matrix.shape[1])
+        self.dtype: np.dtype[Any] = matrix.dtype
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        """Read rows, as `MatrixParts` does; the result is a copy."""
+        return self._matrix[self._numbers[rows]]
 
 
 # --- kinds of arrays -----------------------------------------------------------------------------

@@ -196,6 +196,25 @@ def over_shards(
     return total.log() + highest, cosine, distributed.get_world_size(group)
 
 
+def lowest_over_shards(
+    lowest: Tensor, column: Tensor, first: int, group: Any
+) -> tuple[Tensor, Tensor]:
+    """The lowest cosines [B] of all shards, and their columns in this one, -1 where another has them.
+
+    Of equal ones the first column of the whole matrix is taken. column: int64 [B], -1 for none.
+    """
+    from torch import distributed
+
+    last = torch.iinfo(column.dtype).max
+    own = lowest.masked_fill(column < 0, math.inf)
+    lowest = own.clone()
+    distributed.all_reduce(lowest, distributed.ReduceOp.MIN, group=group)
+    place = torch.where((own == lowest) & (column >= 0), column + first, last)
+    best = place.clone()
+    distributed.all_reduce(best, distributed.ReduceOp.MIN, group=group)
+    return lowest, column.where(place == best, -1)
+
+
 def choose_cells(shares: Tensor, delta: float) -> tuple[Tensor, Tensor]:
     """Choose the cells to keep, bool [row blocks, cells], and the mass [B] that goes with the others.
 

@@ -41,7 +41,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from pymcip.ops.dispatch import select
 from pymcip.ops.margin_contract import (
@@ -50,6 +49,7 @@ from pymcip.ops.margin_contract import (
     MIN_NORM,
     choose_cells,
     log_denominator,
+    lowest_over_shards,
     margin_logit,
     mass_outside,
     negative_log_softmax,
@@ -76,7 +76,7 @@ class MarginOptions:
         continuation: "linear", "none" or "easy".
         positives: "apart", or "compete": a row's positives are in each other's denominator.
         repel: r >= 0, of a row's farthest negative; for positives="compete". It costs one more product of
-            all rows and columns, in the rows' precision, and is not there for shards of the columns.
+            all rows and columns, in the rows' precision.
         compute: dtype of the operands of the matrix products; they are summed in fp32 (fp64 for
             float64). "auto": float64 for fp64 rows; on a GPU float16 for a float16 bank and
             bfloat16 otherwise; elsewhere float32.
@@ -152,7 +152,8 @@ class Shard:
 
     Column indices stay those of the whole matrix. All processes of `group` (None: the default
     group) call the op with the same x, indptr and indices; three small all-reduces in the forward
-    pass give each of them the whole loss, one in the backward pass the whole dX. dW is the shard's.
+    pass (two more with `repel`) give each of them the whole loss, one in the backward pass the whole dX.
+    dW is the shard's.
     """
 
     first: int
@@ -234,20 +235,8 @@ def margin_softmax_filtered(
     if weights is None:
         weights = (1 / counts.clamp_min(1).to(exact))[rows]
     norms = x.detach().to(exact).norm(dim=1).clamp_min(MIN_NORM)
-    farthest = None
-    if checked.repel > 0:
-        if shard is not None:
-            raise ValueError(
-                f"repel={checked.repel} can't be used with a shard of the columns; allowed: 0"
-            )
-        column = FARTHEST(
-            _unit(x.detach(), norms), w.detach(), w_norms, indptr, indices, rows, checked.scale,
-            exact, checked.step, checked.scratch_bytes(x.device),
-        )  # fmt: skip
-        one, other = (functional.normalize(v.to(exact), eps=MIN_NORM) for v in (x, w[column]))
-        farthest = (one * other).sum(1)
     loss, mass, cells = _MarginSoftmax.apply(  # type: ignore[no-untyped-call]
-        x, w, farthest, w_norms, norms, indptr, indices, rows, weights.detach().to(exact), shard,
+        x, w, w_norms, norms, indptr, indices, rows, weights.detach().to(exact), shard,
         chosen, dtype, checked,
     )  # fmt: skip
     blocks = -(-x.shape[0] // CELL_ROWS)
@@ -315,7 +304,6 @@ class _MarginSoftmax(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         w: Tensor,
-        farthest: Tensor | None,
         w_norms: Tensor | None,
         norms: Tensor,
         indptr: Tensor,
@@ -335,13 +323,14 @@ class _MarginSoftmax(torch.autograd.Function):
             local_rows, local = rows[own], indices[own] - shard.first
             starts = torch.arange(x.shape[0] + 1, device=x.device)
             local_ptr = torch.searchsorted(local_rows, starts)
-        problem = (
-            _unit(x, norms), w, w_norms, local_ptr, local, local_rows, options.scale, dtype,
-            options.step, options.scratch_bytes(x.device), backend,
-        )  # fmt: skip
+        unit = _unit(x, norms)
+        problem = (unit, w, w_norms, local_ptr, local, local_rows, options.scale)
+        buffers = options.step, options.scratch_bytes(x.device)
         filters = options.delta > 0 and (need_x or need_w)
         if w.shape[0]:
-            log_z, cosine, shares, kept = SUMS(*problem, need_x, need_w, filters)
+            log_z, cosine, shares, kept = SUMS(
+                *problem, dtype, *buffers, backend, need_x, need_w, filters
+            )
         else:  # a shard without columns adds nothing to Z
             log_z, cosine = torch.full_like(norms, -math.inf), norms[:0]
             shares, kept = norms.new_empty(len(norms), 0), []
@@ -355,12 +344,16 @@ class _MarginSoftmax(torch.autograd.Function):
         of_positives = negative_log_softmax if options.positives == "compete" else softplus
         logits = options.scale * value
         losses, pull = of_positives(log_z, logits, weights, indptr, rows)
-        loss, repel = row_sums(losses, indptr), None
-        if farthest is not None:
+        loss, repel, farthest = row_sums(losses, indptr), None, None
+        if options.repel > 0:
+            farthest = FARTHEST(*problem, norms.dtype, *buffers)
+            lowest = (unit * _columns(w, farthest, norms.dtype)[0]).sum(1)
+            if shard is not None:
+                lowest, farthest = lowest_over_shards(lowest, farthest, shard.first, shard.group)
             log_d = log_denominator(log_z, logits, indptr, rows)
             both = (indptr.diff() > 0) & (log_z > -math.inf)  # positives and negatives
             repel = options.repel * both.to(log_z.dtype)
-            loss = loss + repel * (log_d - options.scale * farthest)
+            loss = loss + repel * (log_d - options.scale * lowest.where(both, 0.0))
             pull = pull - repel[rows] * (logits - log_d[rows]).exp()
         if filters:
             shares = shares * (indptr.diff() > 0)[:, None]
@@ -374,7 +367,7 @@ class _MarginSoftmax(torch.autograd.Function):
             mass, skipped = torch.zeros_like(log_z), torch.zeros_like(indptr[0])
         ctx.save_for_backward(
             x, w, w_norms, norms, indptr, local_ptr, local, local_rows, rows, log_z, pull, slope, own,
-            active, repel, *kept,
+            active, repel, farthest, *kept,
         )  # fmt: skip
         ctx.shard, ctx.backend, ctx.dtype, ctx.options = shard, backend, dtype, options
         ctx.mark_non_differentiable(mass, skipped)
@@ -385,7 +378,7 @@ class _MarginSoftmax(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (
             x, w, w_norms, norms, indptr, local_ptr, local, local_rows, rows, log_z, pull, slope,
-            own, active, repel, *kept,
+            own, active, repel, farthest, *kept,
         ) = ctx.saved_tensors  # fmt: skip
         options = ctx.options
         need_x, need_w = ctx.needs_input_grad[:2]
@@ -393,10 +386,9 @@ class _MarginSoftmax(torch.autograd.Function):
         grad = grad_outputs[0].to(pull.dtype)
         pull = pull * grad[rows]
         negative = options.scale * row_sums(pull, indptr)
-        grad_farthest = None
         if repel is not None:
-            negative = negative + options.scale * repel * grad
-            grad_farthest = -options.scale * repel * grad
+            repel = options.scale * repel * grad
+            negative = negative + repel
         positive = -options.scale * slope * pull
         if w.shape[0]:
             grad_unit, grad_w = GRADIENTS(
@@ -406,16 +398,33 @@ class _MarginSoftmax(torch.autograd.Function):
             )  # fmt: skip
         else:
             grad_unit, grad_w = torch.zeros_like(unit), torch.zeros_like(w)
+        if repel is not None:
+            here = -repel * (farthest >= 0)
+            other, lengths = _columns(w, farthest, unit.dtype)
+            if need_x:
+                grad_unit += here[:, None] * other
+            if need_w and w.shape[0]:
+                own_grad = through_norm(here[:, None] * unit, other, lengths).to(w.dtype)
+                grad_w.index_put_((farthest.clamp_min(0),), own_grad, accumulate=True)
         grad_x = None
         if need_x:
             if ctx.shard is not None:
                 torch.distributed.all_reduce(grad_unit, group=ctx.shard.group)
             grad_x = through_norm(grad_unit, unit, norms[:, None]).to(x.dtype)
-        return grad_x, grad_w if need_w else None, grad_farthest, *[None] * 10
+        return grad_x, grad_w if need_w else None, *[None] * 10
 
 
 def _unit(x: Tensor, norms: Tensor) -> Tensor:
     return x.to(norms.dtype) / norms[:, None]
+
+
+def _columns(w: Tensor, columns: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Unit rows [B, D] of W and their lengths [B, 1]; any numbers where `columns` int64 [B] has -1."""
+    if not w.shape[0]:
+        w = w.new_ones(1, w.shape[1])
+    part = w[columns.clamp_min(0)].to(dtype)
+    lengths = part.norm(dim=1, keepdim=True).clamp_min(MIN_NORM)
+    return part / lengths, lengths
 
 
 def probe_triton() -> str | None:

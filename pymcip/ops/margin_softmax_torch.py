@@ -77,9 +77,9 @@ def gradients(
 
 
 def farthest(problem: Problem) -> Tensor:
-    """The column int64 [B] of each row's lowest cosine among its negatives; 0 where it has none."""
+    """The column int64 [B] of each row's lowest cosine among its negatives; -1 where it has none."""
     lowest = problem.x.new_full((problem.x.shape[0],), math.inf)
-    column = torch.zeros_like(problem.indptr[1:])
+    column = torch.full_like(problem.indptr[1:], -1)
     for start, columns in _unit_chunks(problem):
         logits = _logits(problem, start, columns)
         value, place = logits.masked_fill_(logits == -math.inf, math.inf).min(1)

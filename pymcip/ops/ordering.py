@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from pymcip.errors import ConfigError
-from pymcip.ops.arrays import Array, Progress, device_of, raise_unrankable
+from pymcip.ops.arrays import Array, ChosenRows, MatrixParts, Progress, raise_unrankable
 from pymcip.ops.margin_contract import CELL_COLUMNS
 
 _SAMPLE = 32  # rows of the sample for a centroid
@@ -66,8 +66,8 @@ def order_bank(
     (`order` itself leads back: column `place` of the new bank is row `order[place]` of the old.)
 
     Args:
-        bank: [C, D] floating point, D >= 1, a NumPy array, memory map or tensor, any norms. Rows of
-            zeros have no direction and come last.
+        bank: [C, D] floating point, D >= 1, a NumPy array, memory map, tensor, or rows that are read when
+            they are asked for (`pymcip.ops.arrays`), any norms. Rows of zeros have no direction and come last.
         cluster_size: rows of a cluster, on average. The filter's cells have 256 columns.
         iterations: steps of k-means on the sample; 0 leaves the centroids at random rows.
         seed: the same bank, seed, device and number of threads give the same order.
@@ -82,7 +82,7 @@ def order_bank(
     `iterations`. A smaller `cluster_size` finds smaller clusters for more time.
 
     Returns:
-        An int64 tensor on the bank's device, or a NumPy array for a NumPy bank.
+        An int64 tensor on the bank's device; a NumPy array if the bank is no tensor.
 
     Raises:
         ConfigError: an argument has the wrong type, shape or range.
@@ -99,7 +99,8 @@ def order_bank(
     if problems:
         raise ConfigError(problems)
     cluster_size, iterations, seed = map(operator.index, (cluster_size, iterations, seed))
-    own, count = device_of(bank), bank.shape[0]
+    own = bank.device if isinstance(bank, Tensor) else torch.device("cpu")
+    count = bank.shape[0]
     place = own if device is None else torch.device(device)
     clusters = -(-count // cluster_size)
     generator = torch.Generator().manual_seed(seed)
@@ -138,11 +139,12 @@ def _check_bank(bank: Array) -> None:
     if isinstance(bank, Tensor):
         floating = bank.is_floating_point() and bank.layout == torch.strided and not bank.is_meta
     else:
-        floating = isinstance(bank, np.ndarray) and bank.dtype.kind == "f"
+        known = isinstance(bank, (np.ndarray, MatrixParts, ChosenRows))
+        floating = known and bank.dtype.kind == "f"
     if not floating:
         kind = getattr(bank, "dtype", type(bank).__name__)
         raise ConfigError(f"order_bank: bank is {kind}; {allowed}")
-    if bank.ndim != 2 or bank.shape[1] == 0:
+    if len(bank.shape) != 2 or bank.shape[1] == 0:
         raise ConfigError(f"order_bank: bank has shape {tuple(bank.shape)}; {allowed}")
 
 

@@ -182,7 +182,7 @@ def _settings(config: SweepConfig, study: _Study) -> tuple[list[Path], dict[str,
         opened = open_inputs(study.base)
         with columns_named(study.base.columns):
             data = load_images(study.evaluation["data"], labelled=False)
-        read = opened.files() + data.files()
+        read = [*opened.files(), *data.files()]
         inputs = {**opened.fingerprints(study.base), "data": data.fingerprint()}
         if study.evaluation["class_names"] is not None:
             inputs["class_names"] = digest_of_files([study.evaluation["class_names"]])

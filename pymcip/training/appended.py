@@ -148,7 +148,7 @@ def fit_head(
 
     Args:
         within, between, mean: see `class_covariances`.
-        dims: r; D at most.
+        dims: r; of more than D, D are made.
         shrinkage: what is added to the variance within classes in every direction, in terms of its mean.
         power: of a direction's ratio of variances that its dimension is multiplied by; 0: all the same.
     """

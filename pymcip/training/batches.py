@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import open_clip
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import transforms
+from torchvision.transforms.functional import pil_modes_mapping
 
 from pymcip.configs import Workers
 from pymcip.data import ImageData
+from pymcip.data.decode import REDUCED_FROM
+from pymcip.embedding.write import REDUCED
 from pymcip.errors import ConfigError
 from pymcip.model import ClipModel
 from pymcip.training.sampling import Indices
@@ -113,6 +118,73 @@ def _square_transform(
             f"aug_cfg: color_jitter={aug_cfg['color_jitter']!r} is not allowed ({error}); allowed: a "
             "number such as 0.4, or torchvision's brightness, contrast, saturation and hue"
         ) from error
+
+
+def reduced_transform(transform: Any) -> tuple[Callable[[Any], Tensor], int]:
+    """Return a `train_transform` for images that are read at a part of their size, see `ImageData.reduced`.
+
+    It draws the same crops of them.
+
+    Returns:
+        The transform, and the pixels that the shorter side of an image is to keep at least.
+
+    Raises:
+        ConfigError: there is none, as for timm's transforms.
+    """
+    steps = list(getattr(transform, "transforms", []))
+    for place, step in enumerate(steps):
+        if type(step) is transforms.Resize:
+            steps[place] = _ReducedResize(step.size, step.interpolation)
+            return transforms.Compose(steps), REDUCED * max(step.size)
+        if type(step) is transforms.RandomResizedCrop:
+            steps[place] = _ReducedCrop(step.size, step.scale, step.ratio, step.interpolation)
+            smallest = math.sqrt(
+                step.scale[0] * step.ratio[0]
+            )  # side of a crop, of the shorter side
+            return transforms.Compose(steps), math.ceil(REDUCED * max(step.size) / smallest)
+    raise ConfigError(
+        "reduced_decoding=True is not there for timm's augmentation; allowed: aug_cfg without use_timm, "
+        "or reduced_decoding=False"
+    )
+
+
+class _ReducedCrop(transforms.RandomResizedCrop):
+    """Draws a box of the whole image."""
+
+    def forward(self, img: Any) -> Any:
+        if REDUCED_FROM not in img.info:
+            return super().forward(img)
+        width, height = img.info[REDUCED_FROM][:2]
+        whole = torch.empty(1).expand(1, height, width)
+        box = self.get_params(whole, self.scale, self.ratio)
+        return _of_whole(img, box, self.size, self.interpolation)
+
+
+class _ReducedResize(transforms.Resize):
+    """Resizes to a width and a height; of the last rows and columns, what lies in the whole image."""
+
+    def forward(self, img: Any) -> Any:
+        if REDUCED_FROM not in img.info:
+            return super().forward(img)
+        width, height = img.info[REDUCED_FROM][:2]
+        return _of_whole(img, (0, 0, height, width), self.size, self.interpolation)
+
+
+def _of_whole(
+    image: Image.Image,
+    box: tuple[int, int, int, int],
+    size: Sequence[int],
+    interpolation: transforms.InterpolationMode,
+) -> Image.Image:
+    """Resize what there is of a box (top, left, height, width) of the whole image to `size` (height, width)."""
+    top, left, height, width = box
+    whole_width, whole_height, across, down = image.info[REDUCED_FROM]
+    x, right = (at * across / whole_width for at in (left, left + width))
+    y, bottom = (at * down / whole_height for at in (top, top + height))
+    first, above = int(x), int(y)  # pixels beyond the box don't reach into the result
+    cut = image.crop((first, above, math.ceil(right), math.ceil(bottom)))
+    part = (x - first, y - above, right - first, bottom - above)
+    return cut.resize((size[1], size[0]), pil_modes_mapping[interpolation], part)
 
 
 class AugmentedImages(Dataset[tuple[Tensor, int]]):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -29,46 +29,53 @@ from pymcip.model.towers import (
     unlock_image_tower,
 )
 from pymcip.ops import order_bank
-from pymcip.ops.arrays import MatrixParts
-from pymcip.training.batches import AugmentedImages, image_batches, train_transform
+from pymcip.ops.arrays import ChosenRows, MatrixParts
+from pymcip.training.batches import (
+    AugmentedImages,
+    image_batches,
+    reduced_transform,
+    train_transform,
+)
 from pymcip.training.distillation import Distillation
 from pymcip.training.optim import make_optimizer, parameter_groups
 from pymcip.training.replicas import check_steps, gather, replicated, shard_of, total
 from pymcip.training.sampling import Stream, epoch_order, random_generator, seed_micro_batch
 from pymcip.training.sharding import divided
 
+Bank: TypeAlias = np.ndarray | MatrixParts | ChosenRows
+
 _log = logging.getLogger("pymcip.training")
 
 
 def caption_bank(
     table: CaptionTable, vectors: np.ndarray | MatrixParts, negatives: str | int, seed: int
-) -> tuple[np.ndarray, CaptionLists]:
-    """The caption rows that MCArcMargin runs over, and every image's positives among them.
+) -> tuple[Bank, CaptionLists]:
+    """The caption rows that MCArcMargin runs over, not read yet, and every image's positives among them.
 
     `negatives`: "mined" or "batch" (rows that are a pseudo-caption of some image), "bank" (all of
     `vectors`), or n: the mined rows and a sample of the others, n rows in all (or more, if more are mined).
     """
     if negatives == "bank":
-        return vectors[:], CaptionLists(table.indptr, table.ids)
+        return vectors, CaptionLists(table.indptr, table.ids)
     rows = np.unique(table.ids)
     if isinstance(negatives, int) and negatives > len(rows):
         others = np.setdiff1d(np.arange(len(vectors)), rows, assume_unique=True)
         extra = min(negatives - len(rows), len(others))
         drawn = random_generator(seed, Stream.NEGATIVES).choice(others, extra, replace=False)
         rows = np.sort(np.concatenate([rows, drawn]))
-    return vectors[rows], CaptionLists(table.indptr, np.searchsorted(rows, table.ids))
+    return ChosenRows(vectors, rows), CaptionLists(table.indptr, np.searchsorted(rows, table.ids))
 
 
 def order_caption_bank(
-    bank: np.ndarray, positives: CaptionLists, seed: int, device: torch.device
-) -> tuple[np.ndarray, CaptionLists]:
+    bank: Bank, positives: CaptionLists, seed: int, device: torch.device
+) -> tuple[Bank, CaptionLists]:
     """Order a bank by its clusters, so that whole cells of it can be left out of a step.
 
     `loss_delta` bounds what is left out (`pymcip.ops.margin_softmax`). Of several processes the first one
     finds the order.
     """
     order = broadcast(order_bank(bank, seed=seed, device=device) if is_first() else None)
-    return bank[order], CaptionLists(positives.indptr, order.argsort()[positives.ids])
+    return ChosenRows(bank, order), CaptionLists(positives.indptr, order.argsort()[positives.ids])
 
 
 def class_means(labels: np.ndarray, num_classes: int, vectors: np.ndarray) -> Tensor:
@@ -102,7 +109,8 @@ class ImageStage:
         data: the N training images.
         config: the options of the run.
         class_rows: [C, D], the class matrix at the start; None: random rows, as `class_init` says.
-        bank: [M, D], the caption rows of MCArcMargin; None: no such loss.
+        bank: [M, D], the caption rows of MCArcMargin, of which each process reads its own; None: no such
+            loss.
         positives: the images' pseudo-captions among them.
         distillation: what is kept of the untrained model; None: nothing.
     """
@@ -116,7 +124,7 @@ class ImageStage:
         config: TrainSettings,
         *,
         class_rows: Tensor | None,
-        bank: np.ndarray | None = None,
+        bank: Bank | None = None,
         positives: CaptionLists | None = None,
         distillation: Distillation | None = None,
     ) -> None:
@@ -159,7 +167,7 @@ class ImageStage:
         if bank is not None:
             own = rows_of(len(bank))
             self.captions = MCArcMargin(
-                torch.from_numpy(np.array(bank[own])).to(clip.device),
+                torch.from_numpy(np.require(bank[own], requirements="W")).to(clip.device),
                 shard=shard_of(own),
                 scale=config.caption_scale,
                 margin=config.caption_margin,
@@ -198,6 +206,10 @@ class ImageStage:
                     distillation.rate, config.batch_size,
                 )  # fmt: skip
         transform = train_transform(clip, config.train_size, config.aug_cfg, config.train_resize)
+        if config.reduced_decoding:
+            transform, least = reduced_transform(transform)
+            data = data.reduced(least)
+            generic = None if generic is None else generic.reduced(least)
         self.images = AugmentedImages(data, transform, config.seed, generic)
         self.features = replicated(partial(image_features, clip), clip.model)
 

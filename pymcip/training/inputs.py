@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,10 +66,10 @@ class Inputs:
                 self.images.num_classes, len(self.images),
             )  # fmt: skip
 
-    def files(self) -> list[Path]:
-        """The files that hold images and a table of captions."""
+    def files(self) -> Iterator[Path]:
+        """Yield the files that hold images and a table of captions."""
         parts = [part for _, part in self._parts() if isinstance(part, (ImageData, GivenTable))]
-        return [path for part in parts for path in part.files()]
+        return (path for part in parts for path in part.files())
 
     def fingerprints(
         self, config: TrainConfig, weights: Mapping[str, str] | None = None
@@ -91,9 +91,9 @@ class Inputs:
         for option, part in self._parts():
             if isinstance(part, ImageData):
                 stores = [store.fingerprint() for store in part.stores]
-                places = [part.rows.tolist(), part.source_ids.tolist()]
+                places = [part.rows, part.source_ids]
                 found[f"images of {option}"] = fingerprint([stores, places])
-                found[f"labels of {option}"] = fingerprint([part.class_names, part.labels.tolist()])
+                found[f"labels of {option}"] = fingerprint([part.class_names, part.labels])
             elif isinstance(part, (Captions, GivenTable)):
                 found[option] = part.fingerprint()
             elif part is not None:

@@ -34,7 +34,7 @@ def check_processes(config: TrainSettings, clip: ClipModel, images: int) -> None
 
     Raises:
         ConfigError: their number doesn't divide the micro-batches of a step; a step has too few images;
-            batch norms take their statistics from a batch; `repel` is used.
+            batch norms take their statistics from a batch.
     """
     count = world()
     if config.accum_freq % count:
@@ -49,11 +49,6 @@ def check_processes(config: TrainSettings, clip: ClipModel, images: int) -> None
         raise ConfigError(
             f"freeze_bn_stats=False with {count} processes: {clip.name} has batch norms, and each process "
             "would take statistics of its own images; allowed: freeze_bn_stats=True, or one process"
-        )
-    if count > 1 and config.repel > 0:
-        raise ConfigError(
-            f"repel={config.repel} with {count} processes: the farthest caption is not searched for among "
-            "the rows of all of them; allowed: repel=0, or one process"
         )
     check_sharding(config, clip)
     if config.trains_images:

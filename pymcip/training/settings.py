@@ -11,7 +11,7 @@ from pymcip.configs import TrainConfig, TrainSettings
 from pymcip.data import ImageData
 from pymcip.errors import ConfigError
 from pymcip.model import ClipModel, is_convolutional
-from pymcip.training.batches import train_transform
+from pymcip.training.batches import reduced_transform, train_transform
 
 PAPER_LR, PAPER_PARAMETERS, EXPONENT = 1e-5, 3e8, 0.8
 PAPER_THRESHOLD = 0.27
@@ -49,13 +49,11 @@ def fit_settings(
             taken[name], reasons[name] = value, reason
         return taken.get(name, getattr(config, name))
 
-    dims, width = config.extra_dims, clip.embed_dim
-    if dims > width:
-        dims = choose("appended_dims", width, "as many as the embedding has")
-    if dims > width:
+    width = clip.embed_dim
+    if config.appended_dims != "auto" and config.appended_dims > width:
         raise ConfigError(
-            f"appended_dims={dims} is not allowed with {clip.name}, whose embedding has {width}; "
-            f"allowed: 1 to {width}"
+            f"appended_dims={config.appended_dims} is not allowed with {clip.name}, whose embedding has "
+            f"{width}; allowed: 1 to {width}"
         )
     visual: nn.Module = clip.model.visual  # type: ignore[assignment]
     parameters = sum(value.numel() for value in visual.parameters())
@@ -79,7 +77,9 @@ def fit_settings(
     choose("train_size", size, why)
     settings = TrainSettings(**{**vars(config), **taken})
     check_train_size(clip, settings.train_size)
-    train_transform(clip, settings.train_size, config.aug_cfg, config.train_resize)
+    transform = train_transform(clip, settings.train_size, config.aug_cfg, config.train_resize)
+    if config.reduced_decoding:
+        reduced_transform(transform)
     return settings, reasons
 
 
