@@ -1,8 +1,8 @@
 """Approximate top-k of inner products, with its recall measured: for banks beyond 10^8 rows.
 
 `ApproximateIndex` is faiss's inverted file of product-quantised rows (IVF-PQ; extra `[faiss]`): rows
-are rotated at random, divided into lists by their nearest centroid, and stored as codes of D / 8
-bytes. A search goes through the `nprobe` lists nearest to a query, and ranks the rows that are best
+are rotated at random, divided into lists by their nearest centroid, and held in memory as codes of
+D / 8 bytes, 4 bits for 4 numbers (faiss's fast scan). A search goes through the `nprobe` lists nearest to a query, and ranks the rows that are best
 by their codes again, by their canonical scores (`pymcip.ops.canonical`). So scores are exact, and
 only rows can be missing: for a random sample of the queries `topk` computes the exact answer, and the
 result says what share of it was found.
@@ -30,8 +30,9 @@ from pymcip.ops.topk import topk
 
 RERANK = 30  # candidates that are scored exactly, per place asked for; and at least 100 in all
 GRAPH_LISTS = 1 << 13  # from so many on, the nearest centroids are found by a graph (HNSW)
-_LIST_ROWS = 39  # least rows per list and per value of a code's byte, as faiss wants it
-LEAST_ROWS = 256 * _LIST_ROWS  # of a bank
+_VERSION = 2  # of the files
+_LIST_ROWS = 39  # least rows per list, as faiss wants it
+LEAST_ROWS = 256 * _LIST_ROWS  # of a bank; fewer are soon searched exactly
 _CODED_ROWS = 1 << 16  # that train the codes
 _BYTES = 32 << 20  # of a block of rows in fp32
 
@@ -90,9 +91,9 @@ class ApproximateIndex:
         if not 1 <= lists <= most:
             raise ConfigError(f"lists={lists} is not allowed; allowed: 1 to {most}")
         report(0, count)
-        code_bytes = -(-columns // 8)
+        codes = 2 * -(-columns // 8)  # of 4 bits each
         graph = "_HNSW32" if lists >= GRAPH_LISTS else ""
-        form = f"RR{8 * code_bytes},IVF{lists}{graph},PQ{code_bytes}x8"
+        form = f"RR{4 * codes},IVF{lists}{graph},PQ{codes}x4fs"
         index = faiss.index_factory(columns, form, faiss.METRIC_INNER_PRODUCT)
         means = faiss.extract_index_ivf(index).cp
         means.seed, means.max_points_per_centroid = seed, _LIST_ROWS + 1
@@ -120,12 +121,12 @@ class ApproximateIndex:
             temporary.mkdir()
             import_faiss().write_index(self._index, str(temporary / "index.faiss"))
             digest = file_digest(temporary / "index.faiss").hex()
-            about = {"version": 1, "bank": self._bank, "sha256": digest}
+            about = {"version": _VERSION, "bank": self._bank, "sha256": digest}
             write_json(temporary / "index.json", about)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ApproximateIndex:
-        """Open an index that `save` wrote; searches read its codes from the disk.
+        """Read an index that `save` wrote.
 
         Raises:
             MissingDependencyError: faiss is not installed.
@@ -134,11 +135,11 @@ class ApproximateIndex:
         faiss = import_faiss()
         try:
             about = read_json(Path(path) / "index.json", {"bank": str, "sha256": str})
-            if about["version"] != 1:
-                raise ValueError(f"its version is {about['version']}, not 1")
+            if about["version"] != _VERSION:
+                raise ValueError(f"its version is {about['version']}, not {_VERSION}")
             if file_digest(Path(path) / "index.faiss").hex() != about["sha256"]:  # faiss may crash
                 raise ValueError("index.faiss has another checksum than when it was written")
-            index = faiss.read_index(str(Path(path) / "index.faiss"), faiss.IO_FLAG_MMAP)
+            index = faiss.read_index(str(Path(path) / "index.faiss"))
             return cls(index, about["bank"])
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise DataError(
