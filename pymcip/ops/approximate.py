@@ -2,10 +2,10 @@
 
 `ApproximateIndex` is faiss's inverted file of product-quantised rows (IVF-PQ; extra `[faiss]`): rows
 are rotated at random, divided into lists by their nearest centroid, and held in memory as codes of
-D / 8 bytes, 4 bits for 4 numbers (faiss's fast scan). A search goes through the `nprobe` lists nearest to a query, and ranks the rows that are best
-by their codes again, by their canonical scores (`pymcip.ops.canonical`). So scores are exact, and
-only rows can be missing: for a random sample of the queries `topk` computes the exact answer, and the
-result says what share of it was found.
+D / 8 bytes, 4 bits for 4 numbers (faiss's fast scan). A search goes through the `nprobe` lists
+nearest to a query, and ranks the rows that are best by their codes again, by their canonical scores
+(`pymcip.ops.canonical`). So scores are exact, and only rows can be missing: for a random sample of
+the queries `topk` computes the exact answer, and the result says what share of it was found.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class ApproximateIndex:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ApproximateIndex:
-        """Read an index that `save` wrote.
+        """Read an index that `save` wrote into memory: D / 8 + 8 bytes a row.
 
         Raises:
             MissingDependencyError: faiss is not installed.
