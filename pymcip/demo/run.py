@@ -100,7 +100,8 @@ def _run(config: DemoConfig, recipe: Recipe, out: Path, started: float) -> DemoR
     write_text(out / "report.md", format_report(document, markdown, commands))
     for page in out.rglob("report.html"):  # of base and mcip, and of each run
         text = page.read_text(encoding="utf-8")
-        write_text(page, text.replace("</html>", f"<p class=quiet>{CREDIT}</p>\n</html>"))
+        if CREDIT not in text:
+            write_text(page, text.replace("</html>", f"<p class=quiet>{CREDIT}</p>\n</html>"))
     _log.info("to search the test scenes in the browser, before and after:\n%s", commands.rstrip())
     return DemoResult(out, seeds, table, seconds, pattern, markdown)
 
