@@ -123,17 +123,17 @@ def class_covariances(
     """
     count, columns = features.shape
     classes = torch.from_numpy(labels)
-    sizes = torch.bincount(classes)
-    sums = torch.zeros(len(sizes), columns)
+    sizes = torch.bincount(classes).double()
+    sums = torch.zeros(len(sizes), columns, dtype=torch.float64)
     products = torch.zeros(columns, columns, dtype=torch.float64)
     for first in range(0, count, ROWS):
-        rows = torch.from_numpy(features[first : first + ROWS].astype(np.float32))
+        rows = torch.from_numpy(features[first : first + ROWS].astype(np.float64))
         sums.index_add_(0, classes[first : first + ROWS], rows)
         products += rows.T @ rows
-    mean = sums.sum(dim=0, dtype=torch.float64) / count
+    mean = sums.sum(dim=0) / count
     between = torch.zeros_like(products)
     for some, size in zip(sums.split(ROWS), sizes.split(ROWS), strict=True):
-        means = some.double() / size.clamp(min=1)[:, None] - mean
+        means = some / size.clamp(min=1)[:, None] - mean
         between += means.T @ (size[:, None] / count * means)
     return products / count - mean.outer(mean) - between, between, mean
 
