@@ -187,9 +187,11 @@ def check_finite_weights(clip: ClipModel) -> None:
     state = clip.model.state_dict()
     if isinstance(clip, AppendedClip):
         tower = {} if clip.tower is None else clip.tower.state_dict()
-        state = {**state, **{f"tower.{name}": value for name, value in tower.items()}}
-        state |= {f"head.{name}": value for name, value in clip.head.state_dict().items()}
-        state["gate.prototypes"] = clip.gate.prototypes
+        state = {
+            **state,
+            **{f"tower.{name}": value for name, value in tower.items()},
+            **clip.tensors(),
+        }
     for name, value in state.items():
         # open_clip's text towers hold -inf in the mask of their attention
         if value.is_floating_point() and "attn_mask" not in name and not value.isfinite().all():

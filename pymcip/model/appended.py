@@ -127,6 +127,11 @@ class AppendedClip(ClipModel):
             by_row = torch.full((len(vectors),), strength, device=vectors.device)
         return with_strength(vectors, by_row, self.head.out_features)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of the head and of the gate, by name."""
+        head = {f"head.{name}": value for name, value in self.head.state_dict().items()}
+        return {**head, "gate.prototypes": self.gate.prototypes}
+
     def joint(self) -> ClipModel:
         """The joint model alone, of vectors [N, D]; it shares this one's weights."""
         return ClipModel(**{item.name: getattr(self, item.name) for item in fields(ClipModel)})
@@ -148,8 +153,7 @@ def write_appended(clip: AppendedClip, folder: Path) -> None:
 
     Tensors of the tower that are equal to the joint model's are left out.
     """
-    tensors = {"head.weight": clip.head.weight, "head.bias": clip.head.bias}
-    tensors["gate.prototypes"] = clip.gate.prototypes
+    tensors = clip.tensors()
     if clip.tower is not None:
         own = _differing(clip.model.visual, clip.tower)  # type: ignore[arg-type]
         tensors |= {f"tower.{name}": value for name, value in own.items()}

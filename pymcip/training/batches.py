@@ -138,9 +138,8 @@ def reduced_transform(transform: Any) -> tuple[Callable[[Any], Tensor], int]:
             return transforms.Compose(steps), REDUCED * max(step.size)
         if type(step) is transforms.RandomResizedCrop:
             steps[place] = _ReducedCrop(step.size, step.scale, step.ratio, step.interpolation)
-            smallest = math.sqrt(
-                step.scale[0] * step.ratio[0]
-            )  # side of a crop, of the shorter side
+            # The shortest side of a crop, as a share of the image's shorter side.
+            smallest = math.sqrt(step.scale[0] * step.ratio[0])
             return transforms.Compose(steps), math.ceil(REDUCED * max(step.size) / smallest)
     raise ConfigError(
         "reduced_decoding=True is not there for timm's augmentation; allowed: aug_cfg without use_timm, "
